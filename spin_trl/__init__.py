@@ -1,0 +1,28 @@
+"""Self-Play Fine-Tuning (SPIN) on top of Hugging Face TRL.
+
+The names below are loaded on first use, so that `python -m spin_trl.serve` and the server's supervisor start without
+importing torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "SPINConfig": "spin_trl.spin_config",
+    "SPINTrainer": "spin_trl.spin_trainer",
+}
+
+__all__ = ["SPINConfig", "SPINTrainer", "__version__"]
+
+if TYPE_CHECKING:
+    from spin_trl.spin_config import SPINConfig
+    from spin_trl.spin_trainer import SPINTrainer
+
+
+def __getattr__(name: str):
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'spin_trl' has no attribute '{name}'")
+    return getattr(import_module(_EXPORTS[name]), name)

@@ -1,0 +1,50 @@
+"""What a PEFT configuration means for publishing an opponent. Knows nothing of servers."""
+
+from typing import TYPE_CHECKING
+
+from accelerate.utils import is_peft_model
+
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+    from transformers import PreTrainedModel
+
+# Initialisations of LoRA that leave the model as it was.
+_NEUTRAL_INITIALISATIONS = (True, "gaussian", "orthogonal")
+
+
+def lora_rank_to_serve(
+    model: "str | PreTrainedModel | PeftModel", peft_config: "PeftConfig | None", served: bool
+) -> int | None:
+    """
+    Rank of the adapters that a server will be given, or `None` for full fine-tuning.
+
+    Args:
+        served (`bool`): Whether a server is to load the adapters, which has to be able to.
+
+    Raises:
+        `ValueError`: if vLLM cannot serve adapters of this kind.
+    """
+    if peft_config is None and not isinstance(model, str) and is_peft_model(model):
+        peft_config = model.peft_config["default"]
+    if peft_config is None:
+        return None
+    if not served:
+        return getattr(peft_config, "r", None)
+    problems = []
+    if peft_config.peft_type != "LORA":
+        problems.append(f"`peft_type={peft_config.peft_type.value}`")
+    for name, harmless in (("modules_to_save", None), ("use_dora", False), ("bias", "none")):
+        if getattr(peft_config, name, harmless) not in (harmless, []):
+            problems.append(f"`{name}={getattr(peft_config, name)!r}`")
+    if problems:
+        raise ValueError(
+            f"A vLLM server cannot load adapters with {' and '.join(problems)}. Use a plain `LoraConfig`, or set "
+            "`use_vllm=False` to generate in-process."
+        )
+    return max([peft_config.r, *(peft_config.rank_pattern or {}).values()])
+
+
+def starts_as_base(peft_config: "PeftConfig | None") -> bool:
+    """Whether a model with this new adapter (or none) still computes what the base model does."""
+    return getattr(peft_config, "init_lora_weights", True) in _NEUTRAL_INITIALISATIONS

@@ -1,0 +1,124 @@
+"""Completions of a whole dataset, written to the run directory part by part. Knows nothing of models or HTTP."""
+
+import math
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from datasets import Dataset
+from tqdm import tqdm
+
+from .generation.sampler import Completion, CompletionRequest, OpponentSampler, SamplingParams
+from .iteration_store import IterationStore
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which share of the work this process does: number `index` of `count`."""
+
+    index: int = 0
+    count: int = 1
+
+
+@dataclass
+class GenerationJob:
+    """
+    Completions of every prompt of a dataset, those that are missing on disk.
+
+    Args:
+        store ([`IterationStore`]): Where completed parts are, and go.
+        iteration (`int`): Number of the iteration.
+        kind (`str`): "generations" or "evaluation".
+        params ([`SamplingParams`]): How to sample.
+        num_samples (`int`): Completions per prompt.
+        part_size (`int`): Prompts per part; fewer if there would be less than one part for each process.
+        seed (`int`): The run's seed, from which each completion's own is derived.
+    """
+
+    store: IterationStore
+    iteration: int
+    kind: str
+    params: SamplingParams
+    num_samples: int = 1
+    part_size: int = 256
+    seed: int = 0
+
+    def run(self, sampler: OpponentSampler, prompts: Dataset, share: Share) -> None:
+        """
+        Sample this process's share of what is missing.
+
+        Args:
+            sampler ([`OpponentSampler`]): The opponent.
+            prompts ([`~datasets.Dataset`]): With the columns `row` and `prompt_ids`.
+            share ([`Share`]): This process's share.
+        """
+        parts = self._missing_parts(prompts, share)
+        part_of = {row: number for number, rows in enumerate(parts) for row in rows}
+        collected: dict[int, list[Completion]] = defaultdict(list)
+        requests = self._requests(prompts, list(part_of))
+        with _GenerationProgress(self, len(part_of) * self.num_samples, disable=share.index > 0) as progress:
+            for completion in sampler.sample(requests, self.params):
+                progress.add(completion)
+                number = part_of[completion.key[0]]
+                collected[number].append(completion)
+                if len(collected[number]) == len(parts[number]) * self.num_samples:
+                    self._write(parts[number], collected.pop(number))
+
+    def _missing_parts(self, prompts: Dataset, share: Share) -> list[list[int]]:
+        completed = self.store.completed_rows(self.iteration, self.kind)
+        missing = [row for row in prompts["row"] if row not in completed]
+        size = max(1, min(self.part_size, math.ceil(len(missing) / share.count)))
+        parts = [missing[start : start + size] for start in range(0, len(missing), size)]
+        return parts[share.index :: share.count]
+
+    def _requests(self, prompts: Dataset, rows: list[int]) -> Iterator[CompletionRequest]:
+        wanted = set(rows)
+        positions = [position for position, row in enumerate(prompts["row"]) if row in wanted]
+        for prompt in prompts.select_columns(["row", "prompt_ids"]).select(positions):
+            for sample in range(self.num_samples):
+                key = (prompt["row"], sample)
+                yield CompletionRequest(key, prompt["prompt_ids"], self._seed_of(key))
+
+    def _seed_of(self, key: tuple[int, int]) -> int:
+        """A seed of its own for every completion, such that repeating it repeats the completion."""
+        entropy = (self.seed, self.iteration, int(self.kind == "evaluation"), *key)
+        return int(np.random.SeedSequence(entropy).generate_state(1)[0])
+
+    def _write(self, rows: list[int], completions: list[Completion]) -> None:
+        completions.sort(key=lambda completion: completion.key)
+        columns = {
+            "row": [completion.key[0] for completion in completions],
+            "sample": [completion.key[1] for completion in completions],
+            "completion_ids": [completion.token_ids for completion in completions],
+            "finish_reason": [completion.finish_reason for completion in completions],
+        }
+        self.store.write_completions(self.iteration, self.kind, f"{rows[0]:08d}", columns)
+
+
+class _GenerationProgress:
+    """A progress bar that counts completions and shows tokens per second."""
+
+    def __init__(self, job: GenerationJob, total: int, disable: bool):
+        self.num_tokens = 0
+        self.started = time.monotonic()
+        self.bar = tqdm(
+            total=total,
+            desc=f"Iteration {job.iteration}: {job.kind}",
+            unit=" completions",
+            disable=disable or total == 0,
+            leave=False,
+        )
+
+    def __enter__(self) -> "_GenerationProgress":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.bar.close()
+
+    def add(self, completion: Completion) -> None:
+        self.num_tokens += len(completion.token_ids)
+        rate = self.num_tokens / max(time.monotonic() - self.started, 1e-9)
+        self.bar.set_postfix_str(f"{rate:.0f} tokens/s", refresh=False)
+        self.bar.update()

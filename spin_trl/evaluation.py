@@ -1,0 +1,60 @@
+"""What an opponent's answers to the evaluation prompts are worth, and the table that shows it as the run goes."""
+
+from collections.abc import Callable
+from numbers import Real
+
+import pyarrow as pa
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+
+# (prompts, references, generations) -> metrics
+GenerationMetrics = Callable[[list, list[str], list[str]], dict[str, float]]
+
+
+def generation_metrics(
+    compute: GenerationMetrics, dataset: Dataset, completions: pa.Table, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, float]:
+    """
+    The user's metrics over the answers to the evaluation prompts.
+
+    References and generations are both decoded from token ids, without special tokens, so that equal ids give equal
+    text. Prompts are passed as they are in the dataset.
+
+    Raises:
+        `TypeError`: if `compute` returns anything but a dict of numbers.
+    """
+    rows = dataset.sort("row") if dataset["row"] != sorted(dataset["row"]) else dataset
+    metrics = compute(
+        list(rows["prompt"]),
+        tokenizer.batch_decode(list(rows["chosen_ids"]), skip_special_tokens=True),
+        tokenizer.batch_decode(completions["completion_ids"].to_pylist(), skip_special_tokens=True),
+    )
+    if not isinstance(metrics, dict) or not all(isinstance(value, Real) for value in metrics.values()):
+        raise TypeError(
+            "`compute_generation_metrics` must return a dict of numbers, such as {'accuracy': 0.5}, got "
+            f"{metrics!r}."
+        )
+    return {name: float(value) for name, value in metrics.items()}
+
+
+class ScoreTable:
+    """A table that is printed row by row, as its rows become known."""
+
+    def __init__(self, print_line: Callable[[str], None] = print):
+        self.print_line = print_line
+        self.columns: list[str] = []
+
+    def add(self, label: str, scores: dict[str, float]) -> None:
+        """Print one row, and before the first one the header."""
+        if not self.columns:
+            self.columns = list(scores)
+            self._print(["after", *self.columns])
+            self._print(["-" * len(cell) for cell in ["iteration 0", *self.columns]])
+        self._print([label, *(f"{scores[name]:.4f}" if name in scores else "" for name in self.columns)])
+
+    def _print(self, cells: list[str]) -> None:
+        widths = [len("iteration 0"), *(max(len(name), 7) for name in self.columns)]
+        padded = [cells[0].ljust(widths[0])]
+        padded += [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
+        self.print_line("  ".join(padded))

@@ -1,0 +1,102 @@
+"""`PolicySampler`: an opponent played in-process by the policy itself, with transformers' `generate`."""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from .sampler import Completion, CompletionRequest, SamplingParams
+
+
+# Requests that are read ahead and sorted by length, in batches: neighbours in length waste little padding.
+_NUM_BATCHES_AHEAD = 16
+
+
+class PolicySampler:
+    """
+    An [`OpponentSampler`] for machines without vLLM. At the start of an iteration the policy is the opponent, so there
+    is nothing to publish.
+
+    Args:
+        open_policy (`Callable`): Returns a context manager that gives the policy, ready to generate.
+        pad_token_id (`int`): Token id to pad prompts with.
+        batch_size (`int`): Number of prompts in a batch.
+    """
+
+    reads_checkpoints = False
+
+    def __init__(
+        self, open_policy: Callable[[], AbstractContextManager[PreTrainedModel]], pad_token_id: int, batch_size: int
+    ):
+        self.open_policy = open_policy
+        self.pad_token_id = pad_token_id
+        self.batch_size = batch_size
+
+    def publish(self, iteration: int, checkpoint: Path | None) -> None:
+        pass
+
+    def select(self, iteration: int, checkpoint: Path | None) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def sample(
+        self, requests: Iterable[CompletionRequest], params: SamplingParams, logprobs: bool = False
+    ) -> Iterator[Completion]:
+        if logprobs:
+            raise ValueError("The in-process sampler is the policy itself: there is nothing to compare log-probs with.")
+        requests = iter(requests)
+        while ahead := list(itertools.islice(requests, _NUM_BATCHES_AHEAD * self.batch_size)):
+            ahead.sort(key=lambda request: len(request.prompt_ids))
+            for start in range(0, len(ahead), self.batch_size):
+                yield from self._generate(ahead[start : start + self.batch_size], params)
+
+    def _generate(self, batch: list[CompletionRequest], params: SamplingParams) -> list[Completion]:
+        longest = max(len(request.prompt_ids) for request in batch)
+        input_ids = torch.full((len(batch), longest), self.pad_token_id)  # (B, P), padded on the left
+        attention_mask = torch.zeros_like(input_ids)
+        for i, request in enumerate(batch):
+            input_ids[i, longest - len(request.prompt_ids) :] = torch.tensor(request.prompt_ids)
+            attention_mask[i, longest - len(request.prompt_ids) :] = 1
+
+        # The seed is of the batch, and training's own random state is left as it was.
+        with self.open_policy() as model, torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(batch[0].seed)
+            output_ids = model.generate(
+                input_ids=input_ids.to(model.device),
+                attention_mask=attention_mask.to(model.device),
+                **self._generation_kwargs(params),
+            )
+        completion_ids = output_ids[:, longest:].tolist()  # (B, C)
+        return [_completion(request, ids, params) for request, ids in zip(batch, completion_ids, strict=True)]
+
+    def _generation_kwargs(self, params: SamplingParams) -> dict:
+        sampling = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        if params.temperature > 0:
+            sampling = {
+                "do_sample": True,
+                "temperature": params.temperature,
+                "top_p": params.top_p,
+                "top_k": params.top_k,
+                "min_p": params.min_p,
+            }
+        return {
+            **sampling,
+            "repetition_penalty": params.repetition_penalty,
+            "max_new_tokens": params.max_completion_length,
+            "eos_token_id": list(params.end_token_ids),
+            "pad_token_id": self.pad_token_id,
+            **params.extra,
+        }
+
+
+def _completion(request: CompletionRequest, token_ids: list[int], params: SamplingParams) -> Completion:
+    """Cut a generated row where it ended: behind its end token is only padding."""
+    for position, token_id in enumerate(token_ids):
+        if token_id in params.end_token_ids:
+            return Completion(request.key, token_ids[: position + 1], "stop")
+    return Completion(request.key, token_ids, "length")

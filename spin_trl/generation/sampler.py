@@ -1,0 +1,91 @@
+"""The protocol between the self-play and whatever makes an opponent's completions."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """
+    How to sample a completion. Every field is always sent, so that no server's defaults slip in.
+
+    Args:
+        max_completion_length (`int`): Maximum number of tokens, the end token included.
+        end_token_ids (`tuple[int, ...]`): Token ids at which a completion ends. The one sampled is its last id.
+        temperature (`float`): 0 is greedy decoding.
+        extra (`dict[str, Any]`): Further parameters in the sampler's own terms. They win.
+    """
+
+    max_completion_length: int
+    end_token_ids: tuple[int, ...]
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class CompletionRequest:
+    """One prompt to complete: its token ids, the seed of its sampling, and a key to know the answer by."""
+
+    key: tuple[int, int]  # (row, sample)
+    prompt_ids: list[int]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Completion:
+    """
+    An answer, as sampled.
+
+    Args:
+        key (`tuple[int, int]`): The request's.
+        token_ids (`list[int]`): Ends in the sampled end token if and only if `finish_reason` is `"stop"`.
+        finish_reason (`str`): `"stop"`, or `"length"` if the answer was cut off.
+        logprobs (`list[float]`, *optional*): Log-prob of each token under the opponent at temperature 1, in nats.
+    """
+
+    key: tuple[int, int]
+    token_ids: list[int]
+    finish_reason: str
+    logprobs: list[float] | None = None
+
+
+class OpponentSampler(Protocol):
+    """Answers prompts as a published opponent."""
+
+    # Whether an opponent has to be saved to disk before it can be published.
+    reads_checkpoints: bool
+
+    def publish(self, iteration: int, checkpoint: Path | None) -> None:
+        """
+        Make the opponent of `iteration` available. Called on the main process only, and before `select`.
+
+        Args:
+            iteration (`int`): Number of the iteration.
+            checkpoint (`Path`, *optional*): Where the opponent was saved. `None` for the base model.
+        """
+
+    def select(self, iteration: int, checkpoint: Path | None) -> None:
+        """Play the opponent of `iteration` from now on. Called on every process, with what was published."""
+
+    def sample(
+        self, requests: Iterable[CompletionRequest], params: SamplingParams, logprobs: bool = False
+    ) -> Iterator[Completion]:
+        """
+        Complete the prompts, in any order, lazily: `requests` is read only as far as there is room for more.
+
+        Raises:
+            `SamplerError`: if a completion cannot be had.
+        """
+
+    def close(self) -> None:
+        """Free what the sampler holds."""
+
+
+class SamplerError(RuntimeError):
+    """The opponent cannot be played: the message says what was asked, what came back and what to do."""

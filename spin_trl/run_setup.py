@@ -1,0 +1,321 @@
+"""Everything a run settles before a model is loaded: tokens, lengths, the sampler, and what of it cannot work.
+
+Knows nothing of training.
+"""
+
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from accelerate.logging import get_logger
+from datasets import Dataset
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
+from trl.trainer.utils import get_config_model_id, global_then_local_main_first
+
+from . import __version__
+from .adapters import lora_rank_to_serve, starts_as_base
+from .data import check_dataset
+from .generation.choice import SamplerChoice, choose_sampler
+from .generation.managed_server import ManagedServer
+from .generation.policy_sampler import PolicySampler
+from .generation.sampler import OpponentSampler, SamplingParams
+from .generation.vllm_api import VLLMServer
+from .generation.vllm_sampler import VLLMSampler
+from .iteration_store import IterationStore
+from .ranks import on_every_process, on_main_process
+from .rendering import drop_long_prompts, percentile_length, tokenize_dataset
+from .spin_config import SPINConfig
+
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+
+logger = get_logger(__name__)
+
+_DEFAULT_LENGTH_PERCENTILE = 99
+_RECORDED_PACKAGES = ("trl", "transformers", "accelerate", "peft", "datasets", "torch")
+
+
+@dataclass
+class SelfPlaySetup:
+    """
+    A run's settled inputs.
+
+    Args:
+        args ([`SPINConfig`]): With every default filled in that follows from the data.
+        model_name (`str`): Hub id or folder of the base model.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The model's.
+        train_dataset, eval_dataset ([`~datasets.Dataset`]): Token ids, see [`rendering.tokenize_dataset`].
+        params ([`SamplingParams`]): How the opponent answers.
+        choice ([`SamplerChoice`]): Which sampler, and why.
+        lora_rank (`int`, *optional*): Rank of the adapters to publish; `None` for full weights.
+        context_length (`int`): Tokens that the model can hold.
+        base_is_opponent (`bool`): Whether the first opponent is the base model as the server has it.
+        api_key (`str`, *optional*): The server's.
+    """
+
+    args: SPINConfig
+    model_name: str
+    tokenizer: PreTrainedTokenizerBase
+    train_dataset: Dataset
+    eval_dataset: Dataset | None
+    params: SamplingParams
+    choice: SamplerChoice
+    lora_rank: int | None
+    context_length: int
+    base_is_opponent: bool
+    api_key: str | None
+    num_dropped: int = 0
+    managed_server: ManagedServer | None = None
+
+    @classmethod
+    def prepare(
+        cls,
+        model: "str | PreTrainedModel | PeftModel",
+        args: SPINConfig | None,
+        train_dataset: Dataset | None,
+        eval_dataset: Dataset | None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None,
+        peft_config: "PeftConfig | None",
+    ) -> "SelfPlaySetup":
+        """Check and settle everything; see [`SPINTrainer`] for the arguments and errors."""
+        model_name = model if isinstance(model, str) else get_config_model_id(model.config)
+        args = _check_args(args, model_name)
+        check_dataset(train_dataset, "train_dataset")
+        if eval_dataset is not None:
+            check_dataset(eval_dataset, "eval_dataset")
+        choice = choose_sampler(args.use_vllm, args.vllm_mode, args.vllm_server_base_url)
+        logger.info(f"Opponents are sampled {_DESCRIPTIONS[choice.mode]}: {choice.reason}.")
+        lora_rank = lora_rank_to_serve(model, peft_config, served=choice.mode != "in-process")
+        if choice.mode == "managed" and not isinstance(model, str) and not os.path.isdir(model_name):
+            raise ValueError(
+                f"A managed server loads the base model itself, but the model passed comes from {model_name!r}, which "
+                "is no folder here. Save it with `model.save_pretrained(folder)` and pass `model=folder`."
+            )
+        tokenizer = _load_tokenizer(processing_class, model_name, args)
+        end_token_ids = _end_token_ids(model, tokenizer, args)
+        with global_then_local_main_first():
+            train_dataset = tokenize_dataset(train_dataset, tokenizer, end_token_ids, args.dataset_num_proc)
+            if eval_dataset is not None:
+                eval_dataset = tokenize_dataset(eval_dataset, tokenizer, end_token_ids, args.dataset_num_proc)
+            if args.max_completion_length is None:
+                percentile = _DEFAULT_LENGTH_PERCENTILE
+                args.max_completion_length = percentile_length(train_dataset, "chosen_ids", percentile)
+        setup = cls(
+            args=args,
+            model_name=model_name,
+            tokenizer=tokenizer,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            params=_sampling_params(args, end_token_ids),
+            choice=choice,
+            lora_rank=lora_rank,
+            context_length=_model_context_length(model, args),
+            base_is_opponent=isinstance(model, str) and starts_as_base(peft_config),
+            api_key=_take_api_key(args),
+        )
+        setup._fit_to_context(setup.context_length, "the model's context")
+        if choice.mode == "server":
+            setup._fit_to_server()
+        return setup
+
+    def build_sampler(self, open_policy: Callable[[], AbstractContextManager[PreTrainedModel]]) -> OpponentSampler:
+        """The chosen sampler, not yet open."""
+        if self.choice.mode == "in-process":
+            batch_size = self.args.per_device_generation_batch_size
+            return PolicySampler(open_policy, self.tokenizer.pad_token_id, batch_size)
+        return VLLMSampler(self.model_name, self.lora_rank, self.args.vllm_server_model)
+
+    def open_sampler(self, sampler: OpponentSampler, store: IterationStore) -> None:
+        """Start the managed server, if there is one, and connect every process to the server."""
+        if not isinstance(sampler, VLLMSampler):
+            return
+        run_name = on_main_process(lambda: f"spin-{os.urandom(4).hex()}")
+        base_url, api_key = self.args.vllm_server_base_url, self.api_key
+        if self.choice.mode == "managed":
+            base_url, api_key = on_main_process(lambda: self._start_server(store))
+        server = self._connection(base_url, api_key)
+        on_every_process(lambda: sampler.connect(server, run_name, self._min_context_length()))
+
+    def close_sampler(self, sampler: OpponentSampler) -> None:
+        sampler.close()
+        if self.managed_server is not None:
+            self.managed_server.stop()
+            self.managed_server = None
+
+    def describe(self) -> dict[str, Any]:
+        """What this run depends on, for `self_play.json`. Holds no secret."""
+        return {
+            "model": self.model_name,
+            "sampler": {"mode": self.choice.mode, "reason": self.choice.reason},
+            "config": self.args.to_dict(),
+            "data": {
+                "train_fingerprint": self.train_dataset._fingerprint,
+                "num_train_rows": len(self.train_dataset),
+                "num_dropped_rows": self.num_dropped,
+                "num_eval_rows": 0 if self.eval_dataset is None else len(self.eval_dataset),
+            },
+            "versions": {"spin_trl": __version__, **{name: version(name) for name in _RECORDED_PACKAGES}},
+        }
+
+    def _start_server(self, store: IterationStore) -> tuple[str, str]:
+        model_init_kwargs = self.args.model_init_kwargs or {}
+        self.managed_server = ManagedServer(
+            log_path=store.server_log,
+            timeout=self.args.vllm_server_timeout,
+            model=self.model_name,
+            lora_rank=self.lora_rank,
+            max_model_length=self.args.vllm_max_model_length or self._longest_sequence(),
+            dtype="bfloat16" if self.args.bf16 else "float16" if self.args.fp16 else "float32",
+            gpu_memory_utilization=self.args.vllm_gpu_memory_utilization,
+            tensor_parallel_size=self.args.vllm_tensor_parallel_size,
+            revision=model_init_kwargs.get("revision"),
+            trust_remote_code=self.args.trust_remote_code,
+            extra=self.args.vllm_server_args.split() if self.args.vllm_server_args else None,
+        )
+        self.managed_server.start()
+        return self.managed_server.base_url, self.managed_server.api_key
+
+    def _connection(self, base_url: str, api_key: str | None) -> VLLMServer:
+        return VLLMServer(
+            base_url,
+            api_key,
+            server_timeout=self.args.vllm_server_timeout,
+            request_timeout=self.args.vllm_request_timeout,
+            max_concurrent_requests=self.args.vllm_max_concurrent_requests,
+        )
+
+    def _fit_to_server(self) -> None:
+        """See, before a model is loaded, that the server can play this run, and drop what it cannot hold."""
+
+        def look() -> int:
+            sampler = VLLMSampler(self.model_name, self.lora_rank, self.args.vllm_server_model)
+            try:
+                server = self._connection(self.args.vllm_server_base_url, self.api_key)
+                sampler.connect(server, "spin-probe", self._min_context_length())
+                return sampler.context_length
+            finally:
+                sampler.close()
+
+        self._fit_to_context(on_main_process(look), "the server's context (`--max-model-len`)")
+
+    def _fit_to_context(self, context_length: int, source: str) -> None:
+        """Drop prompts that leave no room for a single token, in the context or in `max_length`."""
+        max_length = self.args.max_length
+        if max_length is not None and max_length <= context_length:
+            context_length, source = max_length, "`max_length`"
+        reason = f"{source} ({context_length} tokens)"
+        with global_then_local_main_first():
+            self.train_dataset, num_dropped = drop_long_prompts(self.train_dataset, context_length - 1, reason)
+            if self.eval_dataset is not None:
+                self.eval_dataset, num_dropped_eval = drop_long_prompts(self.eval_dataset, context_length - 1, reason)
+                num_dropped += num_dropped_eval
+        self.num_dropped += num_dropped
+        if num_dropped > 0:
+            logger.warning(f"Dropped {num_dropped} row(s) whose prompt leaves no room for an answer in {reason}.")
+
+    def _datasets(self) -> list[Dataset]:
+        return [self.train_dataset] if self.eval_dataset is None else [self.train_dataset, self.eval_dataset]
+
+    def _min_context_length(self) -> int:
+        return 1 + min(percentile_length(dataset, "prompt_ids", 0) for dataset in self._datasets())
+
+    def _longest_sequence(self) -> int:
+        longest_prompt = max(percentile_length(dataset, "prompt_ids", 100) for dataset in self._datasets())
+        return min(self.context_length, longest_prompt + self.args.max_completion_length)
+
+
+_DESCRIPTIONS = {
+    "server": "from a running vLLM server",
+    "managed": "from a vLLM server that this run starts",
+    "in-process": "in-process by transformers",
+}
+
+
+def _check_args(args: SPINConfig | None, model_name: str) -> SPINConfig:
+    if args is None:
+        return SPINConfig(f"{model_name.split('/')[-1]}-SPIN")
+    if not isinstance(args, SPINConfig):
+        raise TypeError(f"`args` must be a `SPINConfig`, got `{type(args).__name__}`.")
+    if args.eval_strategy != "no":
+        raise ValueError(
+            f"`eval_strategy={args.eval_strategy.value!r}` evaluates within an iteration, which is not supported: "
+            "every opponent and the final policy are evaluated as soon as an `eval_dataset` is given. Leave "
+            "`eval_strategy` unset."
+        )
+    return args
+
+
+def _take_api_key(args: SPINConfig) -> str | None:
+    """The key leaves the arguments, which Trainer pickles into every checkpoint."""
+    key, args.vllm_api_key = args.vllm_api_key or os.environ.get("VLLM_API_KEY"), None
+    return key
+
+
+def _load_tokenizer(
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin | None, model_name: str, args: SPINConfig
+) -> PreTrainedTokenizerBase:
+    if processing_class is None:
+        revision = (args.model_init_kwargs or {}).get("revision")
+        processing_class = AutoTokenizer.from_pretrained(
+            model_name, revision=revision, trust_remote_code=args.trust_remote_code
+        )
+    tokenizer = processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            "The tokenizer has no end token, so no answer could ever end. Set `tokenizer.eos_token` to the token at "
+            "which the model stops, and pass the tokenizer as `processing_class`."
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _end_token_ids(
+    model: "str | PreTrainedModel", tokenizer: PreTrainedTokenizerBase, args: SPINConfig
+) -> tuple[int, ...]:
+    """Token ids at which the model stops: the tokenizer's end token first, then what its generation config adds."""
+    if isinstance(model, str):
+        try:
+            config = GenerationConfig.from_pretrained(model, revision=(args.model_init_kwargs or {}).get("revision"))
+        except OSError:  # most models have one, none needs one
+            config = GenerationConfig()
+    else:
+        config = model.generation_config or GenerationConfig()
+    also = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    return tuple(dict.fromkeys([tokenizer.eos_token_id, *(i for i in also if i is not None)]))
+
+
+def _model_context_length(model: "str | PreTrainedModel", args: SPINConfig) -> int:
+    if isinstance(model, str):
+        config = AutoConfig.from_pretrained(
+            model,
+            revision=(args.model_init_kwargs or {}).get("revision"),
+            trust_remote_code=args.trust_remote_code,
+        )
+    else:
+        config = model.config
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or 1_000_000_000
+
+
+def _sampling_params(args: SPINConfig, end_token_ids: tuple[int, ...]) -> SamplingParams:
+    return SamplingParams(
+        max_completion_length=args.max_completion_length,
+        end_token_ids=end_token_ids,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
+        extra=args.generation_kwargs or {},
+    )

@@ -1,0 +1,150 @@
+"""Log-probs of given completions under the policy as it stands, computed by the policy itself, sharded or not.
+
+Knows nothing of servers and of iterations. Every process must call these functions together.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+
+if TYPE_CHECKING:
+    from trl import DPOTrainer
+
+
+def score_pairs(trainer: "DPOTrainer", pairs: Dataset) -> dict[str, np.ndarray]:
+    """
+    Log-probs of both sides of every pair under the policy, which at the start of an iteration is the opponent.
+
+    Args:
+        trainer ([`~trl.DPOTrainer`]): Holds the policy.
+        pairs ([`~datasets.Dataset`]): With the columns `prompt_ids`, `chosen_ids` and `rejected_ids`.
+
+    Returns:
+        `dict` with the columns that DPOTrainer reads: `ref_chosen_logps` and `ref_rejected_logps`, each of shape
+        `(len(pairs),)`, in nats, summed over the completion.
+    """
+    columns = ["prompt_ids", "chosen_ids", "rejected_ids"]
+    lengths = [len(p) + max(len(c), len(r)) for p, c, r in zip(*(pairs[name] for name in columns), strict=True)]
+    order = np.argsort(lengths, kind="stable")  # neighbours in length waste little padding
+    batch_size = trainer.args.precompute_ref_batch_size or trainer.args.per_device_train_batch_size
+    chosen, rejected = [], []
+    with _policy_is_reference(trainer), _loader(trainer, pairs.select(order), batch_size) as loader:
+        for batch in _progress(trainer, loader, "Scoring pairs"):
+            logps = trainer.compute_ref_log_probs(trainer.model_wrapped, batch)
+            chosen_logps, rejected_logps = trainer.accelerator.gather_for_metrics(logps)
+            chosen.append(chosen_logps.float().cpu())
+            rejected.append(rejected_logps.float().cpu())
+    restore = np.argsort(order, kind="stable")
+    return {
+        "ref_chosen_logps": torch.cat(chosen).numpy()[restore],
+        "ref_rejected_logps": torch.cat(rejected).numpy()[restore],
+    }
+
+
+def completion_logps(trainer: "DPOTrainer", rows: list[dict[str, Any]]) -> list[list[float]]:
+    """
+    Log-prob of every token of a few completions. Every process computes all of them.
+
+    Args:
+        rows (`list[dict]`): Each with `prompt_ids` and `completion_ids`.
+
+    Returns:
+        `list[list[float]]`: for each row one value per completion token, in nats.
+    """
+    with _evaluating(trainer):
+        logps, mask = _per_token_logps(trainer, _collate_completions(trainer, rows))
+    return [row_logps[row_mask].tolist() for row_logps, row_mask in zip(logps, mask, strict=True)]
+
+
+def negative_log_likelihood(trainer: "DPOTrainer", dataset: Dataset) -> float:
+    """Mean negative log-likelihood of the ground truths (`chosen_ids`), in nats per token."""
+    rows = dataset.select_columns(["prompt_ids", "chosen_ids"]).rename_column("chosen_ids", "completion_ids")
+    totals = torch.zeros(2, dtype=torch.float64)  # log-prob, tokens
+
+    def collate(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        return _collate_completions(trainer, examples)
+
+    with (
+        _evaluating(trainer),
+        _loader(trainer, rows, trainer.args.per_device_eval_batch_size, collate) as loader,
+    ):
+        for batch in _progress(trainer, loader, "Scoring ground truths"):
+            logps, mask = _per_token_logps(trainer, batch)
+            sums = torch.stack([(logps * mask).sum(dim=1), mask.sum(dim=1)], dim=1)  # (B, 2)
+            totals += trainer.accelerator.gather_for_metrics(sums).double().sum(dim=0).cpu()
+    return (-totals[0] / totals[1]).item()
+
+
+def _per_token_logps(
+    trainer: "DPOTrainer", batch: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probs (B, T - 1) of each next token, and where they belong to the completion."""
+    batch = trainer._prepare_inputs(batch)
+    with torch.no_grad(), trainer.accelerator.autocast():
+        outputs = trainer.model_wrapped(**batch, use_cache=False, fused_lm_head=True)
+    mask = batch["labels"][:, 1:] != -100
+    return outputs.log_probs[:, -mask.size(1) :].float(), mask
+
+
+def _collate_completions(trainer: "DPOTrainer", rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    examples = [
+        {
+            "input_ids": (row["prompt_ids"] + row["completion_ids"])[: trainer.args.max_length],
+            "labels": ([-100] * len(row["prompt_ids"]) + row["completion_ids"])[: trainer.args.max_length],
+        }
+        for row in rows
+    ]
+    return DataCollatorForLanguageModeling(trainer._tokenizer.pad_token_id)(examples)
+
+
+@contextmanager
+def _policy_is_reference(trainer: "DPOTrainer") -> Iterator[None]:
+    """For the time of scoring the policy *is* the reference: DPOTrainer then neither looks for another nor switches
+    the adapter off."""
+    trainer.ref_model = trainer.model_wrapped
+    try:
+        with _evaluating(trainer):
+            yield
+    finally:
+        trainer.ref_model = None
+
+
+@contextmanager
+def _evaluating(trainer: "DPOTrainer") -> Iterator[None]:
+    was_training = trainer.model.training
+    trainer.model_wrapped.eval()
+    try:
+        with disable_gradient_checkpointing(trainer.model, trainer.args.gradient_checkpointing_kwargs):
+            yield
+    finally:
+        trainer.model_wrapped.train(was_training)
+
+
+@contextmanager
+def _loader(trainer: "DPOTrainer", dataset: Dataset, batch_size: int, collate=None) -> Iterator[DataLoader]:
+    loader = trainer.accelerator.prepare(
+        DataLoader(dataset, batch_size=batch_size, collate_fn=collate or trainer.data_collator, shuffle=False)
+    )
+    try:
+        yield loader
+    finally:
+        forget_loader(trainer, loader)
+
+
+def forget_loader(trainer: "DPOTrainer", loader: DataLoader) -> None:
+    """Accelerate remembers every loader it ever prepared, and with it the dataset; let go of this one."""
+    kept = [known for known in trainer.accelerator._dataloaders if known is not loader]
+    trainer.accelerator._dataloaders[:] = kept
+
+
+def _progress(trainer: "DPOTrainer", loader: DataLoader, description: str) -> tqdm:
+    return tqdm(loader, desc=description, leave=False, disable=not trainer.is_world_process_zero())

@@ -1,0 +1,199 @@
+"""`SelfPlayCallback`: the outer loop. At the start of an iteration publish, check, evaluate, generate, pair, score, swap.
+
+Knows nothing of URLs, file names or tensor maths: they are the sampler's, the store's and `scoring`'s.
+"""
+
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from accelerate.logging import get_logger
+from datasets import Dataset
+from transformers import TrainerCallback, TrainerControl, TrainerState
+
+from .completions import GenerationJob, Share
+from .evaluation import GenerationMetrics, ScoreTable, generation_metrics
+from .generation.sampler import Completion, CompletionRequest, OpponentSampler, SamplingParams
+from .iteration_store import IterationStore
+from .pairs import add_history, describe_pairs, make_pairs
+from .publish_check import compare_logps
+from .ranks import on_every_process, on_main_process
+from .scoring import completion_logps, negative_log_likelihood, score_pairs
+from .spin_config import SPINConfig
+
+
+if TYPE_CHECKING:
+    from .spin_trainer import SPINTrainer
+
+logger = get_logger(__name__)
+
+
+class SelfPlayCallback(TrainerCallback):
+    """
+    A callback that plays the policy against its own previous iterate.
+
+    Before the first epoch of every iteration it turns the policy as it stands into the opponent, has the opponent
+    answer all prompts, and hands the trainer the pairs to train on. At the end of the run the final policy is
+    evaluated as one more opponent, if there is an evaluation dataset.
+
+    Args:
+        trainer ([`SPINTrainer`]): Holds the policy.
+        sampler ([`OpponentSampler`]): Answers prompts as the opponent.
+        store ([`IterationStore`]): The run directory.
+        dataset ([`~datasets.Dataset`]): With the columns `row`, `prompt_ids` and `chosen_ids`.
+        params ([`SamplingParams`]): How the opponent answers.
+        eval_dataset ([`~datasets.Dataset`], *optional*): As `dataset`, with `prompt`.
+        compute_generation_metrics (`Callable`, *optional*): The user's metrics.
+        base_is_opponent (`bool`): Whether the first opponent is the base model as the sampler already has it.
+    """
+
+    def __init__(
+        self,
+        trainer: "SPINTrainer",
+        sampler: OpponentSampler,
+        store: IterationStore,
+        dataset: Dataset,
+        params: SamplingParams,
+        eval_dataset: Dataset | None = None,
+        compute_generation_metrics: GenerationMetrics | None = None,
+        base_is_opponent: bool = True,
+    ):
+        self.trainer = trainer
+        self.sampler = sampler
+        self.store = store
+        self.dataset = dataset
+        self.params = params
+        self.eval_dataset = eval_dataset
+        self.compute_generation_metrics = compute_generation_metrics
+        self.base_is_opponent = base_is_opponent
+        self.table = ScoreTable(self._print)
+        self.iteration: int | None = None
+
+    def on_epoch_begin(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
+        iteration = int(state.epoch + 1e-6) // args.epochs_per_iteration
+        if iteration != self.iteration:
+            self.play(iteration)
+
+    def on_train_end(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
+        if self.eval_dataset is not None:
+            with self._phase("evaluate", self.iteration + 1):
+                self._publish(self.iteration + 1)
+                self._evaluate(self.iteration + 1)
+
+    def play(self, iteration: int) -> None:
+        """Make the pairs of `iteration`, or read them back where they are already on disk, and train on them next."""
+        if not self.store.has_pairs(iteration):
+            with self._phase("publish", iteration):
+                self._publish(iteration)
+            if self.eval_dataset is not None:
+                with self._phase("evaluate", iteration):
+                    self._evaluate(iteration)
+            with self._phase("generate", iteration):
+                self._generate(iteration)
+            with self._phase("score", iteration):
+                self._pair_and_score(iteration)
+        self.iteration = iteration
+        self.trainer.begin_iteration(iteration, self.store.read_pairs(iteration))
+
+    # Phases
+
+    def _publish(self, iteration: int) -> None:
+        checkpoint = None
+        if self.sampler.reads_checkpoints and not (iteration == 0 and self.base_is_opponent):
+            checkpoint = self._save_opponent(iteration)
+        on_main_process(lambda: self.sampler.publish(iteration, checkpoint))
+        self.sampler.select(iteration, checkpoint)
+        if self.sampler.reads_checkpoints and self.trainer.args.publish_check_samples > 0:
+            self._check(iteration)
+
+    def _save_opponent(self, iteration: int) -> Path:
+        def save() -> Path:
+            return self.store.write_opponent(
+                iteration, self.trainer.save_opponent, self.trainer.is_world_process_zero()
+            )
+
+        return on_every_process(save)
+
+    def _check(self, iteration: int) -> None:
+        """Compare the server's log-probs of a few sampled completions with the policy's own."""
+        prompts = self.dataset.select(range(min(len(self.dataset), self.trainer.args.publish_check_samples)))
+        requests = [
+            CompletionRequest((row["row"], 0), row["prompt_ids"], seed=self.trainer.args.seed + row["row"])
+            for row in prompts
+        ]
+        # Log-probs are of the opponent itself, so it must be sampled as it is.
+        params = replace(self.params, temperature=1.0, top_p=1.0, top_k=0, min_p=None, repetition_penalty=1.0, extra={})
+
+        def sample() -> list[Completion]:
+            return list(self.sampler.sample(requests, params, logprobs=True))
+
+        completions = on_main_process(sample)
+        prompt_ids = {request.key: request.prompt_ids for request in requests}
+        rows = [{"prompt_ids": prompt_ids[c.key], "completion_ids": c.token_ids} for c in completions]
+        check = compare_logps(completions, completion_logps(self.trainer, rows))
+        opponent = "the base model" if iteration == 0 and self.base_is_opponent else f"iteration {iteration}'s opponent"
+        check.require(self.trainer.args.publish_check_tolerance, opponent)
+        self._record(iteration, {"publish_check_difference": check.mean_difference})
+
+    def _evaluate(self, iteration: int) -> None:
+        greedy_or_not = replace(self.params, temperature=self.trainer.args.eval_temperature)
+        self._complete(iteration, "evaluation", self.eval_dataset, greedy_or_not, num_samples=1)
+        nll = negative_log_likelihood(self.trainer, self.eval_dataset)
+
+        def measure() -> dict[str, float]:
+            scores = {"nll": nll}
+            if self.compute_generation_metrics is not None:
+                completions = self.store.read_completions(iteration, "evaluation")
+                scores |= generation_metrics(
+                    self.compute_generation_metrics, self.eval_dataset, completions, self.trainer.processing_class
+                )
+            self.table.add("start" if iteration == 0 else f"iteration {iteration - 1}", scores)
+            return scores
+
+        scores = on_main_process(measure)
+        self._record(iteration, {"evaluation": scores})
+        self.trainer.log_self_play({f"eval_{name}": value for name, value in scores.items()})
+
+    def _generate(self, iteration: int) -> None:
+        self._complete(iteration, "generations", self.dataset, self.params, self.trainer.args.num_generations)
+
+    def _complete(
+        self, iteration: int, kind: str, dataset: Dataset, params: SamplingParams, num_samples: int
+    ) -> None:
+        args = self.trainer.args
+        job = GenerationJob(self.store, iteration, kind, params, num_samples, args.generation_part_size, args.seed)
+        share = Share(args.process_index, args.world_size)
+        on_every_process(lambda: job.run(self.sampler, dataset, share))
+
+    def _pair_and_score(self, iteration: int) -> None:
+        completions = self.store.read_completions(iteration, "generations")
+        own = make_pairs(self.dataset, completions, iteration)
+        first = max(0, iteration - self.trainer.args.num_history_iterations)
+        pairs = add_history(own, [(i, self.store.read_pairs(i)) for i in range(first, iteration)])
+        for name, logps in score_pairs(self.trainer, pairs).items():
+            pairs = pairs.add_column(name, logps)
+        description = describe_pairs(own, completions)
+        self._record(iteration, {**description, "num_training_pairs": len(pairs)})
+        self.trainer.log_self_play({f"self_play/{name}": value for name, value in description.items()})
+        on_main_process(lambda: self.store.write_pairs(iteration, pairs))
+
+    # Records
+
+    @contextmanager
+    def _phase(self, name: str, iteration: int) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        self._record(iteration, {f"seconds_{name}": time.monotonic() - started})
+
+    def _record(self, iteration: int, metrics: dict[str, Any]) -> None:
+        on_main_process(lambda: self.store.write_metrics(iteration, metrics))
+
+    def _print(self, line: str) -> None:
+        # Beside a progress bar a plain print would tear it.
+        from tqdm import tqdm
+
+        tqdm.write(line)

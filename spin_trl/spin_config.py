@@ -1,0 +1,352 @@
+"""`SPINConfig`: the fields that self-play adds to DPOConfig, and their checks. Knows nothing of files, servers, models."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl import DPOConfig
+
+
+@dataclass
+class SPINConfig(DPOConfig):
+    r"""
+    Configuration of [`SPINTrainer`]: a [`~trl.DPOConfig`] plus the self-play.
+
+    Only the fields that differ from [`~trl.DPOConfig`] are listed; the others keep their meaning.
+
+    Parameters:
+        > Parameters that control the self-play
+
+        num_iterations (`int`, *optional*, defaults to `3`):
+            Number of self-play iterations. In each, the policy as it stands (the opponent) answers every prompt, and
+            is then trained to prefer the ground truth over those answers.
+        epochs_per_iteration (`int`, *optional*, defaults to `1`):
+            Number of epochs over the pairs of each iteration. The paper uses 2.
+        num_history_iterations (`int`, *optional*, defaults to `1`):
+            Number of previous iterations whose pairs join the new ones, scored anew by the current opponent. The
+            paper uses 1. With 0, every iteration trains on its own pairs alone.
+        num_generations (`int`, *optional*, defaults to `1`):
+            Number of answers that the opponent gives to each prompt; each makes one pair.
+        reset_optimizer (`bool`, *optional*, defaults to `True`):
+            Whether the optimizer's moments start fresh in each iteration, as in the paper. Warm-up and decay of the
+            learning rate always run within each iteration.
+
+        > Parameters that control the opponent's generation
+
+        max_completion_length (`int`, *optional*):
+            Maximum number of tokens that the opponent generates. By default the 99th percentile of the ground truth's
+            lengths, so that the two sides cannot be told apart by where they were cut off.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Sampling temperature. SPIN's theory asks for samples of the opponent itself, which is temperature 1.
+        top_p (`float`, *optional*, defaults to `1.0`):
+            Cumulative probability of the tokens to sample from. 1.0 considers all tokens.
+        top_k (`int`, *optional*, defaults to `0`):
+            Number of most probable tokens to sample from. 0 considers all tokens.
+        min_p (`float`, *optional*):
+            Minimum token probability, scaled by the probability of the most likely token.
+        repetition_penalty (`float`, *optional*, defaults to `1.0`):
+            Values above 1.0 discourage repeating tokens of prompt and completion.
+        generation_kwargs (`dict[str, Any]`, *optional*):
+            Additional sampling parameters, passed as they are to the server's `/v1/completions` (for vLLM) or to
+            `GenerationConfig` (for in-process generation). They win over the fields above.
+        per_device_generation_batch_size (`int`, *optional*, defaults to `64`):
+            Number of prompts per batch when generating in-process (no vLLM).
+        generation_part_size (`int`, *optional*, defaults to `256`):
+            Number of prompts whose completions are written to disk as one part.
+
+        > Parameters that control the vLLM server
+
+        use_vllm (`bool`, *optional*):
+            Whether a vLLM server generates. Unset: yes if `vllm_server_base_url` is given or vLLM is installed here,
+            otherwise the policy generates in-process. The run says which and why.
+        vllm_mode (`str`, *optional*):
+            `"server"`: a server that is running already, at `vllm_server_base_url`. `"managed"`: the run starts one on
+            a free loopback port and stops it at its end. Unset: `"server"` if `vllm_server_base_url` is given.
+        vllm_server_base_url (`str`, *optional*):
+            Address of a running server, such as `"http://localhost:8000"`. `python -m spin_trl.serve MODEL` starts one
+            with everything the trainer needs.
+        vllm_server_model (`str`, *optional*):
+            Name under which the server serves the base model, where it differs from the trainer's.
+        vllm_server_timeout (`float`, *optional*, defaults to `240.0`):
+            Seconds to wait for the server to come up, or to come back.
+        vllm_request_timeout (`float`, *optional*, defaults to `600.0`):
+            Seconds to wait for the answer to one request.
+        vllm_max_concurrent_requests (`int`, *optional*, defaults to `256`):
+            Number of requests that each process keeps in flight.
+        vllm_api_key (`str`, *optional*):
+            API key of the server. Defaults to the environment variable `VLLM_API_KEY`. Never written to disk.
+        vllm_max_model_length (`int`, *optional*):
+            Context length of a managed server. Defaults to the longest prompt plus `max_completion_length`.
+        vllm_gpu_memory_utilization (`float`, *optional*, defaults to `0.3`):
+            Share of the GPU's memory for a managed server. It has to leave room for the policy on the same GPU.
+        vllm_tensor_parallel_size (`int`, *optional*, defaults to `1`):
+            Number of GPUs over which a managed server splits the model.
+        vllm_server_args (`str`, *optional*):
+            Further arguments for a managed server's `vllm serve`, as one string.
+
+        > Parameters that control the publish check
+
+        publish_check_samples (`int`, *optional*, defaults to `8`):
+            Number of completions of each newly published opponent whose log-probs, as the server gives them, are
+            compared with the policy's own. 0 switches the check off.
+        publish_check_tolerance (`float`, *optional*, defaults to `0.05`):
+            Largest mean absolute difference per token, in nats. In float32 a healthy server is below 1e-5; in bfloat16
+            0.015 was reported, and 0.2 for a stale opponent (trl#5312).
+
+        > Parameters that control the evaluation
+
+        eval_temperature (`float`, *optional*, defaults to `0.0`):
+            Sampling temperature for the answers to the prompts of `eval_dataset`. 0.0 is greedy decoding.
+
+        > Parameters that control the run directory
+
+        overwrite_output_dir (`bool`, *optional*, defaults to `False`):
+            Whether a self-play run that already lies in `output_dir` is deleted. By default it is refused.
+
+    > [!NOTE]
+    > These parameters have default values different from [`~trl.DPOConfig`]:
+    > - `learning_rate`: Defaults to `5e-7` instead of `1e-6`, the paper's.
+    > - `num_train_epochs`: Follows from `num_iterations` and `epochs_per_iteration`; setting it is refused.
+    > - `precompute_ref_log_probs`: Always `True`. The opponent's log-probs are computed once per iteration, by the
+    >   policy itself; no reference model is ever loaded.
+    """
+
+    _VALID_DICT_FIELDS = DPOConfig._VALID_DICT_FIELDS + ["generation_kwargs"]
+
+    # Parameters whose default values are overridden from DPOConfig
+    learning_rate: float = field(default=5e-7, metadata={"help": "The initial learning rate of each iteration."})
+    num_train_epochs: float | None = field(
+        default=None,
+        metadata={"help": "Not to be set: it is `num_iterations` times `epochs_per_iteration`."},
+    )
+    precompute_ref_log_probs: bool = field(
+        default=True,
+        metadata={
+            "help": "Always true: the opponent's log-probs are computed once per iteration, by the policy itself."
+        },
+    )
+
+    # Parameters that control the self-play
+    num_iterations: int = field(default=3, metadata={"help": "Number of self-play iterations."})
+    epochs_per_iteration: int = field(
+        default=1, metadata={"help": "Number of epochs over the pairs of each iteration. The paper uses 2."}
+    )
+    num_history_iterations: int = field(
+        default=1,
+        metadata={
+            "help": "Number of previous iterations whose pairs join the new ones, scored anew by the current opponent."
+        },
+    )
+    num_generations: int = field(
+        default=1, metadata={"help": "Number of answers that the opponent gives to each prompt; each makes one pair."}
+    )
+    reset_optimizer: bool = field(
+        default=True, metadata={"help": "Whether the optimizer's moments start fresh in each iteration."}
+    )
+
+    # Parameters that control the opponent's generation
+    max_completion_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Maximum number of tokens that the opponent generates. Defaults to the 99th percentile of the "
+            "ground truth's lengths."
+        },
+    )
+    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature."})
+    top_p: float = field(
+        default=1.0, metadata={"help": "Cumulative probability of the tokens to sample from. 1.0 considers all tokens."}
+    )
+    top_k: int = field(
+        default=0, metadata={"help": "Number of most probable tokens to sample from. 0 considers all tokens."}
+    )
+    min_p: float | None = field(
+        default=None,
+        metadata={"help": "Minimum token probability, scaled by the probability of the most likely token."},
+    )
+    repetition_penalty: float = field(
+        default=1.0, metadata={"help": "Values above 1.0 discourage repeating tokens of prompt and completion."}
+    )
+    generation_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Additional sampling parameters, passed as they are to the server's `/v1/completions` (vLLM) or "
+            "to `GenerationConfig` (in-process). They win over the fields above."
+        },
+    )
+    per_device_generation_batch_size: int = field(
+        default=64, metadata={"help": "Number of prompts per batch when generating in-process."}
+    )
+    generation_part_size: int = field(
+        default=256, metadata={"help": "Number of prompts whose completions are written to disk as one part."}
+    )
+
+    # Parameters that control the vLLM server
+    use_vllm: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Whether a vLLM server generates. Unset: yes if `vllm_server_base_url` is given or vLLM is "
+            "installed here, otherwise the policy generates in-process."
+        },
+    )
+    vllm_mode: str | None = field(
+        default=None,
+        metadata={
+            "help": "'server': a server that is running already, at `vllm_server_base_url`. 'managed': the run starts "
+            "one and stops it. Unset: 'server' if `vllm_server_base_url` is given.",
+            "choices": ["server", "managed"],
+        },
+    )
+    vllm_server_base_url: str | None = field(
+        default=None, metadata={"help": "Address of a running server, such as 'http://localhost:8000'."}
+    )
+    vllm_server_model: str | None = field(
+        default=None,
+        metadata={"help": "Name under which the server serves the base model, where it differs from the trainer's."},
+    )
+    vllm_server_timeout: float = field(
+        default=240.0, metadata={"help": "Seconds to wait for the server to come up, or to come back."}
+    )
+    vllm_request_timeout: float = field(
+        default=600.0, metadata={"help": "Seconds to wait for the answer to one request."}
+    )
+    vllm_max_concurrent_requests: int = field(
+        default=256, metadata={"help": "Number of requests that each process keeps in flight."}
+    )
+    vllm_api_key: str | None = field(
+        default=None,
+        metadata={"help": "API key of the server. Defaults to the environment variable `VLLM_API_KEY`."},
+    )
+    vllm_max_model_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Context length of a managed server. Defaults to the longest prompt plus `max_completion_length`."
+        },
+    )
+    vllm_gpu_memory_utilization: float = field(
+        default=0.3, metadata={"help": "Share of the GPU's memory for a managed server."}
+    )
+    vllm_tensor_parallel_size: int = field(
+        default=1, metadata={"help": "Number of GPUs over which a managed server splits the model."}
+    )
+    vllm_server_args: str | None = field(
+        default=None, metadata={"help": "Further arguments for a managed server's `vllm serve`, as one string."}
+    )
+
+    # Parameters that control the publish check
+    publish_check_samples: int = field(
+        default=8,
+        metadata={
+            "help": "Number of completions of each newly published opponent whose log-probs are compared with the "
+            "policy's own. 0 switches the check off."
+        },
+    )
+    publish_check_tolerance: float = field(
+        default=0.05, metadata={"help": "Largest mean absolute difference per token, in nats."}
+    )
+
+    # Parameters that control the evaluation
+    eval_temperature: float = field(
+        default=0.0,
+        metadata={"help": "Sampling temperature for the answers to `eval_dataset`. 0.0 is greedy decoding."},
+    )
+
+    # Parameters that control the run directory
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Whether a self-play run that already lies in `output_dir` is deleted."}
+    )
+
+    def __post_init__(self):
+        self._check_self_play()
+        self._check_generation()
+        self._check_server()
+        self.num_train_epochs = float(self.num_iterations * self.epochs_per_iteration)
+        super().__post_init__()
+
+    def _check_self_play(self):
+        if self.num_train_epochs is not None:
+            raise ValueError(
+                f"`num_train_epochs` is set to {self.num_train_epochs}, but it follows from `num_iterations` "
+                f"({self.num_iterations}) times `epochs_per_iteration` ({self.epochs_per_iteration}). Set those two "
+                "instead."
+            )
+        for name, minimum in (
+            ("num_iterations", 1),
+            ("epochs_per_iteration", 1),
+            ("num_history_iterations", 0),
+            ("num_generations", 1),
+        ):
+            _check_at_least(self, name, minimum)
+        if not self.precompute_ref_log_probs:
+            raise ValueError(
+                "`precompute_ref_log_probs=False` is not possible in self-play: the reference is the opponent, whose "
+                "weights are gone as soon as the policy takes its first step. Its log-probs are computed once at the "
+                "start of each iteration. Leave `precompute_ref_log_probs` unset."
+            )
+        if self.sync_ref_model:
+            raise ValueError(
+                "`sync_ref_model=True` is not possible in self-play: there is no reference model in memory, and the "
+                "reference moves to the newest opponent at the start of each iteration anyway. Leave it unset."
+            )
+        if self.eval_on_start:
+            raise ValueError(
+                "`eval_on_start=True` comes before the opponent has answered the evaluation prompts. Leave it unset: "
+                "the start is evaluated as iteration 0's opponent whenever an `eval_dataset` is given."
+            )
+
+    def _check_generation(self):
+        for name, minimum in (
+            ("max_completion_length", 1),
+            ("per_device_generation_batch_size", 1),
+            ("generation_part_size", 1),
+            ("top_k", 0),
+        ):
+            if getattr(self, name) is not None:
+                _check_at_least(self, name, minimum)
+        for name in ("temperature", "eval_temperature"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}` must be at least 0 (0 is greedy decoding), got {getattr(self, name)}.")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"`top_p` must be in (0, 1], got {self.top_p}. Use 1.0 to consider all tokens.")
+
+    def _check_server(self):
+        if self.use_vllm is False and (self.vllm_server_base_url is not None or self.vllm_mode is not None):
+            raise ValueError(
+                "`use_vllm=False` contradicts "
+                f"`vllm_mode={self.vllm_mode!r}` and `vllm_server_base_url={self.vllm_server_base_url!r}`. Leave "
+                "`use_vllm` unset to use the server, or leave the other two unset to generate in-process."
+            )
+        if self.vllm_mode not in (None, "server", "managed"):
+            raise ValueError(f"`vllm_mode` must be 'server' or 'managed', got {self.vllm_mode!r}.")
+        if self.vllm_mode == "server" and self.vllm_server_base_url is None:
+            raise ValueError(
+                "`vllm_mode='server'` needs the address of the server: set `vllm_server_base_url`, for example to "
+                "'http://localhost:8000', or use `vllm_mode='managed'` to have the run start one."
+            )
+        if self.vllm_mode == "managed" and self.vllm_server_base_url is not None:
+            raise ValueError(
+                f"`vllm_mode='managed'` starts a server of its own, but `vllm_server_base_url` names one already: "
+                f"{self.vllm_server_base_url!r}. Set only one of the two."
+            )
+        for name in ("vllm_max_concurrent_requests", "vllm_tensor_parallel_size"):
+            _check_at_least(self, name, 1)
+        for name in ("vllm_server_timeout", "vllm_request_timeout"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"`{name}` must be a positive number of seconds, got {getattr(self, name)}.")
+        _check_at_least(self, "publish_check_samples", 0)
+        if self.publish_check_tolerance <= 0:
+            raise ValueError(
+                f"`publish_check_tolerance` must be positive, got {self.publish_check_tolerance}. To switch the check "
+                "off, set `publish_check_samples=0`."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As [`~transformers.TrainingArguments.to_dict`], which hides `*_token` values but not the API key."""
+        values = super().to_dict()
+        if values.get("vllm_api_key") is not None:
+            values["vllm_api_key"] = "<VLLM_API_KEY>"
+        return values
+
+
+def _check_at_least(config: SPINConfig, name: str, minimum: int):
+    value = getattr(config, name)
+    if value < minimum:
+        raise ValueError(f"`{name}` must be at least {minimum}, got {value}.")

@@ -1,0 +1,270 @@
+"""`SPINTrainer`: what differs from `DPOTrainer`, and nothing else. Knows nothing of HTTP and file names."""
+
+import math
+import textwrap
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+from accelerate.logging import get_logger
+from accelerate.utils import is_peft_model
+from datasets import Dataset
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, TrainerCallback
+from transformers.trainer_utils import EvalPrediction, TrainOutput
+from trl import DPOTrainer
+from trl.models import unwrap_model_for_generation
+
+from .evaluation import GenerationMetrics
+from .iteration_store import IterationStore
+from .ranks import on_main_process
+from .scoring import forget_loader
+from .self_play import SelfPlayCallback
+from .run_setup import SelfPlaySetup
+from .spin_config import SPINConfig
+
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+    from transformers import BitsAndBytesConfig
+
+logger = get_logger(__name__)
+
+
+class SPINTrainer(DPOTrainer):
+    """
+    Trainer for Self-Play Fine-Tuning (SPIN).
+
+    Differs from [`~trl.DPOTrainer`] in where the pairs and the reference come from. The dataset holds prompts and
+    ground truths only. At the start of every iteration the policy as it stands becomes the opponent: it answers every
+    prompt, its answers are the rejected side, and its log-probs, computed once by the policy itself, are the
+    reference. No reference model is ever loaded.
+
+    Example:
+
+    ```python
+    >>> from datasets import load_dataset
+    >>> from peft import LoraConfig
+    >>> from spin_trl import SPINConfig, SPINTrainer
+
+    >>> trainer = SPINTrainer(
+    ...     model="Qwen/Qwen2.5-7B-Instruct",
+    ...     args=SPINConfig(output_dir="out", num_iterations=3, vllm_server_base_url="http://localhost:8000"),
+    ...     train_dataset=load_dataset("json", data_files="sft.jsonl", split="train"),  # prompt + completion
+    ...     peft_config=LoraConfig(r=16, target_modules="all-linear"),
+    ... )
+    >>> trainer.train()
+    ```
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The policy, as for [`~trl.DPOTrainer`]. The first opponent is this model as it is.
+        args ([`SPINConfig`], *optional*):
+            Configuration. If `None`, a default one is used.
+        data_collator ([`~transformers.DataCollator`], *optional*):
+            As for [`~trl.DPOTrainer`].
+        train_dataset ([`~datasets.Dataset`]):
+            Prompts and ground truths: `prompt` and `completion` (text or messages), or `messages`.
+        eval_dataset ([`~datasets.Dataset`], *optional*):
+            The same kind of rows. Its prompts are answered by every opponent and by the final policy.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            The tokenizer. By default the model's own.
+        compute_metrics (`Callable`, *optional*):
+            As for [`~trl.DPOTrainer`].
+        compute_generation_metrics (`Callable[[list, list[str], list[str]], dict[str, float]]`, *optional*):
+            Called with the prompts (as in the dataset), the ground truths and the answers (text) of `eval_dataset`.
+        callbacks, optimizers, quantization_config, peft_config:
+            As for [`~trl.DPOTrainer`].
+
+    Raises:
+        `ValueError`, `TypeError`, [`SamplerError`]: for bad data, contradicting settings or a server that cannot play
+        this run, all before the model is loaded.
+    """
+
+    _tag_names = ["trl", "spin"]
+    _name = "SPIN"
+    _paper = {
+        "title": "Self-Play Fine-Tuning Converts Weak Language Models to Strong Language Models",
+        "id": "2401.01335",
+        # docstyle-ignore
+        "citation": textwrap.dedent("""\
+            @inproceedings{chen2024self,
+                title        = {{Self-Play Fine-Tuning Converts Weak Language Models to Strong Language Models}},
+                author       = {Zixiang Chen and Yihe Deng and Huizhuo Yuan and Kaixuan Ji and Quanquan Gu},
+                year         = 2024,
+                booktitle    = {Forty-first International Conference on Machine Learning, {ICML} 2024},
+            }"""),
+    }
+
+    def __init__(
+        self,
+        model: "str | PreTrainedModel | PeftModel",
+        args: SPINConfig | None = None,
+        data_collator: DataCollator | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
+        compute_generation_metrics: GenerationMetrics | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Optimizer | None, LRScheduler | None] = (None, None),
+        quantization_config: "BitsAndBytesConfig | None" = None,
+        peft_config: "PeftConfig | None" = None,
+        ref_model: None = None,
+    ):
+        if ref_model is not None:
+            raise ValueError(
+                "`ref_model` is not used in self-play: the reference is the opponent, that is the policy as it stands "
+                "when an iteration begins, and its log-probs are computed before the first step. Leave it out."
+            )
+        self.self_play_setup = SelfPlaySetup.prepare(
+            model, args, train_dataset, eval_dataset, processing_class, peft_config
+        )
+        args = self.self_play_setup.args
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=self.self_play_setup.train_dataset,
+            processing_class=self.self_play_setup.tokenizer,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+        )
+        if is_peft_model(self.model) and "ref" in self.model.peft_config:
+            self.model.delete_adapter("ref")  # DPOTrainer's copy of a trained adapter; the reference moves here
+        self.store = IterationStore(args.output_dir)
+        self.sampler = self.self_play_setup.build_sampler(self.open_policy)
+        self.self_play = SelfPlayCallback(
+            trainer=self,
+            sampler=self.sampler,
+            store=self.store,
+            dataset=self.self_play_setup.train_dataset,
+            params=self.self_play_setup.params,
+            eval_dataset=self.self_play_setup.eval_dataset,
+            compute_generation_metrics=compute_generation_metrics,
+            base_is_opponent=self.self_play_setup.base_is_opponent,
+        )
+        self.add_callback(self.self_play)
+
+    # What DPOTrainer does with a dataset of pairs at start is done per iteration, by `SelfPlayCallback`.
+
+    def _prepare_dataset(self, dataset: Dataset, *args, **kwargs) -> Dataset:
+        return dataset
+
+    def _precompute_ref_logps(self, dataset: Dataset, *args, **kwargs) -> Dataset:
+        return dataset
+
+    # What the callback asks of the policy
+
+    def save_opponent(self, directory: str) -> None:
+        """Save the policy as it stands, adapter or full weights, gathered if it is sharded. Every process calls it."""
+        self.save_model(directory, _internal_call=True)
+
+    def open_policy(self) -> AbstractContextManager[PreTrainedModel]:
+        """The policy, unwrapped and gathered, to generate with."""
+        return unwrap_model_for_generation(
+            self.model_wrapped,
+            self.accelerator,
+            gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+        )
+
+    def log_self_play(self, metrics: dict[str, float]) -> None:
+        """Log an iteration's metrics, without those of training steps that have not been logged yet."""
+        super(DPOTrainer, self).log(dict(metrics))
+
+    def begin_iteration(self, iteration: int, pairs: Dataset) -> None:
+        """
+        Train on these pairs from now on, with the schedule and the optimizer begun anew.
+
+        Args:
+            iteration (`int`): Number of the iteration.
+            pairs ([`~datasets.Dataset`]): Its training set, scored by its opponent.
+        """
+        self.train_dataset = pairs
+        num_steps = self._num_update_steps(len(pairs)) * self.args.epochs_per_iteration
+        self.state.max_steps = self._total_steps(self.state.global_step + num_steps, iteration + 1)
+        self._show_total_steps()
+        self._restart_schedule(min(num_steps, self.state.max_steps - self.state.global_step))
+        if self.args.reset_optimizer and iteration > 0:
+            self.optimizer.state.clear()
+
+    # The training loop, for iterations of different lengths
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs) -> TrainOutput:
+        """
+        Play all iterations.
+
+        Args:
+            resume_from_checkpoint, *args, **kwargs: As for [`~transformers.Trainer.train`]. Resuming is not
+                supported yet and refused.
+
+        Raises:
+            `FileExistsError`: if `output_dir` holds a self-play run already and `overwrite_output_dir` is not set.
+        """
+        if resume_from_checkpoint:
+            raise NotImplementedError("Resuming a self-play run is not supported yet. Start it anew.")
+        on_main_process(self._claim_output_dir)
+        try:
+            self.self_play_setup.open_sampler(self.sampler, self.store)
+            return super().train(None, *args, **kwargs)
+        finally:
+            self.self_play_setup.close_sampler(self.sampler)
+
+    def set_initial_training_values(self, args: SPINConfig, dataloader) -> tuple:
+        # Before the first opponent has answered, the numbers of steps are estimates. `begin_iteration` corrects them.
+        _, *values, _ = super().set_initial_training_values(args, dataloader)
+        return int(args.num_train_epochs), *values, self._total_steps(0, 0)
+
+    def _run_epoch(self, **kwargs) -> None:
+        loader = self.get_train_dataloader()
+        kwargs["train_dataloader"] = loader
+        kwargs["steps_in_epoch"] = len(loader)
+        kwargs["num_update_steps_per_epoch"] = math.ceil(len(loader) / self.args.gradient_accumulation_steps)
+        super()._run_epoch(**kwargs)
+        forget_loader(self, loader)
+
+    def _num_update_steps(self, num_pairs: int) -> int:
+        """Number of optimizer steps in one epoch over `num_pairs` pairs."""
+        per_batch = self.args.train_batch_size * self.args.world_size
+        round_to_int = math.floor if self.args.dataloader_drop_last else math.ceil
+        return max(1, math.ceil(round_to_int(num_pairs / per_batch) / self.args.gradient_accumulation_steps))
+
+    def _total_steps(self, num_steps: int, first_estimated: int) -> int:
+        """Number of steps of the run: those known, and an estimate from the iteration `first_estimated` on."""
+        num_new = len(self.self_play_setup.train_dataset) * self.args.num_generations
+        for iteration in range(first_estimated, self.args.num_iterations):
+            num_pairs = num_new * (1 + min(iteration, self.args.num_history_iterations))
+            num_steps += self._num_update_steps(num_pairs) * self.args.epochs_per_iteration
+        return min(num_steps, self.args.max_steps) if self.args.max_steps > 0 else num_steps
+
+    def _show_total_steps(self) -> None:
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
+                callback.training_bar.total = self.state.max_steps
+                callback.training_bar.refresh()
+
+    def _restart_schedule(self, num_steps: int) -> None:
+        """Warm-up and decay over the iteration's own steps. A scheduler that the user passed is left alone."""
+        if not self._created_lr_scheduler:
+            return
+        for group in self.optimizer.param_groups:
+            group["lr"] = group.setdefault("initial_lr", group["lr"])
+        self.lr_scheduler = None
+        self.create_scheduler(num_steps)
+        self.callback_handler.lr_scheduler = self.lr_scheduler
+
+    def _claim_output_dir(self) -> None:
+        if self.store.iterations():
+            if not self.args.overwrite_output_dir:
+                raise FileExistsError(
+                    f"`output_dir` ({self.args.output_dir}) already holds a self-play run with iterations "
+                    f"{self.store.iterations()}. Choose another `output_dir`, or set `overwrite_output_dir=True` to "
+                    "delete that run."
+                )
+            self.store.clear()
+        self.store.write_run(self.self_play_setup.describe())
+
