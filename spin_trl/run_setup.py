@@ -179,7 +179,7 @@ class SelfPlaySetup:
             dtype="bfloat16" if self.args.bf16 else "float16" if self.args.fp16 else "float32",
             gpu_memory_utilization=self.args.vllm_gpu_memory_utilization,
             tensor_parallel_size=self.args.vllm_tensor_parallel_size,
-            revision=model_init_kwargs.get("revision"),
+            revision=None if os.path.isdir(self.model_name) else model_init_kwargs.get("revision"),
             trust_remote_code=self.args.trust_remote_code,
             extra=self.args.vllm_server_args.split() if self.args.vllm_server_args else None,
         )

@@ -1,0 +1,142 @@
+"""What the tests share: a tiny model, small data, and real vLLM servers that play it."""
+
+import os
+
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub: no test waits for a hub
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset, disable_progress_bars
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+ROOT = Path(__file__).parents[1]
+RECIPES = ROOT / "recipes"
+DATA = RECIPES / "data" / "pronunciation"
+
+sys.path.insert(0, str(RECIPES))  # recipes import each other by name, as they do when run
+disable_progress_bars()
+torch.set_num_threads(2)
+
+
+def load_recipe(name: str):
+    """A script of `recipes/` as a module."""
+    spec = importlib.util.spec_from_file_location(name, RECIPES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def read_rows(name: str, num_rows: int) -> list[dict]:
+    lines = (DATA / name).read_text().splitlines()[:num_rows]
+    return [json.loads(line) for line in lines]
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """The demo's tokenizer: one token a letter, one a phone."""
+    phones = sorted({phone for row in read_rows("train.jsonl", 10_000) for phone in row["completion"].split()})
+    return load_recipe("pronunciation_sft").build_tokenizer(phones)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory, tokenizer) -> str:
+    """Folder of a Llama of 0.1 million parameters, barely trained, so that it answers differently to each prompt."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = LlamaForCausalLM(config)
+    train_briefly(model, tokenizer)
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def train_briefly(model, tokenizer, num_steps: int = 60) -> None:
+    """Enough for the end token to come about where it should."""
+    rows = read_rows("train.jsonl", 64 * num_steps)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for step in range(num_steps):
+        texts = [row["prompt"] + row["completion"] + "</s>" for row in rows[64 * step : 64 * (step + 1)]]
+        batch = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
+        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.fixture
+def train_dataset() -> Dataset:
+    return Dataset.from_list(read_rows("accent_train.jsonl", 48))
+
+
+@pytest.fixture
+def eval_dataset() -> Dataset:
+    return Dataset.from_list(read_rows("accent_test.jsonl", 16))
+
+
+@pytest.fixture
+def make_config(tmp_path):
+    """A factory of configurations for the tiny model on the CPU; keyword arguments override."""
+    from spin_trl import SPINConfig
+
+    def make(**overrides) -> SPINConfig:
+        settings = {
+            "output_dir": str(tmp_path / "run"),
+            "use_cpu": True,
+            "bf16": False,
+            "gradient_checkpointing": False,
+            "report_to": "none",
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            "logging_steps": 1,
+            "per_device_train_batch_size": 8,
+            "learning_rate": 1e-3,
+            "max_completion_length": 12,
+            "use_vllm": False,
+        }
+        if "vllm_mode" in overrides or "vllm_server_base_url" in overrides:
+            del settings["use_vllm"]
+        return SPINConfig(**{**settings, **overrides})
+
+    return make
+
+
+def _serve(model: str, log_path: Path, **options):
+    from spin_trl.generation.managed_server import ManagedServer
+
+    server = ManagedServer(log_path, timeout=240, model=model, dtype="float32", **options)
+    server.start(show_progress=False)
+    return server
+
+
+@pytest.fixture(scope="session")
+def lora_server(tmp_path_factory, tiny_model):
+    """A real vLLM server for adapters up to rank 8, with an API key."""
+    server = _serve(tiny_model, tmp_path_factory.mktemp("lora-server") / "log", lora_rank=8, max_model_length=48)
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def full_server(tmp_path_factory, tiny_model):
+    """A real vLLM server for full weights, with an API key."""
+    server = _serve(tiny_model, tmp_path_factory.mktemp("full-server") / "log", max_model_length=48)
+    yield server
+    server.stop()

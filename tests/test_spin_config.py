@@ -1,0 +1,158 @@
+"""What SPINConfig refuses, what it fills in, and that every field is documented."""
+
+import inspect
+import re
+from dataclasses import MISSING, fields
+
+import pytest
+from trl import DPOConfig, TrlParser
+
+from spin_trl import SPINConfig
+
+
+URL = "http://localhost:8000"
+OWN_FIELDS = {f.name: f for f in fields(SPINConfig) if f.name not in {field.name for field in fields(DPOConfig)}}
+
+
+@pytest.fixture
+def make(tmp_path):
+    def make_config(**overrides) -> SPINConfig:
+        return SPINConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", **overrides)
+
+    return make_config
+
+
+@pytest.mark.parametrize(
+    ("overrides", "found", "advice"),
+    [
+        ({"num_train_epochs": 5}, r"`num_train_epochs` is set to 5", "Set those two instead"),
+        ({"num_train_epochs": 3.0}, r"`num_train_epochs` is set to 3.0.*`num_iterations` \(3\)", "Set those two instead"),
+        ({"num_iterations": 0}, "`num_iterations` must be at least 1, got 0", ""),
+        ({"epochs_per_iteration": 0}, "`epochs_per_iteration` must be at least 1, got 0", ""),
+        ({"num_history_iterations": -1}, "`num_history_iterations` must be at least 0, got -1", ""),
+        ({"num_generations": 0}, "`num_generations` must be at least 1, got 0", ""),
+        ({"precompute_ref_log_probs": False}, "`precompute_ref_log_probs=False` is not possible", "Leave .* unset"),
+        ({"sync_ref_model": True}, "`sync_ref_model=True` is not possible", "Leave it unset"),
+        ({"eval_on_start": True}, "`eval_on_start=True` comes before", "Leave it unset"),
+        ({"max_completion_length": 0}, "`max_completion_length` must be at least 1, got 0", ""),
+        ({"per_device_generation_batch_size": 0}, "`per_device_generation_batch_size` must be at least 1", ""),
+        ({"generation_part_size": 0}, "`generation_part_size` must be at least 1, got 0", ""),
+        ({"temperature": -0.1}, "`temperature` must be at least 0 .*got -0.1", "0 is greedy"),
+        ({"eval_temperature": -1.0}, "`eval_temperature` must be at least 0 .*got -1.0", "0 is greedy"),
+        ({"top_p": 0.0}, r"`top_p` must be in \(0, 1\], got 0.0", "Use 1.0"),
+        ({"top_p": 1.1}, r"`top_p` must be in \(0, 1\], got 1.1", "Use 1.0"),
+        ({"top_k": -1}, "`top_k` must be at least 0, got -1", ""),
+        ({"use_vllm": False, "vllm_server_base_url": URL}, f"`use_vllm=False` contradicts.*{URL}", "Leave `use_vllm`"),
+        ({"use_vllm": False, "vllm_mode": "managed"}, "`use_vllm=False` contradicts.*managed", "Leave `use_vllm`"),
+        ({"vllm_mode": "colocate"}, "`vllm_mode` must be 'server' or 'managed', got 'colocate'", ""),
+        ({"vllm_mode": "server"}, "`vllm_mode='server'` needs the address", "set `vllm_server_base_url`"),
+        ({"vllm_mode": "managed", "vllm_server_base_url": URL}, f"`vllm_mode='managed'`.*{URL}", "only one of the two"),
+        ({"vllm_max_concurrent_requests": 0}, "`vllm_max_concurrent_requests` must be at least 1, got 0", ""),
+        ({"vllm_tensor_parallel_size": 0}, "`vllm_tensor_parallel_size` must be at least 1, got 0", ""),
+        ({"vllm_server_timeout": 0}, "`vllm_server_timeout` must be a positive number of seconds, got 0", ""),
+        ({"vllm_request_timeout": -1}, "`vllm_request_timeout` must be a positive number of seconds, got -1", ""),
+        ({"publish_check_samples": -1}, "`publish_check_samples` must be at least 0, got -1", ""),
+        ({"publish_check_tolerance": 0}, "`publish_check_tolerance` must be positive, got 0", "`publish_check_samples=0`"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
+)
+def test_refusal_says_what_was_found_and_what_to_do(make, overrides, found, advice):
+    with pytest.raises(ValueError, match=found) as refusal:
+        make(**overrides)
+    assert re.search(advice, str(refusal.value))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"num_history_iterations": 0},
+        {"temperature": 0.0},
+        {"top_k": 0},
+        {"publish_check_samples": 0},
+        {"use_vllm": True},
+        {"vllm_mode": "managed"},
+        {"vllm_mode": "server", "vllm_server_base_url": URL},
+        {"use_vllm": True, "vllm_server_base_url": URL},
+    ],
+    ids=str,
+)
+def test_smallest_allowed_values_and_settings_that_agree_are_accepted(make, overrides):
+    config = make(**overrides)
+    assert {name: getattr(config, name) for name in overrides} == overrides
+
+
+def test_defaults_are_the_papers_or_those_of_dpo(make):
+    config = make()
+    expected = {
+        "num_iterations": 3,
+        "epochs_per_iteration": 1,
+        "num_history_iterations": 1,
+        "num_generations": 1,
+        "reset_optimizer": True,
+        "beta": 0.1,
+        "learning_rate": 5e-7,
+        "loss_type": ["sigmoid"],
+        "precompute_ref_log_probs": True,
+        "max_completion_length": None,
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "top_k": 0,
+        "min_p": None,
+        "repetition_penalty": 1.0,
+        "use_vllm": None,
+        "vllm_mode": None,
+        "publish_check_samples": 8,
+        "publish_check_tolerance": 0.05,
+        "eval_temperature": 0.0,
+        "overwrite_output_dir": False,
+    }
+    assert {name: getattr(config, name) for name in expected} == expected
+
+
+def test_number_of_epochs_follows_from_iterations(make):
+    assert make().num_train_epochs == 3
+    assert make(num_iterations=4, epochs_per_iteration=2).num_train_epochs == 8
+
+
+def documented_parameters() -> dict[str, str | None]:
+    """Name -> documented default (`None` where there is none) of the docstring's parameter list."""
+    entry = re.compile(r"^ {4,8}(\w+) \(`.+?`, \*optional\*(?:, defaults to `(.+?)`)?\):$", re.MULTILINE)
+    return {name: default or None for name, default in entry.findall(inspect.getdoc(SPINConfig))}
+
+
+def test_every_new_field_is_documented_with_its_default():
+    documented = documented_parameters()
+    assert set(documented) == set(OWN_FIELDS)
+    for name, field in OWN_FIELDS.items():
+        assert field.default is not MISSING
+        assert documented[name] == (None if field.default is None else repr(field.default)), name
+
+
+def test_every_changed_default_is_documented():
+    inherited = {field.name: field.default for field in fields(DPOConfig)}
+    changed = {f.name for f in fields(SPINConfig) if f.name in inherited and f.default != inherited[f.name]}
+    note = inspect.getdoc(SPINConfig).partition("> [!NOTE]")[2]
+    assert changed == set(re.findall(r"^> - `(\w+)`:", note, re.MULTILINE))
+
+
+def test_every_new_field_has_a_help_text():
+    for name in (*OWN_FIELDS, "learning_rate", "num_train_epochs", "precompute_ref_log_probs"):
+        help_text = SPINConfig.__dataclass_fields__[name].metadata["help"]
+        assert len(help_text.split()) > 1 and help_text.endswith("."), name
+
+
+def test_fields_can_be_set_on_the_command_line(tmp_path):
+    arguments = ["--output_dir", str(tmp_path), "--use_cpu", "true", "--bf16", "false", "--num_iterations", "2"]
+    arguments += ["--use_vllm", "false", "--reset_optimizer", "false", "--max_completion_length", "7"]
+    arguments += ["--generation_kwargs", '{"typical_p": 0.9}']
+    (config,) = TrlParser(SPINConfig).parse_args_and_config(arguments)
+    assert (config.num_iterations, config.num_train_epochs, config.max_completion_length) == (2, 2, 7)
+    assert config.use_vllm is False and config.reset_optimizer is False
+    assert config.generation_kwargs == {"typical_p": 0.9}
+
+
+@pytest.mark.parametrize("show", [lambda c: str(c.to_dict()), lambda c: c.to_json_string(), str, repr])
+def test_api_key_is_hidden_wherever_the_configuration_is_shown(make, show):
+    config = make(vllm_api_key="sk-secret")
+    assert "sk-secret" not in show(config)
+    assert config.vllm_api_key == "sk-secret"

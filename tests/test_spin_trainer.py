@@ -1,0 +1,371 @@
+"""What SPINTrainer promises of its training, with the in-process sampler."""
+
+import gc
+import math
+import sys
+
+import pytest
+import torch
+from conftest import read_rows
+from datasets import Dataset, IterableDataset
+from peft import LoraConfig, PeftModel
+from transformers import AutoModelForCausalLM, TrainerCallback
+from trl import DPOConfig, DPOTrainer
+
+from spin_trl import SPINTrainer
+
+
+LORA = {"r": 8, "target_modules": "all-linear", "init_lora_weights": True}
+
+
+def losses(trainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def first_entries(trainer) -> list[dict]:
+    """The log entry of the first step of every iteration."""
+    steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+    num_steps = [math.ceil(len(trainer.store.read_pairs(i)) / 8) for i in range(trainer.args.num_iterations)]
+    starts = [sum(num_steps[:i]) * trainer.args.epochs_per_iteration for i in range(len(num_steps))]
+    return [steps[start] for start in starts]
+
+
+@pytest.mark.parametrize("peft_config", [None, LoraConfig(**LORA)], ids=["full", "lora"])
+def test_policy_equals_opponent_at_first_step_of_every_iteration(tiny_model, train_dataset, make_config, peft_config):
+    """There, both rewards are beta * (log p - log p) = 0 and the sigmoid loss is -log sig(0) = log 2."""
+    trainer = SPINTrainer(tiny_model, make_config(), train_dataset=train_dataset, peft_config=peft_config)
+    trainer.train()
+    entries = first_entries(trainer)
+    assert len(entries) == 3
+    for entry in entries:
+        assert entry["loss"] == pytest.approx(math.log(2), abs=1e-6)
+        assert entry["rewards/chosen"] == pytest.approx(0, abs=1e-6)
+        assert entry["rewards/rejected"] == pytest.approx(0, abs=1e-6)
+    assert min(losses(trainer)) < 0.69  # and it is no constant
+
+
+class CountWeights(TrainerCallback):
+    """Counts the elements of all parameters that live in the process, at every step."""
+
+    def __init__(self):
+        self.counts = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        parameters = {id(o): o.numel() for o in gc.get_objects() if isinstance(o, torch.nn.Parameter)}
+        self.counts.append(sum(parameters.values()))
+
+
+@pytest.mark.parametrize("peft_config", [None, LoraConfig(**LORA)], ids=["full", "lora"])
+def test_process_never_holds_a_second_set_of_weights(tiny_model, train_dataset, make_config, peft_config):
+    gc.collect()
+    before = sum({id(o): o.numel() for o in gc.get_objects() if isinstance(o, torch.nn.Parameter)}.values())
+    counter = CountWeights()
+    config = make_config(num_iterations=2)
+    trainer = SPINTrainer(
+        tiny_model, config, train_dataset=train_dataset, peft_config=peft_config, callbacks=[counter]
+    )
+    trainer.train()
+    assert trainer.ref_model is None
+    own = sum(parameter.numel() for parameter in trainer.model.parameters())
+    assert max(counter.counts) - before == own
+
+
+def test_losses_equal_those_of_dpo_trainer_with_the_opponent_as_reference(
+    tiny_model, train_dataset, make_config, tmp_path
+):
+    """The same pairs, in the same order, from the same weights."""
+    spin = SPINTrainer(tiny_model, make_config(num_iterations=1), train_dataset=train_dataset)
+    spin.train()
+    pairs = spin.store.read_pairs(0).select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
+
+    class FromPairs(DPOTrainer):
+        def _prepare_dataset(self, dataset, *args, **kwargs):
+            return dataset
+
+    settings = {k: getattr(spin.args, k) for k in ("per_device_train_batch_size", "learning_rate", "beta", "seed")}
+    dpo_config = DPOConfig(
+        output_dir=str(tmp_path / "dpo"),
+        num_train_epochs=1,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        logging_steps=1,
+        **settings,
+    )
+    dpo = FromPairs(
+        model=AutoModelForCausalLM.from_pretrained(tiny_model),
+        ref_model=AutoModelForCausalLM.from_pretrained(tiny_model),
+        args=dpo_config,
+        train_dataset=pairs,
+        processing_class=spin.processing_class,
+    )
+    dpo.train()
+    assert len(losses(spin)) == 6
+    assert losses(spin) == pytest.approx(losses(dpo), abs=1e-4)
+    assert max(losses(spin)) - min(losses(spin)) > 1e-2  # there is something to agree on
+
+
+def test_pairs_hold_every_prompt_once_and_the_ground_truth_as_chosen(tiny_model, train_dataset, make_config, tokenizer):
+    trainer = SPINTrainer(tiny_model, make_config(num_iterations=1), train_dataset=train_dataset)
+    trainer.train()
+    pairs = trainer.store.read_pairs(0)
+    assert pairs["row"] == list(range(len(train_dataset)))
+    decoded = tokenizer.batch_decode(list(pairs["chosen_ids"]), skip_special_tokens=True)
+    assert decoded == list(train_dataset["completion"])
+    assert all(ids[-1] == tokenizer.eos_token_id for ids in pairs["chosen_ids"])
+
+
+def test_stored_opponent_logps_are_those_of_the_model_at_the_start(tiny_model, train_dataset, make_config):
+    trainer = SPINTrainer(tiny_model, make_config(num_iterations=1), train_dataset=train_dataset)
+    trainer.train()
+    row = trainer.store.read_pairs(0)[5]
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    for side in ("chosen", "rejected"):
+        ids = row["prompt_ids"] + row[f"{side}_ids"]
+        with torch.no_grad():
+            logps = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        expected = sum(logps[i - 1, ids[i]].item() for i in range(len(row["prompt_ids"]), len(ids)))
+        assert row[f"ref_{side}_logps"] == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize(("num_history_iterations", "sizes"), [(0, [48, 48, 48]), (1, [48, 96, 96]), (2, [48, 96, 144])])
+def test_history_joins_the_pairs_of_previous_iterations(
+    tiny_model, train_dataset, make_config, num_history_iterations, sizes
+):
+    config = make_config(num_history_iterations=num_history_iterations)
+    trainer = SPINTrainer(tiny_model, config, train_dataset=train_dataset)
+    trainer.train()
+    assert [len(trainer.store.read_pairs(i)) for i in range(3)] == sizes
+    assert trainer.state.global_step == trainer.state.max_steps == sum(math.ceil(size / 8) for size in sizes)
+    oldest = min(trainer.store.read_pairs(2)["iteration"])
+    assert oldest == 2 - num_history_iterations
+
+
+def test_learning_rate_warms_up_and_decays_within_every_iteration(tiny_model, train_dataset, make_config):
+    """48 pairs in batches of 8 are 6 steps, then with history 12. Linear: k/w up to w = 1, then (n-k)/(n-w)."""
+    config = make_config(num_iterations=2, warmup_steps=2)
+    trainer = SPINTrainer(tiny_model, config, train_dataset=train_dataset)
+    trainer.train()
+    rates = [entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry]
+
+    def expected(num_steps):
+        return [1e-3 * min(k / 2, (num_steps - k) / (num_steps - 2)) for k in range(num_steps)]
+
+    assert rates == pytest.approx(expected(6) + expected(12))
+
+
+@pytest.mark.parametrize("reset_optimizer", [True, False])
+def test_optimizer_moments_start_fresh_if_asked(tiny_model, train_dataset, make_config, reset_optimizer):
+    seen = {}
+
+    class Watch(TrainerCallback):
+        def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
+            seen[state.global_step] = len(optimizer.state)
+
+    config = make_config(num_iterations=2, reset_optimizer=reset_optimizer)
+    SPINTrainer(tiny_model, config, train_dataset=train_dataset, callbacks=[Watch()]).train()
+    assert seen[0] == 0 and seen[5] > 0
+    assert (seen[6] == 0) is reset_optimizer
+
+
+def test_max_steps_caps_the_whole_run(tiny_model, train_dataset, make_config):
+    trainer = SPINTrainer(tiny_model, make_config(max_steps=8), train_dataset=train_dataset)
+    trainer.train()
+    assert trainer.state.global_step == 8
+    assert trainer.store.iterations() == [0, 1]
+
+
+def test_several_epochs_play_one_iteration(tiny_model, train_dataset, make_config):
+    config = make_config(num_iterations=2, epochs_per_iteration=2, num_history_iterations=0)
+    trainer = SPINTrainer(tiny_model, config, train_dataset=train_dataset)
+    trainer.train()
+    assert trainer.state.global_step == 24
+    assert trainer.store.iterations() == [0, 1]
+
+
+def test_gradient_accumulation_counts_steps_by_accumulated_batches(tiny_model, train_dataset, make_config):
+    config = make_config(num_iterations=2, gradient_accumulation_steps=4)  # 6 batches, then 12
+    trainer = SPINTrainer(tiny_model, config, train_dataset=train_dataset)
+    trainer.train()
+    assert trainer.state.global_step == trainer.state.max_steps == 2 + 3
+
+
+def test_same_seed_gives_the_same_run_and_another_seed_another(tiny_model, train_dataset, make_config, tmp_path):
+    def play(seed, name):
+        config = make_config(num_iterations=2, seed=seed, output_dir=str(tmp_path / name))
+        trainer = SPINTrainer(tiny_model, config, train_dataset=train_dataset)
+        trainer.train()
+        return losses(trainer), trainer.store.read_pairs(1)["rejected_ids"][:]
+
+    first, again, other = play(1, "a"), play(1, "b"), play(2, "c")
+    assert first == again
+    assert first[1] != other[1]
+
+
+def test_completion_length_is_capped_by_the_ground_truths_99th_percentile(tiny_model, make_config):
+    """Lengths 2 to 101 with their end token: the 99th percentile is 100.01, rounded up."""
+    rows = [{"prompt": "a", "completion": "AA " * n} for n in range(1, 101)]
+    config = make_config(max_completion_length=None)
+    SPINTrainer(tiny_model, config, train_dataset=Dataset.from_list(rows))
+    assert config.max_completion_length == 101
+
+
+def test_evaluation_prints_a_table_that_grows_by_iteration(
+    tiny_model, train_dataset, eval_dataset, make_config, capsys
+):
+    def compute(prompts, references, generations):
+        assert prompts == list(eval_dataset["prompt"])
+        assert references == list(eval_dataset["completion"])
+        return {"share_of_vowels": 0.25}
+
+    trainer = SPINTrainer(
+        tiny_model,
+        make_config(num_iterations=2, learning_rate=1e-4),
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        compute_generation_metrics=compute,
+    )
+    trainer.train()
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["after", "nll", "share_of_vowels"] in lines
+    assert [line[:-2] for line in lines if line[-1:] == ["0.2500"]] == [["start"], ["iteration", "0"], ["iteration", "1"]]
+    assert trainer.store.read_metrics(2)["evaluation"]["share_of_vowels"] == 0.25
+
+
+def test_evaluation_nll_is_the_mean_over_tokens_of_the_ground_truth(
+    tiny_model, train_dataset, eval_dataset, make_config
+):
+    config = make_config(num_iterations=1, per_device_eval_batch_size=5)
+    trainer = SPINTrainer(tiny_model, config, train_dataset=train_dataset, eval_dataset=eval_dataset)
+    trainer.train()
+    model, total, num_tokens = AutoModelForCausalLM.from_pretrained(tiny_model), 0.0, 0
+    for row in trainer.self_play.eval_dataset:
+        ids = row["prompt_ids"] + row["chosen_ids"]
+        with torch.no_grad():
+            logps = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        total -= sum(logps[i - 1, ids[i]].item() for i in range(len(row["prompt_ids"]), len(ids)))
+        num_tokens += len(row["chosen_ids"])
+    assert trainer.store.read_metrics(0)["evaluation"]["nll"] == pytest.approx(total / num_tokens, abs=1e-5)
+
+
+def test_policy_continues_from_a_trained_adapter(tiny_model, train_dataset, make_config, tmp_path):
+    """Its first opponent is the adapter as passed, not the base model."""
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    model = PeftModel(base, LoraConfig(**LORA))
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    trainer = SPINTrainer(model, make_config(num_iterations=1), train_dataset=train_dataset)
+    trainer.train()
+    assert list(trainer.model.peft_config) == ["default"]
+    assert first_entries(trainer)[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_run_directory_says_what_was_run(tiny_model, train_dataset, make_config):
+    trainer = SPINTrainer(tiny_model, make_config(num_iterations=1), train_dataset=train_dataset)
+    trainer.train()
+    run = trainer.store.read_run()
+    assert run["model"] == tiny_model
+    assert run["config"]["num_iterations"] == 1
+    assert run["data"]["num_train_rows"] == 48
+    assert run["versions"]["trl"].startswith("1.16")
+
+
+def test_existing_run_is_refused_and_overwritten_only_if_asked(tiny_model, train_dataset, make_config):
+    SPINTrainer(tiny_model, make_config(num_iterations=2), train_dataset=train_dataset).train()
+    again = SPINTrainer(tiny_model, make_config(num_iterations=1), train_dataset=train_dataset)
+    with pytest.raises(FileExistsError, match=r"iterations \[0, 1\].*overwrite_output_dir"):
+        again.train()
+    config = make_config(num_iterations=1, overwrite_output_dir=True)
+    trainer = SPINTrainer(tiny_model, config, train_dataset=train_dataset)
+    trainer.train()
+    assert trainer.store.iterations() == [0]
+
+
+def test_trainer_never_imports_vllm(tiny_model, train_dataset, make_config):
+    SPINTrainer(tiny_model, make_config(num_iterations=1), train_dataset=train_dataset).train()
+    assert "vllm" not in sys.modules
+
+
+class TestRefusedBeforeTheModelIsLoaded:
+    """Every test here fails if a model is loaded at all."""
+
+    @pytest.fixture(autouse=True)
+    def no_model(self, monkeypatch):
+        def fail(*args, **kwargs):
+            raise AssertionError("the model was loaded before the input was checked")
+
+        monkeypatch.setattr("trl.trainer.dpo_trainer.create_model_from_path", fail)
+
+    def test_missing_columns(self, tiny_model, make_config):
+        dataset = Dataset.from_dict({"question": ["a"], "answer": ["B"]})
+        with pytest.raises(ValueError, match=r"\['question', 'answer'\](.|\n)*`prompt` and `completion`"):
+            SPINTrainer(tiny_model, make_config(), train_dataset=dataset)
+
+    def test_no_dataset(self, tiny_model, make_config):
+        with pytest.raises(TypeError, match="`train_dataset` must be"):
+            SPINTrainer(tiny_model, make_config())
+
+    def test_empty_dataset(self, tiny_model, make_config):
+        with pytest.raises(ValueError, match="`train_dataset` is empty"):
+            SPINTrainer(tiny_model, make_config(), train_dataset=Dataset.from_dict({"prompt": [], "completion": []}))
+
+    @pytest.mark.parametrize("field", ["prompt", "completion"])
+    def test_empty_cell_names_its_row(self, tiny_model, make_config, field):
+        rows = read_rows("accent_train.jsonl", 5)
+        rows[3][field] = " "
+        with pytest.raises(ValueError, match=f"Row 3: `{field}` is empty"):
+            SPINTrainer(tiny_model, make_config(), train_dataset=Dataset.from_list(rows))
+
+    def test_eval_dataset_is_checked_too(self, tiny_model, make_config, train_dataset):
+        with pytest.raises(ValueError, match="`eval_dataset` has the columns"):
+            SPINTrainer(
+                tiny_model, make_config(), train_dataset=train_dataset, eval_dataset=Dataset.from_dict({"text": ["a"]})
+            )
+
+    def test_iterable_dataset(self, tiny_model, make_config):
+        dataset = IterableDataset.from_generator(lambda: iter(read_rows("accent_train.jsonl", 2)))
+        with pytest.raises(TypeError, match="`IterableDataset`"):
+            SPINTrainer(tiny_model, make_config(), train_dataset=dataset)
+
+    def test_vision_dataset(self, tiny_model, make_config):
+        dataset = Dataset.from_dict({"prompt": ["a"], "completion": ["B"], "image": ["x.png"]})
+        with pytest.raises(ValueError, match=r"\['image'\].*vision datasets are not supported"):
+            SPINTrainer(tiny_model, make_config(), train_dataset=dataset)
+
+    def test_reference_model(self, tiny_model, make_config, train_dataset):
+        with pytest.raises(ValueError, match="`ref_model` is not used in self-play"):
+            SPINTrainer(tiny_model, make_config(), train_dataset=train_dataset, ref_model=object())
+
+    def test_configuration_of_another_trainer(self, tiny_model, train_dataset, tmp_path):
+        config = DPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
+        with pytest.raises(TypeError, match="`SPINConfig`, got `DPOConfig`"):
+            SPINTrainer(tiny_model, config, train_dataset=train_dataset)
+
+    def test_evaluation_within_an_iteration(self, tiny_model, make_config, train_dataset):
+        with pytest.raises(ValueError, match="`eval_strategy='steps'`"):
+            SPINTrainer(tiny_model, make_config(eval_strategy="steps"), train_dataset=train_dataset)
+
+    def test_prompts_that_are_all_too_long(self, tiny_model, make_config):
+        dataset = Dataset.from_dict({"prompt": ["a" * 70, "b" * 80], "completion": ["B", "B"]})
+        with pytest.raises(ValueError, match="All 2 prompts are too long: the shortest has 71 tokens"):
+            SPINTrainer(tiny_model, make_config(), train_dataset=dataset)
+
+    def test_adapter_that_a_server_cannot_load(self, tiny_model, make_config, train_dataset):
+        config = make_config(vllm_server_base_url="http://127.0.0.1:9")
+        with pytest.raises(ValueError, match="cannot load adapters with `use_dora=True`"):
+            SPINTrainer(
+                tiny_model, config, train_dataset=train_dataset, peft_config=LoraConfig(**LORA, use_dora=True)
+            )
+
+
+def test_prompt_too_long_for_the_context_is_dropped_and_counted(tiny_model, train_dataset, make_config, caplog):
+    rows = [*train_dataset, {"prompt": "a" * 70, "completion": "B"}]
+    trainer = SPINTrainer(tiny_model, make_config(num_iterations=1), train_dataset=Dataset.from_list(rows))
+    trainer.train()
+    assert trainer.store.read_run()["data"]["num_dropped_rows"] == 1
+    assert len(trainer.store.read_pairs(0)) == 48
