@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 from datasets import Dataset
-from tqdm import tqdm
 
 from .generation.sampler import Completion, CompletionRequest, OpponentSampler, SamplingParams
 from .iteration_store import IterationStore
+from .progress import progress_bar
 
 
 @dataclass(frozen=True)
@@ -103,12 +103,11 @@ class _GenerationProgress:
     def __init__(self, job: GenerationJob, total: int, disable: bool):
         self.num_tokens = 0
         self.started = time.monotonic()
-        self.bar = tqdm(
+        self.bar = progress_bar(
             total=total,
             desc=f"Iteration {job.iteration}: {job.kind}",
             unit=" completions",
             disable=disable or total == 0,
-            leave=False,
         )
 
     def __enter__(self) -> "_GenerationProgress":

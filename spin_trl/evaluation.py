@@ -32,8 +32,7 @@ def generation_metrics(
     )
     if not isinstance(metrics, dict) or not all(isinstance(value, Real) for value in metrics.values()):
         raise TypeError(
-            "`compute_generation_metrics` must return a dict of numbers, such as {'accuracy': 0.5}, got "
-            f"{metrics!r}."
+            f"`compute_generation_metrics` must return a dict of numbers, such as {{'accuracy': 0.5}}, got {metrics!r}."
         )
     return {name: float(value) for name, value in metrics.items()}
 

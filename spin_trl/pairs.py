@@ -1,4 +1,4 @@
-"""Completions -> preference pairs: the ground truth is chosen, the opponent's answer rejected. Knows no paths, models."""
+"""Completions -> preference pairs: the ground truth is chosen, the opponent's answer rejected. Knows no models."""
 
 import pyarrow as pa
 import pyarrow.compute as pc

@@ -15,6 +15,8 @@ from tqdm import tqdm
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from .progress import progress_bar
+
 
 if TYPE_CHECKING:
     from trl import DPOTrainer
@@ -84,9 +86,7 @@ def negative_log_likelihood(trainer: "DPOTrainer", dataset: Dataset) -> float:
     return (-totals[0] / totals[1]).item()
 
 
-def _per_token_logps(
-    trainer: "DPOTrainer", batch: dict[str, torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _per_token_logps(trainer: "DPOTrainer", batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probs (B, T - 1) of each next token, and where they belong to the completion."""
     batch = trainer._prepare_inputs(batch)
     with torch.no_grad(), trainer.accelerator.autocast():
@@ -147,4 +147,4 @@ def forget_loader(trainer: "DPOTrainer", loader: DataLoader) -> None:
 
 
 def _progress(trainer: "DPOTrainer", loader: DataLoader, description: str) -> tqdm:
-    return tqdm(loader, desc=description, leave=False, disable=not trainer.is_world_process_zero())
+    return progress_bar(loader, desc=description, disable=not trainer.is_world_process_zero())

@@ -1,11 +1,10 @@
-"""`SelfPlayCallback`: the outer loop. At the start of an iteration publish, check, evaluate, generate, pair, score, swap.
+"""`SelfPlayCallback`: the outer loop. Publish the opponent, check, evaluate, generate, pair, score, swap the dataset.
 
 Knows nothing of URLs, file names or tensor maths: they are the sampler's, the store's and `scoring`'s.
 """
 
-import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -161,9 +160,7 @@ class SelfPlayCallback(TrainerCallback):
     def _generate(self, iteration: int) -> None:
         self._complete(iteration, "generations", self.dataset, self.params, self.trainer.args.num_generations)
 
-    def _complete(
-        self, iteration: int, kind: str, dataset: Dataset, params: SamplingParams, num_samples: int
-    ) -> None:
+    def _complete(self, iteration: int, kind: str, dataset: Dataset, params: SamplingParams, num_samples: int) -> None:
         args = self.trainer.args
         job = GenerationJob(self.store, iteration, kind, params, num_samples, args.generation_part_size, args.seed)
         share = Share(args.process_index, args.world_size)

@@ -1,4 +1,4 @@
-"""`SPINConfig`: the fields that self-play adds to DPOConfig, and their checks. Knows nothing of files, servers, models."""
+"""`SPINConfig`: the fields that self-play adds to DPOConfig, and their checks. Knows no files, servers or models."""
 
 from dataclasses import dataclass, field
 from typing import Any

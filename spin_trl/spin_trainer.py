@@ -4,7 +4,7 @@ import math
 import textwrap
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
@@ -19,9 +19,9 @@ from trl.models import unwrap_model_for_generation
 from .evaluation import GenerationMetrics
 from .iteration_store import IterationStore
 from .ranks import on_main_process
+from .run_setup import SelfPlaySetup
 from .scoring import forget_loader
 from .self_play import SelfPlayCallback
-from .run_setup import SelfPlaySetup
 from .spin_config import SPINConfig
 
 
@@ -267,4 +267,3 @@ class SPINTrainer(DPOTrainer):
                 )
             self.store.clear()
         self.store.write_run(self.self_play_setup.describe())
-

@@ -61,9 +61,7 @@ def test_process_never_holds_a_second_set_of_weights(tiny_model, train_dataset, 
     before = sum({id(o): o.numel() for o in gc.get_objects() if isinstance(o, torch.nn.Parameter)}.values())
     counter = CountWeights()
     config = make_config(num_iterations=2)
-    trainer = SPINTrainer(
-        tiny_model, config, train_dataset=train_dataset, peft_config=peft_config, callbacks=[counter]
-    )
+    trainer = SPINTrainer(tiny_model, config, train_dataset=train_dataset, peft_config=peft_config, callbacks=[counter])
     trainer.train()
     assert trainer.ref_model is None
     own = sum(parameter.numel() for parameter in trainer.model.parameters())
@@ -131,7 +129,9 @@ def test_stored_opponent_logps_are_those_of_the_model_at_the_start(tiny_model, t
         assert row[f"ref_{side}_logps"] == pytest.approx(expected, abs=1e-4)
 
 
-@pytest.mark.parametrize(("num_history_iterations", "sizes"), [(0, [48, 48, 48]), (1, [48, 96, 96]), (2, [48, 96, 144])])
+@pytest.mark.parametrize(
+    ("num_history_iterations", "sizes"), [(0, [48, 48, 48]), (1, [48, 96, 96]), (2, [48, 96, 144])]
+)
 def test_history_joins_the_pairs_of_previous_iterations(
     tiny_model, train_dataset, make_config, num_history_iterations, sizes
 ):
@@ -231,7 +231,11 @@ def test_evaluation_prints_a_table_that_grows_by_iteration(
     trainer.train()
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["after", "nll", "share_of_vowels"] in lines
-    assert [line[:-2] for line in lines if line[-1:] == ["0.2500"]] == [["start"], ["iteration", "0"], ["iteration", "1"]]
+    assert [line[:-2] for line in lines if line[-1:] == ["0.2500"]] == [
+        ["start"],
+        ["iteration", "0"],
+        ["iteration", "1"],
+    ]
     assert trainer.store.read_metrics(2)["evaluation"]["share_of_vowels"] == 0.25
 
 
@@ -358,9 +362,7 @@ class TestRefusedBeforeTheModelIsLoaded:
     def test_adapter_that_a_server_cannot_load(self, tiny_model, make_config, train_dataset):
         config = make_config(vllm_server_base_url="http://127.0.0.1:9")
         with pytest.raises(ValueError, match="cannot load adapters with `use_dora=True`"):
-            SPINTrainer(
-                tiny_model, config, train_dataset=train_dataset, peft_config=LoraConfig(**LORA, use_dora=True)
-            )
+            SPINTrainer(tiny_model, config, train_dataset=train_dataset, peft_config=LoraConfig(**LORA, use_dora=True))
 
 
 def test_prompt_too_long_for_the_context_is_dropped_and_counted(tiny_model, train_dataset, make_config, caplog):

@@ -124,7 +124,9 @@ def test_publish_check_catches_a_server_left_on_an_old_opponent(
     )
     config = make_config(learning_rate=1e-2, **server_fields(full_server))
     trainer = SPINTrainer(tiny_model, config, train_dataset=train_dataset)
-    with pytest.raises(SamplerError, match=r"does not play iteration 1's opponent: over \d+ tokens of 8 .* completions"):
+    with pytest.raises(
+        SamplerError, match=r"does not play iteration 1's opponent: over \d+ tokens of 8 .* completions"
+    ):
         trainer.train()
 
 
@@ -193,7 +195,9 @@ def test_user_script_plays_three_iterations(lora_server, tiny_model, train_datas
     assert [m["num_training_pairs"] for m in metrics] == [48, 96, 96]
     assert list((tmp_path / "out").glob("checkpoint-*/adapter_model.safetensors"))
     assert not [
-        path for path in (tmp_path / "out").rglob("*") if path.is_file() and lora_server.api_key.encode() in path.read_bytes()
+        path
+        for path in (tmp_path / "out").rglob("*")
+        if path.is_file() and lora_server.api_key.encode() in path.read_bytes()
     ]
 
 

@@ -29,8 +29,8 @@ def choose_sampler(use_vllm: bool | None, vllm_mode: str | None, vllm_server_bas
     if use_vllm is False:
         return SamplerChoice("in-process", "`use_vllm=False`")
     if can_serve():
-        asked = "`vllm_mode='managed'`" if vllm_mode == "managed" else "no `vllm_server_base_url`, and vLLM is installed"
-        return SamplerChoice("managed", asked)
+        found = "no `vllm_server_base_url`, and vLLM is installed"
+        return SamplerChoice("managed", "`vllm_mode='managed'`" if vllm_mode == "managed" else found)
     if use_vllm or vllm_mode == "managed":
         raise ValueError(
             "A vLLM server is asked for, but vLLM is not installed in this environment and no address of a running "

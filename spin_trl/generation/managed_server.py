@@ -11,8 +11,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
+from ..progress import progress_bar
 from .sampler import SamplerError
 from .serve_command import serve_command
 
@@ -81,12 +80,11 @@ class ManagedServer:
 
     def _wait_until_ready(self, show_progress: bool) -> None:
         started = time.monotonic()
-        with tqdm(
+        with progress_bar(
             total=round(self.timeout),
             desc="Waiting for the vLLM server",
             bar_format="{desc}: {n:.0f} s of at most {total} s",
             disable=not show_progress,
-            leave=False,
         ) as progress:
             while not self._is_ready():
                 if self._process.poll() is not None:

@@ -156,7 +156,7 @@ class VLLMServer:
                         return await response.json() if read else None
                     problem = f"HTTP {response.status}: {_server_message(await response.text())}"
                     final = response.status < 500 and response.status not in _RETRIED_STATUS
-            except asyncio.TimeoutError:
+            except TimeoutError:
                 problem, final = f"no answer within `vllm_request_timeout` ({self.request_timeout:g} s)", True
             except aiohttp.ClientError as error:
                 problem, final = f"{type(error).__name__}: {error}", False

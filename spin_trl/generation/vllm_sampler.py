@@ -145,7 +145,7 @@ class VLLMSampler:
 
 
 def _same_model(wanted: str, found: str) -> bool:
-    """Whether two names may mean one model. A hub id and a local copy of it may; the publish check has the last word."""
+    """Whether two names may mean one model. A hub id and a local copy may; the publish check has the last word."""
     if Path(wanted).is_dir() and Path(found).is_dir():
         return Path(wanted).samefile(found)
     return bool(found) and Path(wanted).name == Path(found).name

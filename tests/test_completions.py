@@ -1,0 +1,222 @@
+"""That every row is completed exactly once, however the work is divided and interrupted.
+
+The sampler is a fake, since it has to fail where we want it to and to answer in the order that we want.
+"""
+
+import random
+import threading
+from collections import Counter
+from collections.abc import Iterable, Iterator
+
+import pytest
+from datasets import Dataset
+
+from spin_trl.completions import GenerationJob, Share
+from spin_trl.generation.sampler import Completion, CompletionRequest, SamplerError, SamplingParams
+from spin_trl.iteration_store import IterationStore
+
+
+PARAMS = SamplingParams(max_completion_length=8, end_token_ids=(2,))
+
+
+class FakeSampler:
+    """Answers each request with its prompt and its seed's last digits; fails after `num_answers` if told to."""
+
+    reads_checkpoints = False
+
+    def __init__(self, num_answers: int | None = None, shuffle: bool = False, ready: threading.Barrier | None = None):
+        self.num_answers = num_answers
+        self.shuffle = shuffle
+        self.ready = ready
+        self.requests: list[CompletionRequest] = []
+
+    def sample(
+        self, requests: Iterable[CompletionRequest], params: SamplingParams, logprobs: bool = False
+    ) -> Iterator[Completion]:
+        if self.ready is not None:
+            self.ready.wait(timeout=60)
+        if self.shuffle:
+            requests = list(requests)
+            random.Random(0).shuffle(requests)
+        for request in requests:
+            if len(self.requests) == self.num_answers:
+                raise SamplerError("the server is gone")
+            self.requests.append(request)
+            yield Completion(request.key, [*request.prompt_ids, request.seed % 1000, 2], "stop")
+
+
+@pytest.fixture
+def store(tmp_path) -> IterationStore:
+    return IterationStore(tmp_path)
+
+
+def prompts(*rows: int) -> Dataset:
+    return Dataset.from_dict({"row": list(rows), "prompt_ids": [[100 + row] for row in rows]})
+
+
+def job(store: IterationStore, **overrides) -> GenerationJob:
+    return GenerationJob(**{"store": store, "iteration": 0, "kind": "generations", "params": PARAMS, **overrides})
+
+
+def run_on_every_rank(generation_job: GenerationJob, dataset: Dataset, num_ranks: int) -> list[FakeSampler]:
+    """All ranks at once, each in a thread; none answers before all have seen what is missing."""
+    ready = threading.Barrier(num_ranks)
+    samplers = [FakeSampler(ready=ready) for _ in range(num_ranks)]
+    threads = [
+        threading.Thread(target=generation_job.run, args=(sampler, dataset, Share(rank, num_ranks)))
+        for rank, sampler in enumerate(samplers)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return samplers
+
+
+def completed_keys(store: IterationStore, kind: str = "generations") -> list[tuple[int, int]]:
+    table = store.read_completions(0, kind)
+    return list(zip(table["row"].to_pylist(), table["sample"].to_pylist(), strict=True))
+
+
+# Every row exactly once
+
+
+@pytest.mark.parametrize("num_rows", [1, 3, 7, 40])
+@pytest.mark.parametrize("num_ranks", [1, 2, 5])
+def test_every_row_is_completed_once_over_all_ranks(store, num_ranks, num_rows):
+    samplers = run_on_every_rank(job(store, part_size=4), prompts(*range(num_rows)), num_ranks)
+    assert completed_keys(store) == [(row, 0) for row in range(num_rows)]
+    asked = Counter(request.key for sampler in samplers for request in sampler.requests)
+    assert set(asked.values()) == {1}
+
+
+def test_no_rank_is_idle_where_there_are_rows_for_all(store):
+    samplers = run_on_every_rank(job(store, part_size=256), prompts(*range(10)), 5)
+    assert [len(sampler.requests) for sampler in samplers] == [2, 2, 2, 2, 2]
+
+
+def test_rank_without_rows_is_asked_for_nothing(store):
+    samplers = run_on_every_rank(job(store), prompts(0, 1), 5)
+    assert [len(sampler.requests) for sampler in samplers] == [1, 1, 0, 0, 0]
+    assert completed_keys(store) == [(0, 0), (1, 0)]
+
+
+def test_rank_that_comes_late_still_completes_its_own_share(store):
+    """What other ranks have written by then must not change how the rows are divided."""
+    for rank in range(2):
+        job(store).run(FakeSampler(), prompts(*range(10)), Share(rank, 2))
+    assert completed_keys(store) == [(row, 0) for row in range(10)]
+
+
+def test_every_sample_of_every_row_is_completed(store):
+    run_on_every_rank(job(store, part_size=2, num_samples=3), prompts(4, 0, 9, 7, 5), 2)
+    assert completed_keys(store) == [(row, sample) for row in (0, 4, 5, 7, 9) for sample in (0, 1, 2)]
+
+
+def test_completions_that_arrive_in_any_order_land_in_their_parts(store):
+    job(store, part_size=3, num_samples=2).run(FakeSampler(shuffle=True), prompts(*range(8)), Share())
+    names = sorted(path.name for path in store.path(0, "generations").iterdir())
+    assert names == ["part-00000000.parquet", "part-00000003.parquet", "part-00000006.parquet"]
+    assert completed_keys(store) == [(row, sample) for row in range(8) for sample in range(2)]
+    table = store.read_completions(0, "generations")
+    assert [ids[0] - 100 for ids in table["completion_ids"].to_pylist()] == table["row"].to_pylist()
+
+
+def test_evaluation_and_generations_are_kept_apart(store):
+    job(store).run(FakeSampler(), prompts(0, 1), Share())
+    job(store, kind="evaluation").run(FakeSampler(), prompts(0, 1, 2), Share())
+    assert len(completed_keys(store)) == 2
+    assert len(completed_keys(store, "evaluation")) == 3
+
+
+# Interruptions
+
+
+@pytest.mark.parametrize("num_answers", [0, 1, 4, 9, 11])
+def test_interrupted_run_goes_on_with_what_is_missing(store, num_answers):
+    """Parts of 4: after 9 answers two parts are whole, the ninth answer is lost."""
+    dataset = prompts(*range(12))
+    with pytest.raises(SamplerError, match="the server is gone"):
+        job(store, part_size=4).run(FakeSampler(num_answers), dataset, Share())
+    done = 4 * (num_answers // 4)
+    assert store.completed_rows(0, "generations") == set(range(done))
+
+    again = FakeSampler()
+    job(store, part_size=4).run(again, dataset, Share())
+    assert [request.key[0] for request in again.requests] == list(range(done, 12))
+    assert completed_keys(store) == [(row, 0) for row in range(12)]
+
+
+def test_interrupted_run_ends_with_the_completions_of_an_uninterrupted_one(tmp_path):
+    tables = []
+    for name, num_answers in (("whole", None), ("interrupted", 7)):
+        store = IterationStore(tmp_path / name)
+        dataset = prompts(*range(10))
+        if num_answers is not None:
+            with pytest.raises(SamplerError):
+                job(store, part_size=3, num_samples=2).run(FakeSampler(num_answers), dataset, Share())
+        run_on_every_rank(job(store, part_size=2, num_samples=2), dataset, 2)
+        tables.append(store.read_completions(0, "generations"))
+    assert tables[0].equals(tables[1])
+
+
+def test_run_that_is_complete_asks_for_nothing(store):
+    job(store).run(FakeSampler(), prompts(0, 1, 2), Share())
+    again = FakeSampler()
+    job(store).run(again, prompts(0, 1, 2), Share())
+    assert again.requests == []
+
+
+# Requests
+
+
+def seeds(store: IterationStore, **overrides) -> dict[tuple[int, int], int]:
+    sampler = FakeSampler()
+    job(store, **overrides).run(sampler, prompts(0, 1), Share())
+    return {request.key: request.seed for request in sampler.requests}
+
+
+def test_seed_of_a_completion_repeats(tmp_path):
+    first, again = (seeds(IterationStore(tmp_path / name), num_samples=2) for name in "ab")
+    assert first == again
+
+
+def test_seed_depends_on_run_iteration_kind_row_and_sample(tmp_path):
+    variants = [{}, {"seed": 1}, {"iteration": 1}, {"kind": "evaluation"}]
+    found = [
+        seed
+        for number, variant in enumerate(variants)
+        for seed in seeds(IterationStore(tmp_path / str(number)), num_samples=2, **variant).values()
+    ]
+    assert len(found) == 4 * 2 * 2
+    assert len(set(found)) == len(found)
+
+
+def test_seed_does_not_depend_on_how_the_rows_are_divided(store, tmp_path):
+    alone = seeds(IterationStore(tmp_path / "alone"))
+    shared = run_on_every_rank(job(store), prompts(0, 1), 2)
+    assert {request.key: request.seed for sampler in shared for request in sampler.requests} == alone
+
+
+def test_request_carries_the_prompt_of_its_row(store):
+    sampler = FakeSampler()
+    job(store, num_samples=2).run(sampler, prompts(7, 3), Share())
+    assert [(request.key, request.prompt_ids) for request in sampler.requests] == [
+        ((7, 0), [107]),
+        ((7, 1), [107]),
+        ((3, 0), [103]),
+        ((3, 1), [103]),
+    ]
+
+
+def test_requests_are_made_only_as_the_sampler_takes_them(store, monkeypatch):
+    made = []
+
+    def request(*args):
+        made.append(args)
+        return CompletionRequest(*args)
+
+    monkeypatch.setattr("spin_trl.completions.CompletionRequest", request)
+    with pytest.raises(SamplerError):
+        job(store).run(FakeSampler(num_answers=3), prompts(*range(1000)), Share())
+    assert len(made) == 4  # three answered, and the one at which it failed

@@ -1,0 +1,124 @@
+"""What the user's metrics are given, and the table that shows them."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from datasets import Dataset
+
+from spin_trl.evaluation import ScoreTable, generation_metrics
+from spin_trl.iteration_store import COMPLETION_SCHEMA
+
+
+def truths(tokenizer, rows: list[int], texts: list[str]) -> Dataset:
+    return Dataset.from_dict(
+        {
+            "row": rows,
+            "prompt": [f"prompt {row}" for row in rows],
+            "chosen_ids": [encode(tokenizer, text) for text in texts],
+        }
+    )
+
+
+def answers(tokenizer, rows: list[int], texts: list[str]) -> pa.Table:
+    columns = {
+        "row": rows,
+        "sample": [0] * len(rows),
+        "completion_ids": [encode(tokenizer, text) for text in texts],
+        "finish_reason": ["stop"] * len(rows),
+    }
+    return pa.table(columns, schema=COMPLETION_SCHEMA)
+
+
+def encode(tokenizer, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+
+
+def test_metrics_get_prompts_references_and_generations_of_the_same_row(tokenizer):
+    """The dataset may be in another order than the completions, which come sorted by row."""
+    dataset = truths(tokenizer, [3, 1, 2], ["AA", "B", "CH"])
+    completions = answers(tokenizer, [1, 2, 3], ["B", "D", "EH"])
+    seen = []
+
+    def compute(prompts, references, generations):
+        seen.append((prompts, references, generations))
+        return {"accuracy": 1 / 3}
+
+    assert generation_metrics(compute, dataset, completions, tokenizer) == {"accuracy": 1 / 3}
+    assert seen == [(["prompt 1", "prompt 2", "prompt 3"], ["B", "CH", "AA"], ["B", "D", "EH"])]
+
+
+def test_equal_ids_give_equal_text_without_special_tokens(tokenizer):
+    texts = ["AA B", "CH D EH", "B"]
+    dataset, completions = truths(tokenizer, [0, 1, 2], texts), answers(tokenizer, [0, 1, 2], texts)
+
+    def compute(prompts, references, generations):
+        assert references == generations == texts
+        return {}
+
+    assert generation_metrics(compute, dataset, completions, tokenizer) == {}
+
+
+def test_numbers_of_any_kind_become_floats(tokenizer):
+    dataset, completions = truths(tokenizer, [0], ["B"]), answers(tokenizer, [0], ["B"])
+    found = generation_metrics(lambda *_: {"count": 2, "share": np.float32(0.5)}, dataset, completions, tokenizer)
+    assert found == {"count": 2.0, "share": 0.5}
+    assert {type(value) for value in found.values()} == {float}
+
+
+@pytest.mark.parametrize("returned", [None, 0.5, {"accuracy": "0.5"}, {"accuracy": [0.5]}, {"accuracy": None}], ids=str)
+def test_anything_but_a_dict_of_numbers_is_refused(tokenizer, returned):
+    dataset, completions = truths(tokenizer, [0], ["B"]), answers(tokenizer, [0], ["B"])
+    with pytest.raises(TypeError, match="`compute_generation_metrics` must return a dict of numbers") as refusal:
+        generation_metrics(lambda *_: returned, dataset, completions, tokenizer)
+    assert repr(returned) in str(refusal.value)
+
+
+# The table
+
+
+def ends(line: str) -> list[int]:
+    """Where the cells of a line end, those right of its label."""
+    return [i for i in range(12, len(line)) if line[i] != " " and (i + 1 == len(line) or line[i + 1] == " ")]
+
+
+def assert_aligned(lines: list[str]) -> None:
+    assert {tuple(ends(line)) for line in lines} == {tuple(ends(lines[0]))}, "\n".join(lines)
+
+
+def test_table_grows_by_one_line_as_each_opponent_is_evaluated():
+    lines = []
+    table = ScoreTable(lines.append)
+    assert lines == []
+    table.add("start", {"nll": 2.0, "accuracy": 0.25})
+    assert len(lines) == 3  # with the header
+    assert lines[0].split() == ["after", "nll", "accuracy"]
+    assert lines[2].split() == ["start", "2.0000", "0.2500"]
+    table.add("iteration 0", {"nll": 1.5, "accuracy": 0.5})
+    assert len(lines) == 4
+    assert lines[3].split() == ["iteration", "0", "1.5000", "0.5000"]
+
+
+def test_lines_of_the_table_are_aligned():
+    lines = []
+    table = ScoreTable(lines.append)
+    for iteration, label in enumerate(("start", "iteration 0", "iteration 1")):
+        table.add(label, {"nll": 2.0 - iteration, "a_rather_long_name": 10.0 * iteration, "x": 0.5})
+    assert_aligned(lines)
+
+
+def test_lines_stay_aligned_after_ten_iterations_and_with_large_scores():
+    lines = []
+    table = ScoreTable(lines.append)
+    table.add("start", {"nll": 2.0, "length": 41.5})
+    table.add("iteration 9", {"nll": 1.5, "length": 123.25})
+    table.add("iteration 10", {"nll": 1.25, "length": 9.5})
+    assert_aligned(lines)
+
+
+def test_score_that_is_missing_leaves_its_cell_empty():
+    lines = []
+    table = ScoreTable(lines.append)
+    table.add("start", {"nll": 2.0, "accuracy": 0.25})
+    table.add("iteration 0", {"accuracy": 0.5})
+    assert lines[3].split() == ["iteration", "0", "0.5000"]
+    assert ends(lines[3]) == ends(lines[2])[1:]

@@ -1,0 +1,224 @@
+"""What a run directory holds after a write that succeeded, and after one that did not."""
+
+import math
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from datasets import Dataset
+
+from spin_trl.iteration_store import IterationStore
+
+
+@pytest.fixture
+def store(tmp_path) -> IterationStore:
+    return IterationStore(tmp_path / "run")
+
+
+def completions(*rows: int, samples: tuple[int, ...] = (0,)) -> dict[str, list]:
+    """Completions of the rows, told apart by their ids: row, then sample."""
+    keys = [(row, sample) for row in rows for sample in samples]
+    return {
+        "row": [row for row, _ in keys],
+        "sample": [sample for _, sample in keys],
+        "completion_ids": [[row, sample] for row, sample in keys],
+        "finish_reason": ["stop" for _ in keys],
+    }
+
+
+def files(store: IterationStore) -> list[str]:
+    return sorted(str(path.relative_to(store.output_dir)) for path in store.output_dir.rglob("*") if path.is_file())
+
+
+def write_half_and_fail(path: Path, *args, **kwargs) -> None:
+    with open(path, "wb") as file:
+        file.write(b"half")
+    raise OSError("No space left on device")
+
+
+# Atomic writes
+
+
+def test_part_that_could_not_be_written_leaves_no_file_and_earlier_parts_survive(store, monkeypatch):
+    store.write_completions(0, "generations", "00000000", completions(0, 1))
+    with monkeypatch.context() as patch:
+        patch.setattr(pq, "write_table", lambda table, path: write_half_and_fail(path))
+        with pytest.raises(OSError, match="No space left"):
+            store.write_completions(0, "generations", "00000002", completions(2, 3))
+    assert files(store) == ["iteration-0/generations/part-00000000.parquet"]
+    assert store.completed_rows(0, "generations") == {0, 1}
+
+
+def test_metrics_that_could_not_be_written_leave_the_earlier_ones(store, monkeypatch):
+    store.write_metrics(0, {"num_pairs": 3})
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", write_half_and_fail)
+        with pytest.raises(OSError, match="No space left"):
+            store.write_metrics(0, {"num_pairs": 4})
+    assert files(store) == ["iteration-0/metrics.json"]
+    assert store.read_metrics(0) == {"num_pairs": 3}
+
+
+def test_interrupt_during_a_write_leaves_no_file_either(store, monkeypatch):
+    def interrupt(path, *args):
+        Path.touch(path)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        store.write_run({"model": "m"})
+    assert files(store) == []
+
+
+def test_pairs_that_could_not_be_written_are_absent_and_can_be_written_again(store, monkeypatch):
+    pairs = Dataset.from_dict({"row": [0, 1]})
+
+    def save_half(self, path):
+        Path(path).mkdir(parents=True)
+        write_half_and_fail(Path(path) / "data-00000-of-00001.arrow")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Dataset, "save_to_disk", save_half)
+        with pytest.raises(OSError, match="No space left"):
+            store.write_pairs(0, pairs)
+    assert not store.has_pairs(0)
+    store.write_pairs(0, pairs)
+    assert store.has_pairs(0)
+    assert store.read_pairs(0)["row"][:] == [0, 1]
+    assert [path.name for path in store.path(0).iterdir()] == ["pairs"]
+
+
+def test_opponent_that_could_not_be_saved_leaves_the_earlier_one(store):
+    def save(content, fail=False):
+        def write(directory):
+            Path(directory).mkdir(parents=True)
+            (Path(directory) / "model.safetensors").write_text(content)
+            if fail:
+                raise OSError("No space left on device")
+
+        return write
+
+    store.write_opponent(1, save("old"), is_main_process=True)
+    with pytest.raises(OSError, match="No space left"):
+        store.write_opponent(1, save("half", fail=True), is_main_process=True)
+    assert (store.path(1, "opponent") / "model.safetensors").read_text() == "old"
+    store.write_opponent(1, save("new"), is_main_process=True)
+    assert files(store) == ["iteration-1/opponent/model.safetensors"]
+    assert (store.path(1, "opponent") / "model.safetensors").read_text() == "new"
+
+
+# Round trips
+
+
+def test_completions_of_all_parts_come_back_sorted_by_row_and_sample(store):
+    store.write_completions(0, "generations", "00000007", completions(9, 7, samples=(1, 0)))
+    store.write_completions(0, "generations", "00000000", completions(0, 8, samples=(0, 1)))
+    table = store.read_completions(0, "generations")
+    assert table["completion_ids"].to_pylist() == [[r, s] for r in (0, 7, 8, 9) for s in (0, 1)]
+    assert table.select(["row", "sample"]).to_pylist() == [{"row": r, "sample": s} for r in (0, 7, 8, 9) for s in (0, 1)]
+    assert set(table["finish_reason"].to_pylist()) == {"stop"}
+
+
+def test_completed_rows_are_those_of_whole_parts_of_this_kind_and_iteration(store):
+    assert store.completed_rows(0, "generations") == set()
+    store.write_completions(0, "generations", "00000000", completions(0, 5))
+    store.write_completions(0, "evaluation", "00000000", completions(1))
+    store.write_completions(1, "generations", "00000000", completions(2))
+    leftover = store.path(0, "generations", "part-00000009.parquet.tmp-1234")
+    leftover.write_bytes(b"half")
+    assert store.completed_rows(0, "generations") == {0, 5}
+
+
+def test_completions_that_were_never_made_are_an_empty_table(store):
+    table = store.read_completions(3, "evaluation")
+    assert len(table) == 0
+    assert table.column_names == ["row", "sample", "completion_ids", "finish_reason"]
+
+
+def test_pairs_come_back_with_their_columns_and_scores(store):
+    columns = {
+        "row": [4, 2],
+        "prompt_ids": [[1, 2], [3]],
+        "rejected_ids": [[5], [6, 7]],
+        "ref_rejected_logps": [-1.5, -0.25],
+    }
+    store.write_pairs(2, Dataset.from_dict(columns))
+    assert store.read_pairs(2)[:] == columns
+
+
+def test_metrics_of_later_phases_join_those_of_earlier_ones(store):
+    store.write_metrics(0, {"nll": 2.0, "seconds_publish": 1.0})
+    store.write_metrics(0, {"nll": 1.0, "evaluation": {"accuracy": 0.5}})
+    store.write_metrics(2, {"nll": 0.5})
+    assert store.read_metrics(0) == {"nll": 1.0, "seconds_publish": 1.0, "evaluation": {"accuracy": 0.5}}
+    assert store.read_metrics(1) == {}
+    assert list(store.all_metrics()) == [(0, store.read_metrics(0)), (2, {"nll": 0.5})]
+
+
+def test_metric_that_is_not_a_number_survives(store):
+    store.write_metrics(0, {"nll": math.nan})
+    assert math.isnan(store.read_metrics(0)["nll"])
+
+
+def test_description_of_the_run_comes_back(store):
+    description = {"model": "m", "config": {"num_iterations": 3, "vllm_mode": None}}
+    store.write_run(description)
+    assert store.read_run() == description
+
+
+def test_opponent_replaces_an_older_folder_and_holds_no_pickled_arguments(store):
+    old = store.path(1, "opponent")
+    old.mkdir(parents=True)
+    (old / "adapter_model.bin").write_text("old")
+    stale = store.path(1, "opponent.tmp")
+    stale.mkdir()
+    (stale / "half").write_text("of an interrupted run")
+
+    def save(directory):
+        Path(directory).mkdir(parents=True)
+        (Path(directory) / "adapter_model.safetensors").write_text("new")
+        (Path(directory) / "training_args.bin").write_text("pickle")
+
+    assert store.write_opponent(1, save, is_main_process=True) == old
+    assert files(store) == ["iteration-1/opponent/adapter_model.safetensors"]
+
+
+def test_other_processes_take_part_in_saving_the_opponent_but_touch_no_file(store):
+    asked = []
+    path = store.write_opponent(1, asked.append, is_main_process=False)
+    assert path == store.path(1, "opponent")
+    assert len(asked) == 1 and Path(asked[0]).parent == path.parent and asked[0] != str(path)
+    assert not store.output_dir.exists()
+
+
+def test_nothing_is_written_before_the_first_write(store):
+    assert store.iterations() == []
+    assert store.read_metrics(0) == {}
+    assert not store.has_pairs(0)
+    assert not store.output_dir.exists()
+
+
+# What is there
+
+
+def test_iterations_are_numbers_in_order_and_foreign_names_are_ignored(store):
+    names = ["iteration-10", "iteration-2", "iteration-", "iteration-x", "iteration-1.tmp", "my-iteration-5", "other"]
+    for name in names:
+        (store.output_dir / name).mkdir(parents=True)
+    assert store.iterations() == [2, 10]
+
+
+def test_clearing_a_run_leaves_what_is_not_its_own(store):
+    store.write_run({"model": "m"})
+    store.write_metrics(0, {"nll": 1.0})
+    store.write_metrics(12, {"nll": 1.0})
+    (store.output_dir / "checkpoint-40").mkdir()
+    (store.output_dir / "checkpoint-40" / "model.safetensors").write_text("weights")
+    foreign = ["notes.txt", "iteration-notes.txt", "checkpoint-best/model.safetensors", "iteration-plots/nll.png"]
+    for name in foreign:
+        path = store.output_dir / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("not of this run")
+    store.clear()
+    assert files(store) == sorted(foreign)
+    assert store.iterations() == []

@@ -1,0 +1,92 @@
+"""The recipes as one runs them: parsed, launched, and on two processes."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pyarrow.parquet as pq
+import pytest
+from conftest import RECIPES, ROOT, load_recipe
+from datasets import load_from_disk
+from trl import ModelConfig, TrlParser
+
+from spin_trl import SPINConfig
+
+
+CONFIGS = sorted(RECIPES.glob("*.yaml"))
+LAUNCH = ["--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_recipe_parses_into_a_valid_configuration(path, monkeypatch):
+    spin = load_recipe("spin")
+    parser = TrlParser((spin.SPINScriptArguments, SPINConfig, ModelConfig))
+    arguments = ["--config", str(path), "--use_cpu", "true", "--bf16", "false"]
+    script_args, training_args, model_args = parser.parse_args_and_config(arguments)
+    assert script_args.train_file and model_args.model_name_or_path
+    assert training_args.num_train_epochs == training_args.num_iterations * training_args.epochs_per_iteration
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_recipe_opens_with_purpose_hardware_and_launch_command(path):
+    header = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    for word in ("Purpose:", "Hardware:", "Launch:", "Override:"):
+        assert any(line.startswith(f"# {word}") for line in header), word
+
+
+def test_command_line_overrides_the_yaml_file():
+    spin = load_recipe("spin")
+    parser = TrlParser((spin.SPINScriptArguments, SPINConfig, ModelConfig))
+    arguments = ["--config", str(RECIPES / "pronunciation.yaml"), "--num_iterations", "2", "--lora_r", "4"]
+    _, training_args, model_args = parser.parse_args_and_config(arguments)
+    assert (training_args.num_iterations, model_args.lora_r, training_args.beta) == (2, 4, 0.1)
+
+
+def test_seeds_recipe_has_the_seeds_settings():
+    spin = load_recipe("spin")
+    parser = TrlParser((spin.SPINScriptArguments, SPINConfig, ModelConfig))
+    path = RECIPES / "qwen2.5-7b-instruct-lora.yaml"
+    _, args, model_args = parser.parse_args_and_config(["--config", str(path), "--use_cpu", "true", "--bf16", "false"])
+    assert model_args.model_name_or_path == "Qwen/Qwen2.5-7B-Instruct" and model_args.use_peft
+    assert (args.num_iterations, args.beta, args.learning_rate) == (3, 0.1, 5e-7)
+    assert (args.temperature, args.max_completion_length) == (0.7, 1024)
+
+
+def run(command: list[str], tmp_path) -> subprocess.CompletedProcess:
+    env = {**os.environ, "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
+    return done
+
+
+def test_demo_launches_with_accelerate_and_prints_its_table(tiny_model, tmp_path):
+    """The demo's own configuration and data, cut to a few steps and in-process."""
+    overrides = ["--model_name_or_path", tiny_model, "--output_dir", str(tmp_path / "run"), "--max_steps", "10"]
+    config = (RECIPES / "pronunciation.yaml").read_text().replace("vllm_mode: managed\n", "use_vllm: false\n")
+    (tmp_path / "demo.yaml").write_text(config)
+    command = ["accelerate", "launch", "--cpu", "--num_cpu_threads_per_process", "1", *LAUNCH, "recipes/spin.py"]
+    done = run([*command, "--config", str(tmp_path / "demo.yaml"), *overrides], tmp_path)
+    table = [line.split() for line in done.stdout.splitlines()]
+    assert ["after", "nll", "word_accuracy", "phone_error_rate"] in table
+    assert [line[0] for line in table if len(line) in (4, 5)][-2:] == ["start", "iteration"]
+    assert (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_two_processes_play_the_demo_with_pairs_for_every_prompt_once(tiny_model, tmp_path):
+    """The demo's configuration on two gloo processes against one managed vLLM server: 1,000 prompts, two iterations."""
+    command = ["torchrun", "--nproc_per_node", "2", "--master_port", "29631", "recipes/spin.py"]
+    command += ["--config", "recipes/pronunciation.yaml", "--model_name_or_path", tiny_model]
+    command += ["--output_dir", str(tmp_path / "run"), "--num_iterations", "2", "--epochs_per_iteration", "1"]
+    done = run(command, tmp_path)
+    rows = list(range(1000))
+    for iteration in (0, 1):
+        folder = tmp_path / "run" / f"iteration-{iteration}"
+        assert sorted(load_from_disk(str(folder / "pairs"))["row"]) == rows
+        parts = [pq.read_table(part)["row"].to_pylist() for part in sorted((folder / "generations").iterdir())]
+        assert sorted(row for part in parts for row in part) == rows
+        assert len(parts) == 4
+        metrics = json.loads((folder / "metrics.json").read_text())
+        assert metrics["publish_check_difference"] < 1e-4
+    assert done.stdout.count("word_accuracy") >= 1
+    assert sum(line.startswith("start ") for line in done.stdout.splitlines()) == 1  # printed by one process only
