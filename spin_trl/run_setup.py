@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from accelerate import PartialState
 from accelerate.logging import get_logger
 from datasets import Dataset
 from transformers import (
@@ -95,7 +96,7 @@ class SelfPlaySetup:
         if eval_dataset is not None:
             check_dataset(eval_dataset, "eval_dataset")
         choice = choose_sampler(args.use_vllm, args.vllm_mode, args.vllm_server_base_url)
-        logger.info(f"Opponents are sampled {_DESCRIPTIONS[choice.mode]}: {choice.reason}.")
+        PartialState().print(f"Opponents are sampled {_DESCRIPTIONS[choice.mode]}: {choice.reason}.")
         lora_rank = lora_rank_to_serve(model, peft_config, served=choice.mode != "in-process")
         if choice.mode == "managed" and not isinstance(model, str) and not os.path.isdir(model_name):
             raise ValueError(

@@ -115,7 +115,9 @@ def test_completions_of_all_parts_come_back_sorted_by_row_and_sample(store):
     store.write_completions(0, "generations", "00000000", completions(0, 8, samples=(0, 1)))
     table = store.read_completions(0, "generations")
     assert table["completion_ids"].to_pylist() == [[r, s] for r in (0, 7, 8, 9) for s in (0, 1)]
-    assert table.select(["row", "sample"]).to_pylist() == [{"row": r, "sample": s} for r in (0, 7, 8, 9) for s in (0, 1)]
+    assert table.select(["row", "sample"]).to_pylist() == [
+        {"row": r, "sample": s} for r in (0, 7, 8, 9) for s in (0, 1)
+    ]
     assert set(table["finish_reason"].to_pylist()) == {"stop"}
 
 

@@ -26,7 +26,11 @@ def make(tmp_path):
     ("overrides", "found", "advice"),
     [
         ({"num_train_epochs": 5}, r"`num_train_epochs` is set to 5", "Set those two instead"),
-        ({"num_train_epochs": 3.0}, r"`num_train_epochs` is set to 3.0.*`num_iterations` \(3\)", "Set those two instead"),
+        (
+            {"num_train_epochs": 3.0},
+            r"`num_train_epochs` is set to 3.0.*`num_iterations` \(3\)",
+            "Set those two instead",
+        ),
         ({"num_iterations": 0}, "`num_iterations` must be at least 1, got 0", ""),
         ({"epochs_per_iteration": 0}, "`epochs_per_iteration` must be at least 1, got 0", ""),
         ({"num_history_iterations": -1}, "`num_history_iterations` must be at least 0, got -1", ""),
@@ -52,7 +56,11 @@ def make(tmp_path):
         ({"vllm_server_timeout": 0}, "`vllm_server_timeout` must be a positive number of seconds, got 0", ""),
         ({"vllm_request_timeout": -1}, "`vllm_request_timeout` must be a positive number of seconds, got -1", ""),
         ({"publish_check_samples": -1}, "`publish_check_samples` must be at least 0, got -1", ""),
-        ({"publish_check_tolerance": 0}, "`publish_check_tolerance` must be positive, got 0", "`publish_check_samples=0`"),
+        (
+            {"publish_check_tolerance": 0},
+            "`publish_check_tolerance` must be positive, got 0",
+            "`publish_check_samples=0`",
+        ),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
 )

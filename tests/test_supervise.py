@@ -17,7 +17,7 @@ from spin_trl.generation.managed_server import ManagedServer
 from spin_trl.generation.serve_command import ServeCommand
 
 
-PATIENCE = 30.0  # seconds until a test gives up; none waits for it when all is well
+PATIENCE = 20.0  # seconds until a test gives up; none waits for it when all is well
 
 # Starts a child, tells both pids, and waits. With "stubborn", neither heeds SIGTERM.
 COMMAND = """
