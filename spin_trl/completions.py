@@ -45,7 +45,14 @@ class GenerationJob:
     part_size: int = 256
     seed: int = 0
 
-    def run(self, sampler: OpponentSampler, prompts: Dataset, share: Share) -> None:
+    def missing_rows(self, prompts: Dataset) -> list[int]:
+        """Rows of `prompts` whose completions are not on disk yet."""
+        completed = self.store.completed_rows(self.iteration, self.kind)
+        return [row for row in prompts["row"] if row not in completed]
+
+    def run(
+        self, sampler: OpponentSampler, prompts: Dataset, share: Share, missing_rows: list[int] | None = None
+    ) -> None:
         """
         Sample this process's share of what is missing.
 
@@ -53,8 +60,11 @@ class GenerationJob:
             sampler ([`OpponentSampler`]): The opponent.
             prompts ([`~datasets.Dataset`]): With the columns `row` and `prompt_ids`.
             share ([`Share`]): This process's share.
+            missing_rows (`list[int]`, *optional*): What all processes together have to sample. They must agree on it,
+                so it has to be found before the first of them writes a part. By default found here.
         """
-        parts = self._missing_parts(prompts, share)
+        missing_rows = self.missing_rows(prompts) if missing_rows is None else missing_rows
+        parts = self._parts(missing_rows, share)
         part_of = {row: number for number, rows in enumerate(parts) for row in rows}
         collected: dict[int, list[Completion]] = defaultdict(list)
         requests = self._requests(prompts, list(part_of))
@@ -66,11 +76,9 @@ class GenerationJob:
                 if len(collected[number]) == len(parts[number]) * self.num_samples:
                     self._write(parts[number], collected.pop(number))
 
-    def _missing_parts(self, prompts: Dataset, share: Share) -> list[list[int]]:
-        completed = self.store.completed_rows(self.iteration, self.kind)
-        missing = [row for row in prompts["row"] if row not in completed]
-        size = max(1, min(self.part_size, math.ceil(len(missing) / share.count)))
-        parts = [missing[start : start + size] for start in range(0, len(missing), size)]
+    def _parts(self, missing_rows: list[int], share: Share) -> list[list[int]]:
+        size = max(1, min(self.part_size, math.ceil(len(missing_rows) / share.count)))
+        parts = [missing_rows[start : start + size] for start in range(0, len(missing_rows), size)]
         return parts[share.index :: share.count]
 
     def _requests(self, prompts: Dataset, rows: list[int]) -> Iterator[CompletionRequest]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate.logging import get_logger
 from datasets import Dataset
+from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from .completions import GenerationJob, Share
@@ -69,7 +70,7 @@ class SelfPlayCallback(TrainerCallback):
         self.eval_dataset = eval_dataset
         self.compute_generation_metrics = compute_generation_metrics
         self.base_is_opponent = base_is_opponent
-        self.table = ScoreTable(self._print)
+        self.table = ScoreTable(tqdm.write)  # beside a progress bar a plain print would tear it
         self.iteration: int | None = None
 
     def on_epoch_begin(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
@@ -164,7 +165,8 @@ class SelfPlayCallback(TrainerCallback):
         args = self.trainer.args
         job = GenerationJob(self.store, iteration, kind, params, num_samples, args.generation_part_size, args.seed)
         share = Share(args.process_index, args.world_size)
-        on_every_process(lambda: job.run(self.sampler, dataset, share))
+        missing_rows = on_main_process(lambda: job.missing_rows(dataset))
+        on_every_process(lambda: job.run(self.sampler, dataset, share, missing_rows))
 
     def _pair_and_score(self, iteration: int) -> None:
         completions = self.store.read_completions(iteration, "generations")
@@ -188,9 +190,3 @@ class SelfPlayCallback(TrainerCallback):
 
     def _record(self, iteration: int, metrics: dict[str, Any]) -> None:
         on_main_process(lambda: self.store.write_metrics(iteration, metrics))
-
-    def _print(self, line: str) -> None:
-        # Beside a progress bar a plain print would tear it.
-        from tqdm import tqdm
-
-        tqdm.write(line)

@@ -1,4 +1,4 @@
-"""That prompt and ground truth become the ids which a sampler would have seen and said, with TRL's own chat templates."""
+"""That prompt and ground truth become the ids a sampler would have seen and said, with TRL's own chat templates."""
 
 import json
 from pathlib import Path
