@@ -4,7 +4,6 @@ The sampler is a fake, since it has to fail where we want it to and to answer in
 """
 
 import random
-import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
@@ -24,17 +23,14 @@ class FakeSampler:
 
     reads_checkpoints = False
 
-    def __init__(self, num_answers: int | None = None, shuffle: bool = False, ready: threading.Barrier | None = None):
+    def __init__(self, num_answers: int | None = None, shuffle: bool = False):
         self.num_answers = num_answers
         self.shuffle = shuffle
-        self.ready = ready
         self.requests: list[CompletionRequest] = []
 
     def sample(
         self, requests: Iterable[CompletionRequest], params: SamplingParams, logprobs: bool = False
     ) -> Iterator[Completion]:
-        if self.ready is not None:
-            self.ready.wait(timeout=60)
         if self.shuffle:
             requests = list(requests)
             random.Random(0).shuffle(requests)
@@ -59,17 +55,11 @@ def job(store: IterationStore, **overrides) -> GenerationJob:
 
 
 def run_on_every_rank(generation_job: GenerationJob, dataset: Dataset, num_ranks: int) -> list[FakeSampler]:
-    """All ranks at once, each in a thread; none answers before all have seen what is missing."""
-    ready = threading.Barrier(num_ranks)
-    samplers = [FakeSampler(ready=ready) for _ in range(num_ranks)]
-    threads = [
-        threading.Thread(target=generation_job.run, args=(sampler, dataset, Share(rank, num_ranks)))
-        for rank, sampler in enumerate(samplers)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    """One rank after the other: each but the first comes so late that others have written all of their parts."""
+    missing_rows = generation_job.missing_rows(dataset)
+    samplers = [FakeSampler() for _ in range(num_ranks)]
+    for rank, sampler in enumerate(samplers):
+        generation_job.run(sampler, dataset, Share(rank, num_ranks), missing_rows)
     return samplers
 
 
@@ -101,11 +91,12 @@ def test_rank_without_rows_is_asked_for_nothing(store):
     assert completed_keys(store) == [(0, 0), (1, 0)]
 
 
-def test_rank_that_comes_late_still_completes_its_own_share(store):
-    """What other ranks have written by then must not change how the rows are divided."""
-    for rank in range(2):
-        job(store).run(FakeSampler(), prompts(*range(10)), Share(rank, 2))
-    assert completed_keys(store) == [(row, 0) for row in range(10)]
+def test_missing_rows_are_those_without_a_completion_of_this_kind(store):
+    assert job(store).missing_rows(prompts(4, 2, 0)) == [4, 2, 0]
+    job(store).run(FakeSampler(), prompts(2), Share())
+    assert job(store).missing_rows(prompts(4, 2, 0)) == [4, 0]
+    assert job(store, kind="evaluation").missing_rows(prompts(4, 2, 0)) == [4, 2, 0]
+    assert job(store, iteration=1).missing_rows(prompts(4, 2, 0)) == [4, 2, 0]
 
 
 def test_every_sample_of_every_row_is_completed(store):

@@ -75,7 +75,7 @@ def test_pairs_that_could_not_be_written_are_absent_and_can_be_written_again(sto
 
     def save_half(self, path):
         Path(path).mkdir(parents=True)
-        write_half_and_fail(Path(path) / "data-00000-of-00001.arrow")
+        write_half_and_fail(Path(path) / "data-00000-of-00007.arrow")
 
     with monkeypatch.context() as patch:
         patch.setattr(Dataset, "save_to_disk", save_half)
@@ -86,6 +86,7 @@ def test_pairs_that_could_not_be_written_are_absent_and_can_be_written_again(sto
     assert store.has_pairs(0)
     assert store.read_pairs(0)["row"][:] == [0, 1]
     assert [path.name for path in store.path(0).iterdir()] == ["pairs"]
+    assert not (store.path(0, "pairs") / "data-00000-of-00007.arrow").exists()
 
 
 def test_opponent_that_could_not_be_saved_leaves_the_earlier_one(store):

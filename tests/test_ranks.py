@@ -28,15 +28,6 @@ def test_single_process_gets_its_error_as_it_was_raised(run):
     assert not hasattr(error.value, "__notes__")
 
 
-@pytest.mark.parametrize("run", [on_main_process, on_every_process])
-def test_interrupt_is_not_held_back(run):
-    def interrupt():
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run(interrupt)
-
-
 SCRIPT = """
     import json, os, sys, traceback
     from accelerate import PartialState

@@ -38,14 +38,19 @@ supervisor = subprocess.Popen(sys.argv[1:], stdin=subprocess.PIPE)
 time.sleep(600)
 """
 
+# Supervises as a process in a terminal's foreground does, with another time between SIGTERM and SIGKILL.
+SUPERVISOR = """
+import signal, sys
+from spin_trl.generation import supervise
+signal.signal(signal.SIGINT, signal.default_int_handler)
+supervise.GRACE_PERIOD = float(sys.argv[1])
+sys.exit(supervise.supervise(sys.argv[2:]))
+"""
 
-def supervisor(*command: str, grace_period: float | None = None) -> list[str]:
-    """The words that supervise `command`, with a shorter time between SIGTERM and SIGKILL if given."""
-    if grace_period is None:
-        return [sys.executable, "-m", "spin_trl.generation.supervise", *command]
-    program = "import sys; from spin_trl.generation import supervise as s; "
-    program += f"s.GRACE_PERIOD = {grace_period}; sys.exit(s.supervise(sys.argv[1:]))"
-    return [sys.executable, "-c", program, *command]
+
+def supervisor(*command: str, grace_period: float = 0.2) -> list[str]:
+    """The words that supervise `command`."""
+    return [sys.executable, "-c", SUPERVISOR, str(grace_period), *command]
 
 
 def is_gone(pid: int) -> bool:
@@ -103,7 +108,7 @@ def processes(tmp_path):
 
 @pytest.mark.parametrize("kind", ["polite", "stubborn"])
 def test_command_and_its_child_end_when_the_pipe_closes(processes, kind):
-    process = processes.start(supervisor(*processes.command(kind), grace_period=0.2))
+    process = processes.start(supervisor(*processes.command(kind)))
     process.stdin.close()
     process.wait(timeout=PATIENCE)
     assert processes.all_gone()
@@ -118,7 +123,7 @@ def test_command_ends_when_the_holder_of_the_pipe_is_killed(processes):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
 def test_command_ends_with_a_supervisor_that_is_told_to_end(processes, number):
     """SIGHUP comes when the terminal closes or the connection to the machine breaks, and ends the trainer as well."""
-    process = processes.start(supervisor(*processes.command("polite"), grace_period=0.2))
+    process = processes.start(supervisor(*processes.command("polite")))
     process.send_signal(number)
     process.wait(timeout=PATIENCE)
     assert processes.all_gone()
@@ -143,7 +148,8 @@ def test_interrupt_from_the_keyboard_is_left_to_the_parent(processes):
 
 @pytest.mark.parametrize("status", [0, 3])
 def test_exit_status_of_the_command_is_passed_on(status):
-    process = subprocess.Popen(supervisor("sh", "-c", f"exit {status}"), stdin=subprocess.PIPE)
+    command = [sys.executable, "-m", "spin_trl.generation.supervise", "sh", "-c", f"exit {status}"]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE)
     assert process.wait(timeout=PATIENCE) == status
     process.stdin.close()
 

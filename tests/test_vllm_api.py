@@ -104,7 +104,7 @@ def connect(faulty):
     clients = []
 
     def make(base_url: str | None = None, **options) -> VLLMServer:
-        clients.append(VLLMServer(base_url or faulty.url, **options))
+        clients.append(VLLMServer(base_url or faulty.url, **{"server_timeout": PATIENCE, **options}))
         return clients[-1]
 
     yield make
