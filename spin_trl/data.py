@@ -1,24 +1,85 @@
-"""SFT rows in any accepted format -> prompt and ground truth. Knows nothing of tokens, HTTP, models or paths."""
+"""Which datasets can be played on, and in which of the accepted formats they are. Knows nothing of tokens or models.
 
+The columns tell the format. Where the columns fit several, the first of these is taken:
+
+1. `named`: the two columns (or more) that `prompt_column` and `completion_column` name, whatever else there is.
+2. `prompt_completion`: `prompt` and `completion`.
+3. `messages`: a conversation.
+4. `preference`: `chosen`, with or without `prompt`. The `rejected` side is ignored: the opponent makes its own.
+5. `real`: uclaml/SPIN's. The `generated` side is ignored for the same reason.
+
+How a row of each becomes games is in `games.py`.
+"""
+
+from dataclasses import dataclass
 from typing import Any
 
-from datasets import Dataset, IterableDataset
-from trl.data_utils import is_conversational
+from datasets import Dataset, IterableDataset, Value
 
 
 ACCEPTED_FORMATS = """\
   - `prompt` and `completion`, both text or both lists of messages
   - `messages`, a conversation whose last message is the assistant's ground truth
-(a `prompt` or `messages` row may come with TRL's `tools` and `chat_template_kwargs` columns)"""
+  - `chosen`, a whole conversation, or with `prompt` also the answer alone (`rejected` is ignored)
+  - `real`, a conversation as in uclaml/SPIN's data (`generated` is ignored)
+  - any columns named by `prompt_column` (several joined by "+", as in "instruction+input") and `completion_column`
+(conversations may come with TRL's `tools` and `chat_template_kwargs` columns)"""
+
+_COLUMNS = {
+    "prompt_completion": ("prompt", "completion"),
+    "messages": ("messages",),
+    "preference": ("chosen",),
+    "real": ("real",),
+}
 
 
-def check_dataset(dataset: Any, name: str) -> None:
+@dataclass(frozen=True)
+class DataFormat:
+    """
+    How the rows of a dataset are to be read.
+
+    Args:
+        name (`str`): One of the formats in this module's docstring.
+        prompt_columns (`tuple[str, ...]`): Where the prompt is looked for.
+        completion_column (`str`): Where the ground truth is.
+    """
+
+    name: str
+    prompt_columns: tuple[str, ...]
+    completion_column: str
+
+    def prompt_feature(self, dataset: Dataset) -> Any:
+        """The type of the prompts to come: that of the conversations, if there are any, else text."""
+        columns = (*self.prompt_columns, self.completion_column)
+        features = [dataset.features[column] for column in columns if column in dataset.features]
+        return next((feature for feature in features if not isinstance(feature, Value)), Value("string"))
+
+
+def detect_format(
+    column_names: list[str], prompt_column: str | None = None, completion_column: str | None = None
+) -> DataFormat | None:
+    """The format that these columns are in, or `None`. See the module's docstring for the order of precedence."""
+    if prompt_column is not None and completion_column is not None:
+        prompt_columns = (prompt_column,) if prompt_column in column_names else tuple(prompt_column.split("+"))
+        if not {*prompt_columns, completion_column} <= set(column_names):
+            return None
+        return DataFormat("named", prompt_columns, completion_column)
+    for name, columns in _COLUMNS.items():
+        if set(columns) <= set(column_names):
+            return DataFormat(name, ("prompt",) if name == "preference" else columns[:1], columns[-1])
+    return None
+
+
+def check_dataset(
+    dataset: Any, name: str, prompt_column: str | None = None, completion_column: str | None = None
+) -> None:
     """
     Refuse a dataset that cannot be played on, by its type, size and columns alone.
 
     Args:
         dataset ([`~datasets.Dataset`]): The dataset as the user passed it.
         name (`str`): The argument's name, for the error.
+        prompt_column, completion_column (`str`, *optional*): As in [`SPINConfig`].
 
     Raises:
         `TypeError`: not a map-style dataset.
@@ -40,75 +101,16 @@ def check_dataset(dataset: Any, name: str) -> None:
             f"`{name}` has the column(s) {sorted(vision_columns)}: vision datasets are not supported, since prompts "
             "go to the opponent as token ids. Use a text dataset, or remove the column(s)."
         )
-    if detect_format(dataset.column_names) is None:
+    if detect_format(dataset.column_names, prompt_column, completion_column) is None:
+        if prompt_column is not None:
+            raise ValueError(
+                f"`{name}` has the columns {dataset.column_names}, but `prompt_column={prompt_column!r}` and "
+                f"`completion_column={completion_column!r}` name others. Several prompt columns are joined by '+'."
+            )
         raise ValueError(
             f"`{name}` has the columns {dataset.column_names}, which is none of the accepted formats:\n"
-            f"{ACCEPTED_FORMATS}\nRename the columns with `dataset.rename_columns({{...}})`."
+            f"{ACCEPTED_FORMATS}\nName them with `prompt_column` and `completion_column`, or rename them with "
+            "`dataset.rename_columns({...})`."
         )
     if len(dataset) == 0:
         raise ValueError(f"`{name}` is empty: at least one row with a prompt and its ground truth is needed.")
-
-
-def detect_format(column_names: list[str]) -> str | None:
-    """Name of the accepted format with these columns, or `None`."""
-    columns = set(column_names)
-    if {"prompt", "completion"} <= columns:
-        return "prompt_completion"
-    if "messages" in columns:
-        return "messages"
-    return None
-
-
-def split_row(row: dict[str, Any], index: int) -> tuple[str | list[dict], str | list[dict]]:
-    """
-    The prompt and the ground truth of one row, both text or both lists of messages.
-
-    Raises:
-        `ValueError`: naming the row and the field, if either is missing, empty or of mixed kinds.
-    """
-    prompt, completion = _split_messages(row, index) if "messages" in row else (row["prompt"], row["completion"])
-    for field, value in (("prompt", prompt), ("completion", completion)):
-        _check_field(value, field, index)
-    if isinstance(prompt, list) != isinstance(completion, list):
-        raise ValueError(
-            f"Row {index} mixes formats: its prompt is {_kind(prompt)} and its completion is {_kind(completion)}. "
-            "Make both text, or both lists of messages."
-        )
-    if isinstance(completion, list) and (len(completion) != 1 or completion[0]["role"] != "assistant"):
-        raise ValueError(
-            f"Row {index}: `completion` must be exactly one assistant message, found the roles "
-            f"{[message['role'] for message in completion]}. Move earlier messages to the prompt."
-        )
-    return prompt, completion
-
-
-def _split_messages(row: dict[str, Any], index: int) -> tuple[list[dict], list[dict]]:
-    messages = row["messages"]
-    if not is_conversational({"messages": messages or None}):
-        raise ValueError(f"Row {index}: `messages` must be a non-empty list of messages, found {_kind(messages)}.")
-    if messages[-1]["role"] != "assistant":
-        raise ValueError(
-            f"Row {index}: `messages` ends on the role '{messages[-1]['role']}', but the last message is the ground "
-            "truth and must be the assistant's. Remove what follows the last assistant message."
-        )
-    return messages[:-1], messages[-1:]
-
-
-def _check_field(value: Any, field: str, index: int) -> None:
-    is_messages = isinstance(value, list) and all(isinstance(m, dict) and "role" in m for m in value)
-    if not isinstance(value, str) and not is_messages:
-        raise ValueError(f"Row {index}: `{field}` must be text or a list of messages, found {_kind(value)}.")
-    text = "".join(message.get("content") or "" for message in value) if is_messages else value
-    if not text.strip() and not (is_messages and any(message.get("tool_calls") for message in value)):
-        raise ValueError(
-            f"Row {index}: `{field}` is empty. Every row needs a prompt and a ground truth; remove the row, for "
-            "example with `dataset.filter`."
-        )
-
-
-def _kind(value: Any) -> str:
-    if isinstance(value, str):
-        return "text"
-    if isinstance(value, list):
-        return "a list of messages" if value else "an empty list"
-    return f"`{type(value).__name__}`"

@@ -2,6 +2,7 @@
 
     output_dir/
       self_play.json                what was run: config, data, versions
+      invalid_rows.jsonl            rows of the user's data that were left out: dataset, row, reason
       vllm-server.log               of a managed server
       iteration-0/
         opponent/                   adapter or model as published; absent where it is the base model
@@ -74,11 +75,21 @@ class IterationStore:
     def read_run(self) -> dict[str, Any]:
         return json.loads((self.output_dir / "self_play.json").read_text())
 
+    def write_invalid_rows(self, rows: list[dict[str, Any]]) -> None:
+        """List the rows that were left out, one a line; no file where there are none."""
+        path = self.output_dir / "invalid_rows.jsonl"
+        if rows:
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+            _write_atomically(path, lambda temporary: temporary.write_text(text))
+        else:
+            path.unlink(missing_ok=True)
+
     def clear(self) -> None:
         """Delete the self-play run that lies here, and Trainer's checkpoints of it. Anything else stays."""
         for path in [*self.output_dir.glob("iteration-*"), *self.output_dir.glob("checkpoint-*")]:
             shutil.rmtree(path)
-        (self.output_dir / "self_play.json").unlink(missing_ok=True)
+        for name in ("self_play.json", "invalid_rows.jsonl"):
+            (self.output_dir / name).unlink(missing_ok=True)
 
     # Opponent
 

@@ -1,4 +1,4 @@
-"""Prompt and ground truth -> token ids, such that a sampler which repeats the ground truth gives the same ids.
+"""SFT rows -> token ids, such that a sampler which repeats the ground truth gives the same ids.
 
 Every prompt is rendered once, here. The sampler is sent these ids, and the ids that come back are trained on as they
 are. Knows nothing of HTTP, models or paths.
@@ -6,18 +6,45 @@ are. Knows nothing of HTTP, models or paths.
 
 import json
 from collections.abc import Collection
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from datasets import Dataset
+import pyarrow as pa
+from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
+from trl.trainer.utils import remove_none_values
 
-from .data import split_row
+from .chat_template import ChatTemplate, end_after_first
+from .data import DataFormat, detect_format
+from .games import Game, InvalidRowError, split_row
+
+
+class TokenizedData(NamedTuple):
+    """
+    A rendered dataset.
+
+    Args:
+        dataset ([`~datasets.Dataset`]): One row per game, with the columns `row` (`int`, its number here), `source_row`
+            (`int`, its number in the user's dataset), `prompt` (text or messages), `prompt_ids` and `chosen_ids`
+            (`list[int]`, ending in one end token).
+        invalid_rows (`list[tuple[int, str]]`): Of every row left out its number in the user's dataset, and why.
+    """
+
+    dataset: Dataset
+    invalid_rows: list[tuple[int, str]]
 
 
 def tokenize_dataset(
-    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, end_token_ids: Collection[int], num_proc: int | None = None
-) -> Dataset:
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    end_token_ids: Collection[int],
+    prompt_column: str | None = None,
+    completion_column: str | None = None,
+    train_on_turns: str = "last",
+    chat_template_kwargs: dict[str, Any] | None = None,
+    skip_invalid_rows: bool = False,
+    num_proc: int | None = None,
+) -> TokenizedData:
     """
     Render every row of an SFT dataset into token ids.
 
@@ -25,87 +52,157 @@ def tokenize_dataset(
         dataset ([`~datasets.Dataset`]): Rows in one of the accepted formats (see `data.ACCEPTED_FORMATS`).
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): With a chat template if the rows are conversational.
         end_token_ids (`Collection[int]`): Token ids at which the model stops; the first is appended to plain text.
+        prompt_column, completion_column, train_on_turns, chat_template_kwargs, skip_invalid_rows:
+            As in [`SPINConfig`].
         num_proc (`int`, *optional*): Number of processes.
 
-    Returns:
-        [`~datasets.Dataset`] with the columns `row` (`int`, number in `dataset`), `prompt` (as it was), `prompt_ids`
-        and `chosen_ids` (`list[int]`, ending in one end token).
-
     Raises:
-        `ValueError`: naming the row, if it is malformed or its prompt is not a prefix of its conversation.
+        [`InvalidRowError`]: naming the row, if it cannot be played and `skip_invalid_rows` is not set.
+        `ValueError`: if no row is valid, or if there is no chat template for conversations.
     """
-
-    def tokenize_row(row: dict[str, Any], index: int) -> dict[str, Any]:
-        prompt, completion = split_row(row, index)
-        tools = row.get("tools")
-        template_kwargs = {
-            "tools": json.loads(tools) if isinstance(tools, str) else tools,
-            **(row.get("chat_template_kwargs") or {}),
+    data_format = detect_format(dataset.column_names, prompt_column, completion_column)
+    prompt_feature = data_format.prompt_feature(dataset)
+    chat_template = None
+    if prompt_feature != Value("string") and tokenizer.chat_template is not None:
+        chat_template = ChatTemplate(tokenizer, end_token_ids, chat_template_kwargs)
+    renderer = RowRenderer(data_format, train_on_turns, tokenizer, tuple(end_token_ids), chat_template)
+    features = Features(
+        {
+            "source_row": Value("int64"),
+            "prompt": prompt_feature,
+            "prompt_ids": List(Value("int64")),
+            "chosen_ids": List(Value("int64")),
+            "invalid": Value("string"),
         }
-        if isinstance(prompt, list):
-            prompt_ids, chosen_ids = _render_messages(prompt, completion, tokenizer, index, template_kwargs)
-        else:
-            prompt_ids, chosen_ids = _render_text(prompt, completion, tokenizer)
-        return {
-            "row": index,
-            "prompt": prompt,
-            "prompt_ids": prompt_ids,
-            "chosen_ids": end_after_first(chosen_ids, end_token_ids),
-        }
-
-    removed = [name for name in dataset.column_names if name != "prompt"]
-    return dataset.map(
-        tokenize_row, with_indices=True, remove_columns=removed, num_proc=num_proc, desc="Tokenizing prompts and truths"
     )
 
+    def render_batch(batch: dict[str, list], numbers: list[int]) -> dict[str, list]:
+        games = []
+        for position, number in enumerate(numbers):
+            try:
+                rendered = renderer.render({name: values[position] for name, values in batch.items()})
+            except InvalidRowError as error:
+                if not skip_invalid_rows:
+                    raise InvalidRowError(_refusal(number, str(error))) from error
+                rendered = [{"invalid": str(error)}]
+            games += [{"source_row": number, **game} for game in rendered]
+        return {name: [game.get(name) for game in games] for name in features}
 
-def end_after_first(completion_ids: list[int], end_token_ids: Collection[int]) -> list[int]:
+    unreadable = _unreadable_rows(dataset)
+    if unreadable and not skip_invalid_rows:
+        raise InvalidRowError(_refusal(*unreadable[0]))
+    readable = np.setdiff1d(np.arange(len(dataset)), [number for number, _ in unreadable])
+    rendered = (dataset.select(readable) if unreadable else dataset).map(
+        lambda batch, positions: render_batch(batch, [int(readable[position]) for position in positions]),
+        batched=True,
+        with_indices=True,
+        remove_columns=dataset.column_names,
+        features=features,
+        num_proc=num_proc,
+        desc="Tokenizing prompts and truths",
+    )
+    reasons = rendered["invalid"][:]
+    invalid = [(rendered[i]["source_row"], reason) for i, reason in enumerate(reasons) if reason is not None]
+    invalid = sorted(unreadable + invalid)
+    valid = [i for i, reason in enumerate(reasons) if reason is None]
+    if not valid:
+        raise ValueError(f"None of the {len(dataset)} rows is valid. {_refusal(*invalid[0])}")
+    rendered = (rendered.select(valid) if invalid else rendered).remove_columns("invalid")
+    return TokenizedData(rendered.add_column("row", np.arange(len(rendered))), invalid)
+
+
+class RowRenderer:
     """
-    Cut a ground truth after its first end token, or add one: a sampler emits exactly one, and nothing after it.
-
-    Most chat templates write something behind the end token (a newline in Qwen's and Gemma's). Left there, the policy
-    would learn to tell ground truth from generation by punctuation.
-    """
-    for position, token_id in enumerate(completion_ids):
-        if token_id in end_token_ids:
-            return completion_ids[: position + 1]
-    return completion_ids + [next(iter(end_token_ids))]
-
-
-def percentile_length(dataset: Dataset, column: str, percentile: float) -> int:
-    """The given percentile of the lengths, in tokens, of a column of token ids, rounded up."""
-    lengths = [len(ids) for batch in dataset.select_columns(column).iter(1024) for ids in batch[column]]
-    return int(np.ceil(np.percentile(lengths, percentile)))
-
-
-def drop_long_prompts(dataset: Dataset, max_prompt_length: int, reason: str) -> tuple[Dataset, int]:
-    """
-    Drop the rows whose prompt is longer than the context allows, before anything is generated.
+    Splits one row into its games and renders them.
 
     Args:
-        dataset ([`~datasets.Dataset`]): With a `prompt_ids` column.
-        max_prompt_length (`int`): Longest prompt that leaves room for an answer, in tokens.
-        reason (`str`): Where the limit comes from, for the error.
-
-    Returns:
-        The remaining dataset and the number of dropped rows.
-
-    Raises:
-        `ValueError`: if no row is left.
+        data_format ([`DataFormat`]): How to read the row.
+        train_on_turns (`str`): "last" or "all".
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): For text.
+        end_token_ids (`tuple[int, ...]`): Token ids at which the model stops.
+        chat_template ([`ChatTemplate`], *optional*): For conversations.
     """
-    kept = dataset.filter(
-        lambda lengths: [len(ids) <= max_prompt_length for ids in lengths],
-        input_columns="prompt_ids",
-        batched=True,
-        desc="Dropping prompts that are too long",
-    )
-    if len(kept) == 0:
-        shortest = min(len(row["prompt_ids"]) for row in dataset.select_columns("prompt_ids"))
-        raise ValueError(
-            f"All {len(dataset)} prompts are too long: the shortest has {shortest} tokens, and {reason} leaves room "
-            f"for at most {max_prompt_length}. Raise that limit or shorten the prompts."
-        )
-    return kept, len(dataset) - len(kept)
+
+    def __init__(
+        self,
+        data_format: DataFormat,
+        train_on_turns: str,
+        tokenizer: PreTrainedTokenizerBase,
+        end_token_ids: tuple[int, ...],
+        chat_template: ChatTemplate | None,
+    ):
+        self.data_format = data_format
+        self.train_on_turns = train_on_turns
+        self.tokenizer = tokenizer
+        self.end_token_ids = end_token_ids
+        self.chat_template = chat_template
+
+    def render(self, row: dict[str, Any]) -> list[dict[str, Any]]:
+        """
+        The row's games, each with `prompt`, `prompt_ids` and `chosen_ids`.
+
+        Raises:
+            `InvalidRowError`: if the row cannot be played.
+            `ValueError`: if it is a conversation and there is no chat template.
+        """
+        template_kwargs = {
+            "tools": _structure(row, "tools"),
+            **(_structure(row, "chat_template_kwargs") or {}),
+        }
+        games = []
+        for game in split_row(row, self.data_format, self.train_on_turns):
+            if isinstance(game.prompt, str):
+                prompt_ids, chosen_ids = _render_text(game.prompt, game.completion, self.tokenizer)
+                chosen_ids = end_after_first(chosen_ids, self.end_token_ids)
+            else:
+                prompt_ids, chosen_ids = self._require_chat_template(game).render(game, **template_kwargs)
+            games.append({"prompt": game.prompt, "prompt_ids": prompt_ids, "chosen_ids": chosen_ids})
+        return games
+
+    def _require_chat_template(self, game: Game) -> ChatTemplate:
+        if self.chat_template is None:
+            raise ValueError(
+                f"The dataset is conversational ({game.completion_name} is a message), but the tokenizer has no chat "
+                "template. Set `tokenizer.chat_template` to the model's own and pass the tokenizer as "
+                "`processing_class`; for a base model give the prompts and ground truths as text, or add a template "
+                "with `trl.clone_chat_template`."
+            )
+        return self.chat_template
+
+
+def _refusal(number: int, reason: str) -> str:
+    return f"Row {number}: {reason} (`skip_invalid_rows=True` leaves such rows out and lists them.)"
+
+
+def _unreadable_rows(dataset: Dataset) -> list[tuple[int, str]]:
+    """Rows with bytes that are no text at all, which reading any batch they are in would trip over."""
+    try:
+        dataset.data.validate(full=True)
+        return []
+    except pa.ArrowInvalid:
+        pass
+    reasons: dict[int, str] = {}
+    for column in dataset.column_names:
+        cells = dataset.select_columns(column)
+        for number in range(len(dataset)):
+            try:
+                cells[number]
+            except UnicodeDecodeError as error:
+                reasons.setdefault(
+                    number, f"`{column}` is not valid Unicode: {error}. Load the file in its own encoding."
+                )
+    return sorted(reasons.items())
+
+
+def _structure(row: dict[str, Any], column: str) -> Any:
+    """A cell that is a list or dict, or JSON of one, without the empty keys that Arrow fills in from other rows."""
+    value = row.get(column)
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise InvalidRowError(f"`{column}` is text but not JSON: {error}. Write it with `json.dumps`.") from error
+    return remove_none_values(value) if value else None
 
 
 def _render_text(prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
@@ -118,29 +215,3 @@ def _render_text(prompt: str, completion: str, tokenizer: PreTrainedTokenizerBas
         return prompt_ids, full_ids[len(prompt_ids) :]
     # Tokens merge across the boundary. The sampler goes on from the prompt's own tokens, so must the ground truth.
     return prompt_ids, tokenizer(completion, add_special_tokens=False)["input_ids"]
-
-
-def _render_messages(
-    prompt: list[dict],
-    completion: list[dict],
-    tokenizer: PreTrainedTokenizerBase,
-    index: int,
-    template_kwargs: dict[str, Any],
-) -> tuple[list[int], list[int]]:
-    def render(messages: list[dict], add_generation_prompt: bool) -> list[int]:
-        return tokenizer.apply_chat_template(
-            messages, tokenize=True, return_dict=True, add_generation_prompt=add_generation_prompt, **template_kwargs
-        )["input_ids"]
-
-    prompt_ids = render(prompt, True)
-    full_ids = render(prompt + completion, False)
-    if full_ids[: len(prompt_ids)] != prompt_ids:
-        common = next(i for i, ids in enumerate(zip(prompt_ids, full_ids + [None], strict=False)) if ids[0] != ids[1])
-        raise ValueError(
-            f"Row {index}: the chat template renders the prompt differently from the beginning of the whole "
-            f"conversation. Alone it ends in {tokenizer.decode(prompt_ids[common:])!r}, the conversation goes on with "
-            f"{tokenizer.decode(full_ids[common : common + 8])!r}. The policy would be trained on a context that the "
-            "opponent never saw. Set a `chat_template_kwargs` column that makes the two agree (for example "
-            "{'enable_thinking': False}), or use another chat template."
-        )
-    return prompt_ids, full_ids[len(prompt_ids) :]

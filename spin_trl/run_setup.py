@@ -6,7 +6,7 @@ Knows nothing of training.
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from transformers import (
     AutoConfig,
     AutoTokenizer,
     GenerationConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
@@ -33,8 +34,8 @@ from .generation.sampler import OpponentSampler, SamplingParams
 from .generation.vllm_api import VLLMServer
 from .generation.vllm_sampler import VLLMSampler
 from .iteration_store import IterationStore
+from .preparation import drop_long_prompts, percentile_length, prepare_data
 from .ranks import on_every_process, on_main_process
-from .rendering import drop_long_prompts, percentile_length, tokenize_dataset
 from .spin_config import SPINConfig
 
 
@@ -56,13 +57,15 @@ class SelfPlaySetup:
         args ([`SPINConfig`]): With every default filled in that follows from the data.
         model_name (`str`): Hub id or folder of the base model.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The model's.
-        train_dataset, eval_dataset ([`~datasets.Dataset`]): Token ids, see [`rendering.tokenize_dataset`].
+        train_dataset, eval_dataset ([`~datasets.Dataset`]): Token ids, see [`rendering.TokenizedData`].
         params ([`SamplingParams`]): How the opponent answers.
         choice ([`SamplerChoice`]): Which sampler, and why.
         lora_rank (`int`, *optional*): Rank of the adapters to publish; `None` for full weights.
         context_length (`int`): Tokens that the model can hold.
         base_is_opponent (`bool`): Whether the first opponent is the base model as the server has it.
         api_key (`str`, *optional*): The server's.
+        data_report (`dict[str, Any]`): The training data's format, and how many rows were left out for which reason.
+        invalid_rows (`list[dict]`): Which rows were left out as invalid, and why.
     """
 
     args: SPINConfig
@@ -76,6 +79,8 @@ class SelfPlaySetup:
     context_length: int
     base_is_opponent: bool
     api_key: str | None
+    data_report: dict[str, Any] = field(default_factory=dict)
+    invalid_rows: list[dict[str, Any]] = field(default_factory=list)
     num_dropped: int = 0
     managed_server: ManagedServer | None = None
 
@@ -92,9 +97,9 @@ class SelfPlaySetup:
         """Check and settle everything; see [`SPINTrainer`] for the arguments and errors."""
         model_name = model if isinstance(model, str) else get_config_model_id(model.config)
         args = _check_args(args, model_name)
-        check_dataset(train_dataset, "train_dataset")
+        check_dataset(train_dataset, "train_dataset", args.prompt_column, args.completion_column)
         if eval_dataset is not None:
-            check_dataset(eval_dataset, "eval_dataset")
+            check_dataset(eval_dataset, "eval_dataset", args.prompt_column, args.completion_column)
         choice = choose_sampler(args.use_vllm, args.vllm_mode, args.vllm_server_base_url)
         PartialState().print(f"Opponents are sampled {_DESCRIPTIONS[choice.mode]}: {choice.reason}.")
         lora_rank = lora_rank_to_serve(model, peft_config, served=choice.mode != "in-process")
@@ -106,24 +111,24 @@ class SelfPlaySetup:
         tokenizer = _load_tokenizer(processing_class, model_name, args)
         end_token_ids = _end_token_ids(model, tokenizer, args)
         with global_then_local_main_first():
-            train_dataset = tokenize_dataset(train_dataset, tokenizer, end_token_ids, args.dataset_num_proc)
-            if eval_dataset is not None:
-                eval_dataset = tokenize_dataset(eval_dataset, tokenizer, end_token_ids, args.dataset_num_proc)
+            data = prepare_data(args, tokenizer, end_token_ids, train_dataset, eval_dataset)
             if args.max_completion_length is None:
                 percentile = _DEFAULT_LENGTH_PERCENTILE
-                args.max_completion_length = percentile_length(train_dataset, "chosen_ids", percentile)
+                args.max_completion_length = percentile_length(data.train, "chosen_ids", percentile)
         setup = cls(
             args=args,
             model_name=model_name,
             tokenizer=tokenizer,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
+            train_dataset=data.train,
+            eval_dataset=data.eval,
             params=_sampling_params(args, end_token_ids),
             choice=choice,
             lora_rank=lora_rank,
             context_length=_model_context_length(model, args),
             base_is_opponent=isinstance(model, str) and starts_as_base(peft_config),
             api_key=_take_api_key(args),
+            data_report=data.report,
+            invalid_rows=data.invalid_rows,
         )
         setup._fit_to_context(setup.context_length, "the model's context")
         if choice.mode == "server":
@@ -161,6 +166,7 @@ class SelfPlaySetup:
             "sampler": {"mode": self.choice.mode, "reason": self.choice.reason},
             "config": self.args.to_dict(),
             "data": {
+                **self.data_report,
                 "train_fingerprint": self.train_dataset._fingerprint,
                 "num_train_rows": len(self.train_dataset),
                 "num_dropped_rows": self.num_dropped,
@@ -289,15 +295,16 @@ def _end_token_ids(
     if isinstance(model, str):
         try:
             config = GenerationConfig.from_pretrained(model, revision=(args.model_init_kwargs or {}).get("revision"))
-        except OSError:  # most models have one, none needs one
-            config = GenerationConfig()
+        except OSError:  # then the model's generation config is made from its own
+            config = _model_config(model, args)
     else:
         config = model.generation_config or GenerationConfig()
     also = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     return tuple(dict.fromkeys([tokenizer.eos_token_id, *(i for i in also if i is not None)]))
 
 
-def _model_context_length(model: "str | PreTrainedModel", args: SPINConfig) -> int:
+def _model_config(model: "str | PreTrainedModel", args: SPINConfig) -> PretrainedConfig:
+    """The configuration of the model's language part."""
     if isinstance(model, str):
         config = AutoConfig.from_pretrained(
             model,
@@ -306,7 +313,11 @@ def _model_context_length(model: "str | PreTrainedModel", args: SPINConfig) -> i
         )
     else:
         config = model.config
-    return getattr(config.get_text_config(), "max_position_embeddings", None) or 1_000_000_000
+    return config.get_text_config()
+
+
+def _model_context_length(model: "str | PreTrainedModel", args: SPINConfig) -> int:
+    return getattr(_model_config(model, args), "max_position_embeddings", None) or 1_000_000_000
 
 
 def _sampling_params(args: SPINConfig, end_token_ids: tuple[int, ...]) -> SamplingParams:

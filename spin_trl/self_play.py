@@ -19,7 +19,7 @@ from .completions import GenerationJob, Share
 from .evaluation import GenerationMetrics, ScoreTable, generation_metrics
 from .generation.sampler import Completion, CompletionRequest, OpponentSampler, SamplingParams
 from .iteration_store import IterationStore
-from .pairs import add_history, describe_pairs, make_pairs
+from .pairs import add_history, describe_pairs, drop_identical_pairs, keeps_identical_pairs, make_pairs
 from .publish_check import compare_logps
 from .ranks import on_every_process, on_main_process
 from .scoring import completion_logps, negative_log_likelihood, score_pairs
@@ -44,7 +44,7 @@ class SelfPlayCallback(TrainerCallback):
         trainer ([`SPINTrainer`]): Holds the policy.
         sampler ([`OpponentSampler`]): Answers prompts as the opponent.
         store ([`IterationStore`]): The run directory.
-        dataset ([`~datasets.Dataset`]): With the columns `row`, `prompt_ids` and `chosen_ids`.
+        dataset ([`~datasets.Dataset`]): With the columns `row`, `source_row`, `prompt_ids` and `chosen_ids`.
         params ([`SamplingParams`]): How the opponent answers.
         eval_dataset ([`~datasets.Dataset`], *optional*): As `dataset`, with `prompt`.
         compute_generation_metrics (`Callable`, *optional*): The user's metrics.
@@ -169,13 +169,16 @@ class SelfPlayCallback(TrainerCallback):
         on_every_process(lambda: job.run(self.sampler, dataset, share, missing_rows))
 
     def _pair_and_score(self, iteration: int) -> None:
+        args = self.trainer.args
         completions = self.store.read_completions(iteration, "generations")
         own = make_pairs(self.dataset, completions, iteration)
-        first = max(0, iteration - self.trainer.args.num_history_iterations)
+        description = describe_pairs(own, completions, args.max_length)
+        if not keeps_identical_pairs(args.identical_pairs, args.loss_type):
+            own = drop_identical_pairs(own)
+        first = max(0, iteration - args.num_history_iterations)
         pairs = add_history(own, [(i, self.store.read_pairs(i)) for i in range(first, iteration)])
         for name, logps in score_pairs(self.trainer, pairs).items():
             pairs = pairs.add_column(name, logps)
-        description = describe_pairs(own, completions)
         self._record(iteration, {**description, "num_training_pairs": len(pairs)})
         self.trainer.log_self_play({f"self_play/{name}": value for name, value in description.items()})
         on_main_process(lambda: self.store.write_pairs(iteration, pairs))

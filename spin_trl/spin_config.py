@@ -14,6 +14,27 @@ class SPINConfig(DPOConfig):
     Only the fields that differ from [`~trl.DPOConfig`] are listed; the others keep their meaning.
 
     Parameters:
+        > Parameters that control the data
+
+        prompt_column (`str`, *optional*):
+            Column of the prompts, where it has another name than the accepted formats give it. Several are joined by a
+            blank line, empty ones left out: `"instruction+input"`. Goes with `completion_column`.
+        completion_column (`str`, *optional*):
+            Column of the ground truths, where it has another name. Goes with `prompt_column`.
+        train_on_turns (`str`, *optional*, defaults to `"last"`):
+            `"last"`: the last message of a conversation is the ground truth. `"all"`: every assistant turn is one, with
+            the turns before it as its prompt.
+        chat_template_kwargs (`dict[str, Any]`, *optional*):
+            Arguments of the chat template, such as `{"enable_thinking": False}`, for every conversation. A row's own
+            `chat_template_kwargs` column wins.
+        skip_invalid_rows (`bool`, *optional*, defaults to `False`):
+            Whether rows that cannot be played are left out, counted, and listed in `invalid_rows.jsonl` of the run
+            directory. By default the first one is an error.
+        identical_pairs (`str`, *optional*):
+            `"drop"` or `"keep"` pairs whose two sides are equal, because the opponent reproduced the ground truth. By
+            default they are dropped if every loss in `loss_type` is built on the difference of the two sides, which
+            such a pair cannot move, and kept otherwise.
+
         > Parameters that control the self-play
 
         num_iterations (`int`, *optional*, defaults to `3`):
@@ -110,7 +131,7 @@ class SPINConfig(DPOConfig):
     >   policy itself; no reference model is ever loaded.
     """
 
-    _VALID_DICT_FIELDS = DPOConfig._VALID_DICT_FIELDS + ["generation_kwargs"]
+    _VALID_DICT_FIELDS = DPOConfig._VALID_DICT_FIELDS + ["chat_template_kwargs", "generation_kwargs"]
 
     # Parameters whose default values are overridden from DPOConfig
     learning_rate: float = field(default=5e-7, metadata={"help": "The initial learning rate of each iteration."})
@@ -122,6 +143,36 @@ class SPINConfig(DPOConfig):
         default=True,
         metadata={
             "help": "Always true: the opponent's log-probs are computed once per iteration, by the policy itself."
+        },
+    )
+
+    # Parameters that control the data
+    prompt_column: str | None = field(
+        default=None,
+        metadata={"help": "Column of the prompts; several joined by '+'. Goes with `completion_column`."},
+    )
+    completion_column: str | None = field(
+        default=None, metadata={"help": "Column of the ground truths. Goes with `prompt_column`."}
+    )
+    train_on_turns: str = field(
+        default="last",
+        metadata={
+            "help": "'last': the last message of a conversation is the ground truth. 'all': every assistant turn is.",
+            "choices": ["last", "all"],
+        },
+    )
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Arguments of the chat template for every conversation. A row's own win."}
+    )
+    skip_invalid_rows: bool = field(
+        default=False,
+        metadata={"help": "Whether rows that cannot be played are left out and listed instead of being an error."},
+    )
+    identical_pairs: str | None = field(
+        default=None,
+        metadata={
+            "help": "'drop' or 'keep' pairs whose two sides are equal. Unset: what the losses can use.",
+            "choices": ["drop", "keep"],
         },
     )
 
@@ -255,11 +306,23 @@ class SPINConfig(DPOConfig):
     )
 
     def __post_init__(self):
+        self._check_data()
         self._check_self_play()
         self._check_generation()
         self._check_server()
         self.num_train_epochs = float(self.num_iterations * self.epochs_per_iteration)
         super().__post_init__()
+
+    def _check_data(self):
+        if (self.prompt_column is None) != (self.completion_column is None):
+            raise ValueError(
+                "`prompt_column` and `completion_column` go together, got "
+                f"`prompt_column={self.prompt_column!r}` and `completion_column={self.completion_column!r}`. Set both, "
+                "or neither to have the format told by the columns."
+            )
+        for name, choices in (("train_on_turns", ("last", "all")), ("identical_pairs", (None, "drop", "keep"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
 
     def _check_self_play(self):
         if self.num_train_epochs is not None:

@@ -65,7 +65,7 @@ class SPINTrainer(DPOTrainer):
         data_collator ([`~transformers.DataCollator`], *optional*):
             As for [`~trl.DPOTrainer`].
         train_dataset ([`~datasets.Dataset`]):
-            Prompts and ground truths: `prompt` and `completion` (text or messages), or `messages`.
+            Prompts and ground truths, in one of the formats of [`data.ACCEPTED_FORMATS`].
         eval_dataset ([`~datasets.Dataset`], *optional*):
             The same kind of rows. Its prompts are answered by every opponent and by the final policy.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
@@ -267,3 +267,4 @@ class SPINTrainer(DPOTrainer):
                 )
             self.store.clear()
         self.store.write_run(self.self_play_setup.describe())
+        self.store.write_invalid_rows(self.self_play_setup.invalid_rows)

@@ -1,13 +1,82 @@
-"""Which datasets and rows can be played on, and what the refusal of any other says."""
+"""Which datasets can be played on, each accepted format read from a file, and what the refusal of any other says."""
+
+import json
 
 import pytest
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, load_dataset
+from tiny_tokenizers import byte_tokenizer
 
-from spin_trl.data import check_dataset, split_row
+from spin_trl.data import ACCEPTED_FORMATS, check_dataset, detect_format
+from spin_trl.rendering import tokenize_dataset
 
 
 USER = {"role": "user", "content": "Hi"}
 ASSISTANT = {"role": "assistant", "content": "Hello."}
+WRONG = {"role": "assistant", "content": "Go away."}
+
+
+# Every accepted format, as a file
+
+
+FORMATS = {
+    "text": ("prompt_completion", {"prompt": "Hi", "completion": "Hello."}),
+    "conversational": ("prompt_completion", {"prompt": [USER], "completion": [ASSISTANT]}),
+    "messages": ("messages", {"messages": [USER, ASSISTANT]}),
+    "uclaml": ("real", {"real": [USER, ASSISTANT], "generated": [USER, WRONG]}),
+    "preference text": ("preference", {"prompt": "Hi", "chosen": "Hello.", "rejected": "Go away."}),
+    "preference": ("preference", {"prompt": [USER], "chosen": [ASSISTANT], "rejected": [WRONG]}),
+    "preference whole": ("preference", {"prompt": "Hi", "chosen": [USER, ASSISTANT], "rejected": [USER, WRONG]}),
+    "preference implicit": ("preference", {"chosen": [USER, ASSISTANT], "rejected": [USER, WRONG]}),
+    "chosen alone": ("preference", {"chosen": [USER, ASSISTANT]}),
+    "gsm8k": ("named", {"question": "Hi", "answer": "Hello."}, "question", "answer"),
+    "alpaca": ("named", {"instruction": "Hi", "input": "", "output": "Hello."}, "instruction+input", "output"),
+}
+
+
+@pytest.mark.parametrize("case", FORMATS.values(), ids=FORMATS)
+def test_file_of_every_format_gives_the_same_game(case, tmp_path):
+    """Text is played as it is, and conversations as their template renders them."""
+    name, row, *columns = case
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    dataset = load_dataset("json", data_files=str(path), split="train", cache_dir=str(tmp_path / "cache"))
+    check_dataset(dataset, "train_dataset", *columns)
+    assert detect_format(dataset.column_names, *columns).name == name
+    tokenizer = byte_tokenizer("<|im_end|>", "qwen2_5", ["<|im_start|>"])
+    (game,) = tokenize_dataset(dataset, tokenizer, (tokenizer.eos_token_id,), *columns).dataset
+    asked = tokenizer.apply_chat_template([USER], tokenize=False, add_generation_prompt=True)
+    assert tokenizer.decode(game["prompt_ids"]) == ("Hi" if isinstance(game["prompt"], str) else asked)
+    assert tokenizer.decode(game["chosen_ids"]) == "Hello.<|im_end|>"
+
+
+def test_every_format_is_among_those_that_a_refusal_names():
+    for columns in ("`prompt` and `completion`", "`messages`", "`chosen`", "`real`", "`prompt_column`"):
+        assert columns in ACCEPTED_FORMATS
+
+
+@pytest.mark.parametrize(
+    ("columns", "named", "expected"),
+    [
+        (["real", "chosen", "messages", "prompt", "completion", "a", "b"], ("a", "b"), "named"),
+        (["real", "chosen", "messages", "prompt", "completion"], (), "prompt_completion"),
+        (["real", "chosen", "messages", "prompt"], (), "messages"),
+        (["real", "chosen", "prompt"], (), "preference"),
+        (["real", "prompt"], (), "real"),
+        (["generated", "rejected", "prompt"], (), None),
+    ],
+    ids=str,
+)
+def test_of_several_fitting_formats_the_first_documented_one_wins(columns, named, expected):
+    found = detect_format(columns, *named)
+    assert (found and found.name) == expected
+    found = detect_format(columns[::-1], *named)
+    assert (found and found.name) == expected
+
+
+def test_named_columns_that_are_missing_are_refused_whatever_other_format_fits():
+    dataset = Dataset.from_list([{"prompt": "a", "completion": "b"}])
+    with pytest.raises(ValueError, match=r"\['prompt', 'completion'\], but `prompt_column='question\+hint'` and"):
+        check_dataset(dataset, "train_dataset", "question+hint", "completion")
 
 
 # The dataset as a whole
@@ -48,7 +117,7 @@ def test_vision_dataset_is_refused_by_its_column(column):
         check_dataset(dataset, "train_dataset")
 
 
-@pytest.mark.parametrize("columns", [["instruction", "output"], ["prompt"], ["completion"], ["prompt", "chosen"]])
+@pytest.mark.parametrize("columns", [["instruction", "output"], ["prompt"], ["completion"], ["prompt", "rejected"]])
 def test_missing_columns_are_refused_with_those_found_and_those_accepted(columns):
     dataset = Dataset.from_dict({name: ["a"] for name in columns})
     with pytest.raises(ValueError) as refusal:
@@ -56,94 +125,9 @@ def test_missing_columns_are_refused_with_those_found_and_those_accepted(columns
     message = str(refusal.value)
     assert f"`eval_dataset` has the columns {columns}" in message
     assert "`prompt` and `completion`" in message and "`messages`" in message
-    assert "rename_columns" in message
+    assert "rename_columns" in message and "`prompt_column`" in message
 
 
 def test_empty_dataset_is_refused():
     with pytest.raises(ValueError, match="`train_dataset` is empty"):
         check_dataset(Dataset.from_dict({"prompt": [], "completion": []}), "train_dataset")
-
-
-# One row
-
-
-def test_text_row_is_its_prompt_and_completion():
-    assert split_row({"prompt": "Hi", "completion": " Hello."}, 0) == ("Hi", " Hello.")
-
-
-def test_conversation_is_split_before_its_last_message():
-    messages = [{"role": "system", "content": "Be brief."}, USER, ASSISTANT, USER, ASSISTANT]
-    assert split_row({"messages": messages}, 0) == (messages[:-1], messages[-1:])
-
-
-def test_assistant_message_that_only_calls_a_tool_is_a_ground_truth():
-    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
-    assert split_row({"messages": [USER, call]}, 0) == ([USER], [call])
-
-
-@pytest.mark.parametrize("field", ["prompt", "completion"])
-@pytest.mark.parametrize("value", ["", " \n", []], ids=["empty", "blank", "no messages"])
-def test_empty_field_is_refused_by_row_and_name(field, value):
-    row = {"prompt": "a", "completion": "b", field: value}
-    with pytest.raises(ValueError, match=f"Row 17: `{field}` is empty.*remove the row"):
-        split_row(row, 17)
-
-
-@pytest.mark.parametrize("content", ["", " ", None])
-def test_message_without_content_is_refused_as_empty(content):
-    with pytest.raises(ValueError, match="Row 17: `completion` is empty"):
-        split_row({"messages": [USER, {"role": "assistant", "content": content}]}, 17)
-
-
-def test_conversation_without_a_prompt_is_refused_as_empty():
-    with pytest.raises(ValueError, match="Row 17: `prompt` is empty"):
-        split_row({"messages": [ASSISTANT]}, 17)
-
-
-@pytest.mark.parametrize("field", ["prompt", "completion"])
-def test_missing_cell_is_refused_by_row_and_name(field):
-    row = {"prompt": "a", "completion": "b", field: None}
-    with pytest.raises(ValueError, match=f"Row 17: `{field}` must be text or a list of messages, found `NoneType`"):
-        split_row(row, 17)
-
-
-@pytest.mark.parametrize(("value", "kind"), [(None, "`NoneType`"), ([], "an empty list"), ("Hi", "text")])
-def test_cell_that_is_no_conversation_is_refused_by_row(value, kind):
-    with pytest.raises(ValueError, match=f"Row 17: `messages` must be a non-empty list of messages, found {kind}"):
-        split_row({"messages": value}, 17)
-
-
-def test_list_that_holds_no_messages_is_refused():
-    with pytest.raises(ValueError, match="Row 17: `prompt` must be text or a list of messages"):
-        split_row({"prompt": ["Hi"], "completion": [ASSISTANT]}, 17)
-
-
-def test_message_whose_content_is_not_text_is_refused_by_row():
-    parts = [{"type": "text", "text": "Hi"}]
-    with pytest.raises(ValueError, match="Row 17"):
-        split_row({"messages": [{"role": "user", "content": parts}, ASSISTANT]}, 17)
-
-
-@pytest.mark.parametrize(
-    ("prompt", "completion", "found"),
-    [
-        ("Hi", [ASSISTANT], "prompt is text and its completion is a list of messages"),
-        ([USER], "Hello.", "prompt is a list of messages and its completion is text"),
-    ],
-)
-def test_text_mixed_with_messages_is_refused(prompt, completion, found):
-    with pytest.raises(ValueError, match=f"Row 17 mixes formats: its {found}"):
-        split_row({"prompt": prompt, "completion": completion}, 17)
-
-
-def test_conversation_that_ends_on_a_user_turn_is_refused_by_that_role():
-    with pytest.raises(ValueError, match="Row 17: `messages` ends on the role 'user'.*must be the assistant's"):
-        split_row({"messages": [USER, ASSISTANT, USER]}, 17)
-
-
-@pytest.mark.parametrize(
-    ("completion", "roles"), [([ASSISTANT, ASSISTANT], r"\['assistant', 'assistant'\]"), ([USER], r"\['user'\]")]
-)
-def test_completion_that_is_not_one_assistant_message_is_refused_by_its_roles(completion, roles):
-    with pytest.raises(ValueError, match=f"Row 17: `completion` must be exactly one assistant message.*{roles}"):
-        split_row({"prompt": [USER], "completion": completion}, 17)

@@ -1,29 +1,15 @@
-"""That prompt and ground truth become the ids a sampler would have seen and said, with TRL's own chat templates."""
+"""That prompt and ground truth become the ids which a sampler would have seen and said. Templates: test_chat_templates."""
 
 import json
-from pathlib import Path
 
 import pytest
-import trl
-from datasets import Dataset
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from datasets import Dataset, load_dataset
+from tiny_tokenizers import TEMPLATES, byte_tokenizer, letter_tokenizer, special_tokens
 from transformers import PreTrainedTokenizerFast
 
-from spin_trl.rendering import drop_long_prompts, end_after_first, percentile_length, tokenize_dataset
+from spin_trl.chat_template import end_after_first
+from spin_trl.rendering import tokenize_dataset
 
-
-TEMPLATES = Path(trl.__file__).parent / "chat_templates"
-
-# Template, its end token, and what it writes behind that token.
-CHAT_TEMPLATES = [
-    ("qwen2_5", "<|im_end|>", "\n"),
-    ("qwen3_instruct_2507", "<|im_end|>", "\n"),
-    ("lfm2", "<|im_end|>", "\n"),
-    ("gemma", "<end_of_turn>", "\n"),
-    ("gemma3", "<end_of_turn>", "\n"),
-    ("llama3", "<|eot_id|>", ""),
-    ("cohere", "<|END_OF_TURN_TOKEN|>", ""),
-]
 
 MESSAGES = [
     {"role": "user", "content": "Hi"},
@@ -33,33 +19,9 @@ MESSAGES = [
 ]
 
 
-def byte_tokenizer(
-    end_token: str = "</s>", chat_template: str | None = None, extra_special_tokens: tuple[str, ...] = ()
-) -> PreTrainedTokenizerFast:
-    """One token a byte, and the special ones."""
-    vocab = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-    wrapped.add_special_tokens({"bos_token": "<bos>", "eos_token": end_token})
-    wrapped.add_tokens(list(extra_special_tokens), special_tokens=True)
-    if chat_template is not None:
-        wrapped.chat_template = (TEMPLATES / f"{chat_template}.jinja").read_text()
-    return wrapped
-
-
-def letter_tokenizer(template: str = "$A", merges: tuple = ()) -> PreTrainedTokenizerFast:
-    """One token a letter, `<s>`, `</s>` and what `merges` makes of neighbours; `template` says what is put around."""
-    letters = ["<s>", "</s>", *"abcdefgh", *("".join(pair) for pair in merges)]
-    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(letters)}, merges=list(merges)))
-    tokenizer.post_processor = processors.TemplateProcessing(template, special_tokens=[("<s>", 0), ("</s>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
-
-
-def render(rows: list[dict], tokenizer: PreTrainedTokenizerFast, end_token_ids: tuple | None = None) -> list[dict]:
+def render(rows: list[dict], tokenizer: PreTrainedTokenizerFast, end_token_ids: tuple | None = None, **options) -> list[dict]:
     dataset = Dataset.from_list(rows)
-    return list(tokenize_dataset(dataset, tokenizer, end_token_ids or (tokenizer.eos_token_id,)))
+    return list(tokenize_dataset(dataset, tokenizer, end_token_ids or (tokenizer.eos_token_id,), **options).dataset)
 
 
 def tokens(tokenizer: PreTrainedTokenizerFast, row: dict, column: str) -> list[str]:
@@ -67,24 +29,6 @@ def tokens(tokenizer: PreTrainedTokenizerFast, row: dict, column: str) -> list[s
 
 
 # Conversations
-
-
-@pytest.mark.parametrize(("template", "end_token", "tail"), CHAT_TEMPLATES, ids=[name for name, *_ in CHAT_TEMPLATES])
-def test_ground_truth_is_what_a_sampler_that_repeats_it_would_emit(template, end_token, tail):
-    """The answer's own tokens, then the end token, and nothing of what the template writes behind it."""
-    tokenizer = byte_tokenizer(end_token, template)
-    (row,) = render([{"messages": MESSAGES}], tokenizer)
-    emitted = tokenizer("Good  bye.", add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-    assert row["chosen_ids"] == emitted
-
-
-@pytest.mark.parametrize(("template", "end_token", "tail"), CHAT_TEMPLATES, ids=[name for name, *_ in CHAT_TEMPLATES])
-def test_prompt_and_ground_truth_are_the_conversation_up_to_its_last_end_token(template, end_token, tail):
-    tokenizer = byte_tokenizer(end_token, template)
-    (row,) = render([{"messages": MESSAGES}], tokenizer)
-    text = tokenizer.apply_chat_template(MESSAGES, tokenize=False)
-    assert tokenizer.decode(row["prompt_ids"] + row["chosen_ids"]) + tail == text
-    assert row["chosen_ids"].count(tokenizer.eos_token_id) == 1
 
 
 def test_turn_may_end_in_another_end_token_than_the_tokenizers():
@@ -109,7 +53,7 @@ def test_prompt_that_is_no_prefix_of_its_conversation_is_refused_with_the_differ
     with pytest.raises(ValueError) as refusal:
         render([{"messages": MESSAGES[:2]}], tokenizer)
     message = str(refusal.value)
-    assert "Row 0: the chat template renders the prompt differently" in message
+    assert "Row 0: the chat template renders the prompt of `messages` differently" in message
     assert r"Alone it ends in '<think>\n', the conversation goes on with 'Yes?" in message
     assert "`chat_template_kwargs`" in message
 
@@ -118,7 +62,7 @@ def test_refusal_of_a_chat_template_names_the_row_that_it_cannot_render():
     rows = [{"messages": MESSAGES[:2], "chat_template_kwargs": {"enable_thinking": thinks}} for thinks in (False, True)]
     tokenizer = byte_tokenizer("<|im_end|>", "nemotron_3_nano")
     assert len(render(rows[:1], tokenizer)) == 1
-    with pytest.raises(ValueError, match="Row 1: the chat template renders the prompt differently"):
+    with pytest.raises(ValueError, match="Row 1: the chat template renders the prompt of `messages` differently"):
         render(rows, tokenizer)
 
 
@@ -138,6 +82,69 @@ def test_tools_column_reaches_the_prompt(encode):
     (row,) = render([{"messages": MESSAGES[:2], "tools": encode(tools)}], tokenizer)
     assert json.dumps(tools[0]) in tokenizer.decode(row["prompt_ids"])
     assert tokenizer.decode(row["chosen_ids"]) == "Yes?<|im_end|>"
+
+
+def test_row_wins_over_the_chat_template_kwargs_for_all():
+    rows = [{"messages": MESSAGES[:2], "chat_template_kwargs": kwargs} for kwargs in ({"enable_thinking": True}, None)]
+    tokenizer = byte_tokenizer("<|im_end|>", "qwen3")
+    own, of_all = render(rows, tokenizer, chat_template_kwargs={"enable_thinking": False})
+    assert tokenizer.decode(own["prompt_ids"]).endswith("assistant\n")
+    assert tokenizer.decode(of_all["prompt_ids"]).endswith("</think>\n\n")
+
+
+def test_system_message_is_kept():
+    tokenizer = byte_tokenizer("<|im_end|>", "qwen2_5")
+    (row,) = render([{"messages": [{"role": "system", "content": "Be brief."}, *MESSAGES]}], tokenizer)
+    assert "<|im_start|>system\nBe brief.<|im_end|>" in tokenizer.decode(row["prompt_ids"])
+
+
+def test_template_that_refuses_the_roles_is_named_by_row_field_and_roles():
+    system = [{"role": "system", "content": "Be brief."}, *MESSAGES]
+    tokenizer = byte_tokenizer("<end_of_turn>", "gemma")
+    message = r"Row 1: the chat template refuses the prompt of `messages`.*\['system', 'user', .*System role not supported"
+    with pytest.raises(ValueError, match=message):
+        render([{"messages": MESSAGES}, {"messages": system}], tokenizer)
+
+
+def test_conversation_without_a_chat_template_is_refused_with_a_way_to_set_one():
+    with pytest.raises(ValueError, match="conversational.*no chat template.*`tokenizer.chat_template`"):
+        render([{"messages": MESSAGES}], byte_tokenizer())
+
+
+def test_template_that_writes_nothing_of_the_messages_is_refused():
+    tokenizer = byte_tokenizer(chat_template="{% for m in messages %}<{{ m.role }}></s>{% endfor %}")
+    with pytest.raises(ValueError, match="renders a conversation without what its messages say"):
+        render([{"messages": MESSAGES}], tokenizer)
+
+
+def calling(content: str | None) -> list[dict]:
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    return [MESSAGES[0], {"role": "assistant", "content": content, "tool_calls": [call]}]
+
+
+def test_tool_call_that_the_template_does_not_write_is_refused():
+    """Otherwise the ground truth were an answer of no words."""
+    with pytest.raises(ValueError, match="Row 0: the chat template writes nothing of the ground truth of `messages`"):
+        render([{"messages": calling(None)}], byte_tokenizer("<|eot_id|>", "llama3"))
+
+
+@pytest.mark.parametrize(
+    ("template", "end"), [("glm4moe", "<|observation|>"), ("qwen2_5", "<|im_end|>"), ("llama3_1", "<|eot_id|>")]
+)
+def test_missing_content_beside_a_tool_call_is_written_as_nothing(template, end):
+    source = (TEMPLATES / f"{template}.jinja").read_text()
+    tokenizer = byte_tokenizer("<end>", template, special_tokens(source))
+    ends = ("<end>", "<|im_end|>", "<|eot_id|>", "<|user|>", "<|observation|>")
+    end_token_ids = tuple(i for i in tokenizer.convert_tokens_to_ids(list(ends)) if i is not None)
+    missing, empty = render([{"messages": calling(None)}, {"messages": calling("")}], tokenizer, end_token_ids)
+    assert missing["chosen_ids"] == empty["chosen_ids"]
+    assert tokenizer.decode(missing["chosen_ids"][-1]) == end
+    assert "f" in tokenizer.decode(missing["chosen_ids"]) and "None" not in tokenizer.decode(missing["chosen_ids"])
+
+
+def test_tools_that_are_no_json_are_refused_by_row_and_field():
+    with pytest.raises(ValueError, match="Row 0: `tools` is text but not JSON"):
+        render([{"messages": MESSAGES, "tools": "get_weather"}], byte_tokenizer("<|im_end|>", "qwen2_5"))
 
 
 # Text
@@ -183,17 +190,112 @@ def test_merge_across_the_boundary_leaves_the_prompt_its_own_ids(template):
     assert tokens(tokenizer, row, "chosen_ids") == ["c", "d", "</s>"]
 
 
+# Rows
+
+
 def test_rows_keep_number_and_prompt_and_lose_the_other_columns():
     rows = [{"prompt": prompt, "completion": "c", "source": "x"} for prompt in ("a", "ab")]
     first, second = render(rows, letter_tokenizer())
-    assert set(first) == {"row", "prompt", "prompt_ids", "chosen_ids"}
-    assert [(row["row"], row["prompt"]) for row in (first, second)] == [(0, "a"), (1, "ab")]
+    assert set(first) == {"row", "source_row", "prompt", "prompt_ids", "chosen_ids"}
+    assert [(row["row"], row["source_row"], row["prompt"]) for row in (first, second)] == [(0, 0, "a"), (1, 1, "ab")]
+
+
+def test_every_assistant_turn_is_a_row_of_its_own_with_the_turns_before_it_as_prompt():
+    tokenizer = byte_tokenizer("<|im_end|>", "qwen2_5")
+    rows = render([{"messages": MESSAGES}, {"messages": MESSAGES[:2]}], tokenizer, train_on_turns="all")
+    assert [(row["row"], row["source_row"]) for row in rows] == [(0, 0), (1, 0), (2, 1)]
+    assert [tokenizer.decode(row["chosen_ids"]) for row in rows] == [
+        "Yes?<|im_end|>",
+        "Good  bye.<|im_end|>",
+        "Yes?<|im_end|>",
+    ]
+    for row, messages in zip(rows, (MESSAGES[:1], MESSAGES[:3], MESSAGES[:1]), strict=True):
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert tokenizer.decode(row["prompt_ids"]) == text
+        assert row["prompt"] == messages
+
+
+def test_keys_that_only_later_rows_fill_are_kept_in_the_prompts():
+    """The first thousand rows have no tool calls, by which the type of the column must not be guessed."""
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    calling = [MESSAGES[0], {"role": "assistant", "content": "", "tool_calls": [call]}, *MESSAGES[:2]]
+    tokenizer = byte_tokenizer("<|im_end|>", "qwen2_5")
+    rows = render([{"messages": MESSAGES[:2]}] * 1001 + [{"messages": calling}], tokenizer)
+    assert rows[-1]["prompt"][1]["tool_calls"] == [call]
+    assert '"arguments": {"x": 1}' in tokenizer.decode(rows[-1]["prompt_ids"])
+
+
+BAD_ROWS = [{"prompt": "a", "completion": "c"}, {"prompt": "a", "completion": ""}, {"prompt": "b", "completion": "d"}]
 
 
 def test_malformed_row_is_refused_by_its_number():
-    rows = [{"prompt": "a", "completion": "c"}, {"prompt": "a", "completion": ""}]
-    with pytest.raises(ValueError, match="Row 1: `completion` is empty"):
-        render(rows, letter_tokenizer())
+    with pytest.raises(ValueError, match="Row 1: `completion` is empty.*`skip_invalid_rows=True` leaves"):
+        render(BAD_ROWS, letter_tokenizer())
+
+
+def test_malformed_row_is_left_out_if_asked_and_listed_with_its_number_and_reason():
+    dataset = Dataset.from_list(BAD_ROWS)
+    tokenized = tokenize_dataset(dataset, letter_tokenizer(), (1,), skip_invalid_rows=True)
+    assert tokenized.dataset["row"][:] == [0, 1]
+    assert tokenized.dataset["source_row"][:] == [0, 2]
+    ((number, reason),) = tokenized.invalid_rows
+    assert number == 1 and reason.startswith("`completion` is empty")
+
+
+def test_dataset_without_a_single_valid_row_is_refused_with_the_first_reason():
+    dataset = Dataset.from_list([BAD_ROWS[1]] * 2)
+    with pytest.raises(ValueError, match="None of the 2 rows is valid. Row 0: `completion` is empty"):
+        tokenize_dataset(dataset, letter_tokenizer(), (1,), skip_invalid_rows=True)
+
+
+def broken_bytes(tmp_path) -> Dataset:
+    """A file whose second row is no UTF-8, and whose third is empty."""
+    lines = [b'{"prompt": "a", "completion": "c"}', b'{"prompt": "a", "completion": "c\xff"}']
+    lines += [b'{"prompt": "a", "completion": ""}', b'{"prompt": "b", "completion": "d"}']
+    path = tmp_path / "broken.jsonl"
+    path.write_bytes(b"\n".join(lines))
+    return load_dataset("json", data_files=str(path), split="train", cache_dir=str(tmp_path / "cache"))
+
+
+def test_bytes_that_are_no_text_are_refused_by_row_and_field(tmp_path):
+    with pytest.raises(ValueError, match="Row 1: `completion` is not valid Unicode.*0xff"):
+        tokenize_dataset(broken_bytes(tmp_path), letter_tokenizer(), (1,))
+
+
+def test_bytes_that_are_no_text_are_left_out_if_asked_and_the_other_rows_keep_their_numbers(tmp_path):
+    tokenized = tokenize_dataset(broken_bytes(tmp_path), letter_tokenizer(), (1,), skip_invalid_rows=True)
+    assert tokenized.dataset["source_row"][:] == [0, 3]
+    assert [number for number, _ in tokenized.invalid_rows] == [1, 2]
+
+
+# End tokens
+
+
+def test_unknown_token_at_the_end_of_a_turn_is_refused_by_name_and_not_followed_by_another():
+    """Gemma ends a turn in `<end_of_turn>` and a newline, its tokenizer's end token is `<eos>`."""
+    tokenizer = byte_tokenizer("<eos>", "gemma", extra_special_tokens=("<end_of_turn>", "<start_of_turn>"))
+    row = {"messages": MESSAGES}
+    end_of_turn = tokenizer.convert_tokens_to_ids("<end_of_turn>")
+    message = rf"Row 0: the chat template ends .*'<end_of_turn>'.*end tokens are \['<eos>'\].*{end_of_turn}.*eos_token_id"
+    with pytest.raises(ValueError, match=message):
+        render([row], tokenizer)
+    (rendered,) = render([row], tokenizer, (tokenizer.eos_token_id, end_of_turn))
+    assert tokenizer.decode(rendered["chosen_ids"]) == "Good  bye.<end_of_turn>"
+
+
+PLAIN_TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@pytest.mark.parametrize(("also", "expected"), [((), "</s>"), (("<|user|>",), "<|user|>")])
+def test_turn_without_an_end_token_ends_in_the_next_turns_first_if_the_model_stops_there(also, expected):
+    """As GLM-4, whose template writes no end token, and whose model stops by opening the user's turn."""
+    tokenizer = byte_tokenizer(chat_template=PLAIN_TEMPLATE, extra_special_tokens=("<|user|>", "<|assistant|>"))
+    end_token_ids = (tokenizer.eos_token_id, *(tokenizer.convert_tokens_to_ids(token) for token in also))
+    (row,) = render([{"messages": MESSAGES}], tokenizer, end_token_ids)
+    assert tokenizer.decode(row["chosen_ids"]) == "Good  bye." + expected
 
 
 @pytest.mark.parametrize(
@@ -202,35 +304,3 @@ def test_malformed_row_is_refused_by_its_number():
 )
 def test_ids_end_after_their_first_end_token(ids, expected):
     assert end_after_first(ids, (2, 3)) == expected
-
-
-# Lengths
-
-
-@pytest.mark.parametrize(
-    ("percentile", "expected"),
-    [(0, 1), (25, 2), (50, 3), (75, 4), (99, 4), (100, 4)],
-)
-def test_percentile_of_the_lengths_is_interpolated_and_rounded_up(percentile, expected):
-    """Of 4, 1, 3, 2 the p-th percentile is 1 + 3 p / 100: 1, 1.75, 2.5, 3.25, 3.97, 4."""
-    dataset = Dataset.from_dict({"chosen_ids": [[0] * length for length in (4, 1, 3, 2)]})
-    assert percentile_length(dataset, "chosen_ids", percentile) == expected
-
-
-def test_percentile_covers_datasets_of_many_batches():
-    """1,980 lengths of 1, then 20 of 5: position 0.99 * 1999 = 1979.01 lies 0.01 on the way from 1 to 5."""
-    dataset = Dataset.from_dict({"ids": [[0]] * 1980 + [[0] * 5] * 20})
-    assert percentile_length(dataset, "ids", 99) == 2
-
-
-def test_prompts_longer_than_the_limit_are_dropped_and_counted():
-    dataset = Dataset.from_dict({"row": [0, 1, 2, 3], "prompt_ids": [[0] * length for length in (3, 4, 5, 2)]})
-    kept, num_dropped = drop_long_prompts(dataset, 4, "the context")
-    assert kept["row"][:] == [0, 1, 3]
-    assert num_dropped == 1
-
-
-def test_dataset_whose_prompts_are_all_too_long_is_refused_with_the_shortest_and_the_limit():
-    dataset = Dataset.from_dict({"prompt_ids": [[0] * 7, [0] * 6]})
-    with pytest.raises(ValueError, match="All 2 prompts.*shortest has 6 tokens, and the context.*at most 5"):
-        drop_long_prompts(dataset, 5, "the context")

@@ -1,0 +1,178 @@
+"""A conversation through the tokenizer's chat template -> the ids which a sampler would have seen and said.
+
+Knows nothing of datasets and of row numbers.
+"""
+
+from collections.abc import Collection
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+from trl.trainer.utils import remove_none_values
+
+from .games import Game, InvalidRowError
+
+
+_QUESTION = {"role": "user", "content": "What is the question?"}
+_ANSWER = {"role": "assistant", "content": "This is the answer."}
+_CALL = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"x": "y"}}}]}
+_RESULT = {"role": "tool", "name": "f", "content": "This is the result."}
+
+
+class ChatTemplate:
+    """
+    Renders conversations, such that a sampler which repeats the ground truth gives the same ids.
+
+    Two things that templates differ in are found out once, with a conversation of two messages: whether a content must
+    be given as a list of parts (some vision models' templates silently drop plain text), and which token ends a turn
+    where the template writes none (GLM-4: the one that opens the next turn, the user's or the tool's).
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): With a chat template.
+        end_token_ids (`Collection[int]`): Token ids at which the model stops.
+        template_kwargs (`dict[str, Any]`, *optional*): Arguments of the template for every conversation.
+
+    Raises:
+        `ValueError`: if the template leaves out what the messages say.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        end_token_ids: Collection[int],
+        template_kwargs: dict[str, Any] | None = None,
+    ):
+        self.tokenizer = tokenizer
+        self.end_token_ids = tuple(end_token_ids)
+        self.template_kwargs = template_kwargs or {}
+        self.wants_parts = False
+        self.wants_parts = self._find_whether_it_wants_parts()
+        self.answer_end = self._find_opening_of([_QUESTION, _ANSWER], _QUESTION)
+        self.call_end = self._find_opening_of([_QUESTION, _CALL], _RESULT)
+
+    def render(self, game: Game, /, **template_kwargs) -> tuple[list[int], list[int]]:
+        """
+        Prompt and ground truth of a game as token ids; the ground truth ends in exactly one end token.
+
+        Args:
+            game ([`Game`]): Both sides lists of messages.
+            template_kwargs: Arguments of the template for this conversation. They win over those for every one.
+
+        Raises:
+            `InvalidRowError`: if the template refuses the messages, renders the prompt differently from the beginning
+            of the conversation, leaves out the ground truth, or ends it in a token at which the model does not stop.
+        """
+        prompt_ids = self._render(game.prompt, game.prompt_name, True, template_kwargs)
+        whole_ids = self._render(game.prompt + game.completion, game.completion_name, False, template_kwargs)
+        if whole_ids[: len(prompt_ids)] == prompt_ids:
+            completion_ids = whole_ids[len(prompt_ids) :]
+        else:
+            completion_ids = self._tokenize_remainder(game, template_kwargs)
+        chosen_ids = self._end_turn(completion_ids, bool(game.completion[0].get("tool_calls")))
+        if not self.tokenizer.decode(chosen_ids[:-1]).strip():
+            raise InvalidRowError(
+                f"the chat template writes nothing of {game.completion_name}. It may not support tool calls; use one "
+                "that does, or remove the row."
+            )
+        return prompt_ids, chosen_ids
+
+    def _render(self, messages: list[dict], name: str, is_prompt: bool, template_kwargs: dict) -> list[int]:
+        try:
+            return self._apply(messages, add_generation_prompt=is_prompt, **template_kwargs)
+        except (TemplateError, TypeError) as error:
+            raise InvalidRowError(
+                f"the chat template refuses {name}, whose conversation has the roles "
+                f"{[message['role'] for message in messages]}: {error}"
+            ) from error
+
+    def _apply(self, messages: list[dict], /, tokenize: bool = True, **template_kwargs) -> Any:
+        messages = [self._tidy(message) for message in messages]
+        kwargs = {**self.template_kwargs, **template_kwargs}
+        rendered = self.tokenizer.apply_chat_template(messages, tokenize=tokenize, return_dict=tokenize, **kwargs)
+        return rendered["input_ids"] if tokenize else rendered
+
+    def _tidy(self, message: dict) -> dict:
+        # Arrow fills what other messages have and this one has not with None, which templates take for something:
+        # they loop over it, or write "None".
+        message = {"content": "", **remove_none_values(message)}
+        return {**message, "content": [{"type": "text", "text": message["content"]}]} if self.wants_parts else message
+
+    def _tokenize_remainder(self, game: Game, template_kwargs: dict) -> list[int]:
+        """The ground truth's ids where tokens merge across the boundary, as the sampler goes on from the prompt's."""
+        prompt = self._apply(game.prompt, tokenize=False, add_generation_prompt=True, **template_kwargs)
+        whole = self._apply(game.prompt + game.completion, tokenize=False, **template_kwargs)
+        if whole.startswith(prompt):
+            return self.tokenizer(whole[len(prompt) :], add_special_tokens=False)["input_ids"]
+        common = next(i for i, pair in enumerate(zip(prompt, whole + "\0", strict=False)) if pair[0] != pair[1])
+        raise InvalidRowError(
+            f"the chat template renders {game.prompt_name} differently from the beginning of the whole conversation. "
+            f"Alone it ends in {prompt[common:]!r}, the conversation goes on with {whole[common : common + 20]!r}. The "
+            "policy would be trained on a context that the opponent never saw. Set `chat_template_kwargs`, in the "
+            "config or as a column, such that the two agree (for example {'enable_thinking': False}), or use another "
+            "chat template."
+        )
+
+    def _end_turn(self, completion_ids: list[int], is_call: bool) -> list[int]:
+        next_turn_opens_with = self.call_end if is_call else self.answer_end
+        if next_turn_opens_with is not None:
+            completion_ids = [*completion_ids, next_turn_opens_with]
+        if not any(token_id in self.end_token_ids for token_id in completion_ids):
+            self._require_no_other_end(completion_ids)
+        return end_after_first(completion_ids, self.end_token_ids)
+
+    def _require_no_other_end(self, completion_ids: list[int]) -> None:
+        written = (token_id for token_id in reversed(completion_ids) if self.tokenizer.decode([token_id]).strip())
+        last = next(written, None)
+        if last in self.tokenizer.added_tokens_decoder:
+            token = self.tokenizer.convert_ids_to_tokens(last)
+            known = self.tokenizer.convert_ids_to_tokens(list(self.end_token_ids))
+            raise InvalidRowError(
+                f"the chat template ends the assistant's turn in {token!r}, at which the model does not stop (its end "
+                f"tokens are {known}), so no answer could ever equal the ground truth. If the model does end its turns "
+                f"with it, add its id, {last}, to `eos_token_id` in the model's `generation_config`; otherwise the "
+                "template belongs to another model."
+            )
+
+    # What the template wants
+
+    def _find_whether_it_wants_parts(self) -> bool:
+        said = [message["content"] for message in (_QUESTION, _ANSWER)]
+        dropped = False
+        for self.wants_parts in (False, True):
+            text = self._try([_QUESTION, _ANSWER], tokenize=False)
+            if text is not None and all(content in text for content in said):
+                return self.wants_parts
+            dropped = dropped or text is not None
+        if dropped:
+            raise ValueError(
+                f"The tokenizer's chat template renders a conversation without what its messages say ({said}). Set "
+                "`tokenizer.chat_template` to the model's own, and pass the tokenizer as `processing_class`."
+            )
+        return False  # it refuses the conversation of two messages; the rows will show what it takes
+
+    def _find_opening_of(self, conversation: list[dict], next_message: dict) -> int | None:
+        """The token that the template puts before the next message, if it is one at which the model stops."""
+        before, after = self._try(conversation), self._try([*conversation, next_message])
+        if before is None or after is None or after[: len(before)] != before:
+            return None
+        opening = next(iter(after[len(before) :]), None)
+        return opening if opening in self.end_token_ids else None
+
+    def _try(self, messages: list[dict], **kwargs) -> Any:
+        try:
+            return self._apply(messages, **kwargs)
+        except (TemplateError, TypeError):
+            return None
+
+
+def end_after_first(completion_ids: list[int], end_token_ids: Collection[int]) -> list[int]:
+    """
+    Cut a ground truth after its first end token, or add one: a sampler emits exactly one, and nothing after it.
+
+    Most chat templates write something behind the end token (a newline in Qwen's and Gemma's). Left there, the policy
+    would learn to tell ground truth from generation by punctuation.
+    """
+    for position, token_id in enumerate(completion_ids):
+        if token_id in end_token_ids:
+            return completion_ids[: position + 1]
+    return completion_ids + [next(iter(end_token_ids))]

@@ -1,0 +1,163 @@
+"""
+That no chat template lets the policy tell ground truth from generation by its formatting, for every one TRL ships.
+
+A sampler that says the conversation's own text, word for word, is simulated on that text: from the end of the prompt to
+the first token at which the model stops. What it says must be the ground truth, token for token.
+"""
+
+from functools import cache
+
+import pytest
+from datasets import Dataset
+from tiny_tokenizers import TEMPLATES, byte_tokenizer, letter_tokenizer, special_tokens
+
+from spin_trl.rendering import tokenize_dataset
+
+
+SINGLE = [{"role": "user", "content": "Hi there"}, {"role": "assistant", "content": "Yes,  dear."}]
+MULTI = [*SINGLE, {"role": "user", "content": "Bye"}, {"role": "assistant", "content": "Good bye\nand so on"}]
+CONVERSATIONS = {"single": SINGLE, "multi": MULTI}
+
+THINKS = "its prompt ends in '<think>\\n', where the conversation has no thinking"
+
+# Templates that are refused, and why. No setting makes their prompt a prefix of a conversation without thinking.
+REFUSED = {
+    "deepseek_r1_distill": THINKS,
+    "deepseek_r1_distill_training": THINKS,
+    "deepseekv3": THINKS,
+    "deepseekv3_training": THINKS,
+}
+
+# Templates that are refused as they are, and what `chat_template_kwargs` makes them play.
+NEEDS_KWARGS = {
+    name + suffix: {"enable_thinking": False}
+    for name in ("nemotron_3_5_lightning", "nemotron_3_nano", "nemotron_3_super", "nemotron_3_ultra")
+    for suffix in ("", "_training")
+}
+
+# Templates that drop a content which is not a list of parts.
+WANTS_PARTS = {name + suffix for name in ("idefics3", "llava_next", "smolvlm") for suffix in ("", "_training")}
+
+# The end token, where it is not the first special token behind the answer.
+END_TOKENS = {"cohere2": "<|END_OF_TURN_TOKEN|>", "cohere2_training": "<|END_OF_TURN_TOKEN|>", "glm4moe": "<|user|>"}
+
+NAMES = sorted(path.stem for path in TEMPLATES.glob("*.jinja"))
+PLAYED = [name for name in NAMES if name not in REFUSED]
+
+
+def in_parts(messages: list[dict]) -> list[dict]:
+    return [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
+
+
+class Case:
+    """One template with a tokenizer of its own, in which the end of its turns is not the tokenizer's end token."""
+
+    def __init__(self, name: str):
+        source = (TEMPLATES / f"{name}.jinja").read_text()
+        self.name = name
+        self.kwargs = NEEDS_KWARGS.get(name, {})
+        self.tokenizer = byte_tokenizer("<tokenizers_own_end>", name, special_tokens(source))
+        self.end_token = END_TOKENS.get(name) or self._first_special_token_after_the_answer()
+        self.end_token_ids = (
+            self.tokenizer.eos_token_id,
+            self.tokenizer.convert_tokens_to_ids(self.end_token),
+        )
+
+    def text(self, messages: list[dict], **kwargs) -> str:
+        messages = in_parts(messages) if self.name in WANTS_PARTS else messages
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, **self.kwargs, **kwargs)
+
+    def _first_special_token_after_the_answer(self) -> str:
+        _, answer, behind = self.text(SINGLE).rpartition(SINGLE[-1]["content"])
+        assert answer
+        ids = self.tokenizer(behind, add_special_tokens=False)["input_ids"]
+        return self.tokenizer.decode(next(i for i in ids if i in self.tokenizer.added_tokens_decoder))
+
+    def say(self, messages: list[dict]) -> tuple[list[int], list[int]]:
+        """What a sampler is asked, and what it says that repeats the last message."""
+        prompt_ids = self.tokenizer(self.text(messages[:-1], add_generation_prompt=True), add_special_tokens=False)
+        prompt_ids = prompt_ids["input_ids"]
+        text = self.text(messages)
+        if self.name == "glm4moe":
+            text += self.end_token  # the template leaves it to the next turn to open with it
+        whole_ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert whole_ids[: len(prompt_ids)] == prompt_ids
+        said = whole_ids[len(prompt_ids) :]
+        ends = [i for i, token_id in enumerate(said) if token_id in self.end_token_ids]
+        return prompt_ids, said[: ends[0] + 1]
+
+    def render(self, messages: list[dict], **options) -> dict:
+        dataset = Dataset.from_list([{"messages": messages}])
+        (row,) = tokenize_dataset(dataset, self.tokenizer, self.end_token_ids, **options).dataset
+        return row
+
+
+case_of = cache(Case)
+
+
+@pytest.mark.parametrize("messages", CONVERSATIONS.values(), ids=CONVERSATIONS)
+@pytest.mark.parametrize("name", PLAYED)
+def test_sampler_that_repeats_the_ground_truth_gives_the_same_ids(name, messages):
+    case = case_of(name)
+    row = case.render(messages, chat_template_kwargs=case.kwargs)
+    prompt_ids, said = case.say(messages)
+    assert row["prompt_ids"] == prompt_ids
+    assert row["chosen_ids"] == said
+
+
+@pytest.mark.parametrize("name", PLAYED)
+def test_ground_truth_says_the_answer_and_ends_in_the_templates_end_token(name):
+    case = case_of(name)
+    ids = case.render(MULTI, chat_template_kwargs=case.kwargs)["chosen_ids"]
+    assert MULTI[-1]["content"] in case.tokenizer.decode(ids)
+    assert case.tokenizer.decode(ids[-1]) == case.end_token
+    assert not set(ids[:-1]) & set(case.end_token_ids)
+
+
+@pytest.mark.parametrize("name", PLAYED)
+def test_prompt_holds_every_earlier_message(name):
+    case = case_of(name)
+    prompt = case.tokenizer.decode(case.render(MULTI, chat_template_kwargs=case.kwargs)["prompt_ids"])
+    for message in MULTI[:-1]:
+        assert message["content"] in prompt
+
+
+@pytest.mark.parametrize("messages", CONVERSATIONS.values(), ids=CONVERSATIONS)
+@pytest.mark.parametrize("name", [*REFUSED, *NEEDS_KWARGS])
+def test_template_whose_prompt_is_no_prefix_of_its_conversation_is_refused(name, messages):
+    source = (TEMPLATES / f"{name}.jinja").read_text()
+    tokenizer = byte_tokenizer("<end>", name, special_tokens(source))
+    end_token_ids = (tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(special_tokens(source)))
+    with pytest.raises(ValueError, match=r"Row 0: the chat template renders the prompt of `messages` differently"):
+        tokenize_dataset(Dataset.from_list([{"messages": messages}]), tokenizer, end_token_ids)
+
+
+def test_lists_of_exceptions_name_templates_that_trl_ships():
+    assert {*REFUSED, *NEEDS_KWARGS, *WANTS_PARTS, *END_TOKENS} <= set(NAMES)
+    assert len(PLAYED) == len(NAMES) - 4 >= 60
+
+
+# Without a template
+
+
+@pytest.mark.parametrize("template", ["$A", "<s> $A", "<s> $A </s>"])
+def test_plain_text_is_what_a_sampler_that_repeats_it_would_say(template):
+    tokenizer = letter_tokenizer(template)
+    dataset = Dataset.from_list([{"prompt": "ab", "completion": "cde"}])
+    (row,) = tokenize_dataset(dataset, tokenizer, (tokenizer.eos_token_id,)).dataset
+    asked = [token for token in tokenizer.convert_ids_to_tokens(tokenizer("ab")["input_ids"]) if token != "</s>"]
+    assert tokenizer.convert_ids_to_tokens(row["prompt_ids"]) == asked
+    assert tokenizer.convert_ids_to_tokens(row["chosen_ids"]) == ["c", "d", "e", "</s>"]
+
+
+def test_tokens_that_merge_across_the_boundary_leave_the_prompt_as_the_sampler_sees_it():
+    """`b` before `c` is one token, but the sampler goes on from a prompt that ends in `b`."""
+    chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}{% if not add_generation_prompt %}</s>{% endif %}"
+    tokenizer = letter_tokenizer(merges=(("b", "c"),), chat_template=chat_template)
+    conversation = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cd"}]
+    whole = tokenizer.apply_chat_template(conversation, return_dict=True)["input_ids"]
+    assert tokenizer.convert_ids_to_tokens(whole) == ["a", "bc", "d", "</s>"]
+    dataset = Dataset.from_list([{"messages": conversation}])
+    (row,) = tokenize_dataset(dataset, tokenizer, (tokenizer.eos_token_id,)).dataset
+    assert tokenizer.convert_ids_to_tokens(row["prompt_ids"]) == ["a", "b"]
+    assert tokenizer.convert_ids_to_tokens(row["chosen_ids"]) == ["c", "d", "</s>"]

@@ -1,0 +1,96 @@
+"""What of the user's data a run plays on, and what is said about the rest."""
+
+import pytest
+from datasets import Dataset
+from tiny_tokenizers import letter_tokenizer
+
+from spin_trl.preparation import drop_duplicates, drop_long_prompts, percentile_length, prepare_data
+
+
+def rows(*texts: str) -> Dataset:
+    """Rows of "prompt-completion"."""
+    pairs = [text.split("-") for text in texts]
+    return Dataset.from_list([{"prompt": prompt, "completion": completion} for prompt, completion in pairs])
+
+
+# Duplicates
+
+
+def test_only_the_first_of_rows_with_the_same_prompt_and_ground_truth_is_kept():
+    dataset = Dataset.from_dict(
+        {
+            "row": [0, 1, 2, 3, 4],
+            "prompt_ids": [[1, 2], [1], [1, 2], [1, 2], [1]],
+            "chosen_ids": [[3], [2, 3], [4], [3], [2, 3]],
+        }
+    )
+    kept, num_dropped = drop_duplicates(dataset)
+    assert kept["row"][:] == [0, 1, 2]
+    assert num_dropped == 2
+
+
+def test_training_data_loses_its_duplicates_and_evaluation_data_keeps_them(make_config):
+    data = prepare_data(make_config(), letter_tokenizer(), (1,), rows("a-b", "a-b", "a-c"), rows("d-e", "d-e"))
+    assert data.train["source_row"][:] == [0, 2]
+    assert len(data.eval) == 2
+    assert data.report["num_duplicate_rows"] == 1
+
+
+def test_invalid_rows_are_counted_and_listed_by_dataset(make_config):
+    config = make_config(skip_invalid_rows=True)
+    data = prepare_data(config, letter_tokenizer(), (1,), rows("a-b", "a-"), rows("-b", "d-e"))
+    listed = [(row["dataset"], row["row"], row["reason"].split(".")[0]) for row in data.invalid_rows]
+    assert listed == [("train_dataset", 1, "`completion` is empty"), ("eval_dataset", 0, "`prompt` is empty")]
+    assert data.report == {
+        "format": "prompt_completion",
+        "num_source_rows": 2,
+        "num_invalid_rows": 2,
+        "num_duplicate_rows": 0,
+    }
+
+
+def test_error_says_in_which_dataset_the_row_is(make_config):
+    with pytest.raises(ValueError, match="Row 1") as refusal:
+        prepare_data(make_config(), letter_tokenizer(), (1,), rows("a-b"), rows("a-b", "a-"))
+    assert refusal.value.__notes__ == ["In `eval_dataset`."]
+
+
+def test_settings_of_the_data_reach_its_rows(make_config):
+    config = make_config(prompt_column="question+hint", completion_column="answer")
+    dataset = Dataset.from_list([{"question": "ab", "hint": "c", "answer": "d"}])
+    tokenizer = letter_tokenizer()
+    data = prepare_data(config, tokenizer, (1,), dataset, None)
+    assert data.train["prompt"][:] == ["ab\n\nc"]
+    assert data.report["format"] == "named"
+
+
+# Lengths
+
+
+@pytest.mark.parametrize(
+    ("percentile", "expected"),
+    [(0, 1), (25, 2), (50, 3), (75, 4), (99, 4), (100, 4)],
+)
+def test_percentile_of_the_lengths_is_interpolated_and_rounded_up(percentile, expected):
+    """Of 4, 1, 3, 2 the p-th percentile is 1 + 3 p / 100: 1, 1.75, 2.5, 3.25, 3.97, 4."""
+    dataset = Dataset.from_dict({"chosen_ids": [[0] * length for length in (4, 1, 3, 2)]})
+    assert percentile_length(dataset, "chosen_ids", percentile) == expected
+
+
+def test_percentile_covers_datasets_of_many_batches():
+    """1,980 lengths of 1, then 20 of 5: position 0.99 * 1999 = 1979.01 lies 0.01 on the way from 1 to 5."""
+    dataset = Dataset.from_dict({"ids": [[0]] * 1980 + [[0] * 5] * 20})
+    assert percentile_length(dataset, "ids", 99) == 2
+
+
+def test_prompts_longer_than_the_limit_are_dropped_and_counted():
+    dataset = Dataset.from_dict({"row": [0, 1, 2, 3], "prompt_ids": [[0] * length for length in (3, 4, 5, 2)]})
+    kept, num_dropped = drop_long_prompts(dataset, 4, "the context")
+    assert kept["row"][:] == [0, 1, 3]
+    assert num_dropped == 1
+
+
+def test_dataset_whose_prompts_are_all_too_long_is_refused_with_the_shortest_and_the_limit():
+    dataset = Dataset.from_dict({"prompt_ids": [[0] * 7, [0] * 6]})
+    with pytest.raises(ValueError, match="All 2 prompts.*shortest has 6 tokens, and the context.*at most 5"):
+        drop_long_prompts(dataset, 5, "the context")
