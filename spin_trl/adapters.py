@@ -26,6 +26,11 @@ def lora_rank_to_serve(
         `ValueError`: if vLLM cannot serve adapters of this kind.
     """
     if peft_config is None and not isinstance(model, str) and is_peft_model(model):
+        if "default" not in model.peft_config:
+            raise ValueError(
+                f"The model's adapter is named {list(model.peft_config)}, but the one that is trained must be named "
+                "'default'. Load it with `PeftModel.from_pretrained(..., adapter_name='default')`."
+            )
         peft_config = model.peft_config["default"]
     if peft_config is None:
         return None

@@ -53,7 +53,7 @@ class ScoreTable:
         self._print([label, *(f"{scores[name]:.4f}" if name in scores else "" for name in self.columns)])
 
     def _print(self, cells: list[str]) -> None:
-        widths = [len("iteration 0"), *(max(len(name), 7) for name in self.columns)]
+        widths = [len("iteration 100"), *(max(len(name), len("-10000.0000")) for name in self.columns)]
         padded = [cells[0].ljust(widths[0])]
         padded += [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
         self.print_line("  ".join(padded))

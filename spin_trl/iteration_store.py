@@ -61,7 +61,7 @@ class IterationStore:
 
     def iterations(self) -> list[int]:
         """Numbers of the iterations that have been begun, ascending."""
-        found = (p.name.removeprefix("iteration-") for p in self.output_dir.glob("iteration-*"))
+        found = (p.name.removeprefix("iteration-") for p in self.output_dir.glob("iteration-*") if p.is_dir())
         return sorted(int(number) for number in found if number.isdigit())
 
     def has_pairs(self, iteration: int) -> bool:
@@ -86,8 +86,10 @@ class IterationStore:
 
     def clear(self) -> None:
         """Delete the self-play run that lies here, and Trainer's checkpoints of it. Anything else stays."""
-        for path in [*self.output_dir.glob("iteration-*"), *self.output_dir.glob("checkpoint-*")]:
-            shutil.rmtree(path)
+        for path in self.output_dir.iterdir():
+            kind, _, number = path.name.partition("-")
+            if kind in ("iteration", "checkpoint") and number.isdigit() and path.is_dir():
+                shutil.rmtree(path)
         for name in ("self_play.json", "invalid_rows.jsonl"):
             (self.output_dir / name).unlink(missing_ok=True)
 

@@ -1,5 +1,6 @@
 """Work that one or all processes do, such that an error of any of them is raised on every one, instead of a hang."""
 
+import pickle
 import traceback
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -46,6 +47,17 @@ def _attempt(function: Callable[[], T]) -> list[Any]:
     try:
         return [function(), None]
     except Exception as error:
-        if PartialState().num_processes > 1:
-            error.add_note(f"On process {PartialState().process_index}:\n{traceback.format_exc()}")
+        if PartialState().num_processes == 1:
+            return [None, error]
+        error = _as_sendable(error)
+        error.add_note(f"On process {PartialState().process_index}:\n{traceback.format_exc()}")
         return [None, error]
+
+
+def _as_sendable(error: Exception) -> Exception:
+    """The error itself if it can go to another process, else one that says the same."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # whatever an exception class of somebody else's does when pickled
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error

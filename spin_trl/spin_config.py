@@ -21,7 +21,7 @@ class SPINConfig(DPOConfig):
             blank line, empty ones left out: `"instruction+input"`. Goes with `completion_column`.
         completion_column (`str`, *optional*):
             Column of the ground truths, where it has another name. Goes with `prompt_column`.
-        train_on_turns (`str`, *optional*, defaults to `"last"`):
+        train_on_turns (`str`, *optional*, defaults to `'last'`):
             `"last"`: the last message of a conversation is the ground truth. `"all"`: every assistant turn is one, with
             the turns before it as its prompt.
         chat_template_kwargs (`dict[str, Any]`, *optional*):
@@ -264,6 +264,7 @@ class SPINConfig(DPOConfig):
     )
     vllm_api_key: str | None = field(
         default=None,
+        repr=False,
         metadata={"help": "API key of the server. Defaults to the environment variable `VLLM_API_KEY`."},
     )
     vllm_max_model_length: int | None = field(
@@ -400,6 +401,10 @@ class SPINConfig(DPOConfig):
                 f"`publish_check_tolerance` must be positive, got {self.publish_check_tolerance}. To switch the check "
                 "off, set `publish_check_samples=0`."
             )
+
+    def __str__(self) -> str:
+        shown = super().__str__()
+        return shown.replace(self.vllm_api_key, "<VLLM_API_KEY>") if self.vllm_api_key else shown
 
     def to_dict(self) -> dict[str, Any]:
         """As [`~transformers.TrainingArguments.to_dict`], which hides `*_token` values but not the API key."""

@@ -24,7 +24,7 @@ def test_table_lists_every_new_field_with_its_default():
     documented = documented_fields()
     assert set(documented) == set(new)
     for name, default in new.items():
-        written = "unset" if default is None else f'`"{default}"`' if isinstance(default, str) else f"`{default}`"
+        written = "unset" if default is None else f"`{default!r}`"
         assert documented[name] == written, name
 
 

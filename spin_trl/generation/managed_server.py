@@ -74,6 +74,7 @@ class ManagedServer:
         """End the server and everything that it started. Does nothing if it is not running."""
         if self._process is None:
             return
+        self._process.terminate()
         self._process.stdin.close()
         self._process.wait()
         self._process = None

@@ -1,7 +1,7 @@
 """Run a command for as long as the parent lives: `python -m spin_trl.generation.supervise COMMAND...`.
 
-The parent keeps the other end of this process's standard input. When that closes, because the parent closed it or was
-killed in whatever way, the command and all its children are ended: SIGTERM, and SIGKILL to what is left after a while.
+When this process is told to end (SIGTERM, SIGHUP), when its standard input closes, or when its parent is gone in
+whatever way, the command and all its children are ended: SIGTERM, and SIGKILL to what is left after a while.
 """
 
 import os
@@ -13,31 +13,35 @@ import time
 
 
 GRACE_PERIOD = 15.0  # seconds between SIGTERM and SIGKILL
+_POLL_INTERVAL = 0.1  # seconds
 
 
 def supervise(argv: list[str]) -> int:
-    """Run `argv` until it ends or standard input closes. Returns its exit status."""
+    """Run `argv` until it ends or is to end. Returns its exit status."""
+    parent = os.getppid()
     command = subprocess.Popen(argv, stdin=subprocess.DEVNULL, start_new_session=True)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which then closes our input
-    signal.signal(signal.SIGTERM, lambda *_: _end(command))
-    threading.Thread(target=_end_with_parent, args=(command,), daemon=True).start()
-    status = command.wait()
-    _signal_group(command, signal.SIGKILL)  # children that outlived it
-    return status
+    to_end = threading.Event()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which then tells us
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: to_end.set())
+    threading.Thread(target=_wait_for_end_of_input, args=(to_end,), daemon=True).start()
+
+    while command.poll() is None and not to_end.wait(_POLL_INTERVAL):
+        if os.getppid() != parent:
+            to_end.set()
+    if command.poll() is None:
+        _signal_group(command, signal.SIGTERM)
+        deadline = time.monotonic() + GRACE_PERIOD
+        while command.poll() is None and time.monotonic() < deadline:
+            time.sleep(_POLL_INTERVAL)
+    _signal_group(command, signal.SIGKILL)  # the command, or children that outlived it
+    return command.wait()
 
 
-def _end_with_parent(command: subprocess.Popen) -> None:
+def _wait_for_end_of_input(to_end: threading.Event) -> None:
     while os.read(sys.stdin.fileno(), 4096):
         pass
-    _end(command)
-
-
-def _end(command: subprocess.Popen) -> None:
-    _signal_group(command, signal.SIGTERM)
-    deadline = time.monotonic() + GRACE_PERIOD
-    while command.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
-    _signal_group(command, signal.SIGKILL)
+    to_end.set()
 
 
 def _signal_group(command: subprocess.Popen, number: signal.Signals) -> None:

@@ -4,8 +4,9 @@ Checked against vLLM 0.31. Knows nothing of iterations, datasets or the trainer.
 """
 
 import asyncio
+import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any, TypeVar
 
 import aiohttp
@@ -16,7 +17,7 @@ from .sampler import SamplerError
 T = TypeVar("T")
 
 # 4xx is the server's final word, except for these two; 5xx and a broken connection may pass.
-_RETRIED_STATUS = (408, 429)
+_RETRIED_STATUS = (408, 429, *range(500, 600))
 _FIRST_RETRY_DELAY = 0.5  # seconds, doubled up to the next
 _LONGEST_RETRY_DELAY = 10.0
 
@@ -42,6 +43,11 @@ class VLLMServer:
         request_timeout: float = 600.0,
         max_concurrent_requests: int = 256,
     ):
+        if not base_url.startswith(("http://", "https://")):
+            raise SamplerError(
+                f"{base_url!r} is no address of a server: it must begin with 'http://' or 'https://'. Set "
+                "`vllm_server_base_url` to one such as 'http://localhost:8000'."
+            )
         self.base_url = base_url.rstrip("/").removesuffix("/v1")
         self.server_timeout = server_timeout
         self.request_timeout = request_timeout
@@ -71,7 +77,7 @@ class VLLMServer:
         """Why the server cannot load LoRA adapters at run time, or `None` if it can."""
         # An adapter that does not exist tells a server that would load it from one that would not.
         body = {"lora_name": "spin-trl-probe", "lora_path": "/nonexistent/spin-trl-probe"}
-        status, answer = self._run(self._attempt("POST", "/v1/load_lora_adapter", body))
+        status, answer = self._run(self._send("POST", "/v1/load_lora_adapter", body, retried=()))
         if "LoRA is not enabled" in answer:
             return "it was started without `--enable-lora`"
         if status == 404 and "spin-trl-probe" not in answer:
@@ -81,7 +87,7 @@ class VLLMServer:
     def reload_refusal(self) -> str | None:
         """Why the server cannot reload its weights at run time, or `None` if it can."""
         # Without a method to call, the endpoint answers 400 where it exists.
-        status, _ = self._run(self._attempt("POST", "/collective_rpc", {}))
+        status, _ = self._run(self._send("POST", "/collective_rpc", {}, retried=()))
         return "it was started without the environment variable `VLLM_SERVER_DEV_MODE=1`" if status == 404 else None
 
     # What the server plays
@@ -145,6 +151,16 @@ class VLLMServer:
         return self._run(self._json(method, path, body, read))
 
     async def _json(self, method: str, path: str, body: dict | None = None, read: bool = True) -> Any:
+        status, text = await self._send(method, path, body)
+        if status != 200:
+            raise SamplerError(
+                f"The vLLM server at {self.base_url} refused {method} {path}. HTTP {status}: {_server_message(text)}"
+            )
+        return json.loads(text) if read else None
+
+    async def _send(
+        self, method: str, path: str, body: dict | None, retried: Collection[int] = _RETRIED_STATUS
+    ) -> tuple[int, str]:
         """Request until answered: what may pass is tried again for `server_timeout` seconds, the rest is final."""
         first_failure: float | None = None
         delay = _FIRST_RETRY_DELAY
@@ -152,16 +168,18 @@ class VLLMServer:
             try:
                 session = await self._open_session()
                 async with session.request(method, self.base_url + path, json=body, headers=self._headers) as response:
-                    if response.status == 200:
-                        return await response.json() if read else None
-                    problem = f"HTTP {response.status}: {_server_message(await response.text())}"
-                    final = response.status < 500 and response.status not in _RETRIED_STATUS
+                    text = await response.text()
+                    if response.status not in retried:
+                        return response.status, text
+                    problem = f"HTTP {response.status}: {_server_message(text)}"
             except TimeoutError:
-                problem, final = f"no answer within `vllm_request_timeout` ({self.request_timeout:g} s)", True
+                raise SamplerError(
+                    f"The vLLM server at {self.base_url} gave no answer within `vllm_request_timeout` "
+                    f"({self.request_timeout:g} s) to {method} {path}. Raise it if single answers take that long; "
+                    "otherwise the server hangs: see its log and restart it."
+                ) from None
             except aiohttp.ClientError as error:
-                problem, final = f"{type(error).__name__}: {error}", False
-            if final:
-                raise SamplerError(f"The vLLM server at {self.base_url} refused {method} {path}. {problem}")
+                problem = f"{type(error).__name__}: {error}"
             first_failure = first_failure or time.monotonic()
             if time.monotonic() + delay > first_failure + self.server_timeout:
                 raise SamplerError(
@@ -171,11 +189,6 @@ class VLLMServer:
                 )
             await asyncio.sleep(delay)
             delay = min(2 * delay, _LONGEST_RETRY_DELAY)
-
-    async def _attempt(self, method: str, path: str, body: dict) -> tuple[int, str]:
-        session = await self._open_session()
-        async with session.request(method, self.base_url + path, json=body, headers=self._headers) as response:
-            return response.status, await response.text()
 
     async def _open_session(self) -> aiohttp.ClientSession:
         if self._session is None:

@@ -83,7 +83,7 @@ class VLLMSampler:
             self.server.unload_adapter(name)
         if checkpoint is not None:
             self.server.load_adapter(name, str(checkpoint))
-            if self._published in loaded:
+            if self._published != name and self._published in loaded:
                 self.server.unload_adapter(self._published)
             self._published = name
 
