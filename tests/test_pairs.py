@@ -19,6 +19,7 @@ from spin_trl.pairs import (
     make_pairs,
 )
 
+
 DPO_LOSSES = [
     *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
     *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
