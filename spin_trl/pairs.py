@@ -7,9 +7,10 @@ from datasets import Dataset, concatenate_datasets
 
 PAIR_COLUMNS = ["iteration", "row", "source_row", "sample", "prompt_ids", "chosen_ids", "rejected_ids"]
 
-# Of DPOTrainer's losses those that are functions of the difference between the two sides' log-ratios alone. Where the
-# sides are equal the difference is zero whatever the policy, and so is the gradient.
-_LOSSES_OF_THE_DIFFERENCE = {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "aot", "discopop"}
+# DPOTrainer's losses whose gradient on a pair of equal sides is zero, whatever the policy, and that look at each pair by
+# itself: functions of the difference between the sides, and `apo_zero`, whose two terms cancel. (AOT compares the
+# differences of a whole batch, where a zero does have its place.)
+_BLIND_TO_IDENTICAL_PAIRS = {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "apo_zero"}
 
 
 class NoPairsError(RuntimeError):
@@ -47,13 +48,14 @@ def keeps_identical_pairs(identical_pairs: str | None, loss_types: list[str]) ->
     Whether pairs whose two sides are equal are trained on.
 
     Args:
-        identical_pairs (`str`, *optional*): "keep", "drop", or `None` for what the losses can use: such a pair moves
-            the policy only if some loss judges the sides separately (`sft`, `bco_pair`, `nca_pair`, `apo_zero`, ...).
+        identical_pairs (`str`, *optional*): "keep", "drop", or `None` for what the losses can use: such a pair
+            moves the policy only if some loss judges the sides separately (`sft`, `bco_pair`, `nca_pair`, ...). A loss
+            that is not known here is taken to be one of those.
         loss_types (`list[str]`): The losses that are mixed.
     """
     if identical_pairs is not None:
         return identical_pairs == "keep"
-    return not set(loss_types) <= _LOSSES_OF_THE_DIFFERENCE
+    return not set(loss_types) <= _BLIND_TO_IDENTICAL_PAIRS
 
 
 def drop_identical_pairs(pairs: Dataset) -> Dataset:

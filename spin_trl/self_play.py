@@ -173,14 +173,15 @@ class SelfPlayCallback(TrainerCallback):
         completions = self.store.read_completions(iteration, "generations")
         own = make_pairs(self.dataset, completions, iteration)
         description = describe_pairs(own, completions, args.max_length)
+        self._record(iteration, description)
+        self.trainer.log_self_play({f"self_play/{name}": value for name, value in description.items()})
         if not keeps_identical_pairs(args.identical_pairs, args.loss_type):
             own = drop_identical_pairs(own)
         first = max(0, iteration - args.num_history_iterations)
         pairs = add_history(own, [(i, self.store.read_pairs(i)) for i in range(first, iteration)])
         for name, logps in score_pairs(self.trainer, pairs).items():
             pairs = pairs.add_column(name, logps)
-        self._record(iteration, {**description, "num_training_pairs": len(pairs)})
-        self.trainer.log_self_play({f"self_play/{name}": value for name, value in description.items()})
+        self._record(iteration, {"num_training_pairs": len(pairs)})
         on_main_process(lambda: self.store.write_pairs(iteration, pairs))
 
     # Records

@@ -32,8 +32,8 @@ class SPINConfig(DPOConfig):
             directory. By default the first one is an error.
         identical_pairs (`str`, *optional*):
             `"drop"` or `"keep"` pairs whose two sides are equal, because the opponent reproduced the ground truth. By
-            default they are dropped if every loss in `loss_type` is built on the difference of the two sides, which
-            such a pair cannot move, and kept otherwise.
+            default they are kept if some loss in `loss_type` judges the sides separately (`sft`, `bco_pair`, ...), and
+            dropped where such a pair cannot move the policy (`sigmoid`, `hinge`, `ipo`, ...).
 
         > Parameters that control the self-play
 

@@ -110,6 +110,7 @@ def make_config(tmp_path):
             "learning_rate": 1e-3,
             "max_completion_length": 12,
             "use_vllm": False,
+            "identical_pairs": "keep",  # one pair for every prompt, whatever the tiny model happens to answer
         }
         if "vllm_mode" in overrides or "vllm_server_base_url" in overrides:
             del settings["use_vllm"]

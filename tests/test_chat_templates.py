@@ -152,7 +152,9 @@ def test_plain_text_is_what_a_sampler_that_repeats_it_would_say(template):
 
 def test_tokens_that_merge_across_the_boundary_leave_the_prompt_as_the_sampler_sees_it():
     """`b` before `c` is one token, but the sampler goes on from a prompt that ends in `b`."""
-    chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}{% if not add_generation_prompt %}</s>{% endif %}"
+    chat_template = (
+        "{% for m in messages %}{{ m.content }}{% endfor %}{% if not add_generation_prompt %}</s>{% endif %}"
+    )
     tokenizer = letter_tokenizer(merges=(("b", "c"),), chat_template=chat_template)
     conversation = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cd"}]
     whole = tokenizer.apply_chat_template(conversation, return_dict=True)["input_ids"]

@@ -1,5 +1,6 @@
 """What a run directory holds after a write that succeeded, and after one that did not."""
 
+import json
 import math
 from pathlib import Path
 
@@ -211,10 +212,19 @@ def test_iterations_are_numbers_in_order_and_foreign_names_are_ignored(store):
     assert store.iterations() == [2, 10]
 
 
+def test_invalid_rows_are_listed_one_a_line_and_gone_when_the_next_run_has_none(store):
+    rows = [{"dataset": "train_dataset", "row": 3, "reason": "`prompt` is empty."}, {"row": 5, "reason": "\ud800"}]
+    store.write_invalid_rows(rows)
+    assert [json.loads(line) for line in (store.output_dir / "invalid_rows.jsonl").read_text().splitlines()] == rows
+    store.write_invalid_rows([])
+    assert files(store) == []
+
+
 def test_clearing_a_run_leaves_what_is_not_its_own(store):
     store.write_run({"model": "m"})
     store.write_metrics(0, {"nll": 1.0})
     store.write_metrics(12, {"nll": 1.0})
+    store.write_invalid_rows([{"row": 3}])
     (store.output_dir / "checkpoint-40").mkdir()
     (store.output_dir / "checkpoint-40" / "model.safetensors").write_text("weights")
     foreign = ["notes.txt", "iteration-notes.txt", "checkpoint-best/model.safetensors", "iteration-plots/nll.png"]

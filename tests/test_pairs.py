@@ -2,10 +2,28 @@
 
 import pyarrow as pa
 import pytest
+import torch
+from conftest import read_rows
 from datasets import Dataset
+from trl.trainer.dpo_trainer import DataCollatorForPreference
 
+from spin_trl import SPINConfig, SPINTrainer
 from spin_trl.iteration_store import COMPLETION_SCHEMA
-from spin_trl.pairs import PAIR_COLUMNS, add_history, describe_pairs, make_pairs
+from spin_trl.pairs import (
+    PAIR_COLUMNS,
+    NoPairsError,
+    add_history,
+    describe_pairs,
+    drop_identical_pairs,
+    keeps_identical_pairs,
+    make_pairs,
+)
+
+
+DPO_LOSSES = [
+    *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
+    *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
+]
 
 
 def truths(*rows: int) -> Dataset:
@@ -13,6 +31,7 @@ def truths(*rows: int) -> Dataset:
     return Dataset.from_dict(
         {
             "row": list(rows),
+            "source_row": [100 + row for row in rows],
             "prompt": [f"prompt {row}" for row in rows],
             "prompt_ids": [[10, row] for row in rows],
             "chosen_ids": [[20, row, 2] for row in rows],
@@ -36,6 +55,7 @@ def assert_joined_by_row(pairs: Dataset, keys: list[tuple[int, int]], iteration:
     assert list(zip(pairs["row"], pairs["sample"], strict=True)) == keys
     for pair in pairs:
         assert pair["iteration"] == iteration
+        assert pair["source_row"] == 100 + pair["row"]
         assert pair["prompt_ids"] == [10, pair["row"]]
         assert pair["chosen_ids"] == [20, pair["row"], 2]
         assert pair["rejected_ids"] == [30, pair["row"], pair["sample"]]
@@ -84,19 +104,103 @@ def test_without_history_the_pairs_stay_as_they_are():
     assert add_history(new, [])[:] == new[:]
 
 
-def test_description_of_pairs_by_hand():
-    """Lengths 2, 1, 3, 2 against 2, 3, 1, 4; the first pair is identical, one completion of four was cut off."""
-    pairs = Dataset.from_dict(
+def test_answers_of_no_words_make_pairs_that_dpos_collator_takes():
+    """One opponent ended at once (its end token, 2), the other was cut off before it said anything."""
+    columns = {"row": [0, 1], "sample": [0, 0], "completion_ids": [[2], []], "finish_reason": ["stop", "length"]}
+    pairs = make_pairs(truths(0, 1), pa.table(columns, schema=COMPLETION_SCHEMA), iteration=0)
+    assert pairs["rejected_ids"][:] == [[2], []]
+    batch = DataCollatorForPreference(pad_token_id=9, max_length=8)(list(pairs))
+    assert batch["input_ids"].tolist() == [[10, 0, 20, 0, 2], [10, 1, 20, 1, 2], [10, 0, 2, 9, 9], [10, 1, 9, 9, 9]]
+    assert batch["completion_mask"].tolist() == [[0, 0, 1, 1, 1]] * 2 + [[0, 0, 1, 0, 0], [0, 0, 0, 0, 0]]
+
+
+# Identical pairs
+
+
+def pairs_of(*sides: tuple[list[int], list[int]]) -> Dataset:
+    return Dataset.from_dict(
         {
-            "chosen_ids": [[1, 2], [2], [1, 1, 2], [3, 2]],
-            "rejected_ids": [[1, 2], [1, 1, 2], [2], [3, 2, 2, 2]],
+            "row": list(range(len(sides))),
+            "prompt_ids": [[10, 10]] * len(sides),
+            "chosen_ids": [chosen for chosen, _ in sides],
+            "rejected_ids": [rejected for _, rejected in sides],
         }
     )
+
+
+def test_pairs_whose_sides_differ_in_their_end_alone_stay():
+    pairs = pairs_of(([1, 2], [1, 2]), ([1, 2], [1]), ([1, 2], [1, 2, 2]), ([2], [2]), ([1], [2]))
+    assert drop_identical_pairs(pairs)["row"][:] == [1, 2, 4]
+
+
+def test_iteration_of_identical_pairs_alone_is_stopped_with_what_it_means():
+    with pytest.raises(NoPairsError, match="in all 2 pairs.*converged.*`identical_pairs='keep'`"):
+        drop_identical_pairs(pairs_of(([1, 2], [1, 2]), ([2], [2])))
+
+
+@pytest.fixture(scope="module")
+def trainer(tiny_model, tmp_path_factory):
+    settings = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "use_vllm": False, "report_to": "none"}
+    config = SPINConfig(output_dir=str(tmp_path_factory.mktemp("losses")), label_smoothing=0.1, **settings)
+    return SPINTrainer(tiny_model, config, train_dataset=Dataset.from_list(read_rows("accent_train.jsonl", 4)))
+
+
+def summed_gradient(trainer: SPINTrainer, loss_type: str, pairs: list[dict]) -> torch.Tensor:
+    trainer.loss_types, trainer.loss_weights, trainer.label_smoothing = [loss_type], [1.0], 0.1
+    trainer.model.zero_grad()
+    (len(pairs) * trainer._compute_loss(trainer.model, trainer.data_collator(pairs), False)).backward()
+    return torch.cat([parameter.grad.flatten() for parameter in trainer.model.parameters()])
+
+
+@pytest.mark.parametrize("loss_type", DPO_LOSSES)
+def test_identical_pairs_are_dropped_if_and_only_if_a_batch_is_the_same_without_them(trainer, loss_type):
+    """The summed gradient of two pairs, one of them identical, against that of the other alone."""
+    identical = {"prompt_ids": [3, 4], "chosen_ids": [5, 6, 2], "rejected_ids": [5, 6, 2]}
+    identical |= {"ref_chosen_logps": -5.0, "ref_rejected_logps": -5.0}
+    other = {"prompt_ids": [7, 8], "chosen_ids": [9, 10, 2], "rejected_ids": [11, 2], "ref_rejected_logps": -5.0}
+    differences = []
+    for ref_chosen_logps in (-55.0, 45.0):
+        with_it = summed_gradient(trainer, loss_type, [identical, {**other, "ref_chosen_logps": ref_chosen_logps}])
+        alone = summed_gradient(trainer, loss_type, [{**other, "ref_chosen_logps": ref_chosen_logps}])
+        differences.append((with_it - alone).abs().max().item())
+    assert keeps_identical_pairs(None, [loss_type]) == (max(differences) > 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("setting", "loss_types", "kept"),
+    [
+        (None, ["sigmoid", "ipo"], False),
+        (None, ["sigmoid", "sft"], True),
+        (None, ["a loss of tomorrow"], True),
+        ("drop", ["sft"], False),
+        ("keep", ["sigmoid"], True),
+    ],
+)
+def test_one_loss_that_uses_identical_pairs_keeps_them_unless_the_user_decides(setting, loss_types, kept):
+    assert keeps_identical_pairs(setting, loss_types) is kept
+
+
+# Description
+
+
+def test_description_of_pairs_by_hand():
+    """
+    Lengths 2, 1, 3, 2 against 2, 3, 1, 4; the first pair is identical, one completion of four was cut off. With a
+    prompt of 2, four tokens hold all chosen sides but the third, and all rejected ones but the second and fourth.
+    """
+    pairs = pairs_of(([1, 2], [1, 2]), ([2], [1, 1, 2]), ([1, 1, 2], [2]), ([3, 2], [3, 2, 2, 2]))
     table = pa.table({"finish_reason": ["stop", "stop", "stop", "length"]})
-    assert describe_pairs(pairs, table) == {
+    assert describe_pairs(pairs, table, max_length=4) == {
         "num_pairs": 4,
         "chosen_length": 2.0,
         "rejected_length": 2.5,
+        "chosen_truncated_share": 0.25,
+        "rejected_truncated_share": 0.5,
         "cut_off_share": 0.25,
         "identical_share": 0.25,
     }
+
+
+def test_nothing_is_truncated_without_a_maximum():
+    description = describe_pairs(pairs_of(([1] * 99, [1])), pa.table({"finish_reason": ["stop"]}), max_length=None)
+    assert description["chosen_truncated_share"] == description["rejected_truncated_share"] == 0.0

@@ -1,4 +1,8 @@
-"""That prompt and ground truth become the ids which a sampler would have seen and said. Templates: test_chat_templates."""
+"""
+That prompt and ground truth become the ids which a sampler would have seen and said, and what is refused.
+
+Each chat template that TRL ships is in test_chat_templates.py.
+"""
 
 import json
 
@@ -19,7 +23,9 @@ MESSAGES = [
 ]
 
 
-def render(rows: list[dict], tokenizer: PreTrainedTokenizerFast, end_token_ids: tuple | None = None, **options) -> list[dict]:
+def render(
+    rows: list[dict], tokenizer: PreTrainedTokenizerFast, end_token_ids: tuple | None = None, **options
+) -> list[dict]:
     dataset = Dataset.from_list(rows)
     return list(tokenize_dataset(dataset, tokenizer, end_token_ids or (tokenizer.eos_token_id,), **options).dataset)
 
@@ -101,7 +107,9 @@ def test_system_message_is_kept():
 def test_template_that_refuses_the_roles_is_named_by_row_field_and_roles():
     system = [{"role": "system", "content": "Be brief."}, *MESSAGES]
     tokenizer = byte_tokenizer("<end_of_turn>", "gemma")
-    message = r"Row 1: the chat template refuses the prompt of `messages`.*\['system', 'user', .*System role not supported"
+    message = (
+        r"Row 1: the chat template refuses the prompt of `messages`.*\['system', 'user', .*System role not supported"
+    )
     with pytest.raises(ValueError, match=message):
         render([{"messages": MESSAGES}, {"messages": system}], tokenizer)
 
@@ -276,7 +284,9 @@ def test_unknown_token_at_the_end_of_a_turn_is_refused_by_name_and_not_followed_
     tokenizer = byte_tokenizer("<eos>", "gemma", extra_special_tokens=("<end_of_turn>", "<start_of_turn>"))
     row = {"messages": MESSAGES}
     end_of_turn = tokenizer.convert_tokens_to_ids("<end_of_turn>")
-    message = rf"Row 0: the chat template ends .*'<end_of_turn>'.*end tokens are \['<eos>'\].*{end_of_turn}.*eos_token_id"
+    message = (
+        rf"Row 0: the chat template ends .*'<end_of_turn>'.*end tokens are \['<eos>'\].*{end_of_turn}.*eos_token_id"
+    )
     with pytest.raises(ValueError, match=message):
         render([row], tokenizer)
     (rendered,) = render([row], tokenizer, (tokenizer.eos_token_id, end_of_turn))

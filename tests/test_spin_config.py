@@ -38,6 +38,10 @@ def make(tmp_path):
         ({"precompute_ref_log_probs": False}, "`precompute_ref_log_probs=False` is not possible", "Leave .* unset"),
         ({"sync_ref_model": True}, "`sync_ref_model=True` is not possible", "Leave it unset"),
         ({"eval_on_start": True}, "`eval_on_start=True` comes before", "Leave it unset"),
+        ({"prompt_column": "a"}, "`prompt_column='a'` and `completion_column=None`", "Set both"),
+        ({"completion_column": "b"}, "`prompt_column=None` and `completion_column='b'`", "Set both"),
+        ({"train_on_turns": "first"}, r"`train_on_turns` must be one of \('last', 'all'\), got 'first'", ""),
+        ({"identical_pairs": "yes"}, r"`identical_pairs` must be one of \(None, 'drop', 'keep'\), got 'yes'", ""),
         ({"max_completion_length": 0}, "`max_completion_length` must be at least 1, got 0", ""),
         ({"per_device_generation_batch_size": 0}, "`per_device_generation_batch_size` must be at least 1", ""),
         ({"generation_part_size": 0}, "`generation_part_size` must be at least 1, got 0", ""),
@@ -112,6 +116,12 @@ def test_defaults_are_the_papers_or_those_of_dpo(make):
         "publish_check_samples": 8,
         "publish_check_tolerance": 0.05,
         "eval_temperature": 0.0,
+        "prompt_column": None,
+        "completion_column": None,
+        "train_on_turns": "last",
+        "chat_template_kwargs": None,
+        "skip_invalid_rows": False,
+        "identical_pairs": None,
         "overwrite_output_dir": False,
     }
     assert {name: getattr(config, name) for name in expected} == expected
@@ -153,10 +163,15 @@ def test_fields_can_be_set_on_the_command_line(tmp_path):
     arguments = ["--output_dir", str(tmp_path), "--use_cpu", "true", "--bf16", "false", "--num_iterations", "2"]
     arguments += ["--use_vllm", "false", "--reset_optimizer", "false", "--max_completion_length", "7"]
     arguments += ["--generation_kwargs", '{"typical_p": 0.9}']
+    arguments += ["--chat_template_kwargs", '{"enable_thinking": false}', "--prompt_column", "instruction+input"]
+    arguments += ["--completion_column", "output", "--train_on_turns", "all", "--skip_invalid_rows", "true"]
     (config,) = TrlParser(SPINConfig).parse_args_and_config(arguments)
     assert (config.num_iterations, config.num_train_epochs, config.max_completion_length) == (2, 2, 7)
     assert config.use_vllm is False and config.reset_optimizer is False
     assert config.generation_kwargs == {"typical_p": 0.9}
+    assert config.chat_template_kwargs == {"enable_thinking": False}
+    assert (config.prompt_column, config.completion_column) == ("instruction+input", "output")
+    assert config.train_on_turns == "all" and config.skip_invalid_rows is True
 
 
 @pytest.mark.parametrize("show", [lambda c: str(c.to_dict()), lambda c: c.to_json_string(), str, repr])

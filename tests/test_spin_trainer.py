@@ -1,18 +1,22 @@
 """What SPINTrainer promises of its training, with the in-process sampler."""
 
 import gc
+import json
 import math
 import sys
 
 import pytest
 import torch
 from conftest import read_rows
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, load_dataset
 from peft import LoraConfig, PeftModel
+from tiny_tokenizers import byte_tokenizer
 from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
 from spin_trl import SPINTrainer
+from spin_trl.generation.sampler import Completion
+from spin_trl.pairs import NoPairsError
 
 
 LORA = {"r": 8, "target_modules": "all-linear", "init_lora_weights": True}
@@ -325,6 +329,33 @@ class TestRefusedBeforeTheModelIsLoaded:
         with pytest.raises(ValueError, match=f"Row 3: `{field}` is empty"):
             SPINTrainer(tiny_model, make_config(), train_dataset=Dataset.from_list(rows))
 
+    def test_conversation_without_a_chat_template(self, tiny_model, make_config):
+        conversation = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "B"}]
+        with pytest.raises(ValueError, match="conversational.*no chat template"):
+            SPINTrainer(tiny_model, make_config(), train_dataset=Dataset.from_list([{"messages": conversation}]))
+
+    def test_tokenizer_without_an_end_token(self, tiny_model, make_config, train_dataset):
+        with pytest.raises(ValueError, match="The tokenizer has no end token.*`tokenizer.eos_token`"):
+            SPINTrainer(
+                tiny_model, make_config(), train_dataset=train_dataset, processing_class=byte_tokenizer(end_token=None)
+            )
+
+    def test_row_that_is_no_text(self, tiny_model, make_config, tmp_path):
+        path = tmp_path / "data.jsonl"
+        path.write_text('{"prompt": "a", "completion": "B"}\n{"prompt": "a", "completion": 3}\n')
+        dataset = load_dataset("json", data_files=str(path), split="train", cache_dir=str(tmp_path / "cache"))
+        with pytest.raises(ValueError, match="Row 1: `completion` must be text or a list of messages, found `int`"):
+            SPINTrainer(tiny_model, make_config(), train_dataset=dataset)
+
+    def test_rows_that_mix_formats(self, tiny_model, make_config, tmp_path):
+        path = tmp_path / "data.jsonl"
+        path.write_text(
+            '{"prompt": "a", "completion": "B"}\n{"prompt": [{"role": "user", "content": "a"}], "completion": "B"}\n'
+        )
+        dataset = load_dataset("json", data_files=str(path), split="train", cache_dir=str(tmp_path / "cache"))
+        with pytest.raises(ValueError, match="Row 1: mixed formats: `prompt` is a list of messages and `completion`"):
+            SPINTrainer(tiny_model, make_config(), train_dataset=dataset)
+
     def test_eval_dataset_is_checked_too(self, tiny_model, make_config, train_dataset):
         with pytest.raises(ValueError, match="`eval_dataset` has the columns"):
             SPINTrainer(
@@ -363,6 +394,92 @@ class TestRefusedBeforeTheModelIsLoaded:
         config = make_config(vllm_server_base_url="http://127.0.0.1:9")
         with pytest.raises(ValueError, match="cannot load adapters with `use_dora=True`"):
             SPINTrainer(tiny_model, config, train_dataset=train_dataset, peft_config=LoraConfig(**LORA, use_dora=True))
+
+
+def test_duplicate_row_is_dropped_and_counted(tiny_model, train_dataset, make_config):
+    rows = [*train_dataset, train_dataset[7]]
+    trainer = SPINTrainer(tiny_model, make_config(num_iterations=1), train_dataset=Dataset.from_list(rows))
+    trainer.train()
+    data = trainer.store.read_run()["data"]
+    assert (data["num_source_rows"], data["num_duplicate_rows"], data["num_train_rows"]) == (49, 1, 48)
+    assert trainer.store.read_pairs(0)["source_row"] == list(range(48))
+
+
+def test_invalid_rows_are_left_out_if_asked_and_listed_in_the_run_directory(tiny_model, train_dataset, make_config):
+    rows = [{"prompt": "", "completion": "B"}, *train_dataset]
+    config = make_config(num_iterations=1, skip_invalid_rows=True)
+    trainer = SPINTrainer(tiny_model, config, train_dataset=Dataset.from_list(rows))
+    trainer.train()
+    (line,) = (trainer.store.output_dir / "invalid_rows.jsonl").read_text().splitlines()
+    assert json.loads(line)["row"] == 0 and json.loads(line)["reason"].startswith("`prompt` is empty")
+    assert trainer.store.read_run()["data"]["num_invalid_rows"] == 1
+    pairs = trainer.store.read_pairs(0)
+    assert (pairs["row"][0], pairs["source_row"][0], pairs["source_row"][-1]) == (0, 1, 48)
+
+
+class RepeatsTheTruth:
+    """A sampler that says the ground truth of all rows but some."""
+
+    reads_checkpoints = False
+
+    def __init__(self, dataset: Dataset, wrong: set[int]):
+        self.truths = dict(zip(dataset["row"], dataset["chosen_ids"], strict=True))
+        self.wrong = wrong
+
+    def sample(self, requests, params, logprobs=False):
+        for request in requests:
+            row = request.key[0]
+            token_ids = [params.end_token_ids[0]] if row in self.wrong else self.truths[row]
+            yield Completion(request.key, token_ids, "stop")
+
+    def publish(self, iteration, checkpoint): ...
+
+    def select(self, iteration, checkpoint): ...
+
+    def close(self): ...
+
+
+def repeating(tiny_model, train_dataset, config, wrong: set[int]) -> SPINTrainer:
+    trainer = SPINTrainer(tiny_model, config, train_dataset=train_dataset)
+    trainer.sampler = trainer.self_play.sampler = RepeatsTheTruth(trainer.self_play.dataset, wrong)
+    return trainer
+
+
+@pytest.mark.parametrize(("identical_pairs", "num_pairs"), [(None, 9), ("keep", 48)])
+def test_pairs_of_equal_sides_are_not_trained_on_unless_asked(
+    tiny_model, train_dataset, make_config, identical_pairs, num_pairs
+):
+    """Of 48 answers 9 are no words at all, and 39 repeat the ground truth: nine pairs are two steps, 48 are six."""
+    config = make_config(num_iterations=1, identical_pairs=identical_pairs)
+    trainer = repeating(tiny_model, train_dataset, config, wrong=set(range(9)))
+    trainer.train()
+    assert len(trainer.store.read_pairs(0)) == num_pairs
+    assert trainer.state.global_step == math.ceil(num_pairs / 8)
+    metrics = trainer.store.read_metrics(0)
+    assert (metrics["num_pairs"], metrics["num_training_pairs"]) == (48, num_pairs)
+    assert metrics["identical_share"] == 39 / 48
+    assert all(math.isfinite(loss) for loss in losses(trainer))
+
+
+def test_opponent_that_repeats_every_ground_truth_stops_the_run_with_what_it_means(
+    tiny_model, train_dataset, make_config
+):
+    trainer = repeating(tiny_model, train_dataset, make_config(identical_pairs=None), wrong=set())
+    with pytest.raises(NoPairsError, match="reproduces the ground truth in all 48 pairs of this iteration"):
+        trainer.train()
+    assert trainer.store.read_metrics(0)["identical_share"] == 1.0
+
+
+def test_truncated_shares_of_both_sides_are_reported(tiny_model, train_dataset, make_config):
+    """At a `max_length` of 10 the empty answers always fit, and of the ground truths those that are short enough."""
+    trainer = repeating(tiny_model, train_dataset, make_config(num_iterations=1, max_length=10), wrong=set(range(48)))
+    dataset = trainer.self_play.dataset
+    lengths = [len(p) + len(c) for p, c in zip(dataset["prompt_ids"], dataset["chosen_ids"], strict=True)]
+    assert 0 < sum(length > 10 for length in lengths)
+    trainer.train()
+    metrics = trainer.store.read_metrics(0)
+    assert metrics["chosen_truncated_share"] == sum(length > 10 for length in lengths) / len(dataset)
+    assert metrics["rejected_truncated_share"] == sum(len(p) + 1 > 10 for p in dataset["prompt_ids"]) / len(dataset)
 
 
 def test_prompt_too_long_for_the_context_is_dropped_and_counted(tiny_model, train_dataset, make_config, caplog):
