@@ -9,6 +9,7 @@ measured on the 1,000 words of `accent_test.jsonl`, answered greedily. About 15 
 
 import argparse
 import json
+import math
 import os
 import platform
 import statistics
@@ -45,8 +46,8 @@ def play_spin(seed: int, folder: Path) -> tuple[list[dict[str, float]], int]:
     )
     metrics = [json.loads(path.read_text()) for path in sorted(folder.glob("iteration-*/metrics.json"))]
     config = json.loads((folder / "self_play.json").read_text())["config"]
-    num_pairs = sum(m.get("num_training_pairs", 0) for m in metrics) * config["epochs_per_iteration"]
-    return [m["evaluation"] for m in metrics], round(num_pairs / config["per_device_train_batch_size"])
+    batches = [math.ceil(m["num_training_pairs"] / config["per_device_train_batch_size"]) for m in metrics[:-1]]
+    return [m["evaluation"] for m in metrics], sum(batches) * config["epochs_per_iteration"]
 
 
 def train_further(seed: int, learning_rate: str, num_steps: int, folder: Path) -> dict[str, float]:

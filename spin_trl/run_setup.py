@@ -133,6 +133,8 @@ class SelfPlaySetup:
         setup._fit_to_context(setup.context_length, "the model's context")
         if choice.mode == "server":
             setup._fit_to_server()
+        elif choice.mode == "managed" and args.vllm_max_model_length is not None:
+            setup._fit_to_context(args.vllm_max_model_length, "`vllm_max_model_length`")
         return setup
 
     def build_sampler(self, open_policy: Callable[[], AbstractContextManager[PreTrainedModel]]) -> OpponentSampler:

@@ -84,6 +84,11 @@ class SelfPlayCallback(TrainerCallback):
                 self._publish(self.iteration + 1)
                 self._evaluate(self.iteration + 1)
 
+    def begin_run(self) -> None:
+        """Forget an earlier `train()` on the same trainer. What it trained is no longer the base model."""
+        self.base_is_opponent = self.base_is_opponent and self.iteration is None
+        self.iteration = None
+
     def play(self, iteration: int) -> None:
         """Make the pairs of `iteration`, or read them back where they are already on disk, and train on them next."""
         if not self.store.has_pairs(iteration):
@@ -127,6 +132,9 @@ class SelfPlayCallback(TrainerCallback):
         ]
         # Log-probs are of the opponent itself, so it must be sampled as it is.
         params = replace(self.params, temperature=1.0, top_p=1.0, top_k=0, min_p=None, repetition_penalty=1.0, extra={})
+        if self.trainer.args.max_length is not None:  # what is scored must not be truncated
+            room = self.trainer.args.max_length - max(len(request.prompt_ids) for request in requests)
+            params = replace(params, max_completion_length=min(params.max_completion_length, room))
 
         def sample() -> list[Completion]:
             return list(self.sampler.sample(requests, params, logprobs=True))

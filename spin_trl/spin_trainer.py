@@ -208,6 +208,7 @@ class SPINTrainer(DPOTrainer):
         if resume_from_checkpoint:
             raise NotImplementedError("Resuming a self-play run is not supported yet. Start it anew.")
         on_main_process(self._claim_output_dir)
+        self.self_play.begin_run()
         try:
             self.self_play_setup.open_sampler(self.sampler, self.store)
             return super().train(None, *args, **kwargs)

@@ -488,3 +488,14 @@ def test_prompt_too_long_for_the_context_is_dropped_and_counted(tiny_model, trai
     trainer.train()
     assert trainer.store.read_run()["data"]["num_dropped_rows"] == 1
     assert len(trainer.store.read_pairs(0)) == 48
+
+
+def test_second_training_plays_against_the_policy_as_the_first_left_it(tiny_model, train_dataset, make_config):
+    config = make_config(num_iterations=1, overwrite_output_dir=True)
+    trainer = SPINTrainer(tiny_model, config, train_dataset=train_dataset)
+    trainer.train()
+    first = trainer.store.read_pairs(0)["rejected_ids"][:]
+    trainer.train()
+    assert losses(trainer)[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert trainer.store.read_pairs(0)["rejected_ids"][:] != first
+    assert not trainer.self_play.base_is_opponent

@@ -5,6 +5,7 @@ Whether a real vLLM server understands the requests is tested in `test_vllm_serv
 
 import json
 import socket
+import sys
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -24,6 +25,14 @@ HANG_UP = None  # an answer: close the connection without one
 Answer = tuple[int, dict | str] | None
 
 
+class _QuietServer(ThreadingHTTPServer):
+    """Says nothing of clients that hang up, as those that are cancelled do."""
+
+    def handle_error(self, request, client_address):
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
+
 class FaultyServer:
     """
     An HTTP server on a free loopback port that answers as `answer(path, body)` says, and remembers what it was asked.
@@ -36,8 +45,7 @@ class FaultyServer:
         self.requests: list[tuple[str, dict | None]] = []
         self.api_keys: set[str | None] = set()
         self.release = threading.Event()  # set at the end, for answers that hang
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
-        self._http.daemon_threads = True
+        self._http = _QuietServer(("127.0.0.1", 0), self._handler())
         self.url = f"http://127.0.0.1:{self._http.server_port}"
         threading.Thread(target=self._http.serve_forever, args=(0.01,), daemon=True).start()
 
@@ -148,6 +156,12 @@ def test_refusal_is_final_and_shows_the_servers_own_message(faulty, connect, sta
     assert f"{faulty.url} refused GET /v1/models. HTTP {status}: " in str(error.value)
     assert "This prompt has 70 tokens" in str(error.value)
     assert len(faulty.requests) == 1
+
+
+def test_answer_of_something_that_is_no_such_server_is_refused_with_its_address(faulty, connect):
+    faulty.answer = lambda path, body: (200, "<html>A dashboard</html>")
+    with pytest.raises(SamplerError, match=faulty.url):
+        connect(server_timeout=0.1).served_models()
 
 
 def test_long_message_of_the_server_is_cut(faulty, connect):

@@ -241,3 +241,23 @@ class TestRefusedBeforeTheModelIsLoaded:
         config = make_config(vllm_server_base_url=full_server.base_url, vllm_api_key="wrong")
         with pytest.raises(SamplerError, match="HTTP 401"):
             SPINTrainer(tiny_model, config, train_dataset=train_dataset)
+
+
+def test_publish_check_works_where_answers_would_be_truncated(lora_server, tiny_model, make_config):
+    """Prompts of 17 tokens and a `max_length` of 20 leave 3 tokens of each answer to be scored."""
+    dataset = Dataset.from_dict({"prompt": ["a" * 16, "b" * 16], "completion": ["AA B K", "B AA T"]})
+    config = make_config(num_iterations=1, max_length=20, **server_fields(lora_server))
+    trainer = SPINTrainer(tiny_model, config, train_dataset=dataset, peft_config=LoraConfig(**LORA))
+    trainer.train()
+    assert trainer.store.read_metrics(0)["publish_check_difference"] < 1e-4
+
+
+def test_adapter_of_too_high_a_rank_is_refused_with_the_servers_words(
+    lora_server, tiny_model, train_dataset, make_config
+):
+    """The server takes rank 8."""
+    config = make_config(num_iterations=2, **server_fields(lora_server))
+    lora = LoraConfig(r=16, target_modules="all-linear")
+    trainer = SPINTrainer(tiny_model, config, train_dataset=train_dataset, peft_config=lora)
+    with pytest.raises(SamplerError, match=r"refused POST /v1/load_lora_adapter(.|\n)*rank"):
+        trainer.train()

@@ -18,6 +18,7 @@ T = TypeVar("T")
 
 # 4xx is the server's final word, except for these two; 5xx and a broken connection may pass.
 _RETRIED_STATUS = (408, 429, *range(500, 600))
+_BUSY_STATUS = (408, 429, 503)
 _FIRST_RETRY_DELAY = 0.5  # seconds, doubled up to the next
 _LONGEST_RETRY_DELAY = 10.0
 
@@ -93,7 +94,9 @@ class VLLMServer:
     # What the server plays
 
     def load_adapter(self, name: str, path: str) -> None:
-        self._call("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": path}, read=False)
+        # What the engine thinks of an adapter, such as a rank that is too high, comes as 500, and will not change.
+        body = {"lora_name": name, "lora_path": path}
+        self._call("POST", "/v1/load_lora_adapter", body, read=False, retried=_BUSY_STATUS)
 
     def unload_adapter(self, name: str) -> None:
         self._call("POST", "/v1/unload_lora_adapter", {"lora_name": name}, read=False)
@@ -101,7 +104,7 @@ class VLLMServer:
     def reload_weights(self, path: str) -> None:
         """Replace the weights by those in the folder `path` on the server's disk, and forget cached prefixes."""
         body = {"method": "reload_weights", "kwargs": {"weights_path": path}}
-        self._call("POST", "/collective_rpc", body, read=False)
+        self._call("POST", "/collective_rpc", body, read=False, retried=_BUSY_STATUS)
         self._call("POST", "/reset_prefix_cache", read=False)
 
     # Completions
@@ -147,16 +150,29 @@ class VLLMServer:
     def _run(self, coroutine):
         return self._loop.run_until_complete(coroutine)
 
-    def _call(self, method: str, path: str, body: dict | None = None, read: bool = True) -> Any:
-        return self._run(self._json(method, path, body, read))
+    def _call(self, method: str, path: str, body: dict | None = None, **options: Any) -> Any:
+        return self._run(self._json(method, path, body, **options))
 
-    async def _json(self, method: str, path: str, body: dict | None = None, read: bool = True) -> Any:
-        status, text = await self._send(method, path, body)
+    async def _json(
+        self,
+        method: str,
+        path: str,
+        body: dict | None = None,
+        read: bool = True,
+        retried: Collection[int] = _RETRIED_STATUS,
+    ) -> Any:
+        status, text = await self._send(method, path, body, retried)
         if status != 200:
             raise SamplerError(
                 f"The vLLM server at {self.base_url} refused {method} {path}. HTTP {status}: {_server_message(text)}"
             )
-        return json.loads(text) if read else None
+        try:
+            return json.loads(text) if read else None
+        except json.JSONDecodeError as error:
+            raise SamplerError(
+                f"What answers at {self.base_url} is no vLLM server: {method} {path} gave {_server_message(text)!r} "
+                "instead of JSON. Correct `vllm_server_base_url`."
+            ) from error
 
     async def _send(
         self, method: str, path: str, body: dict | None, retried: Collection[int] = _RETRIED_STATUS
