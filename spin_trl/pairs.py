@@ -7,8 +7,8 @@ from datasets import Dataset, concatenate_datasets
 
 PAIR_COLUMNS = ["iteration", "row", "source_row", "sample", "prompt_ids", "chosen_ids", "rejected_ids"]
 
-# DPOTrainer's losses whose gradient on a pair of equal sides is zero, and that look at each pair by
-# itself: functions of the difference between the sides, and `apo_zero`, whose two terms cancel. (AOT compares the
+# DPOTrainer's losses whose gradient on a pair of equal sides is zero, whatever the policy, and that look at each pair
+# by itself: functions of the difference between the sides, and `apo_zero`, whose two terms cancel. (AOT compares the
 # differences of a whole batch, where a zero does have its place.)
 _BLIND_TO_IDENTICAL_PAIRS = {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "apo_zero"}
 

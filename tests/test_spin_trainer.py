@@ -11,7 +11,7 @@ from conftest import read_rows
 from datasets import Dataset, IterableDataset, load_dataset
 from peft import LoraConfig, PeftModel
 from tiny_tokenizers import byte_tokenizer
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
 from spin_trl import SPINTrainer
@@ -146,6 +146,27 @@ def test_history_joins_the_pairs_of_previous_iterations(
     assert trainer.state.global_step == trainer.state.max_steps == sum(math.ceil(size / 8) for size in sizes)
     oldest = min(trainer.store.read_pairs(2)["iteration"])
     assert oldest == 2 - num_history_iterations
+
+
+def test_every_assistant_turn_of_a_conversation_is_answered_and_paired(tiny_model, tokenizer, make_config):
+    """Two conversations of two turns: four pairs, each under a row number of its own."""
+    turns = [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, "aBcD", strict=True)]
+    rows = [{"messages": turns}, {"messages": [{**turns[0], "content": "bb"}, *turns[1:]]}]
+    chat_tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    chat_tokenizer.chat_template = (
+        "<s>{% for m in messages %}{{ m.content }}{{ '</s>' if m.role != 'user' }}{% endfor %}"
+    )
+    trainer = SPINTrainer(
+        tiny_model,
+        make_config(num_iterations=1, train_on_turns="all"),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=chat_tokenizer,
+    )
+    trainer.train()
+    pairs = trainer.store.read_pairs(0)
+    assert (pairs["row"], pairs["source_row"]) == ([0, 1, 2, 3], [0, 0, 1, 1])
+    assert tokenizer.batch_decode(list(pairs["prompt_ids"])) == ["<s>a", "<s>aB</s>c", "<s>bb", "<s>bbB</s>c"]
+    assert tokenizer.batch_decode(list(pairs["chosen_ids"])) == ["B</s>", "D</s>"] * 2
 
 
 def test_learning_rate_warms_up_and_decays_within_every_iteration(tiny_model, train_dataset, make_config):
