@@ -5,13 +5,14 @@ Knows nothing of URLs, file names or tensor maths: they are the sampler's, the s
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate.logging import get_logger
 from datasets import Dataset
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from .completions import GenerationJob, Share
@@ -21,7 +22,7 @@ from .iteration_store import IterationStore
 from .pairs import add_history, describe_pairs, make_pairs
 from .publish_check import compare_logps
 from .ranks import on_every_process, on_main_process
-from .scoring import completion_logps, negative_log_likelihood, score_pairs
+from .scoring import completion_logps, initial_policy_as_reference, negative_log_likelihood, score_pairs
 from .spin_config import SPINConfig
 
 
@@ -48,6 +49,7 @@ class SelfPlayCallback(TrainerCallback):
         eval_dataset ([`~datasets.Dataset`], *optional*): As `dataset`, with `prompt`.
         compute_generation_metrics (`Callable`, *optional*): The user's metrics.
         base_is_opponent (`bool`): Whether the first opponent is the base model as the sampler already has it.
+        base_model (`str`): Hub id or folder of the base model.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class SelfPlayCallback(TrainerCallback):
         eval_dataset: Dataset | None = None,
         compute_generation_metrics: GenerationMetrics | None = None,
         base_is_opponent: bool = True,
+        base_model: str = "",
     ):
         self.trainer = trainer
         self.sampler = sampler
@@ -69,6 +72,7 @@ class SelfPlayCallback(TrainerCallback):
         self.eval_dataset = eval_dataset
         self.compute_generation_metrics = compute_generation_metrics
         self.base_is_opponent = base_is_opponent
+        self.base_model = base_model
         self.table = ScoreTable(self._print)
         self.iteration: int | None = None
 
@@ -102,7 +106,9 @@ class SelfPlayCallback(TrainerCallback):
 
     def _publish(self, iteration: int) -> None:
         checkpoint = None
-        if self.sampler.reads_checkpoints and not (iteration == 0 and self.base_is_opponent):
+        is_base = iteration == 0 and self.base_is_opponent
+        is_reference = iteration == 0 and self.trainer.args.opponent_reference == "fixed"
+        if (self.sampler.reads_checkpoints or is_reference) and not is_base:
             checkpoint = self._save_opponent(iteration)
         on_main_process(lambda: self.sampler.publish(iteration, checkpoint))
         self.sampler.select(iteration, checkpoint)
@@ -171,12 +177,18 @@ class SelfPlayCallback(TrainerCallback):
         own = make_pairs(self.dataset, completions, iteration)
         first = max(0, iteration - self.trainer.args.num_history_iterations)
         pairs = add_history(own, [(i, self.store.read_pairs(i)) for i in range(first, iteration)])
-        for name, logps in score_pairs(self.trainer, pairs).items():
+        for name, logps in score_pairs(self.trainer, pairs, self._reference(iteration)).items():
             pairs = pairs.add_column(name, logps)
         description = describe_pairs(own, completions)
         self._record(iteration, {**description, "num_training_pairs": len(pairs)})
         self.trainer.log_self_play({f"self_play/{name}": value for name, value in description.items()})
         on_main_process(lambda: self.store.write_pairs(iteration, pairs))
+
+    def _reference(self, iteration: int) -> AbstractContextManager[nn.Module] | None:
+        if iteration == 0 or self.trainer.args.opponent_reference == "previous":
+            return None
+        path = self.base_model if self.base_is_opponent else str(self.store.path(0, "opponent"))
+        return initial_policy_as_reference(self.trainer, path)
 
     # Records
 

@@ -15,8 +15,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import EvalPrediction, TrainOutput
 from trl import DPOTrainer
-from trl.models import unwrap_model_for_generation
 
+from .adapters import check_fixed_reference
 from .evaluation import GenerationMetrics
 from .iteration_store import IterationStore
 from .losses import SPIN_LOSSES, LossParameters
@@ -25,6 +25,7 @@ from .run_setup import SelfPlaySetup
 from .schedule import check_schedule, forget_moments, set_learning_rate
 from .scoring import forget_loader
 from .self_play import SelfPlayCallback
+from .sharding import check_can_generate, whole_policy
 from .spin_config import SPINConfig
 
 
@@ -126,6 +127,10 @@ class SPINTrainer(DPOTrainer):
         )
         args = self.self_play_setup.args
         check_schedule(args, *optimizers)
+        if self.self_play_setup.choice.mode == "in-process":
+            check_can_generate()
+        if args.opponent_reference == "fixed":
+            check_fixed_reference(peft_config)
         # Groups of an optimizer that was passed have rates of their own; ours all have `args.learning_rate`.
         self._own_rates = [group["lr"] for group in optimizers[0].param_groups] if optimizers[0] is not None else None
         self._keeps_scheduler = optimizers[1] is not None
@@ -155,6 +160,7 @@ class SPINTrainer(DPOTrainer):
             eval_dataset=self.self_play_setup.eval_dataset,
             compute_generation_metrics=compute_generation_metrics,
             base_is_opponent=self.self_play_setup.base_is_opponent,
+            base_model=self.self_play_setup.model_name,
         )
         self.add_callback(self.self_play)
 
@@ -209,12 +215,8 @@ class SPINTrainer(DPOTrainer):
         self.save_model(directory, _internal_call=True)
 
     def open_policy(self) -> AbstractContextManager[PreTrainedModel]:
-        """The policy, unwrapped and gathered, to generate with."""
-        return unwrap_model_for_generation(
-            self.model_wrapped,
-            self.accelerator,
-            gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
-        )
+        """The policy, unwrapped and gathered, to generate with. Every process calls it."""
+        return whole_policy(self)
 
     def log_self_play(self, metrics: dict[str, float]) -> None:
         """Log an iteration's metrics, without those of training steps that have not been logged yet."""
