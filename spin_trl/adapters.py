@@ -50,6 +50,19 @@ def lora_rank_to_serve(
     return max([peft_config.r, *(peft_config.rank_pattern or {}).values()])
 
 
+def check_fixed_reference(peft_config: "PeftConfig | None") -> None:
+    """
+    Raises:
+        `ValueError`: if the initial policy could not be had back by switching this new adapter off.
+    """
+    if not starts_as_base(peft_config):
+        raise ValueError(
+            "`opponent_reference='fixed'` takes the initial policy's log-probs with the adapter switched off, but with "
+            f"`init_lora_weights={peft_config.init_lora_weights!r}` the model is another one then. Use "
+            "`init_lora_weights=True`, or `opponent_reference='previous'`."
+        )
+
+
 def starts_as_base(peft_config: "PeftConfig | None") -> bool:
     """Whether a model with this new adapter (or none) still computes what the base model does."""
     return getattr(peft_config, "init_lora_weights", True) in _NEUTRAL_INITIALISATIONS

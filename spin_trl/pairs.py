@@ -11,6 +11,7 @@ PAIR_COLUMNS = ["iteration", "row", "source_row", "sample", "prompt_ids", "chose
 # by itself: functions of the difference between the sides, and `apo_zero`, whose two terms cancel. (AOT compares the
 # differences of a whole batch, where a zero does have its place.)
 _BLIND_TO_IDENTICAL_PAIRS = {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "apo_zero"}
+_BLIND_TO_IDENTICAL_PAIRS |= {"exponential", "correlation"}  # SPIN's own
 
 
 class NoPairsError(RuntimeError):

@@ -1,34 +1,41 @@
-"""Log-probs of given completions under the policy as it stands, computed by the policy itself, sharded or not.
+"""Log-probs of given completions under the policy as it stands or as it was at first, sharded or not.
 
 Knows nothing of servers and of iterations. Every process must call these functions together.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from accelerate.utils import is_peft_model
 from datasets import Dataset
+from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from .progress import progress_bar
+from .sharding import initial_model
 
 
 if TYPE_CHECKING:
     from trl import DPOTrainer
 
 
-def score_pairs(trainer: "DPOTrainer", pairs: Dataset) -> dict[str, np.ndarray]:
+def score_pairs(
+    trainer: "DPOTrainer", pairs: Dataset, reference: AbstractContextManager[nn.Module] | None = None
+) -> dict[str, np.ndarray]:
     """
-    Log-probs of both sides of every pair under the policy, which at the start of an iteration is the opponent.
+    Log-probs of both sides of every pair under the reference.
 
     Args:
         trainer ([`~trl.DPOTrainer`]): Holds the policy.
         pairs ([`~datasets.Dataset`]): With the columns `prompt_ids`, `chosen_ids` and `rejected_ids`.
+        reference (context manager, *optional*): Gives the reference, see below. By default the policy as it stands,
+            which at the start of an iteration is the opponent.
 
     Returns:
         `dict` with the columns that DPOTrainer reads: `ref_chosen_logps` and `ref_rejected_logps`, each of shape
@@ -39,9 +46,13 @@ def score_pairs(trainer: "DPOTrainer", pairs: Dataset) -> dict[str, np.ndarray]:
     order = np.argsort(lengths, kind="stable")  # neighbours in length waste little padding
     batch_size = trainer.args.precompute_ref_batch_size or trainer.args.per_device_train_batch_size
     chosen, rejected = [], []
-    with _policy_is_reference(trainer), _loader(trainer, pairs.select(order), batch_size) as loader:
+    with (
+        _evaluating(trainer),
+        reference or policy_as_reference(trainer) as model,
+        _loader(trainer, pairs.select(order), batch_size) as loader,
+    ):
         for batch in _progress(trainer, loader, "Scoring pairs"):
-            logps = trainer.compute_ref_log_probs(trainer.model_wrapped, batch)
+            logps = trainer.compute_ref_log_probs(model, batch)
             chosen_logps, rejected_logps = trainer.accelerator.gather_for_metrics(logps)
             chosen.append(chosen_logps.float().cpu())
             rejected.append(rejected_logps.float().cpu())
@@ -107,15 +118,24 @@ def _collate_completions(trainer: "DPOTrainer", rows: list[dict[str, Any]]) -> d
 
 
 @contextmanager
-def _policy_is_reference(trainer: "DPOTrainer") -> Iterator[None]:
+def policy_as_reference(trainer: "DPOTrainer") -> Iterator[nn.Module]:
     """For the time of scoring the policy *is* the reference: DPOTrainer then neither looks for another nor switches
     the adapter off."""
     trainer.ref_model = trainer.model_wrapped
     try:
-        with _evaluating(trainer):
-            yield
+        yield trainer.model_wrapped
     finally:
         trainer.ref_model = None
+
+
+def initial_policy_as_reference(trainer: "DPOTrainer", path: str) -> AbstractContextManager[nn.Module]:
+    """
+    The policy before training. With an adapter DPOTrainer knows it itself: without the adapter, or with a copy of the
+    one that was passed trained. Otherwise it is loaded from `path` for the time of scoring.
+    """
+    if is_peft_model(trainer.model):
+        return nullcontext(trainer.model_wrapped)
+    return initial_model(trainer, path)
 
 
 @contextmanager

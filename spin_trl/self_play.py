@@ -5,13 +5,14 @@ Knows nothing of URLs, file names or tensor maths: they are the sampler's, the s
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate.logging import get_logger
 from datasets import Dataset
+from torch import nn
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
@@ -22,7 +23,7 @@ from .iteration_store import IterationStore
 from .pairs import add_history, describe_pairs, drop_identical_pairs, keeps_identical_pairs, make_pairs
 from .publish_check import compare_logps
 from .ranks import on_every_process, on_main_process
-from .scoring import completion_logps, negative_log_likelihood, score_pairs
+from .scoring import completion_logps, initial_policy_as_reference, negative_log_likelihood, score_pairs
 from .spin_config import SPINConfig
 
 
@@ -49,6 +50,7 @@ class SelfPlayCallback(TrainerCallback):
         eval_dataset ([`~datasets.Dataset`], *optional*): As `dataset`, with `prompt`.
         compute_generation_metrics (`Callable`, *optional*): The user's metrics.
         base_is_opponent (`bool`): Whether the first opponent is the base model as the sampler already has it.
+        base_model (`str`): Hub id or folder of the base model.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class SelfPlayCallback(TrainerCallback):
         eval_dataset: Dataset | None = None,
         compute_generation_metrics: GenerationMetrics | None = None,
         base_is_opponent: bool = True,
+        base_model: str = "",
     ):
         self.trainer = trainer
         self.sampler = sampler
@@ -70,6 +73,7 @@ class SelfPlayCallback(TrainerCallback):
         self.eval_dataset = eval_dataset
         self.compute_generation_metrics = compute_generation_metrics
         self.base_is_opponent = base_is_opponent
+        self.base_model = base_model
         self.table = ScoreTable(tqdm.write)  # beside a progress bar a plain print would tear it
         self.iteration: int | None = None
 
@@ -108,7 +112,9 @@ class SelfPlayCallback(TrainerCallback):
 
     def _publish(self, iteration: int) -> None:
         checkpoint = None
-        if self.sampler.reads_checkpoints and not (iteration == 0 and self.base_is_opponent):
+        is_base = iteration == 0 and self.base_is_opponent
+        is_reference = iteration == 0 and self.trainer.args.opponent_reference == "fixed"
+        if (self.sampler.reads_checkpoints or is_reference) and not is_base:
             checkpoint = self._save_opponent(iteration)
         on_main_process(lambda: self.sampler.publish(iteration, checkpoint))
         self.sampler.select(iteration, checkpoint)
@@ -187,10 +193,16 @@ class SelfPlayCallback(TrainerCallback):
             own = drop_identical_pairs(own)
         first = max(0, iteration - args.num_history_iterations)
         pairs = add_history(own, [(i, self.store.read_pairs(i)) for i in range(first, iteration)])
-        for name, logps in score_pairs(self.trainer, pairs).items():
+        for name, logps in score_pairs(self.trainer, pairs, self._reference(iteration)).items():
             pairs = pairs.add_column(name, logps)
         self._record(iteration, {"num_training_pairs": len(pairs)})
         on_main_process(lambda: self.store.write_pairs(iteration, pairs))
+
+    def _reference(self, iteration: int) -> AbstractContextManager[nn.Module] | None:
+        if iteration == 0 or self.trainer.args.opponent_reference == "previous":
+            return None
+        path = self.base_model if self.base_is_opponent else str(self.store.path(0, "opponent"))
+        return initial_policy_as_reference(self.trainer, path)
 
     # Records
 

@@ -5,13 +5,17 @@ from typing import Any
 
 from trl import DPOConfig
 
+from .losses import SPIN_LOSSES, TRL_LOSSES, check_loss_types
+
 
 @dataclass
 class SPINConfig(DPOConfig):
     r"""
     Configuration of [`SPINTrainer`]: a [`~trl.DPOConfig`] plus the self-play.
 
-    Only the fields that differ from [`~trl.DPOConfig`] are listed; the others keep their meaning.
+    Only the fields that differ from [`~trl.DPOConfig`] are listed; the others keep their meaning. `loss_type` also
+    takes `"exponential"`, `"correlation"` and `"space"`, alone or mixed with the others; SPIN's own logistic loss is
+    the default, `"sigmoid"`.
 
     Parameters:
         > Parameters that control the data
@@ -50,6 +54,12 @@ class SPINConfig(DPOConfig):
         reset_optimizer (`bool`, *optional*, defaults to `True`):
             Whether the optimizer's moments start fresh in each iteration, as in the paper. Warm-up and decay of the
             learning rate always run within each iteration.
+        opponent_reference (`str`, *optional*, defaults to `'previous'`):
+            Whose log-probs are the reference. `"previous"`: the opponent's, as in the paper. `"fixed"`: the initial
+            model's in every iteration, as in online DPO. Full fine-tuning then loads the initial model beside the
+            policy while an iteration's pairs are scored, and frees it before the first step.
+        space_mu (`float`, *optional*, defaults to `1.0`):
+            Ratio of generated to real data that `loss_type="space"` assumes.
 
         > Parameters that control the opponent's generation
 
@@ -125,7 +135,10 @@ class SPINConfig(DPOConfig):
 
     > [!NOTE]
     > These parameters have default values different from [`~trl.DPOConfig`]:
-    > - `learning_rate`: Defaults to `5e-7` instead of `1e-6`, the paper's.
+    > - `learning_rate`: Defaults to `5e-7` instead of `1e-6`, the paper's. One number, or a list with one for each
+    >   iteration. After construction, `args.learning_rate` is iteration 0's and [`learning_rate_at`] gives the others.
+    > - `beta`: One number, or a list with one for each iteration. After construction, `args.beta` is iteration 0's and
+    >   [`beta_at`] gives the others.
     > - `num_train_epochs`: Follows from `num_iterations` and `epochs_per_iteration`; setting it is refused.
     > - `precompute_ref_log_probs`: Always `True`. The opponent's log-probs are computed once per iteration, by the
     >   policy itself; no reference model is ever loaded.
@@ -134,7 +147,24 @@ class SPINConfig(DPOConfig):
     _VALID_DICT_FIELDS = DPOConfig._VALID_DICT_FIELDS + ["chat_template_kwargs", "generation_kwargs"]
 
     # Parameters whose default values are overridden from DPOConfig
-    learning_rate: float = field(default=5e-7, metadata={"help": "The initial learning rate of each iteration."})
+    # Like `loss_type`, these two are lists to the command line and may be a single value elsewhere.
+    learning_rate: list[float] = field(
+        default_factory=lambda: [5e-7],
+        metadata={"help": "The peak learning rate: one number, or one for each iteration."},
+    )
+    beta: list[float] = field(
+        default_factory=lambda: [0.1],
+        metadata={
+            "help": "Deviation from the opponent; a higher beta means less: one number, or one for each iteration."
+        },
+    )
+    loss_type: list[str] = field(
+        default_factory=lambda: ["sigmoid"],
+        metadata={
+            "help": f"One or several of {', '.join([*TRL_LOSSES, *SPIN_LOSSES])}. Several are added, with the weights "
+            "of `loss_weights`."
+        },
+    )
     num_train_epochs: float | None = field(
         default=None,
         metadata={"help": "Not to be set: it is `num_iterations` times `epochs_per_iteration`."},
@@ -192,6 +222,17 @@ class SPINConfig(DPOConfig):
     )
     reset_optimizer: bool = field(
         default=True, metadata={"help": "Whether the optimizer's moments start fresh in each iteration."}
+    )
+    opponent_reference: str = field(
+        default="previous",
+        metadata={
+            "help": "Whose log-probs are the reference: 'previous' (the opponent's, as in the paper) or 'fixed' (the "
+            "initial model's in every iteration).",
+            "choices": ["previous", "fixed"],
+        },
+    )
+    space_mu: float = field(
+        default=1.0, metadata={"help": "Ratio of generated to real data that `loss_type='space'` assumes."}
     )
 
     # Parameters that control the opponent's generation
@@ -311,8 +352,53 @@ class SPINConfig(DPOConfig):
         self._check_self_play()
         self._check_generation()
         self._check_server()
+        self._take_schedules()
         self.num_train_epochs = float(self.num_iterations * self.epochs_per_iteration)
         super().__post_init__()
+        self._check_objective()
+
+    def learning_rate_at(self, iteration: int) -> float:
+        """The peak learning rate of an iteration."""
+        return self._schedules.get("learning_rate", {}).get(iteration, self.learning_rate)
+
+    def beta_at(self, iteration: int) -> float:
+        """The `beta` of an iteration."""
+        return self._schedules.get("beta", {}).get(iteration, self.beta)
+
+    def has_schedule(self, name: str) -> bool:
+        """Whether `learning_rate` or `beta` was given per iteration."""
+        return name in self._schedules
+
+    def _take_schedules(self):
+        """Leave Trainer the numbers of iteration 0, and keep those of the others beside."""
+        self._schedules: dict[str, dict[int, float]] = {}
+        for name in ("learning_rate", "beta"):
+            values = getattr(self, name)
+            values = [float(value) for value in (values if isinstance(values, list | tuple) else [values])]
+            if len(values) not in (1, self.num_iterations):
+                raise ValueError(
+                    f"`{name}` has {len(values)} values ({values}), but `num_iterations` is {self.num_iterations}. "
+                    "Give one number for all iterations, or one for each."
+                )
+            if len(values) > 1 and min(values) <= 0:
+                raise ValueError(f"`{name}` must be positive in every iteration, got {values}.")
+            setattr(self, name, values[0])
+            if len(values) > 1:
+                self._schedules[name] = dict(enumerate(values))
+
+    def _check_objective(self):
+        check_loss_types(self.loss_type)
+        own = [name for name in self.loss_type if name in SPIN_LOSSES]
+        for name, neutral in (("ld_alpha", None), ("use_weighting", False), ("f_divergence_type", "reverse_kl")):
+            if own and getattr(self, name) != neutral:
+                raise ValueError(
+                    f"`{name}={getattr(self, name)!r}` is not defined for the loss type(s) {own}. Leave it at "
+                    f"{neutral!r}, or use only TRL's loss types: {list(TRL_LOSSES)}."
+                )
+        if self.space_mu <= 0:
+            raise ValueError(f"`space_mu` must be positive, got {self.space_mu}.")
+        if self.opponent_reference not in ("previous", "fixed"):
+            raise ValueError(f"`opponent_reference` must be 'previous' or 'fixed', got {self.opponent_reference!r}.")
 
     def _check_data(self):
         if (self.prompt_column is None) != (self.completion_column is None):
@@ -407,8 +493,9 @@ class SPINConfig(DPOConfig):
         return shown.replace(self.vllm_api_key, "<VLLM_API_KEY>") if self.vllm_api_key else shown
 
     def to_dict(self) -> dict[str, Any]:
-        """As [`~transformers.TrainingArguments.to_dict`], which hides `*_token` values but not the API key."""
+        """As [`~transformers.TrainingArguments.to_dict`], with what was given: lists per iteration, but no API key."""
         values = super().to_dict()
+        values |= {name: list(schedule.values()) for name, schedule in self._schedules.items()}
         if values.get("vllm_api_key") is not None:
             values["vllm_api_key"] = "<VLLM_API_KEY>"
         return values

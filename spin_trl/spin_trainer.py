@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
+import torch
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from datasets import Dataset
@@ -14,14 +15,17 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import EvalPrediction, TrainOutput
 from trl import DPOTrainer
-from trl.models import unwrap_model_for_generation
 
+from .adapters import check_fixed_reference
 from .evaluation import GenerationMetrics
 from .iteration_store import IterationStore
+from .losses import SPIN_LOSSES, LossParameters
 from .ranks import on_main_process
 from .run_setup import SelfPlaySetup
+from .schedule import check_schedule, forget_moments, set_learning_rate
 from .scoring import forget_loader
 from .self_play import SelfPlayCallback
+from .sharding import check_can_generate, whole_policy
 from .spin_config import SPINConfig
 
 
@@ -122,6 +126,14 @@ class SPINTrainer(DPOTrainer):
             model, args, train_dataset, eval_dataset, processing_class, peft_config
         )
         args = self.self_play_setup.args
+        check_schedule(args, *optimizers)
+        if self.self_play_setup.choice.mode == "in-process":
+            check_can_generate()
+        if args.opponent_reference == "fixed":
+            check_fixed_reference(peft_config)
+        # Groups of an optimizer that was passed have rates of their own; ours all have `args.learning_rate`.
+        self._own_rates = [group["lr"] for group in optimizers[0].param_groups] if optimizers[0] is not None else None
+        self._keeps_scheduler = optimizers[1] is not None
         super().__init__(
             model=model,
             args=args,
@@ -134,7 +146,8 @@ class SPINTrainer(DPOTrainer):
             quantization_config=quantization_config,
             peft_config=peft_config,
         )
-        if is_peft_model(self.model) and "ref" in self.model.peft_config:
+        self._split_losses()
+        if is_peft_model(self.model) and "ref" in self.model.peft_config and args.opponent_reference == "previous":
             self.model.delete_adapter("ref")  # DPOTrainer's copy of a trained adapter; the reference moves here
         self.store = IterationStore(args.output_dir)
         self.sampler = self.self_play_setup.build_sampler(self.open_policy)
@@ -147,6 +160,7 @@ class SPINTrainer(DPOTrainer):
             eval_dataset=self.self_play_setup.eval_dataset,
             compute_generation_metrics=compute_generation_metrics,
             base_is_opponent=self.self_play_setup.base_is_opponent,
+            base_model=self.self_play_setup.model_name,
         )
         self.add_callback(self.self_play)
 
@@ -158,6 +172,42 @@ class SPINTrainer(DPOTrainer):
     def _precompute_ref_logps(self, dataset: Dataset, *args, **kwargs) -> Dataset:
         return dataset
 
+    # Objectives that DPOTrainer lacks
+
+    def _split_losses(self) -> None:
+        """Keep DPOTrainer's own losses in `loss_types`, where it computes them, and ours apart."""
+        losses = list(zip(self.loss_types, self.loss_weights, strict=True))
+        self.spin_losses = [(name, weight) for name, weight in losses if name in SPIN_LOSSES]
+        self.loss_types = [name for name, _ in losses if name not in SPIN_LOSSES]
+        self.loss_weights = [weight for name, weight in losses if name not in SPIN_LOSSES]
+
+    def _compute_loss(self, model, inputs, return_outputs):
+        """DPOTrainer's losses and all its metrics, and the losses of `losses.py` from the same forward pass."""
+        log_probs = []
+
+        def forward(**kwargs):
+            outputs = model(**kwargs)
+            log_probs.append(outputs.log_probs if kwargs.get("fused_lm_head") else None)
+            return outputs
+
+        result = super()._compute_loss(forward, inputs, return_outputs)
+        if not self.spin_losses:
+            return result
+        loss, *outputs = result if return_outputs else [result]
+        loss = loss + self._spin_loss(log_probs[0], inputs)
+        return (loss, *outputs) if return_outputs else loss
+
+    def _spin_loss(self, log_probs: torch.Tensor, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        num_tokens = inputs["completion_mask"].size(1) - 1  # prompt-learning PEFT puts virtual tokens before them
+        chosen_logps, rejected_logps = log_probs[:, -num_tokens:].sum(dim=1).chunk(2)  # (B,) each
+        chosen_logratios = chosen_logps - inputs["ref_chosen_logps"]
+        rejected_logratios = rejected_logps - inputs["ref_rejected_logps"]
+        parameters = LossParameters(self.beta, self.args.space_mu)
+        return sum(
+            weight * SPIN_LOSSES[name](chosen_logratios, rejected_logratios, parameters).mean()
+            for name, weight in self.spin_losses
+        )
+
     # What the callback asks of the policy
 
     def save_opponent(self, directory: str) -> None:
@@ -165,12 +215,8 @@ class SPINTrainer(DPOTrainer):
         self.save_model(directory, _internal_call=True)
 
     def open_policy(self) -> AbstractContextManager[PreTrainedModel]:
-        """The policy, unwrapped and gathered, to generate with."""
-        return unwrap_model_for_generation(
-            self.model_wrapped,
-            self.accelerator,
-            gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
-        )
+        """The policy, unwrapped and gathered, to generate with. Every process calls it."""
+        return whole_policy(self)
 
     def log_self_play(self, metrics: dict[str, float]) -> None:
         """Log an iteration's metrics, without those of training steps that have not been logged yet."""
@@ -185,12 +231,14 @@ class SPINTrainer(DPOTrainer):
             pairs ([`~datasets.Dataset`]): Its training set, scored by its opponent.
         """
         self.train_dataset = pairs
+        self.beta = self.args.beta_at(iteration)
         num_steps = self._num_update_steps(len(pairs)) * self.args.epochs_per_iteration
         self.state.max_steps = self._total_steps(self.state.global_step + num_steps, iteration + 1)
         self._show_total_steps()
-        self._restart_schedule(min(num_steps, self.state.max_steps - self.state.global_step))
+        if not self._keeps_scheduler:
+            self._restart_schedule(iteration, min(num_steps, self.state.max_steps - self.state.global_step))
         if self.args.reset_optimizer and iteration > 0:
-            self.optimizer.state.clear()
+            forget_moments(self.optimizer)
 
     # The training loop, for iterations of different lengths
 
@@ -248,12 +296,16 @@ class SPINTrainer(DPOTrainer):
                 callback.training_bar.total = self.state.max_steps
                 callback.training_bar.refresh()
 
-    def _restart_schedule(self, num_steps: int) -> None:
-        """Warm-up and decay over the iteration's own steps. A scheduler that the user passed is left alone."""
-        if not self._created_lr_scheduler:
-            return
-        for group in self.optimizer.param_groups:
-            group["lr"] = group.setdefault("initial_lr", group["lr"])
+    def _restart_schedule(self, iteration: int, num_steps: int) -> None:
+        """Warm-up and decay over the iteration's own steps, from its own learning rate."""
+        rate = self.args.learning_rate_at(iteration)
+        own_rates = self._own_rates or [self.args.learning_rate] * len(self.optimizer.param_groups)
+        if self.args.has_schedule("learning_rate"):
+            own_rates = [own * rate / self.args.learning_rate for own in own_rates]
+        set_learning_rate(self.optimizer, own_rates)
+        if self.is_deepspeed_enabled:
+            # Where DeepSpeed built the optimizer it also steps a scheduler of its own; this one is stepped by Trainer.
+            self.model_wrapped.lr_scheduler = None
         self.lr_scheduler = None
         self.create_scheduler(num_steps)
         self.callback_handler.lr_scheduler = self.lr_scheduler

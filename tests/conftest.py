@@ -119,6 +119,20 @@ def make_config(tmp_path):
     return make
 
 
+@pytest.fixture(scope="session")
+def loss(tiny_model, tmp_path_factory):
+    """The trainer's loss, as a function of log-probs; see `LossProbe`."""
+    from loss_probe import LossProbe
+
+    from spin_trl import SPINConfig, SPINTrainer
+
+    config = SPINConfig(
+        output_dir=str(tmp_path_factory.mktemp("losses")), use_cpu=True, bf16=False, report_to="none", use_vllm=False
+    )
+    dataset = Dataset.from_dict({"prompt": ["a"], "completion": ["A"]})
+    return LossProbe(SPINTrainer(tiny_model, config, train_dataset=dataset))
+
+
 def _serve(model: str, log_path: Path, **options):
     from spin_trl.generation.managed_server import ManagedServer
 

@@ -7,6 +7,7 @@ import sys
 
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from conftest import RECIPES, ROOT, load_recipe
 from datasets import load_from_disk
 from trl import ModelConfig, TrlParser
@@ -51,6 +52,28 @@ def test_seeds_recipe_has_the_seeds_settings():
     assert model_args.model_name_or_path == "Qwen/Qwen2.5-7B-Instruct" and model_args.use_peft
     assert (args.num_iterations, args.beta, args.learning_rate) == (3, 0.1, 5e-7)
     assert (args.temperature, args.max_completion_length) == (0.7, 1024)
+
+
+def test_papers_recipe_has_the_papers_settings():
+    spin = load_recipe("spin")
+    parser = TrlParser((spin.SPINScriptArguments, SPINConfig, ModelConfig))
+    path = RECIPES / "zephyr-7b-full.yaml"
+    _, args, model_args = parser.parse_args_and_config(["--config", str(path), "--use_cpu", "true", "--bf16", "false"])
+    assert not model_args.use_peft
+    assert [args.learning_rate_at(i) for i in range(4)] == [5e-7, 5e-7, 1e-7, 1e-7]
+    assert [args.beta_at(i) for i in range(4)] == [0.1, 0.1, 0.1, 5.0]
+    assert (args.num_iterations, args.epochs_per_iteration, args.num_history_iterations) == (4, 2, 1)
+    assert (args.optim, args.weight_decay, args.warmup_steps) == ("rmsprop", 0, 0.1)
+    assert (args.lr_scheduler_type, args.loss_type, args.reset_optimizer) == ("linear", ["sigmoid"], True)
+    assert args.per_device_train_batch_size * args.gradient_accumulation_steps * 4 == 64
+
+
+def test_launch_configurations_leave_optimizer_and_scheduler_to_the_run():
+    paths = sorted((RECIPES / "accelerate").glob("*.yaml"))
+    assert [path.stem for path in paths] == ["ddp", "fsdp2", "single", "zero2", "zero3"]
+    for path in paths:
+        assert path.read_text().startswith("# Purpose:")
+        assert not {"optimizer", "scheduler"} & set(yaml.safe_load(path.read_text()).get("deepspeed_config", {}))
 
 
 def run(command: list[str], tmp_path) -> subprocess.CompletedProcess:

@@ -42,6 +42,15 @@ def make(tmp_path):
         ({"completion_column": "b"}, "`prompt_column=None` and `completion_column='b'`", "Set both"),
         ({"train_on_turns": "first"}, r"`train_on_turns` must be one of \('last', 'all'\), got 'first'", ""),
         ({"identical_pairs": "yes"}, r"`identical_pairs` must be one of \(None, 'drop', 'keep'\), got 'yes'", ""),
+        ({"beta": [0.1, 0.2]}, r"`beta` has 2 values \(\[0.1, 0.2\]\), but `num_iterations` is 3", "one for each"),
+        ({"learning_rate": [1e-6] * 4}, "`learning_rate` has 4 values .* `num_iterations` is 3", "one for each"),
+        ({"learning_rate": []}, "`learning_rate` has 0 values", "Give one number"),
+        ({"learning_rate": [1e-6, 0, 1e-6]}, "`learning_rate` must be positive in every iteration", ""),
+        ({"loss_type": ["sigmoid", "logistics"]}, r"unknown value\(s\) \['logistics'\]", "'apo_down'.*'space'"),
+        ({"loss_type": "space", "ld_alpha": 0.5}, r"`ld_alpha=0.5` is not defined for .* \['space'\]", "at None"),
+        ({"loss_type": "space", "use_weighting": True}, "`use_weighting=True` is not defined", "Leave it at False"),
+        ({"loss_type": "space", "space_mu": 0.0}, "`space_mu` must be positive, got 0.0", ""),
+        ({"opponent_reference": "first"}, "`opponent_reference` must be 'previous' or 'fixed', got 'first'", ""),
         ({"max_completion_length": 0}, "`max_completion_length` must be at least 1, got 0", ""),
         ({"per_device_generation_batch_size": 0}, "`per_device_generation_batch_size` must be at least 1", ""),
         ({"generation_part_size": 0}, "`generation_part_size` must be at least 1, got 0", ""),
@@ -104,6 +113,8 @@ def test_defaults_are_the_papers_or_those_of_dpo(make):
         "beta": 0.1,
         "learning_rate": 5e-7,
         "loss_type": ["sigmoid"],
+        "space_mu": 1.0,
+        "opponent_reference": "previous",
         "precompute_ref_log_probs": True,
         "max_completion_length": None,
         "temperature": 1.0,
@@ -154,7 +165,7 @@ def test_every_changed_default_is_documented():
 
 
 def test_every_new_field_has_a_help_text():
-    for name in (*OWN_FIELDS, "learning_rate", "num_train_epochs", "precompute_ref_log_probs"):
+    for name in (*OWN_FIELDS, "learning_rate", "beta", "loss_type", "num_train_epochs", "precompute_ref_log_probs"):
         help_text = SPINConfig.__dataclass_fields__[name].metadata["help"]
         assert len(help_text.split()) > 1 and help_text.endswith("."), name
 
@@ -179,3 +190,42 @@ def test_api_key_is_hidden_wherever_the_configuration_is_shown(make, show):
     config = make(vllm_api_key="sk-secret")
     assert "sk-secret" not in show(config)
     assert config.vllm_api_key == "sk-secret"
+
+
+def test_one_number_holds_for_every_iteration(make):
+    config = make(learning_rate=1e-6, beta=0.2)
+    assert (config.learning_rate, config.beta) == (1e-6, 0.2)
+    assert [config.learning_rate_at(i) for i in range(3)] == [1e-6] * 3
+    config.beta = 0.3  # set afterwards, as is common
+    assert [config.beta_at(i) for i in range(3)] == [0.3] * 3
+
+
+def test_one_number_for_each_iteration_leaves_trainer_the_first(make):
+    config = make(learning_rate=[3e-6, 2e-6, 1e-6], beta=(1, 2, 5))
+    assert (config.learning_rate, config.beta) == (3e-6, 1.0)
+    assert [config.learning_rate_at(i) for i in range(3)] == [3e-6, 2e-6, 1e-6]
+    assert [config.beta_at(i) for i in range(3)] == [1.0, 2.0, 5.0]
+
+
+def test_written_configuration_shows_what_was_given(make):
+    values = make(learning_rate=[3e-6, 2e-6, 1e-6], beta=0.2).to_dict()
+    assert (values["learning_rate"], values["beta"]) == ([3e-6, 2e-6, 1e-6], 0.2)
+
+
+def test_schedules_come_from_yaml_and_command_line(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("num_iterations: 2\nlearning_rate: [5e-7, 1.0e-7]\nbeta: 0.4\nloss_type: [sigmoid, sft]\n")
+    arguments = ["--config", str(file), "--output_dir", str(tmp_path), "--use_cpu", "true", "--bf16", "false"]
+    (config,) = TrlParser(SPINConfig).parse_args_and_config(arguments)
+    assert [config.learning_rate_at(i) for i in range(2)] == [5e-7, 1e-7]
+    assert (config.beta, config.loss_type) == (0.4, ["sigmoid", "sft"])
+    arguments += ["--beta", "0.1", "5.0", "--learning_rate", "1e-6"]
+    (config,) = TrlParser(SPINConfig).parse_args_and_config(arguments)
+    assert [config.beta_at(i) for i in range(2)] == [0.1, 5.0]
+    assert [config.learning_rate_at(i) for i in range(2)] == [1e-6, 1e-6]
+
+
+def test_opponent_reference_is_checked_on_the_command_line(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        TrlParser(SPINConfig).parse_args_and_config(["--output_dir", str(tmp_path), "--opponent_reference", "first"])
+    assert "choose from" in capsys.readouterr().err

@@ -50,12 +50,16 @@ class PolicySampler:
         if logprobs:
             raise ValueError("The in-process sampler is the policy itself: there is nothing to compare log-probs with.")
         requests = iter(requests)
-        while ahead := list(itertools.islice(requests, _NUM_BATCHES_AHEAD * self.batch_size)):
-            ahead.sort(key=lambda request: len(request.prompt_ids))
-            for start in range(0, len(ahead), self.batch_size):
-                yield from self._generate(ahead[start : start + self.batch_size], params)
+        # Opened once, even for no request at all: where it is sharded, all processes have to open it together.
+        with self.open_policy() as model:
+            while ahead := list(itertools.islice(requests, _NUM_BATCHES_AHEAD * self.batch_size)):
+                ahead.sort(key=lambda request: len(request.prompt_ids))
+                for start in range(0, len(ahead), self.batch_size):
+                    yield from self._generate(model, ahead[start : start + self.batch_size], params)
 
-    def _generate(self, batch: list[CompletionRequest], params: SamplingParams) -> list[Completion]:
+    def _generate(
+        self, model: PreTrainedModel, batch: list[CompletionRequest], params: SamplingParams
+    ) -> list[Completion]:
         longest = max(len(request.prompt_ids) for request in batch)
         input_ids = torch.full((len(batch), longest), self.pad_token_id)  # (B, P), padded on the left
         attention_mask = torch.zeros_like(input_ids)
@@ -64,7 +68,7 @@ class PolicySampler:
             attention_mask[i, longest - len(request.prompt_ids) :] = 1
 
         # The seed is of the batch, and training's own random state is left as it was.
-        with self.open_policy() as model, torch.random.fork_rng(), torch.no_grad():
+        with torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(batch[0].seed)
             output_ids = model.generate(
                 input_ids=input_ids.to(model.device),
@@ -90,6 +94,7 @@ class PolicySampler:
             "max_new_tokens": params.max_completion_length,
             "eos_token_id": list(params.end_token_ids),
             "pad_token_id": self.pad_token_id,
+            "synced_gpus": False,  # `open_policy` gives all weights, so processes need not keep in step
             **params.extra,
         }
 

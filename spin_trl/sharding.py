@@ -1,0 +1,108 @@
+"""Models whose weights are spread over the processes: the policy made whole to generate with, and the initial model
+loaded beside it for a while. Knows nothing of pairs and iterations. Every process must enter these contexts together.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from accelerate.utils import fsdp2_prepare_model, release_memory, str_to_bool
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedModel
+from trl.models import unwrap_model_for_generation
+from trl.models.utils import prepare_deepspeed, prepare_fsdp
+from trl.trainer.utils import add_fused_lm_head, create_model_from_path
+
+
+if TYPE_CHECKING:
+    from trl import DPOTrainer
+
+
+def check_can_generate() -> None:
+    """
+    Raises:
+        `ValueError`: if the policy will be sharded such that it cannot generate in-process.
+    """
+    if str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false")) and os.environ.get("FSDP_VERSION", "1") == "1":
+        raise ValueError(
+            "In-process generation is not possible with version 1 of FSDP, where every process would have to generate "
+            "in lockstep. Use `fsdp_version: 2` (see recipes/accelerate/fsdp2.yaml), or a vLLM server."
+        )
+
+
+@contextmanager
+def whole_policy(trainer: "DPOTrainer") -> Iterator[PreTrainedModel]:
+    """
+    The policy, unwrapped and in evaluation mode, with all its weights on every process. Inside, processes may generate
+    different numbers of batches: no forward pass communicates.
+    """
+    was_training = trainer.model.training
+    gradient_checkpointing_kwargs = trainer.args.gradient_checkpointing_kwargs
+    with unwrap_model_for_generation(
+        trainer.model_wrapped, trainer.accelerator, gradient_checkpointing_kwargs=gradient_checkpointing_kwargs
+    ) as model:
+        model.eval()
+        try:
+            if isinstance(model, FSDPModule):
+                with _unsharded(model, trainer.accelerator.state.fsdp_plugin.reshard_after_forward):
+                    yield model
+            else:
+                yield model
+        finally:
+            model.train(was_training)
+
+
+@contextmanager
+def _unsharded(model: FSDPModule, reshard_after_forward: bool) -> Iterator[None]:
+    shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    model.set_reshard_after_forward(False)
+    for module in shards:
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in shards:
+            module.reshard()
+        model.set_reshard_after_forward(reshard_after_forward)
+        model.set_reshard_after_forward(False, recurse=False)  # the root's weights are needed again at once
+
+
+@contextmanager
+def initial_model(trainer: "DPOTrainer", path: str) -> Iterator[nn.Module]:
+    """
+    A model as it was before training, to score with, sharded as the policy is; freed at the end.
+
+    Args:
+        path (`str`): Folder or hub id to load it from.
+    """
+    init_kwargs = {
+        "trust_remote_code": trainer.args.trust_remote_code,
+        "dtype": trainer.model.dtype,
+        "attn_implementation": trainer.model.config._attn_implementation,
+        **(trainer.args.model_init_kwargs or {}),
+        "device_map": None,
+    }
+    model = create_model_from_path(path, **init_kwargs)
+    add_fused_lm_head(model)
+    model = _place(trainer, model.eval())
+    try:
+        yield model
+    finally:
+        if hasattr(model, "destroy"):  # a DeepSpeed engine
+            model.destroy()
+        model = None
+        release_memory()
+
+
+def _place(trainer: "DPOTrainer", model: PreTrainedModel) -> nn.Module:
+    plugin = trainer.accelerator.state.deepspeed_plugin if trainer.is_deepspeed_enabled else None
+    if plugin is not None and plugin.zero_stage == 3:
+        return prepare_deepspeed(model, trainer.accelerator)
+    if trainer.is_fsdp_enabled:
+        if trainer.accelerator.is_fsdp2:
+            # TRL's `prepare_fsdp` shards what each rank has loaded, which here only rank 0 has.
+            return fsdp2_prepare_model(trainer.accelerator, model)
+        return prepare_fsdp(model, trainer.accelerator)
+    return model.to(trainer.accelerator.device)

@@ -1,0 +1,98 @@
+"""Plays two short iterations and writes what every step saw; launched on several processes by test_distributed.py.
+
+accelerate launch --config_file CONFIG tests/play_distributed.py MODEL DATA OUTPUT_DIR [--any_field value]
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import DistributedType, PartialState
+from datasets import Dataset
+from transformers import TrainerCallback
+from trl import TrlParser
+
+from spin_trl import SPINConfig, SPINTrainer
+
+
+def let_fsdp_run_on_cpu() -> None:
+    """Accelerate turns to FSDP where it has found several GPUs, and on CPUs silently trains with DDP instead."""
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    PartialState._prepare_backend = lambda *args: ("gloo", DistributedType.MULTI_GPU)
+
+
+def moments(optimizer) -> dict[str, float]:
+    """Largest first moment and step number of an Adam, of what this process holds of it."""
+    states = [state for state in optimizer.state.values() if state]
+    tensors = [getattr(state["exp_avg"], "_local_tensor", state["exp_avg"]) for state in states]
+    return {
+        "moment": max((tensor.abs().max().item() for tensor in tensors if tensor.numel()), default=0.0),
+        "adam_step": max((float(state["step"]) for state in states), default=0.0),
+    }
+
+
+class Record(TrainerCallback):
+    def __init__(self):
+        self.begins, self.ends = [], []
+
+    def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
+        self.begins.append({"rates": [group["lr"] for group in optimizer.param_groups], **moments(optimizer)})
+
+    def on_step_end(self, args, state, control, optimizer=None, **kwargs):
+        self.ends.append(moments(optimizer))
+
+
+def settings(output_dir: str, **overrides) -> dict:
+    """Four steps of eight pairs, then, with history, eight; the processes generate different numbers of batches."""
+    return {
+        "output_dir": output_dir,
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "logging_steps": 1,
+        "num_iterations": 2,
+        "learning_rate": [1e-3, 2e-4],
+        "beta": [0.1, 0.5],
+        "warmup_steps": 0.25,
+        "max_completion_length": 12,
+        "use_vllm": False,
+        "generation_part_size": 8,
+        "per_device_generation_batch_size": 3,
+        **overrides,
+    }
+
+
+def play(model: str, data: str, config: SPINConfig) -> dict:
+    record = Record()
+    rows = [json.loads(line) for line in Path(data).read_text().splitlines()[:30]]
+    trainer = SPINTrainer(model, config, train_dataset=Dataset.from_list(rows), callbacks=[record])
+    trainer.train()
+    steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return {
+        "num_processes": config.world_size,
+        "wrapper": type(trainer.model_wrapped).__name__,
+        "loss": [entry["loss"] for entry in steps],
+        "learning_rate": [entry["learning_rate"] for entry in steps],
+        "beta": trainer.beta,
+        "begins": record.begins,
+        "ends": record.ends,
+    }
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        let_fsdp_run_on_cpu()
+    model, data, output_dir = sys.argv[1:4]
+    parser = TrlParser(SPINConfig)
+    parser.set_defaults_with_config(
+        **settings(output_dir, per_device_train_batch_size=8 // int(os.environ.get("WORLD_SIZE", 1)))
+    )
+    (config,) = parser.parse_args_and_config(sys.argv[4:])
+    seen = play(model, data, config)
+    Path(output_dir, f"seen-{config.process_index}.json").write_text(json.dumps(seen))

@@ -1,0 +1,127 @@
+"""What every loss type computes, through the trainer's own code on log-probs made up for the test (`LossProbe`)."""
+
+import inspect
+import math
+import re
+
+import pytest
+import torch
+from trl import DPOTrainer
+
+from spin_trl import SPINTrainer
+from spin_trl.losses import SPIN_LOSSES, TRL_LOSSES
+
+
+def sigmoid(t: float) -> float:
+    return 1 / (1 + math.exp(-t))
+
+
+EQUAL = torch.tensor([-3.0, -7.0])
+T = 0.1 * (2.0 - -1.0)  # beta * (r(y) - r(y')) with r(y) = 2 and r(y') = -1
+
+# By hand, at beta 0.1: value where the policy is the opponent, and value at r(y) = 2 and r(y') = -1 (log p(y) = -1).
+BY_HAND = {
+    "sigmoid": (math.log(2), -math.log(sigmoid(T))),
+    "hinge": (1.0, 1 - T),
+    "exponential": (1.0, math.exp(-T)),
+    "correlation": (1.0, 1 - T),
+    "space": (2 * math.log(2), -math.log(sigmoid(2)) - math.log(sigmoid(1))),
+    "ipo": (25.0, (3 - 5) ** 2),
+    "bco_pair": (2 * math.log(2), -math.log(sigmoid(0.2)) - math.log(sigmoid(0.1))),
+    "sppo_hard": (50.0, (2 - 5) ** 2 + (-1 + 5) ** 2),
+    "apo_zero": (1.0, 1 - sigmoid(0.2) + sigmoid(-0.1)),
+    "apo_down": (1.0, sigmoid(0.2) + 1 - sigmoid(T)),
+    "sft": (5.0, 1.0),
+}
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_value_by_hand(loss, name):
+    at_opponent, elsewhere = BY_HAND[name]
+    assert loss([name], (EQUAL, EQUAL), (EQUAL, EQUAL)).item() == pytest.approx(at_opponent, abs=1e-5)
+    logps = torch.tensor([-1.0]), torch.tensor([-4.0])
+    ref_logps = torch.tensor([-3.0]), torch.tensor([-3.0])
+    assert loss([name], logps, ref_logps).item() == pytest.approx(elsewhere, abs=1e-5)
+
+
+@pytest.mark.parametrize(("mu", "expected"), [(1, 1.3863), (3, 2.2493), (7, 3.0142)])
+def test_space_at_the_opponent_is_log_one_plus_mu_plus_mu_log_one_plus_one_over_mu(loss, mu, expected):
+    assert loss(["space"], (EQUAL, EQUAL), (EQUAL, EQUAL), space_mu=mu).item() == pytest.approx(expected, abs=1e-4)
+
+
+def test_space_with_mu_1_is_bco_pair_at_beta_1_whatever_its_own_beta(loss):
+    logps, ref_logps = random_logps(2), random_logps(3)
+    expected = loss(["bco_pair"], logps, ref_logps, beta=1.0)
+    assert loss(["space"], logps, ref_logps, beta=0.1).item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def random_logps(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(-20 * torch.rand(2, 16, generator=generator))
+
+
+def uclaml_spin_loss(policy_real, policy_generated, opponent_real, opponent_generated, beta, loss_type):
+    """As published with the paper (github.com/uclaml/SPIN), from its description."""
+    logits = (policy_real - policy_generated) - (opponent_real - opponent_generated)
+    if loss_type == "sigmoid":
+        return -torch.nn.functional.logsigmoid(beta * logits).mean()
+    return torch.relu(1 - beta * logits).mean()
+
+
+@pytest.mark.parametrize("beta", [0.1, 5.0])
+@pytest.mark.parametrize("name", ["sigmoid", "hinge"])
+def test_agrees_with_the_papers_own_code_on_random_log_probs(loss, name, beta):
+    logps, ref_logps = random_logps(0), random_logps(1)
+    expected = uclaml_spin_loss(*logps, *ref_logps, beta, name)
+    assert loss([name], logps, ref_logps, beta=beta).item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", [*TRL_LOSSES, *SPIN_LOSSES])
+def test_every_loss_type_has_a_gradient_where_policy_and_opponent_differ(loss, name):
+    logps = tuple(side.clone().requires_grad_() for side in random_logps(4))
+    # EXO needs a label smoothing above 0.
+    loss([name], logps, random_logps(5), label_smoothing=0.1).backward()
+    assert logps[0].grad.isfinite().all() and logps[0].grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("names", [["sigmoid", "sft"], ["exponential", "sft"], ["space", "correlation", "sigmoid"]])
+def test_mix_is_the_weighted_sum_from_one_forward(loss, names):
+    logps, ref_logps = random_logps(6), random_logps(7)
+    weights = [0.5, 2.0, 0.25][: len(names)]
+    alone = [loss([name], logps, ref_logps).item() for name in names]
+    loss.num_forwards = 0
+    mixed = loss(names, logps, ref_logps, loss_weights=weights).item()
+    assert loss.num_forwards == 1
+    assert mixed == pytest.approx(sum(w * value for w, value in zip(weights, alone, strict=True)), rel=1e-5)
+
+
+def test_metrics_are_logged_whatever_the_loss_type(loss):
+    logs = []
+    for name in ("sigmoid", "space"):
+        loss.trainer._metrics["train"].clear()
+        loss.trainer.model.train()
+        loss([name], random_logps(8), random_logps(9))
+        logs.append({k: v for k, v in loss.trainer._metrics["train"].items() if k != "num_tokens"})
+    assert logs[0] == logs[1]
+    assert {"rewards/chosen", "rewards/margins", "logps/chosen", "entropy"} <= set(logs[0])
+
+
+def test_trl_losses_are_those_that_dpo_trainer_computes():
+    source = inspect.getsource(DPOTrainer._compute_loss)
+    assert set(re.findall(r'loss_type == "(\w+)"', source)) == set(TRL_LOSSES)
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "loss_weights"), [(["exponential"], None), (["space", "sft"], [1.0, 0.1]), ("correlation", None)]
+)
+def test_whole_run_with_a_loss_that_trl_lacks(tiny_model, train_dataset, make_config, loss_type, loss_weights):
+    """At the first step of each iteration rewards are 0, whatever the loss."""
+    config = make_config(num_iterations=2, loss_type=loss_type, loss_weights=loss_weights, learning_rate=1e-4)
+    trainer = SPINTrainer(tiny_model, config, train_dataset=train_dataset)
+    trainer.train()
+    steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+    for first in (steps[0], steps[6]):
+        assert first["rewards/margins"] == pytest.approx(0, abs=1e-6)
+    if "sft" not in loss_type:
+        assert steps[0]["loss"] == pytest.approx(1, abs=1e-6)
+    assert steps[5]["rewards/margins"] > 0

@@ -1,0 +1,91 @@
+"""Whose log-probs are stored as the reference: the opponent's, or with `fixed` the initial model's."""
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+from spin_trl import SPINTrainer
+
+
+LORA = {"r": 8, "target_modules": "all-linear", "init_lora_weights": True}
+
+
+def trained_adapter(tiny_model) -> PeftModel:
+    torch.manual_seed(0)
+    model = PeftModel(AutoModelForCausalLM.from_pretrained(tiny_model), LoraConfig(**LORA))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    return model
+
+
+def changed_model(tiny_model):
+    """A model object whose weights are no longer those of the folder it came from."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.05)
+    return model
+
+
+# Each gives the model to pass, and the keyword arguments.
+POLICIES = {
+    "full": lambda path: (path, {}),
+    "full-object": lambda path: (changed_model(path), {}),
+    "lora": lambda path: (path, {"peft_config": LoraConfig(**LORA)}),
+    "trained-lora": lambda path: (trained_adapter(path), {}),
+}
+
+
+def logps(model, row: dict, side: str) -> float:
+    ids = torch.tensor([row["prompt_ids"] + row[f"{side}_ids"]])
+    with torch.no_grad():
+        values = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])
+    return values[len(row["prompt_ids"]) - 1 :].sum().item()
+
+
+def all_logps(model, rows) -> list[float]:
+    model.eval()
+    return [logps(model, row, side) for row in rows for side in ("chosen", "rejected")]
+
+
+class ScoreAtIterationOne(TrainerCallback):
+    """The policy's own log-probs of iteration 1's pairs before its first step, when it is the opponent."""
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 6:
+            was_training = model.training
+            rows = self.trainer.store.read_pairs(1).select(range(6))
+            self.opponent = all_logps(model, rows)
+            model.train(was_training)
+
+
+@pytest.mark.parametrize("opponent_reference", ["previous", "fixed"])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_stored_reference_is_the_opponents_or_the_initial_models(
+    tiny_model, train_dataset, make_config, policy, opponent_reference
+):
+    model, kwargs = POLICIES[policy](tiny_model)
+    initial, _ = POLICIES[policy](tiny_model)
+    initial = AutoModelForCausalLM.from_pretrained(initial) if isinstance(initial, str) else initial
+    watch = ScoreAtIterationOne()
+    config = make_config(num_iterations=2, opponent_reference=opponent_reference)
+    trainer = SPINTrainer(model, config, train_dataset=train_dataset, callbacks=[watch], **kwargs)
+    watch.trainer = trainer
+    trainer.train()
+    rows = trainer.store.read_pairs(1).select(range(6))
+    stored = [row[f"ref_{side}_logps"] for row in rows for side in ("chosen", "rejected")]
+    of_initial = all_logps(initial, rows)
+    assert watch.opponent != pytest.approx(of_initial, abs=1e-2)
+    assert stored == pytest.approx(of_initial if opponent_reference == "fixed" else watch.opponent, abs=1e-4)
+    assert trainer.ref_model is None
+    if policy.endswith("lora"):
+        assert trainer.model.active_adapters == ["default"]
+
+
+def test_adapter_that_changes_the_base_model_is_refused(tiny_model, train_dataset, make_config):
+    lora = LoraConfig(**{**LORA, "init_lora_weights": "pissa"})
+    config = make_config(opponent_reference="fixed")
+    with pytest.raises(ValueError, match="`init_lora_weights='pissa'`.*`opponent_reference='previous'`"):
+        SPINTrainer(tiny_model, config, train_dataset=train_dataset, peft_config=lora)

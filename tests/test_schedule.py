@@ -1,0 +1,137 @@
+"""Learning rates, beta and moments of each iteration in a plain run, and what is refused. Others: test_distributed."""
+
+import json
+import logging
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+from spin_trl import SPINTrainer
+from spin_trl.schedule import check_schedule
+
+
+def logged(trainer, name: str) -> list[float]:
+    return [entry[name] for entry in trainer.state.log_history if "loss" in entry]
+
+
+class WatchGroups(TrainerCallback):
+    """Learning rate of every parameter group at every step."""
+
+    def __init__(self):
+        self.rates = []
+
+    def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
+        self.rates.append([group["lr"] for group in optimizer.param_groups])
+
+
+def test_warmup_is_a_share_of_each_iterations_own_steps(tiny_model, train_dataset, make_config):
+    """48 pairs in batches of 8 are 6 steps, then with history 12; a third of them is 2 and 4."""
+    config = make_config(num_iterations=2, warmup_steps=1 / 3, learning_rate=[1e-3, 4e-4])
+    trainer = SPINTrainer(tiny_model, config, train_dataset=train_dataset)
+    trainer.train()
+
+    def curve(peak, num_steps, warmup):
+        return [peak * min(k / warmup, (num_steps - k) / (num_steps - warmup)) for k in range(num_steps)]
+
+    assert logged(trainer, "learning_rate") == pytest.approx(curve(1e-3, 6, 2) + curve(4e-4, 12, 4))
+
+
+def test_schedule_with_a_minimum_keeps_it_in_every_iteration(tiny_model, train_dataset, make_config):
+    """`min_lr` is absolute: the cosine ends at it whatever the peak."""
+    config = make_config(
+        num_iterations=2,
+        learning_rate=[1e-3, 1e-4],
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr": 5e-5},
+        num_history_iterations=0,
+    )
+    trainer = SPINTrainer(tiny_model, config, train_dataset=train_dataset)
+    trainer.train()
+    for iteration, peak in enumerate([1e-3, 1e-4]):
+        last = 5e-5 + (peak - 5e-5) * (1 + math.cos(math.pi * 5 / 6)) / 2  # the sixth of six steps
+        assert logged(trainer, "learning_rate")[6 * iteration + 5] == pytest.approx(last)
+
+
+def test_beta_scales_the_rewards_of_its_own_iteration(tiny_model, train_dataset, make_config):
+    """The hinge loss of one pair is 1 - beta * margin, so rewards of a tiny beta are tiny."""
+    config = make_config(num_iterations=2, beta=[1.0, 1e-9], num_history_iterations=0)
+    trainer = SPINTrainer(tiny_model, config, train_dataset=train_dataset)
+    trainer.train()
+    margins = logged(trainer, "rewards/margins")
+    assert max(map(abs, margins[1:6])) > 1e-2
+    assert 0 < max(map(abs, margins[7:])) < 1e-6
+
+
+def test_groups_of_a_passed_optimizer_keep_their_ratio(tiny_model, train_dataset, make_config):
+    """Groups at 1e-3 and 1e-4; the second iteration has a tenth of the first one's learning rate."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    weights = list(model.parameters())
+    optimizer = torch.optim.AdamW([{"params": weights[:3], "lr": 1e-3}, {"params": weights[3:], "lr": 1e-4}])
+    watch = WatchGroups()
+    config = make_config(num_iterations=2, learning_rate=[1e-3, 1e-4], num_history_iterations=0)
+    trainer = SPINTrainer(model, config, train_dataset=train_dataset, optimizers=(optimizer, None), callbacks=[watch])
+    trainer.train()
+    assert watch.rates[0] == pytest.approx([1e-3, 1e-4])
+    assert watch.rates[6] == pytest.approx([1e-4, 1e-5])
+
+
+def test_run_directory_shows_the_schedules_as_given(tiny_model, train_dataset, make_config):
+    config = make_config(num_iterations=2, learning_rate=[1e-3, 1e-4], beta=[0.1, 0.2], max_steps=1)
+    trainer = SPINTrainer(tiny_model, config, train_dataset=train_dataset)
+    trainer.train()
+    written = json.loads((trainer.store.output_dir / "self_play.json").read_text())["config"]
+    assert (written["learning_rate"], written["beta"]) == ([1e-3, 1e-4], [0.1, 0.2])
+
+
+class TestPassedScheduler:
+    def passed(self, tiny_model):
+        model = AutoModelForCausalLM.from_pretrained(tiny_model)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        return model, (optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0))
+
+    def test_runs_once_through_all_iterations_and_the_run_says_so(self, tiny_model, train_dataset, make_config, caplog):
+        model, optimizers = self.passed(tiny_model)
+        config = make_config(num_iterations=2, num_history_iterations=0)
+        with caplog.at_level(logging.WARNING):
+            trainer = SPINTrainer(model, config, train_dataset=train_dataset, optimizers=optimizers)
+        assert "runs once through all iterations" in caplog.text
+        trainer.train()
+        assert logged(trainer, "learning_rate") == [0.5] * 12
+
+    def test_is_refused_beside_a_learning_rate_for_each_iteration(self, tiny_model, train_dataset, make_config):
+        model, optimizers = self.passed(tiny_model)
+        config = make_config(num_iterations=2, learning_rate=[1e-3, 1e-4])
+        with pytest.raises(ValueError, match=r"the scheduler passed in `optimizers` sets.*\(optimizer, None\)"):
+            SPINTrainer(model, config, train_dataset=train_dataset, optimizers=optimizers)
+
+
+@pytest.mark.parametrize(
+    ("deepspeed_config", "found"),
+    [
+        ({"scheduler": {"type": "WarmupLR"}}, "`scheduler`.*`lr_scheduler_type` and `warmup_steps`"),
+        ({"optimizer": {"type": "OneBitAdam"}}, "'OneBitAdam'.*`reset_optimizer=False`"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, "NVMe.*`reset_optimizer=False`"),
+    ],
+)
+def test_deepspeed_configuration_that_cannot_begin_anew_is_refused(make_config, deepspeed_config, found):
+    config = make_config()
+    config.deepspeed_plugin = SimpleNamespace(deepspeed_config=deepspeed_config)
+    with pytest.raises(ValueError, match=found):
+        check_schedule(config, None, None)
+
+
+@pytest.mark.parametrize("optim", ["adagrad", "schedule_free_adamw", "galore_adamw_layerwise", "adalomo"])
+def test_optimizer_whose_moments_cannot_be_emptied_is_refused(make_config, optim):
+    with pytest.raises(ValueError, match=f"`optim='{optim}'`.*`reset_optimizer=False`"):
+        check_schedule(make_config(optim=optim), None, None)
+    check_schedule(make_config(optim=optim, reset_optimizer=False), None, None)
+    check_schedule(make_config(optim=optim, num_iterations=1), None, None)
+
+
+def test_passed_adagrad_is_refused(make_config):
+    optimizer = torch.optim.Adagrad([torch.nn.Parameter(torch.zeros(1))])
+    with pytest.raises(ValueError, match="Adagrad"):
+        check_schedule(make_config(), optimizer, None)

@@ -1,0 +1,121 @@
+"""SPIN's theorems, held against the trainer's own loss on a policy that is a table of probabilities.
+
+The table has five answers to one prompt. The data's and the opponent's distribution are multiples of 1/15 and 1/10.
+So a batch that holds every pair (y, y') in proportion to p_data(y) * p_t(y') *is* the expectation: nothing is sampled.
+"""
+
+import itertools
+
+import pytest
+import torch
+
+
+DATA_COUNTS = (5, 4, 3, 2, 1)
+OPPONENT_COUNTS = (1, 3, 2, 1, 3)
+P_DATA = torch.tensor(DATA_COUNTS, dtype=torch.float64) / sum(DATA_COUNTS)
+P_OPPONENT = torch.tensor(OPPONENT_COUNTS, dtype=torch.float64) / sum(OPPONENT_COUNTS)
+
+
+def all_pairs(chosen_counts, rejected_counts) -> torch.Tensor:
+    """Indices (N, 2) of y and y', each pair as often as the product of its counts."""
+    answers = range(len(chosen_counts))
+    pairs = itertools.product(answers, answers)
+    return torch.tensor([(y, z) for y, z in pairs for _ in range(chosen_counts[y] * rejected_counts[z])])
+
+
+def expected_loss(loss, logits, pairs, opponent, names, **parameters) -> torch.Tensor:
+    """E over y and y' of the trainer's loss, for the policy softmax(logits)."""
+    logps, ref_logps = logits.log_softmax(0), opponent.log()
+    y, z = pairs.T
+    return loss(names, (logps[y], logps[z]), (ref_logps[y], ref_logps[z]), **parameters)
+
+
+def best_reply(loss, names, pairs, opponent=P_OPPONENT, **parameters) -> torch.Tensor:
+    """The policy that minimises the expected loss, from the opponent on, to convergence."""
+    logits = opponent.log().clone().requires_grad_()
+    optimizer = torch.optim.LBFGS([logits], max_iter=300, tolerance_grad=1e-10, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        value = expected_loss(loss, logits, pairs, opponent, names, **parameters)
+        value.backward()
+        return value
+
+    optimizer.step(closure)
+    return logits.detach().softmax(0)
+
+
+def tilted(power: float) -> torch.Tensor:
+    """p_t * (p_data / p_t)^power, normalised."""
+    weights = P_OPPONENT * (P_DATA / P_OPPONENT) ** power
+    return weights / weights.sum()
+
+
+@pytest.mark.parametrize("beta", [0.5, 1.0, 3.0])
+def test_logistic_lands_on_theorem_5_4(loss, beta):
+    """
+    Write f(u) = beta * r(u). An unordered pair {a, b} enters the expectation twice, as (y, y') = (a, b) with weight
+    p_data(a) p_t(b), and as (b, a) with weight p_data(b) p_t(a):
+
+        p_data(a) p_t(b) * log(1 + e^-(f(a) - f(b))) + p_data(b) p_t(a) * log(1 + e^(f(a) - f(b))).
+
+    In d = f(a) - f(b) that is a cross-entropy, least where sig(d) is the first weight's share of both, that is where
+    d = log(p_data(a) / p_t(a)) - log(p_data(b) / p_t(b)). These demands of all pairs agree with each other: f(u) =
+    log(p_data(u) / p_t(u)) + c fulfils every one. With f = beta * log(p / p_t) this reads
+    p ∝ p_t * (p_data / p_t)^(1 / beta), the theorem's p_{t+1}. A table can express it, so it is what training finds.
+    """
+    reply = best_reply(loss, ["sigmoid"], all_pairs(DATA_COUNTS, OPPONENT_COUNTS), beta=beta)
+    torch.testing.assert_close(reply, tilted(1 / beta), atol=1e-5, rtol=0)
+    assert (reply - P_OPPONENT).abs().max() > 0.05
+
+
+def test_larger_beta_is_a_smaller_move(loss):
+    pairs = all_pairs(DATA_COUNTS, OPPONENT_COUNTS)
+    moves = [(best_reply(loss, ["sigmoid"], pairs, beta=beta) - P_OPPONENT).abs().sum() for beta in (0.5, 1.0, 3.0)]
+    assert moves[0] > moves[1] > moves[2]
+
+
+def test_exponential_moves_half_as_far_as_logistic_in_log_space(loss):
+    """
+    As above, with w = p_data(a) p_t(b) and v = p_data(b) p_t(a): w e^-d + v e^d is least at d = log(w / v) / 2. So
+    p ∝ p_t * (p_data / p_t)^(1 / (2 beta)).
+    """
+    reply = best_reply(loss, ["exponential"], all_pairs(DATA_COUNTS, OPPONENT_COUNTS), beta=0.5)
+    torch.testing.assert_close(reply, P_DATA, atol=1e-5, rtol=0)
+    reply = best_reply(loss, ["exponential"], all_pairs(DATA_COUNTS, OPPONENT_COUNTS), beta=1.0)
+    torch.testing.assert_close(reply, tilted(1 / 2), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("mu", [1.0, 3.0])
+def test_space_lands_on_the_data_in_one_iteration(loss, mu):
+    """
+    With s = e^{r(u)}, an answer u adds p_data(u) log(1 + mu / s) + mu p_t(u) log(1 + s / mu). Its derivative in log s,
+    mu * (p_t(u) s - p_data(u)) / (mu + s), is zero at s = p_data(u) / p_t(u), that is p = p_data, whatever mu.
+    """
+    reply = best_reply(loss, ["space"], all_pairs(DATA_COUNTS, OPPONENT_COUNTS), space_mu=mu)
+    torch.testing.assert_close(reply, P_DATA, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "hinge", "exponential", "correlation", "space"])
+def test_opponent_that_equals_the_data_is_a_fixed_point(loss, name):
+    """Theorem 5.2. Every pair (a, b) then weighs as much as (b, a), and their gradients cancel at p = p_t."""
+    logits = P_DATA.log().clone().requires_grad_()
+    pairs = all_pairs(DATA_COUNTS, DATA_COUNTS)
+    expected_loss(loss, logits, pairs, P_DATA, [name], beta=0.7, space_mu=2.0).backward()
+    assert logits.grad.abs().max() < 1e-12
+    if name != "correlation":  # which is flat there: nothing to converge to
+        reply = best_reply(loss, [name], pairs, opponent=P_DATA, beta=0.7, space_mu=2.0)
+        torch.testing.assert_close(reply, P_DATA, atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "hinge", "exponential", "correlation"])
+def test_first_gradient_is_that_of_sft_scaled(loss, name):
+    """
+    At p = p_t the gradient is l'(0) * beta * (E grad log p(y) - E grad log p(y')). The second expectation is zero, as
+    y' comes from p itself. With softmax logits E grad log p(y) = p_data - p. l'(0) is -1/2 for logistic, else -1.
+    """
+    logits = P_OPPONENT.log().clone().requires_grad_()
+    pairs = all_pairs(DATA_COUNTS, OPPONENT_COUNTS)
+    expected_loss(loss, logits, pairs, P_OPPONENT, [name], beta=0.3).backward()
+    slope = 0.5 if name == "sigmoid" else 1.0
+    torch.testing.assert_close(logits.grad, -slope * 0.3 * (P_DATA - P_OPPONENT), atol=1e-9, rtol=0)
