@@ -41,7 +41,8 @@ def launch(name: str, folder, arguments: list[str]) -> subprocess.CompletedProce
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(folder / "accelerate.yaml")]
     command += ["--main_process_port", "0", str(ROOT / "tests" / "play_distributed.py"), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=540)  # DeepSpeed compiles at first use
+    # DeepSpeed compiles at first use, which may take minutes.
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=540)
 
 
 @pytest.fixture(scope="module", params=RUNS)
