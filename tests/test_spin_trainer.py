@@ -520,3 +520,12 @@ def test_second_training_plays_against_the_policy_as_the_first_left_it(tiny_mode
     assert losses(trainer)[0] == pytest.approx(math.log(2), abs=1e-6)
     assert trainer.store.read_pairs(0)["rejected_ids"][:] != first
     assert not trainer.self_play.base_is_opponent
+
+
+def test_several_generations_make_as_many_pairs_of_each_prompt(tiny_model, train_dataset, make_config):
+    trainer = SPINTrainer(tiny_model, make_config(num_iterations=1, num_generations=3), train_dataset=train_dataset)
+    trainer.train()
+    pairs = trainer.store.read_pairs(0)
+    assert list(zip(pairs["row"], pairs["sample"], strict=True)) == [(r, s) for r in range(48) for s in range(3)]
+    answers = [pairs["rejected_ids"][3 * row : 3 * row + 3] for row in range(48)]
+    assert sum(a != b or b != c for a, b, c in answers) > 24  # they are samples, not copies
