@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from accelerate.logging import get_logger
 from datasets import Dataset
 from torch import nn
 from tqdm import tqdm
@@ -29,8 +28,6 @@ from .spin_config import SPINConfig
 
 if TYPE_CHECKING:
     from .spin_trainer import SPINTrainer
-
-logger = get_logger(__name__)
 
 
 class SelfPlayCallback(TrainerCallback):

@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 import torch
-from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from datasets import Dataset
 from torch.optim import Optimizer
@@ -32,8 +31,6 @@ from .spin_config import SPINConfig
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
     from transformers import BitsAndBytesConfig
-
-logger = get_logger(__name__)
 
 
 class SPINTrainer(DPOTrainer):
