@@ -11,6 +11,13 @@ import json
 import sys
 from pathlib import Path
 
+
+# What DeepSpeed compiles goes beside the packages. A compilation that was killed leaves a lock that is waited for
+# forever, so none of an earlier session may stay, nor may one in the user's own cache matter.
+os.environ["TORCH_EXTENSIONS_DIR"] = str(Path(sys.prefix, "torch_extensions"))
+for stale_lock in Path(sys.prefix, "torch_extensions").rglob("lock"):
+    stale_lock.unlink()
+
 import pytest
 import torch
 from datasets import Dataset, disable_progress_bars

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 
@@ -41,8 +42,14 @@ def launch(name: str, folder, arguments: list[str]) -> subprocess.CompletedProce
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(folder / "accelerate.yaml")]
     command += ["--main_process_port", "0", str(ROOT / "tests" / "play_distributed.py"), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    # DeepSpeed compiles at first use, which may take minutes.
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=540)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    launcher = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipes)
+    try:
+        stdout, stderr = launcher.communicate(timeout=540)  # DeepSpeed compiles at first use, which may take minutes
+    finally:
+        if launcher.poll() is None:
+            os.killpg(launcher.pid, signal.SIGKILL)  # its processes too
+    return subprocess.CompletedProcess(command, launcher.returncode, stdout, stderr)
 
 
 @pytest.fixture(scope="module", params=RUNS)
