@@ -11,13 +11,6 @@ import json
 import sys
 from pathlib import Path
 
-
-# What DeepSpeed compiles goes beside the packages. A compilation that was killed leaves a lock that is waited for
-# forever, so none of an earlier session may stay, nor may one in the user's own cache matter.
-os.environ["TORCH_EXTENSIONS_DIR"] = str(Path(sys.prefix, "torch_extensions"))
-for stale_lock in Path(sys.prefix, "torch_extensions").rglob("lock"):
-    stale_lock.unlink()
-
 import pytest
 import torch
 from datasets import Dataset, disable_progress_bars
@@ -27,6 +20,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "recipes"
 DATA = RECIPES / "data" / "pronunciation"
+
+# What DeepSpeed compiles goes beside the packages. A compilation that was killed leaves a lock that is waited for
+# forever, so none of an earlier session may stay, nor may one in the user's own cache matter.
+os.environ["TORCH_EXTENSIONS_DIR"] = str(Path(sys.prefix, "torch_extensions"))
+for stale_lock in Path(sys.prefix, "torch_extensions").rglob("lock"):
+    stale_lock.unlink()
 
 sys.path.insert(0, str(RECIPES))  # recipes import each other by name, as they do when run
 disable_progress_bars()
