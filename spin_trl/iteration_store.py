@@ -88,8 +88,13 @@ class IterationStore:
 
     def iterations(self) -> list[int]:
         """Numbers of the iterations that have been begun, ascending."""
-        found = (p.name.removeprefix("iteration-") for p in self.output_dir.glob("iteration-*") if p.is_dir())
+        found = (_number(p) for p in self.output_dir.glob("iteration-*") if p.is_dir())
         return sorted(int(number) for number in found if number.isdigit())
+
+    def checkpoints(self) -> list[Path]:
+        """Trainer's checkpoints, the newest (the one of most steps) first."""
+        found = [p for p in self.output_dir.glob("checkpoint-*") if p.is_dir() and _number(p).isdigit()]
+        return sorted(found, key=lambda path: int(_number(path)), reverse=True)
 
     def has_pairs(self, iteration: int) -> bool:
         return self.path(iteration, "pairs").is_dir()
@@ -124,6 +129,10 @@ class IterationStore:
     def has_run(self) -> bool:
         return (self.output_dir / "self_play.json").exists()
 
+    def mark_finished(self) -> None:
+        """Note that nothing of the run is left to do."""
+        self.write_run({**self.read_run(), "finished": True})
+
     def read_run(self) -> dict[str, Any]:
         path = self.output_dir / "self_play.json"
         try:
@@ -146,8 +155,7 @@ class IterationStore:
     def clear(self) -> None:
         """Delete the self-play run that lies here, and Trainer's checkpoints of it. Anything else stays."""
         for path in self.output_dir.iterdir():
-            kind, _, number = path.name.partition("-")
-            if kind in ("iteration", "checkpoint") and number.isdigit() and path.is_dir():
+            if path.name.startswith(("iteration-", "checkpoint-")) and _number(path).isdigit() and path.is_dir():
                 remove(path)
         self.clear_temporary()
         for name in ("self_play.json", "invalid_rows.jsonl"):
@@ -291,6 +299,10 @@ class IterationStore:
         """The metrics of every iteration that has been begun, in order."""
         for iteration in self.iterations():
             yield iteration, self.read_metrics(iteration)
+
+
+def _number(path: Path) -> str:
+    return path.name.partition("-")[2]
 
 
 def to_json(value: Any) -> str:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate import PartialState
 from accelerate.logging import get_logger
+from accelerate.utils import str_to_bool
 from datasets import Dataset
 from transformers import (
     AutoConfig,
@@ -25,7 +26,7 @@ from transformers import (
 from trl.trainer.utils import get_config_model_id, global_then_local_main_first
 
 from . import __version__
-from .adapters import lora_rank_to_serve, starts_as_base
+from .adapters import describe_adapter, lora_rank_to_serve, starts_as_base
 from .data import check_dataset
 from .generation.choice import SamplerChoice, choose_sampler
 from .generation.managed_server import ManagedServer
@@ -34,8 +35,9 @@ from .generation.sampler import OpponentSampler, SamplingParams
 from .generation.vllm_api import VLLMServer
 from .generation.vllm_sampler import VLLMSampler
 from .iteration_store import IterationStore
-from .preparation import drop_long_prompts, percentile_length, prepare_data
+from .preparation import dataset_checksum, drop_long_prompts, percentile_length, prepare_data
 from .ranks import on_every_process, on_main_process
+from .resume import check_same_run
 from .spin_config import SPINConfig
 
 
@@ -64,6 +66,7 @@ class SelfPlaySetup:
         context_length (`int`): Tokens that the model can hold.
         base_is_opponent (`bool`): Whether the first opponent is the base model as the server has it.
         api_key (`str`, *optional*): The server's.
+        adapter (`dict[str, Any]`, *optional*): Configuration of the adapter that is trained.
         data_report (`dict[str, Any]`): The training data's format, and how many rows were left out for which reason.
         invalid_rows (`list[dict]`): Which rows were left out as invalid, and why.
     """
@@ -79,6 +82,7 @@ class SelfPlaySetup:
     context_length: int
     base_is_opponent: bool
     api_key: str | None
+    adapter: dict[str, Any] | None = None
     data_report: dict[str, Any] = field(default_factory=dict)
     invalid_rows: list[dict[str, Any]] = field(default_factory=list)
     num_dropped: int = 0
@@ -127,6 +131,7 @@ class SelfPlaySetup:
             context_length=_model_context_length(model, args),
             base_is_opponent=isinstance(model, str) and starts_as_base(peft_config),
             api_key=_take_api_key(args),
+            adapter=describe_adapter(model, peft_config),
             data_report=data.report,
             invalid_rows=data.invalid_rows,
         )
@@ -135,6 +140,9 @@ class SelfPlaySetup:
             setup._fit_to_server()
         elif choice.mode == "managed" and args.vllm_max_model_length is not None:
             setup._fit_to_context(args.vllm_max_model_length, "`vllm_max_model_length`")
+        store = IterationStore(args.output_dir)
+        if args.resume == "auto" and store.has_run() and not args.overwrite_output_dir:
+            on_main_process(lambda: check_same_run(store, setup.describe()))
         return setup
 
     def build_sampler(self, open_policy: Callable[[], AbstractContextManager[PreTrainedModel]]) -> OpponentSampler:
@@ -163,13 +171,20 @@ class SelfPlaySetup:
 
     def describe(self) -> dict[str, Any]:
         """What this run depends on, for `self_play.json`. Holds no secret."""
+        args = self.args
         return {
             "model": self.model_name,
+            "adapter": self.adapter,
             "sampler": {"mode": self.choice.mode, "reason": self.choice.reason},
-            "config": self.args.to_dict(),
+            "config": args.to_dict(),
+            "training": {
+                "total_train_batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+                "sharding": _sharding(),
+            },
             "data": {
                 **self.data_report,
-                "train_fingerprint": self.train_dataset._fingerprint,
+                "train_checksum": dataset_checksum(self.train_dataset),
+                "eval_checksum": None if self.eval_dataset is None else dataset_checksum(self.eval_dataset),
                 "num_train_rows": len(self.train_dataset),
                 "num_dropped_rows": self.num_dropped,
                 "num_eval_rows": 0 if self.eval_dataset is None else len(self.eval_dataset),
@@ -263,6 +278,14 @@ def _check_args(args: SPINConfig | None, model_name: str) -> SPINConfig:
             "`eval_strategy` unset."
         )
     return args
+
+
+def _sharding() -> str | None:
+    """What spreads the weights over the processes. Its checkpoints are its own."""
+    for name in ("deepspeed", "fsdp"):
+        if str_to_bool(os.environ.get(f"ACCELERATE_USE_{name.upper()}", "false")):
+            return name
+    return None
 
 
 def _take_api_key(args: SPINConfig) -> str | None:

@@ -130,8 +130,11 @@ class SPINConfig(DPOConfig):
 
         > Parameters that control the run directory
 
+        resume (`str`, *optional*, defaults to `"never"`):
+            What to do with a self-play run that already lies in `output_dir`. `"auto"`: go on from where it stands, or
+            start where there is none. `"never"`: refuse; [`SPINTrainer.train`] can still be told to resume.
         overwrite_output_dir (`bool`, *optional*, defaults to `False`):
-            Whether a self-play run that already lies in `output_dir` is deleted. By default it is refused.
+            Whether a self-play run that already lies in `output_dir` is deleted. Wins over `resume`.
 
     > [!NOTE]
     > These parameters have default values different from [`~trl.DPOConfig`]:
@@ -343,6 +346,13 @@ class SPINConfig(DPOConfig):
     )
 
     # Parameters that control the run directory
+    resume: str = field(
+        default="never",
+        metadata={
+            "help": "What to do with a self-play run that already lies in `output_dir`: 'auto' goes on from where it "
+            "stands, 'never' refuses."
+        },
+    )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Whether a self-play run that already lies in `output_dir` is deleted."}
     )
@@ -352,6 +362,7 @@ class SPINConfig(DPOConfig):
         self._check_self_play()
         self._check_generation()
         self._check_server()
+        self._check_run_directory()
         self._take_schedules()
         self.num_train_epochs = float(self.num_iterations * self.epochs_per_iteration)
         super().__post_init__()
@@ -486,6 +497,20 @@ class SPINConfig(DPOConfig):
             raise ValueError(
                 f"`publish_check_tolerance` must be positive, got {self.publish_check_tolerance}. To switch the check "
                 "off, set `publish_check_samples=0`."
+            )
+
+    def _check_run_directory(self):
+        if self.resume not in ("auto", "never"):
+            raise ValueError(f"`resume` must be 'auto' or 'never', got {self.resume!r}.")
+        if self.ignore_data_skip:
+            raise ValueError(
+                "`ignore_data_skip=True` would train a resumed iteration's first pairs twice. Leave it unset: skipping "
+                "them takes no time here."
+            )
+        if self.enable_jit_checkpoint:
+            raise ValueError(
+                "`enable_jit_checkpoint=True` would save at different steps on different processes. Leave it unset: "
+                "SIGTERM saves a checkpoint and ends the run anyway."
             )
 
     def __str__(self) -> str:
