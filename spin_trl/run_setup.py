@@ -4,6 +4,7 @@ Knows nothing of training.
 """
 
 import os
+import shlex
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -31,8 +32,10 @@ from .generation.choice import SamplerChoice, choose_sampler
 from .generation.managed_server import ManagedServer
 from .generation.policy_sampler import PolicySampler
 from .generation.sampler import OpponentSampler, SamplingParams
+from .generation.serve_command import serve_command
 from .generation.vllm_api import VLLMServer
 from .generation.vllm_sampler import VLLMSampler
+from .inputs import check_generation_kwargs, check_model, check_peft_config, check_tokenizer, explained
 from .iteration_store import IterationStore
 from .preparation import drop_long_prompts, percentile_length, prepare_data
 from .ranks import on_every_process, on_main_process
@@ -78,7 +81,7 @@ class SelfPlaySetup:
     lora_rank: int | None
     context_length: int
     base_is_opponent: bool
-    api_key: str | None
+    api_key: str | None = field(repr=False)
     data_report: dict[str, Any] = field(default_factory=dict)
     invalid_rows: list[dict[str, Any]] = field(default_factory=list)
     num_dropped: int = 0
@@ -95,6 +98,8 @@ class SelfPlaySetup:
         peft_config: "PeftConfig | None",
     ) -> "SelfPlaySetup":
         """Check and settle everything; see [`SPINTrainer`] for the arguments and errors."""
+        check_model(model, peft_config)
+        check_peft_config(peft_config)
         model_name = model if isinstance(model, str) else get_config_model_id(model.config)
         args = _check_args(args, model_name)
         check_dataset(train_dataset, "train_dataset", args.prompt_column, args.completion_column)
@@ -102,19 +107,25 @@ class SelfPlaySetup:
             check_dataset(eval_dataset, "eval_dataset", args.prompt_column, args.completion_column)
         choice = choose_sampler(args.use_vllm, args.vllm_mode, args.vllm_server_base_url)
         PartialState().print(f"Opponents are sampled {_DESCRIPTIONS[choice.mode]}: {choice.reason}.")
+        if choice.mode == "in-process":
+            check_generation_kwargs(args.generation_kwargs)
         lora_rank = lora_rank_to_serve(model, peft_config, served=choice.mode != "in-process")
+        if choice.mode == "managed":
+            serve_command(model_name, lora_rank=lora_rank)  # refuses now what it would refuse then
         if choice.mode == "managed" and not isinstance(model, str) and not os.path.isdir(model_name):
             raise ValueError(
                 f"A managed server loads the base model itself, but the model passed comes from {model_name!r}, which "
                 "is no folder here. Save it with `model.save_pretrained(folder)` and pass `model=folder`."
             )
+        _model_config(model, args)  # a model that is not there is known by it before the tokenizer is missed
         tokenizer = _load_tokenizer(processing_class, model_name, args)
         end_token_ids = _end_token_ids(model, tokenizer, args)
         with global_then_local_main_first():
             data = prepare_data(args, tokenizer, end_token_ids, train_dataset, eval_dataset)
             if args.max_completion_length is None:
                 percentile = _DEFAULT_LENGTH_PERCENTILE
-                args.max_completion_length = percentile_length(data.train, "chosen_ids", percentile)
+                length = percentile_length(data.train, "chosen_ids", percentile)
+                args.max_completion_length = min(length, max(1, _model_context_length(model, args) - 1))
         setup = cls(
             args=args,
             model_name=model_name,
@@ -130,6 +141,7 @@ class SelfPlaySetup:
             data_report=data.report,
             invalid_rows=data.invalid_rows,
         )
+        setup._check_completion_length()
         setup._fit_to_context(setup.context_length, "the model's context")
         if choice.mode == "server":
             setup._fit_to_server()
@@ -177,6 +189,14 @@ class SelfPlaySetup:
             "versions": {"spin_trl": __version__, **{name: version(name) for name in _RECORDED_PACKAGES}},
         }
 
+    def _check_completion_length(self) -> None:
+        length, context = self.args.max_completion_length, self.context_length
+        if length >= context:
+            raise ValueError(
+                f"`max_completion_length` is {length}, but the model's context holds {context} tokens, prompt and "
+                "answer together: no prompt would fit. Set a smaller `max_completion_length`."
+            )
+
     def _start_server(self, store: IterationStore) -> tuple[str, str]:
         model_init_kwargs = self.args.model_init_kwargs or {}
         self.managed_server = ManagedServer(
@@ -190,7 +210,7 @@ class SelfPlaySetup:
             tensor_parallel_size=self.args.vllm_tensor_parallel_size,
             revision=None if os.path.isdir(self.model_name) else model_init_kwargs.get("revision"),
             trust_remote_code=self.args.trust_remote_code,
-            extra=self.args.vllm_server_args.split() if self.args.vllm_server_args else None,
+            extra=shlex.split(self.args.vllm_server_args or ""),
         )
         self.managed_server.start()
         return self.managed_server.base_url, self.managed_server.api_key
@@ -255,7 +275,10 @@ def _check_args(args: SPINConfig | None, model_name: str) -> SPINConfig:
     if args is None:
         return SPINConfig(f"{model_name.split('/')[-1]}-SPIN")
     if not isinstance(args, SPINConfig):
-        raise TypeError(f"`args` must be a `SPINConfig`, got `{type(args).__name__}`.")
+        raise TypeError(
+            f"`args` must be a `SPINConfig`, got `{type(args).__name__}`. Write `SPINConfig(...)`, which takes every "
+            "field of `DPOConfig`."
+        )
     if args.eval_strategy != "no":
         raise ValueError(
             f"`eval_strategy={args.eval_strategy.value!r}` evaluates within an iteration, which is not supported: "
@@ -276,9 +299,11 @@ def _load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     if processing_class is None:
         revision = (args.model_init_kwargs or {}).get("revision")
-        processing_class = AutoTokenizer.from_pretrained(
-            model_name, revision=revision, trust_remote_code=args.trust_remote_code
-        )
+        with explained("tokenizer", model_name):
+            processing_class = AutoTokenizer.from_pretrained(
+                model_name, revision=revision, trust_remote_code=args.trust_remote_code
+            )
+    check_tokenizer(processing_class)
     tokenizer = processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
     if tokenizer.eos_token_id is None:
         raise ValueError(
@@ -308,11 +333,12 @@ def _end_token_ids(
 def _model_config(model: "str | PreTrainedModel", args: SPINConfig) -> PretrainedConfig:
     """The configuration of the model's language part."""
     if isinstance(model, str):
-        config = AutoConfig.from_pretrained(
-            model,
-            revision=(args.model_init_kwargs or {}).get("revision"),
-            trust_remote_code=args.trust_remote_code,
-        )
+        with explained("configuration", model):
+            config = AutoConfig.from_pretrained(
+                model,
+                revision=(args.model_init_kwargs or {}).get("revision"),
+                trust_remote_code=args.trust_remote_code,
+            )
     else:
         config = model.config
     return config.get_text_config()

@@ -17,6 +17,7 @@ from trl import DPOTrainer
 
 from .adapters import check_fixed_reference
 from .evaluation import GenerationMetrics
+from .inputs import check_generation_metrics, check_optimizers
 from .iteration_store import IterationStore
 from .losses import SPIN_LOSSES, LossParameters
 from .ranks import on_main_process
@@ -119,6 +120,8 @@ class SPINTrainer(DPOTrainer):
                 "`ref_model` is not used in self-play: the reference is the opponent, that is the policy as it stands "
                 "when an iteration begins, and its log-probs are computed before the first step. Leave it out."
             )
+        check_optimizers(optimizers)
+        check_generation_metrics(compute_generation_metrics, eval_dataset)
         self.self_play_setup = SelfPlaySetup.prepare(
             model, args, train_dataset, eval_dataset, processing_class, peft_config
         )
