@@ -42,26 +42,33 @@ class SPINScriptArguments(ScriptArguments):
     )
 
 
+# ending -> builder of `datasets`, what the file holds
+_FILE_FORMATS = {
+    ".jsonl": ("json", "one JSON object a line"),
+    ".json": ("json", "a list of JSON objects, or one a line"),
+    ".csv": ("csv", "a line of column names, then one line a row"),
+    ".parquet": ("parquet", "a Parquet file"),
+}
+
+
 def load_file(path: str) -> Dataset:
     """One local file as a dataset; its ending says how to read it."""
-    builders = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
     suffix = Path(path).suffix
-    if suffix not in builders or not Path(path).is_file():
-        found = "is no file" if suffix in builders else f"ends in {suffix!r}"
+    if suffix not in _FILE_FORMATS or not Path(path).is_file():
+        found = "is no file" if suffix in _FILE_FORMATS else f"ends in {suffix!r}"
         raise ValueError(
-            f"Expected an existing file that ends in one of {sorted(builders)}, got {path!r}, which {found}. Correct "
-            "the path, or convert the file."
+            f"Expected an existing file that ends in one of {sorted(_FILE_FORMATS)}, got {path!r}, which {found}. "
+            "Correct the path, or convert the file."
         )
+    builder, content = _FILE_FORMATS[suffix]
     if Path(path).stat().st_size == 0:
-        raise ValueError(
-            f"{path!r} is empty: expected rows of prompts and ground truths. See what should have made it."
-        )
+        raise ValueError(f"{path!r} is empty: expected is {content}. See what should have written it.")
     try:
-        return load_dataset(builders[suffix], data_files=path, split="train")
+        return load_dataset(builder, data_files=path, split="train")
     except (DatasetGenerationError, ValueError) as error:
+        problem = _first_broken_line(path) or error.__cause__ or error
         raise ValueError(
-            f"{path!r} cannot be read as {suffix[1:]}: {_first_broken_line(path) or error.__cause__ or error}. Expected "
-            "is one row a line for .jsonl, and one list for .json. Correct or remove what is broken."
+            f"{path!r} cannot be read: {problem}. Expected is {content}. Correct or remove what is broken."
         ) from error
 
 

@@ -175,8 +175,8 @@ class RowRenderer:
 def _require_tokens(ids: list[int], name: str) -> None:
     if not ids:
         raise InvalidRowError(
-            f"the tokenizer makes no tokens of {name}, but at least one is needed. Remove the row, or pass the tokenizer "
-            "of a model that knows these characters as `processing_class`."
+            f"the tokenizer makes no tokens of {name}, but at least one is needed. Remove the row, or pass as "
+            "`processing_class` the tokenizer of a model that knows these characters."
         )
 
 

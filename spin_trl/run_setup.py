@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate import PartialState
@@ -28,6 +29,7 @@ from trl.trainer.utils import get_config_model_id, global_then_local_main_first
 from . import __version__
 from .adapters import lora_rank_to_serve, starts_as_base
 from .data import check_dataset
+from .disk import check_writable
 from .generation.choice import SamplerChoice, choose_sampler
 from .generation.managed_server import ManagedServer
 from .generation.policy_sampler import PolicySampler
@@ -102,6 +104,7 @@ class SelfPlaySetup:
         check_peft_config(peft_config)
         model_name = model if isinstance(model, str) else get_config_model_id(model.config)
         args = _check_args(args, model_name)
+        on_main_process(lambda: check_writable(Path(args.output_dir).absolute()))
         check_dataset(train_dataset, "train_dataset", args.prompt_column, args.completion_column)
         if eval_dataset is not None:
             check_dataset(eval_dataset, "eval_dataset", args.prompt_column, args.completion_column)
