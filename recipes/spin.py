@@ -162,4 +162,6 @@ def main(script_args: SPINScriptArguments, training_args: SPINConfig, model_args
 
 
 if __name__ == "__main__":
-    main(*TrlParser((SPINScriptArguments, SPINConfig, ModelConfig)).parse_args_and_config())
+    parser = TrlParser((SPINScriptArguments, SPINConfig, ModelConfig))
+    parser.set_defaults_with_config(resume="auto")  # the same command again goes on where it stopped
+    main(*parser.parse_args_and_config())

@@ -1,6 +1,6 @@
 """What a PEFT configuration means for publishing an opponent. Knows nothing of servers."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import is_peft_model
 
@@ -48,6 +48,18 @@ def lora_rank_to_serve(
             "`use_vllm=False` to generate in-process."
         )
     return max([peft_config.r, *(peft_config.rank_pattern or {}).values()])
+
+
+def describe_adapter(
+    model: "str | PreTrainedModel | PeftModel", peft_config: "PeftConfig | None"
+) -> dict[str, Any] | None:
+    """The configuration of the adapter that is trained, in an order that does not change; `None` without one."""
+    if peft_config is None and not isinstance(model, str) and is_peft_model(model):
+        peft_config = model.peft_config["default"]
+    if peft_config is None:
+        return None
+    values = peft_config.to_dict()
+    return {name: sorted(value) if isinstance(value, set) else value for name, value in values.items()}
 
 
 def check_fixed_reference(peft_config: "PeftConfig | None") -> None:

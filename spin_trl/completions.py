@@ -102,7 +102,7 @@ class GenerationJob:
             "completion_ids": [completion.token_ids for completion in completions],
             "finish_reason": [completion.finish_reason for completion in completions],
         }
-        self.store.write_completions(self.iteration, self.kind, f"{rows[0]:08d}", columns)
+        self.store.write_completions(self.iteration, self.kind, rows[0], columns)
 
 
 class _GenerationProgress:

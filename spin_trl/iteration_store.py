@@ -1,32 +1,53 @@
 """The layout of a run directory, and atomic writes to it. Knows nothing of tensors or HTTP.
 
     output_dir/
-      self_play.json                what was run: config, data, versions
+      self_play.json                what was run: config, data, versions, and each start
+      .lock                         held by the process that runs
       invalid_rows.jsonl            rows of the user's data that were left out: dataset, row, reason
       vllm-server.log               of a managed server
       iteration-0/
         opponent/                   adapter or model as published; absent where it is the base model
-        generations/part-*.parquet  completions: row, sample, completion_ids, finish_reason
+        generations/part-*.parquet  completions: row, sample, completion_ids, finish_reason; the name holds the first
+                                    row, the size in bytes and the checksum
         evaluation/part-*.parquet   the same for the evaluation prompts
         pairs/                      the iteration's training set, an Arrow dataset with the opponent's log-probs
         metrics.json
       iteration-1/ ...
-      checkpoint-*/                 Trainer's own
+      checkpoint-*/                 Trainer's own, and `self_play.json`: the place in the run, see `checkpoints`
 
 Everything is written under a temporary name and renamed when it is whole: what carries its final name is complete.
 """
 
 import json
-import os
-import shutil
+import logging
+import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, load_from_disk
+from filelock import FileLock, Timeout
 
+from .atomic_files import (
+    checksum,
+    checksum_of,
+    finish_directory,
+    is_temporary,
+    remove,
+    temporary_path,
+    write_directory,
+    write_file,
+)
+
+
+logger = logging.getLogger(__name__)
+
+_PART_NAME = re.compile(r"part-\d{8,}-(?P<size>\d+)-(?P<checksum>[0-9a-f]{16})\.parquet")
+_CHECKSUM_FILE = "checksum.txt"
+_KINDS = ("generations", "evaluation")
 
 COMPLETION_SCHEMA = pa.schema(
     [
@@ -38,16 +59,22 @@ COMPLETION_SCHEMA = pa.schema(
 )
 
 
+class RunDirectoryError(RuntimeError):
+    """The run directory cannot be used: the message says what was found, what was expected and what to do."""
+
+
 class IterationStore:
     """
     The files of one self-play run.
 
     Args:
         output_dir (`str` or `Path`): The run directory. Nothing is written before the first write.
+        run_id (`str`): Name of the run, written into what it makes, so that another run's files are known as such.
     """
 
-    def __init__(self, output_dir: str | Path):
+    def __init__(self, output_dir: str | Path, run_id: str = ""):
         self.output_dir = Path(output_dir).absolute()
+        self.run_id = run_id
 
     def path(self, iteration: int, *names: str) -> Path:
         """Path of an iteration's directory, or of something in it."""
@@ -61,37 +88,93 @@ class IterationStore:
 
     def iterations(self) -> list[int]:
         """Numbers of the iterations that have been begun, ascending."""
-        found = (p.name.removeprefix("iteration-") for p in self.output_dir.glob("iteration-*") if p.is_dir())
+        found = (_number(p) for p in self.output_dir.glob("iteration-*") if p.is_dir())
         return sorted(int(number) for number in found if number.isdigit())
+
+    def checkpoints(self) -> list[Path]:
+        """Trainer's checkpoints, the newest (the one of most steps) first."""
+        found = [p for p in self.output_dir.glob("checkpoint-*") if p.is_dir() and _number(p).isdigit()]
+        return sorted(found, key=lambda path: int(_number(path)), reverse=True)
 
     def has_pairs(self, iteration: int) -> bool:
         return self.path(iteration, "pairs").is_dir()
 
     # Run
 
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """
+        Keep other processes from running here. A process that ends, in whatever way, lets go.
+
+        Raises:
+            [`RunDirectoryError`]: if another process runs here.
+        """
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.output_dir / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise RunDirectoryError(
+                f"Another process is running in `output_dir` ({self.output_dir}): it holds {lock.lock_file}. Wait for "
+                "it, end it, or choose another `output_dir`."
+            ) from None
+        try:
+            yield
+        finally:
+            lock.release()
+
     def write_run(self, description: dict[str, Any]) -> None:
-        _write_atomically(self.output_dir / "self_play.json", lambda path: path.write_text(_to_json(description)))
+        write_file(self.output_dir / "self_play.json", lambda path: path.write_text(to_json(description)))
+
+    def has_run(self) -> bool:
+        return (self.output_dir / "self_play.json").exists()
+
+    def mark_finished(self) -> None:
+        """Note that nothing of the run is left to do."""
+        self.write_run({**self.read_run(), "finished": True})
 
     def read_run(self) -> dict[str, Any]:
-        return json.loads((self.output_dir / "self_play.json").read_text())
+        path = self.output_dir / "self_play.json"
+        try:
+            return json.loads(path.read_text())
+        except ValueError as error:
+            raise RunDirectoryError(
+                f"{path} is not JSON ({error}), so what was run here is not known. Choose another `output_dir`, or set "
+                "`overwrite_output_dir=True` to delete this run."
+            ) from error
 
     def write_invalid_rows(self, rows: list[dict[str, Any]]) -> None:
         """List the rows that were left out, one a line; no file where there are none."""
         path = self.output_dir / "invalid_rows.jsonl"
         if rows:
             text = "".join(json.dumps(row) + "\n" for row in rows)
-            _write_atomically(path, lambda temporary: temporary.write_text(text))
+            write_file(path, lambda temporary: temporary.write_text(text))
         else:
             path.unlink(missing_ok=True)
 
     def clear(self) -> None:
         """Delete the self-play run that lies here, and Trainer's checkpoints of it. Anything else stays."""
         for path in self.output_dir.iterdir():
-            kind, _, number = path.name.partition("-")
-            if kind in ("iteration", "checkpoint") and number.isdigit() and path.is_dir():
-                shutil.rmtree(path)
+            if path.name.startswith(("iteration-", "checkpoint-")) and _number(path).isdigit() and path.is_dir():
+                remove(path)
+        self.clear_temporary()
         for name in ("self_play.json", "invalid_rows.jsonl"):
             (self.output_dir / name).unlink(missing_ok=True)
+
+    def clear_temporary(self) -> None:
+        """Delete what an earlier process did not write to its end."""
+        own = [self.path(number) for number in self.iterations()]
+        for directory in (self.output_dir, *own, *(self.path(i, k) for i in self.iterations() for k in _KINDS)):
+            if directory.is_dir() and not directory.is_symlink():
+                for path in directory.iterdir():
+                    if is_temporary(path):
+                        remove(path)
+
+    def forget_from(self, iteration: int) -> None:
+        """Delete `iteration` and all later ones."""
+        for number in self.iterations():
+            if number >= iteration:
+                remove(self.path(number))
 
     # Opponent
 
@@ -103,47 +186,102 @@ class IterationStore:
             `Path`: the directory, complete on the main process as soon as this returns.
         """
         path = self.path(iteration, "opponent")
-        temporary = path.with_name("opponent.tmp")
+        temporary = temporary_path(path, shared=True)
         if is_main_process:
-            shutil.rmtree(temporary, ignore_errors=True)
-        save(str(temporary))
+            remove(temporary)
+        try:
+            save(str(temporary))
+        except BaseException:
+            if is_main_process:
+                remove(temporary)
+            raise
         if is_main_process:
             # Trainer pickles its arguments beside the weights; an opponent holds safetensors and JSON only.
             (temporary / "training_args.bin").unlink(missing_ok=True)
-            shutil.rmtree(path, ignore_errors=True)
-            temporary.rename(path)
+            finish_directory(temporary, path)
         return path
 
     # Completions
 
-    def write_completions(self, iteration: int, kind: str, part: str, columns: dict[str, list]) -> None:
-        """Write one part of the completions of `kind` ("generations" or "evaluation") under the name `part`."""
-        table = pa.table(columns, schema=COMPLETION_SCHEMA)
-        path = self.path(iteration, kind, f"part-{part}.parquet")
-        _write_atomically(path, lambda temporary: pq.write_table(table, temporary))
+    def write_completions(self, iteration: int, kind: str, first_row: int, columns: dict[str, list]) -> None:
+        """Write one part of the completions of `kind` ("generations" or "evaluation")."""
+        table = pa.table(columns, schema=COMPLETION_SCHEMA.with_metadata(self._origin(iteration, kind)))
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink)
+        content = sink.getvalue().to_pybytes()
+
+        def write(temporary: Path) -> None:
+            temporary.write_bytes(content)
+
+        name = f"part-{first_row:08d}-{len(content)}-{checksum_of(content)}.parquet"
+        write_file(self.path(iteration, kind, name), write)
 
     def read_completions(self, iteration: int, kind: str) -> pa.Table:
-        """All completions of an iteration, sorted by row and sample; empty if there are none."""
-        parts = sorted(self.path(iteration, kind).glob("part-*.parquet"))
-        tables = [pq.read_table(part, schema=COMPLETION_SCHEMA) for part in parts]
+        """
+        All completions of an iteration, sorted by row and sample; empty if there are none.
+
+        Raises:
+            [`RunDirectoryError`]: if a part is torn, or of another run.
+        """
+        tables = []
+        for part in self._parts(iteration, kind):
+            problem = self._problem_of_part(part, iteration, kind)
+            if problem is not None:
+                raise RunDirectoryError(f"{part} {problem}. Delete it and start again: its completions are redone.")
+            tables.append(pq.read_table(part, schema=COMPLETION_SCHEMA))
         table = pa.concat_tables(tables) if tables else COMPLETION_SCHEMA.empty_table()
         return table.sort_by([("row", "ascending"), ("sample", "ascending")])
 
     def completed_rows(self, iteration: int, kind: str) -> set[int]:
-        """Rows whose completions are already on disk. A part holds all samples of its rows."""
+        """Rows whose completions are already on disk. Parts that are torn or of another run are deleted first."""
+        for part in self._parts(iteration, kind):
+            problem = self._problem_of_part(part, iteration, kind)
+            if problem is not None:
+                logger.warning(f"{part} {problem}: its completions are redone.")
+                remove(part)
         return set(self.read_completions(iteration, kind)["row"].to_pylist())
+
+    def _parts(self, iteration: int, kind: str) -> list[Path]:
+        return sorted(self.path(iteration, kind).glob("part-*.parquet"))
+
+    def _origin(self, iteration: int, kind: str) -> dict[str, str]:
+        return {"run": self.run_id, "iteration": str(iteration), "kind": kind}
+
+    def _problem_of_part(self, part: Path, iteration: int, kind: str) -> str | None:
+        """What is wrong with a file that should be a whole part of this run's, if anything."""
+        expected = _PART_NAME.fullmatch(part.name)
+        if expected is None:
+            return "is not a part of a run: its name should hold its first row, size and checksum"
+        if part.stat().st_size != int(expected["size"]):
+            return f"is torn: {part.stat().st_size} bytes, not the {expected['size']} of its name"
+        if checksum(part) != expected["checksum"]:
+            return "is damaged: its content does not have the checksum of its name"
+        metadata = pq.read_schema(part).metadata or {}
+        origin = self._origin(iteration, kind)
+        found = {name: metadata.get(name.encode(), b"").decode(errors="replace") for name in origin}
+        return None if found == origin else f"is of another origin: {found}, not {origin}"
 
     # Pairs
 
     def write_pairs(self, iteration: int, pairs: Dataset) -> None:
-        path = self.path(iteration, "pairs")
-        temporary = path.with_name("pairs.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        pairs.save_to_disk(str(temporary))
-        temporary.rename(path)
+        def write(temporary: Path) -> None:
+            pairs.save_to_disk(str(temporary))
+            (temporary / _CHECKSUM_FILE).write_text(checksum(temporary))
+
+        write_directory(self.path(iteration, "pairs"), write)
 
     def read_pairs(self, iteration: int) -> Dataset:
         return load_from_disk(str(self.path(iteration, "pairs")))
+
+    def pairs_checksum(self, iteration: int) -> str | None:
+        """The checksum that an iteration's pairs were written with; `None` where there are none."""
+        path = self.path(iteration, "pairs", _CHECKSUM_FILE)
+        return path.read_text() if path.exists() else None
+
+    def has_whole_pairs(self, iteration: int) -> bool:
+        """Whether an iteration's pairs are there and as they were written."""
+        path = self.path(iteration, "pairs")
+        return path.is_dir() and self.pairs_checksum(iteration) == checksum(path, without=_CHECKSUM_FILE)
 
     # Metrics
 
@@ -151,7 +289,7 @@ class IterationStore:
         """Merge `metrics` into the iteration's `metrics.json`."""
         path = self.path(iteration, "metrics.json")
         merged = {**self.read_metrics(iteration), **metrics}
-        _write_atomically(path, lambda temporary: temporary.write_text(_to_json(merged)))
+        write_file(path, lambda temporary: temporary.write_text(to_json(merged)))
 
     def read_metrics(self, iteration: int) -> dict[str, Any]:
         path = self.path(iteration, "metrics.json")
@@ -163,17 +301,10 @@ class IterationStore:
             yield iteration, self.read_metrics(iteration)
 
 
-def _write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    try:
-        write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.rename(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _number(path: Path) -> str:
+    return path.name.partition("-")[2]
 
 
-def _to_json(value: Any) -> str:
+def to_json(value: Any) -> str:
+    """A value as the run directory's JSON files hold it."""
     return json.dumps(value, indent=2, sort_keys=True, default=str) + "\n"

@@ -91,6 +91,17 @@ def prepare_data(
     return PreparedData(train, evaluation, report, invalid_rows)
 
 
+def dataset_checksum(dataset: Dataset) -> str:
+    """Checksum of the prompts and ground truths, token by token, in their order: 16 hexadecimal digits."""
+    digest = hashlib.blake2b(digest_size=8)
+    for batch in dataset.select_columns(["prompt_ids", "chosen_ids"]).with_format("arrow").iter(batch_size=1000):
+        for name in ("prompt_ids", "chosen_ids"):
+            lists = batch[name].combine_chunks()
+            digest.update(lists.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64).tobytes())
+            digest.update(lists.flatten().to_numpy(zero_copy_only=False).astype(np.int64).tobytes())
+    return digest.hexdigest()
+
+
 def drop_duplicates(dataset: Dataset) -> tuple[Dataset, int]:
     """Keep the first of all rows with the same prompt and ground truth, in tokens; and how many were dropped."""
     seen, kept = set(), []

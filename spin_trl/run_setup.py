@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate import PartialState
 from accelerate.logging import get_logger
+from accelerate.utils import str_to_bool
 from datasets import Dataset
 from transformers import (
     AutoConfig,
@@ -27,7 +28,7 @@ from transformers import (
 from trl.trainer.utils import get_config_model_id, global_then_local_main_first
 
 from . import __version__
-from .adapters import lora_rank_to_serve, starts_as_base
+from .adapters import describe_adapter, lora_rank_to_serve, starts_as_base
 from .data import check_dataset
 from .disk import check_writable
 from .generation.choice import SamplerChoice, choose_sampler
@@ -39,8 +40,9 @@ from .generation.vllm_api import VLLMServer
 from .generation.vllm_sampler import VLLMSampler
 from .inputs import check_generation_kwargs, check_model, check_peft_config, check_tokenizer, explained
 from .iteration_store import IterationStore
-from .preparation import drop_long_prompts, percentile_length, prepare_data
+from .preparation import dataset_checksum, drop_long_prompts, percentile_length, prepare_data
 from .ranks import on_every_process, on_main_process
+from .resume import check_same_run
 from .spin_config import SPINConfig
 
 
@@ -69,6 +71,7 @@ class SelfPlaySetup:
         context_length (`int`): Tokens that the model can hold.
         base_is_opponent (`bool`): Whether the first opponent is the base model as the server has it.
         api_key (`str`, *optional*): The server's.
+        adapter (`dict[str, Any]`, *optional*): Configuration of the adapter that is trained.
         data_report (`dict[str, Any]`): The training data's format, and how many rows were left out for which reason.
         invalid_rows (`list[dict]`): Which rows were left out as invalid, and why.
     """
@@ -84,6 +87,7 @@ class SelfPlaySetup:
     context_length: int
     base_is_opponent: bool
     api_key: str | None = field(repr=False)
+    adapter: dict[str, Any] | None = None
     data_report: dict[str, Any] = field(default_factory=dict)
     invalid_rows: list[dict[str, Any]] = field(default_factory=list)
     num_dropped: int = 0
@@ -120,15 +124,15 @@ class SelfPlaySetup:
                 f"A managed server loads the base model itself, but the model passed comes from {model_name!r}, which "
                 "is no folder here. Save it with `model.save_pretrained(folder)` and pass `model=folder`."
             )
-        _model_config(model, args)  # a model that is not there is known by it before the tokenizer is missed
+        context_length = _model_context_length(model, args)
+        _check_completion_length(args, context_length)
         tokenizer = _load_tokenizer(processing_class, model_name, args)
         end_token_ids = _end_token_ids(model, tokenizer, args)
         with global_then_local_main_first():
             data = prepare_data(args, tokenizer, end_token_ids, train_dataset, eval_dataset)
             if args.max_completion_length is None:
                 percentile = _DEFAULT_LENGTH_PERCENTILE
-                length = percentile_length(data.train, "chosen_ids", percentile)
-                args.max_completion_length = min(length, max(1, _model_context_length(model, args) - 1))
+                args.max_completion_length = percentile_length(data.train, "chosen_ids", percentile)
         setup = cls(
             args=args,
             model_name=model_name,
@@ -138,18 +142,21 @@ class SelfPlaySetup:
             params=_sampling_params(args, end_token_ids),
             choice=choice,
             lora_rank=lora_rank,
-            context_length=_model_context_length(model, args),
+            context_length=context_length,
             base_is_opponent=isinstance(model, str) and starts_as_base(peft_config),
             api_key=_take_api_key(args),
+            adapter=describe_adapter(model, peft_config),
             data_report=data.report,
             invalid_rows=data.invalid_rows,
         )
-        setup._check_completion_length()
         setup._fit_to_context(setup.context_length, "the model's context")
         if choice.mode == "server":
             setup._fit_to_server()
         elif choice.mode == "managed" and args.vllm_max_model_length is not None:
             setup._fit_to_context(args.vllm_max_model_length, "`vllm_max_model_length`")
+        store = IterationStore(args.output_dir)
+        if args.resume == "auto" and store.has_run() and not args.overwrite_output_dir:
+            on_main_process(lambda: check_same_run(store, setup.describe()))
         return setup
 
     def build_sampler(self, open_policy: Callable[[], AbstractContextManager[PreTrainedModel]]) -> OpponentSampler:
@@ -178,27 +185,26 @@ class SelfPlaySetup:
 
     def describe(self) -> dict[str, Any]:
         """What this run depends on, for `self_play.json`. Holds no secret."""
+        args = self.args
         return {
             "model": self.model_name,
+            "adapter": self.adapter,
             "sampler": {"mode": self.choice.mode, "reason": self.choice.reason},
-            "config": self.args.to_dict(),
+            "config": args.to_dict(),
+            "training": {
+                "total_train_batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+                "sharding": _sharding(),
+            },
             "data": {
                 **self.data_report,
-                "train_fingerprint": self.train_dataset._fingerprint,
+                "train_checksum": dataset_checksum(self.train_dataset),
+                "eval_checksum": None if self.eval_dataset is None else dataset_checksum(self.eval_dataset),
                 "num_train_rows": len(self.train_dataset),
                 "num_dropped_rows": self.num_dropped,
                 "num_eval_rows": 0 if self.eval_dataset is None else len(self.eval_dataset),
             },
             "versions": {"spin_trl": __version__, **{name: version(name) for name in _RECORDED_PACKAGES}},
         }
-
-    def _check_completion_length(self) -> None:
-        length, context = self.args.max_completion_length, self.context_length
-        if length >= context:
-            raise ValueError(
-                f"`max_completion_length` is {length}, but the model's context holds {context} tokens, prompt and "
-                "answer together: no prompt would fit. Set a smaller `max_completion_length`."
-            )
 
     def _start_server(self, store: IterationStore) -> tuple[str, str]:
         model_init_kwargs = self.args.model_init_kwargs or {}
@@ -289,6 +295,23 @@ def _check_args(args: SPINConfig | None, model_name: str) -> SPINConfig:
             "`eval_strategy` unset."
         )
     return args
+
+
+def _sharding() -> str | None:
+    """What spreads the weights over the processes. Its checkpoints are its own."""
+    for name in ("deepspeed", "fsdp"):
+        if str_to_bool(os.environ.get(f"ACCELERATE_USE_{name.upper()}", "false")):
+            return name
+    return None
+
+
+def _check_completion_length(args: SPINConfig, context_length: int) -> None:
+    length = args.max_completion_length
+    if length is not None and length >= context_length:
+        raise ValueError(
+            f"`max_completion_length` is {length}, but the model's context holds {context_length} tokens, prompt and "
+            "answer together: no prompt would fit. Set a smaller `max_completion_length`."
+        )
 
 
 def _take_api_key(args: SPINConfig) -> str | None:

@@ -14,14 +14,17 @@ from datasets import Dataset
 from torch import nn
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer_utils import SaveStrategy
 
 from .completions import GenerationJob, Share
 from .evaluation import GenerationMetrics, ScoreTable, generation_metrics
 from .generation.sampler import Completion, CompletionRequest, OpponentSampler, SamplingParams
-from .iteration_store import IterationStore
+from .iteration_store import IterationStore, RunDirectoryError
 from .pairs import add_history, describe_pairs, drop_identical_pairs, keeps_identical_pairs, make_pairs
 from .publish_check import compare_logps
+from .random_state import preserved_random_state
 from .ranks import on_every_process, on_main_process
+from .resume import RunStart
 from .scoring import completion_logps, initial_policy_as_reference, negative_log_likelihood, score_pairs
 from .spin_config import SPINConfig
 
@@ -71,7 +74,8 @@ class SelfPlayCallback(TrainerCallback):
         self.compute_generation_metrics = compute_generation_metrics
         self.base_is_opponent = base_is_opponent
         self.base_model = base_model
-        self.table = ScoreTable(tqdm.write)  # beside a progress bar a plain print would tear it
+        self.started_as_base = base_is_opponent
+        self.start = RunStart("")
         self.iteration: int | None = None
 
     def on_epoch_begin(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
@@ -79,31 +83,58 @@ class SelfPlayCallback(TrainerCallback):
         if iteration != self.iteration:
             self.play(iteration)
 
-    def on_train_end(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
-        if self.eval_dataset is not None:
-            with self._phase("evaluate", self.iteration + 1):
-                self._publish(self.iteration + 1)
-                self._evaluate(self.iteration + 1)
+    def on_epoch_end(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
+        """The policy at the end of an iteration is the next opponent: a stopped run must be able to have it back."""
+        if self.trainer.is_iteration_done and args.save_strategy != SaveStrategy.NO:
+            control.should_save = control.should_save or not self.trainer.has_checkpoint
 
-    def begin_run(self) -> None:
-        """Forget an earlier `train()` on the same trainer. What it trained is no longer the base model."""
-        self.base_is_opponent = self.base_is_opponent and self.iteration is None
+    def on_train_end(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
+        if self.eval_dataset is None or self.start.is_finished or self.trainer.stop_signal.has_stopped:
+            return
+        iteration = self.start.iteration if self.iteration is None else self.iteration + 1
+        with self.trainer.stop_signal.between_steps(), self._phase("evaluate", iteration):
+            self._publish(iteration)
+            self._evaluate(iteration)
+
+    def begin_run(self, start: RunStart) -> None:
+        """
+        Forget an earlier `train()` on the same trainer. What it trained is no longer the base model.
+
+        Raises:
+            [`RunDirectoryError`]: if the run is to go on from the initial model, which that has trained since.
+        """
+        has_trained = self.iteration is not None
+        if start.checkpoint is not None:
+            self.base_is_opponent = self.started_as_base
+        elif start.is_resumed and has_trained:
+            raise RunDirectoryError(
+                f"The run in {self.store.output_dir} has no checkpoint to go on from, and this trainer's policy is no "
+                "longer the initial model. Make a new trainer, and set `save_strategy` to keep checkpoints."
+            )
+        else:
+            self.base_is_opponent = self.base_is_opponent and not has_trained
+        self.start = start
         self.iteration = None
+        self._show_earlier_scores()
 
     def play(self, iteration: int) -> None:
         """Make the pairs of `iteration`, or read them back where they are already on disk, and train on them next."""
-        if not self.store.has_pairs(iteration):
-            with self._phase("publish", iteration):
-                self._publish(iteration)
-            if self.eval_dataset is not None:
-                with self._phase("evaluate", iteration):
-                    self._evaluate(iteration)
-            with self._phase("generate", iteration):
-                self._generate(iteration)
-            with self._phase("score", iteration):
-                self._pair_and_score(iteration)
-        self.iteration = iteration
-        self.trainer.begin_iteration(iteration, self.store.read_pairs(iteration))
+        with self.trainer.stop_signal.between_steps(), preserved_random_state():
+            if not self.store.has_pairs(iteration):
+                self._make_pairs(iteration)
+            self.iteration = iteration
+            self.trainer.begin_iteration(iteration, self.store.read_pairs(iteration))
+
+    def _make_pairs(self, iteration: int) -> None:
+        with self._phase("publish", iteration):
+            self._publish(iteration)
+        if self.eval_dataset is not None:
+            with self._phase("evaluate", iteration):
+                self._evaluate(iteration)
+        with self._phase("generate", iteration):
+            self._generate(iteration)
+        with self._phase("score", iteration):
+            self._pair_and_score(iteration)
 
     # Phases
 
@@ -162,7 +193,7 @@ class SelfPlayCallback(TrainerCallback):
                 scores |= generation_metrics(
                     self.compute_generation_metrics, self.eval_dataset, completions, self.trainer.processing_class
                 )
-            self.table.add("start" if iteration == 0 else f"iteration {iteration - 1}", scores)
+            self.table.add(_label(iteration), scores)
             return scores
 
         scores = on_main_process(measure)
@@ -207,7 +238,22 @@ class SelfPlayCallback(TrainerCallback):
     def _phase(self, name: str, iteration: int) -> Iterator[None]:
         started = time.monotonic()
         yield
-        self._record(iteration, {f"seconds_{name}": time.monotonic() - started})
+        name = f"seconds_{name}"
+        earlier = self.store.read_metrics(iteration).get(name, 0.0)  # of a run that was stopped in this phase, or later
+        self._record(iteration, {name: earlier + time.monotonic() - started})
+
+    def _show_earlier_scores(self) -> None:
+        """The rows of the table that a resumed run does not compute again."""
+        self.table = ScoreTable(tqdm.write)  # beside a progress bar a plain print would tear it
+        if self.start.is_resumed and self.trainer.is_world_process_zero():
+            for iteration, metrics in self.store.all_metrics():
+                if "evaluation" in metrics and (self.store.has_pairs(iteration) or self.start.is_finished):
+                    self.table.add(_label(iteration), metrics["evaluation"])
 
     def _record(self, iteration: int, metrics: dict[str, Any]) -> None:
         on_main_process(lambda: self.store.write_metrics(iteration, metrics))
+
+
+def _label(iteration: int) -> str:
+    """What the evaluation of an iteration's opponent is called: the opponent is what the iteration before it made."""
+    return "start" if iteration == 0 else f"iteration {iteration - 1}"

@@ -208,8 +208,11 @@ class SPINConfig(DPOConfig):
 
         > Parameters that control the run directory
 
+        resume (`str`, *optional*, defaults to `'never'`):
+            What to do with a self-play run that already lies in `output_dir`. `"auto"`: go on from where it stands, or
+            start where there is none. `"never"`: refuse; [`SPINTrainer.train`] can still be told to resume.
         overwrite_output_dir (`bool`, *optional*, defaults to `False`):
-            Whether a self-play run that already lies in `output_dir` is deleted. By default it is refused.
+            Whether a self-play run that already lies in `output_dir` is deleted. Wins over `resume`.
 
     > [!NOTE]
     > These parameters have default values different from [`~trl.DPOConfig`]:
@@ -421,6 +424,13 @@ class SPINConfig(DPOConfig):
     )
 
     # Parameters that control the run directory
+    resume: str = field(
+        default="never",
+        metadata={
+            "help": "What to do with a self-play run that already lies in `output_dir`: 'auto' goes on from where it "
+            "stands, 'never' refuses."
+        },
+    )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Whether a self-play run that already lies in `output_dir` is deleted."}
     )
@@ -428,7 +438,7 @@ class SPINConfig(DPOConfig):
     def __post_init__(self):
         check_numbers(self, _NUMBERS)
         check_mappings(self, ("chat_template_kwargs", "generation_kwargs", "model_init_kwargs"))
-        self._check_run()
+        self._check_run_directory()
         self._check_data()
         self._check_self_play()
         self._check_generation()
@@ -506,19 +516,6 @@ class SPINConfig(DPOConfig):
                 "losses that should not count."
             )
 
-    def _check_run(self):
-        if self.output_dir is not None and not str(self.output_dir).strip():
-            raise ValueError(
-                f"`output_dir` must be the path of a directory, got {self.output_dir!r}. Name the one that the run "
-                "is to be written to."
-            )
-        if self.load_best_model_at_end:
-            raise ValueError(
-                "`load_best_model_at_end=True` needs an evaluation at every checkpoint, but opponents are evaluated "
-                "between iterations. Leave it unset, and choose among the checkpoints by `metrics.json` of each "
-                "iteration."
-            )
-
     def _check_data(self):
         if (self.prompt_column is None) != (self.completion_column is None):
             raise ValueError(
@@ -587,6 +584,33 @@ class SPINConfig(DPOConfig):
                 f"{self.vllm_server_base_url!r}. Set only one of the two."
             )
         check_arguments("vllm_server_args", self.vllm_server_args, _SERVER_FLAGS)
+
+    def _check_run_directory(self):
+        if self.output_dir is not None and not str(self.output_dir).strip():
+            raise ValueError(
+                f"`output_dir` must be the path of a directory, got {self.output_dir!r}. Name the one that the run "
+                "is to be written to."
+            )
+        if self.load_best_model_at_end:
+            raise ValueError(
+                "`load_best_model_at_end=True` needs an evaluation at every checkpoint, but opponents are evaluated "
+                "between iterations. Leave it unset, and choose among the checkpoints by `metrics.json` of each "
+                "iteration."
+            )
+        if self.resume not in ("auto", "never"):
+            raise ValueError(
+                f"`resume` must be 'auto' or 'never', got {self.resume!r}. Set 'auto' to go on with what lies there."
+            )
+        if self.ignore_data_skip:
+            raise ValueError(
+                "`ignore_data_skip=True` would train a resumed iteration's first pairs twice. Leave it unset: skipping "
+                "them takes no time here."
+            )
+        if self.enable_jit_checkpoint:
+            raise ValueError(
+                "`enable_jit_checkpoint=True` would save at different steps on different processes. Leave it unset: "
+                "SIGTERM saves a checkpoint and ends the run anyway."
+            )
 
     def __str__(self) -> str:
         shown = super().__str__()

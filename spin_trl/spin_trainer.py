@@ -1,9 +1,9 @@
 """`SPINTrainer`: what differs from `DPOTrainer`, and nothing else. Knows nothing of HTTP and file names."""
 
-import math
 import textwrap
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,7 +11,8 @@ from accelerate.utils import is_peft_model
 from datasets import Dataset
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, TrainerCallback
+from tqdm import tqdm
+from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import EvalPrediction, TrainOutput
 from trl import DPOTrainer
 
@@ -19,14 +20,16 @@ from .adapters import check_fixed_reference
 from .evaluation import GenerationMetrics
 from .inputs import check_generation_metrics, check_optimizers
 from .iteration_store import IterationStore
+from .iterative_trainer import IterativeTrainer
 from .losses import SPIN_LOSSES, LossParameters
 from .ranks import on_main_process
+from .resume import Place, RunStart, start_run
 from .run_setup import SelfPlaySetup
-from .schedule import check_schedule, forget_moments, set_learning_rate
-from .scoring import forget_loader
+from .schedule import check_schedule
 from .self_play import SelfPlayCallback
 from .sharding import check_can_generate, whole_policy
 from .spin_config import SPINConfig
+from .stop_signal import EXIT_STATUS, StopOnSigterm
 
 
 if TYPE_CHECKING:
@@ -34,7 +37,7 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
 
 
-class SPINTrainer(DPOTrainer):
+class SPINTrainer(IterativeTrainer):
     """
     Trainer for Self-Play Fine-Tuning (SPIN).
 
@@ -131,9 +134,6 @@ class SPINTrainer(DPOTrainer):
             check_can_generate()
         if args.opponent_reference == "fixed":
             check_fixed_reference(peft_config)
-        # Groups of an optimizer that was passed have rates of their own; ours all have `args.learning_rate`.
-        self._own_rates = [group["lr"] for group in optimizers[0].param_groups] if optimizers[0] is not None else None
-        self._keeps_scheduler = optimizers[1] is not None
         super().__init__(
             model=model,
             args=args,
@@ -163,6 +163,8 @@ class SPINTrainer(DPOTrainer):
             base_model=self.self_play_setup.model_name,
         )
         self.add_callback(self.self_play)
+        self.stop_signal = StopOnSigterm()
+        self.add_callback(self.stop_signal)
 
     # What DPOTrainer does with a dataset of pairs at start is done per iteration, by `SelfPlayCallback`.
 
@@ -222,102 +224,72 @@ class SPINTrainer(DPOTrainer):
         """Log an iteration's metrics, without those of training steps that have not been logged yet."""
         super(DPOTrainer, self).log(dict(metrics))
 
-    def begin_iteration(self, iteration: int, pairs: Dataset) -> None:
-        """
-        Train on these pairs from now on, with the schedule and the optimizer begun anew.
-
-        Args:
-            iteration (`int`): Number of the iteration.
-            pairs ([`~datasets.Dataset`]): Its training set, scored by its opponent.
-        """
-        self.train_dataset = pairs
-        self.beta = self.args.beta_at(iteration)
-        num_steps = self._num_update_steps(len(pairs)) * self.args.epochs_per_iteration
-        self.state.max_steps = self._total_steps(self.state.global_step + num_steps, iteration + 1)
-        self._show_total_steps()
-        if not self._keeps_scheduler:
-            self._restart_schedule(iteration, min(num_steps, self.state.max_steps - self.state.global_step))
-        if self.args.reset_optimizer and iteration > 0:
-            forget_moments(self.optimizer)
-
-    # The training loop, for iterations of different lengths
+    # The run
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs) -> TrainOutput:
         """
-        Play all iterations.
+        Play all iterations, or those that are left.
+
+        On SIGTERM the current step is finished, a checkpoint saved, and the process ends with status 143.
 
         Args:
-            resume_from_checkpoint, *args, **kwargs: As for [`~transformers.Trainer.train`]. Resuming is not
-                supported yet and refused.
+            resume_from_checkpoint (`str` or `bool`, *optional*):
+                `True` goes on from where the run in `output_dir` stands, wherever it was stopped; so does
+                `args.resume="auto"`, which starts a run where there is none. A checkpoint in `output_dir` goes on from
+                there; what was made after it is deleted.
+            *args, **kwargs:
+                As for [`~transformers.Trainer.train`].
 
         Raises:
-            `FileExistsError`: if `output_dir` holds a self-play run already and `overwrite_output_dir` is not set.
+            `FileExistsError`: if `output_dir` holds a self-play run that is neither to be resumed nor overwritten.
+            [`RunDirectoryError`]: if the run there cannot be resumed, or another process is running it.
         """
-        if resume_from_checkpoint:
-            raise NotImplementedError("Resuming a self-play run is not supported yet. Start it anew.")
-        on_main_process(self._claim_output_dir)
-        self.self_play.begin_run()
-        try:
-            self.self_play_setup.open_sampler(self.sampler, self.store)
-            return super().train(None, *args, **kwargs)
-        finally:
-            self.self_play_setup.close_sampler(self.sampler)
+        requested = _as_bool_or_path(resume_from_checkpoint)
+        with ExitStack() as stack:
+            on_main_process(lambda: stack.enter_context(self.store.lock()))
+            self.start = on_main_process(lambda: self._start_run(requested))
+            self.store.run_id = self.start.run_id
+            self.self_play.begin_run(self.start)
+            stack.enter_context(self.stop_signal.listening())
+            if not self.start.is_finished:
+                stack.callback(self.self_play_setup.close_sampler, self.sampler)
+                self.self_play_setup.open_sampler(self.sampler, self.store)
+            checkpoint = None if self.start.checkpoint is None else str(self.start.checkpoint)
+            output = super().train(checkpoint, *args, **kwargs)
+            if self.stop_signal.has_stopped:
+                self.accelerator.print(f"Stopped by SIGTERM after step {self.state.global_step}.")
+                raise SystemExit(EXIT_STATUS)
+            on_main_process(self.store.mark_finished)
+            return output
 
-    def set_initial_training_values(self, args: SPINConfig, dataloader) -> tuple:
-        # Before the first opponent has answered, the numbers of steps are estimates. `begin_iteration` corrects them.
-        _, *values, _ = super().set_initial_training_values(args, dataloader)
-        return int(args.num_train_epochs), *values, self._total_steps(0, 0)
-
-    def _run_epoch(self, **kwargs) -> None:
-        loader = self.get_train_dataloader()
-        kwargs["train_dataloader"] = loader
-        kwargs["steps_in_epoch"] = len(loader)
-        kwargs["num_update_steps_per_epoch"] = math.ceil(len(loader) / self.args.gradient_accumulation_steps)
-        super()._run_epoch(**kwargs)
-        forget_loader(self, loader)
-
-    def _num_update_steps(self, num_pairs: int) -> int:
-        """Number of optimizer steps in one epoch over `num_pairs` pairs."""
-        per_batch = self.args.train_batch_size * self.args.world_size
-        round_to_int = math.floor if self.args.dataloader_drop_last else math.ceil
-        return max(1, math.ceil(round_to_int(num_pairs / per_batch) / self.args.gradient_accumulation_steps))
-
-    def _total_steps(self, num_steps: int, first_estimated: int) -> int:
-        """Number of steps of the run: those known, and an estimate from the iteration `first_estimated` on."""
-        num_new = len(self.self_play_setup.train_dataset) * self.args.num_generations
-        for iteration in range(first_estimated, self.args.num_iterations):
-            num_pairs = num_new * (1 + min(iteration, self.args.num_history_iterations))
-            num_steps += self._num_update_steps(num_pairs) * self.args.epochs_per_iteration
-        return min(num_steps, self.args.max_steps) if self.args.max_steps > 0 else num_steps
-
-    def _show_total_steps(self) -> None:
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
-                callback.training_bar.total = self.state.max_steps
-                callback.training_bar.refresh()
-
-    def _restart_schedule(self, iteration: int, num_steps: int) -> None:
-        """Warm-up and decay over the iteration's own steps, from its own learning rate."""
-        rate = self.args.learning_rate_at(iteration)
-        own_rates = self._own_rates or [self.args.learning_rate] * len(self.optimizer.param_groups)
-        if self.args.has_schedule("learning_rate"):
-            own_rates = [own * rate / self.args.learning_rate for own in own_rates]
-        set_learning_rate(self.optimizer, own_rates)
-        if self.is_deepspeed_enabled:
-            # Where DeepSpeed built the optimizer it also steps a scheduler of its own; this one is stepped by Trainer.
-            self.model_wrapped.lr_scheduler = None
-        self.lr_scheduler = None
-        self.create_scheduler(num_steps)
-        self.callback_handler.lr_scheduler = self.lr_scheduler
-
-    def _claim_output_dir(self) -> None:
-        if self.store.iterations():
-            if not self.args.overwrite_output_dir:
-                raise FileExistsError(
-                    f"`output_dir` ({self.args.output_dir}) already holds a self-play run with iterations "
-                    f"{self.store.iterations()}. Choose another `output_dir`, or set `overwrite_output_dir=True` to "
-                    "delete that run."
-                )
-            self.store.clear()
-        self.store.write_run(self.self_play_setup.describe())
+    def _start_run(self, requested: str | bool | None) -> RunStart:
+        start = start_run(self.store, self.args, self.self_play_setup.describe(), requested)
+        if start.is_resumed:
+            tqdm.write(str(start))
         self.store.write_invalid_rows(self.self_play_setup.invalid_rows)
+        return start
+
+    def _place(self) -> Place:
+        return Place(
+            run_id=self.store.run_id,
+            step=self.state.global_step,
+            iteration=self.iteration,
+            first_step=self.first_step,
+            steps_per_epoch=self.steps_per_epoch,
+            num_epochs=self.args.epochs_per_iteration,
+            pairs=self.store.pairs_checksum(self.iteration),
+            holds_optimizer=not self.args.save_only_model,
+        )
+
+    # What the training loop asks
+
+    def _num_new_pairs(self) -> int:
+        return len(self.self_play_setup.train_dataset) * self.args.num_generations
+
+    def _complete_checkpoint(self, checkpoint: Path) -> None:
+        self._place().write(checkpoint)
+
+
+def _as_bool_or_path(value: str | bool | None) -> str | bool | None:
+    """What `resume_from_checkpoint` means: the command line gives booleans as text."""
+    return {"true": True, "false": None, False: None}.get(value.lower() if isinstance(value, str) else value, value)

@@ -2,18 +2,20 @@
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 
-from spin_trl.iteration_store import IterationStore
+from spin_trl.atomic_files import temporary_path
+from spin_trl.iteration_store import IterationStore, RunDirectoryError
 
 
 @pytest.fixture
 def store(tmp_path) -> IterationStore:
-    return IterationStore(tmp_path / "run")
+    return IterationStore(tmp_path / "run", run_id="a-run")
 
 
 def completions(*rows: int, samples: tuple[int, ...] = (0,)) -> dict[str, list]:
@@ -41,12 +43,13 @@ def write_half_and_fail(path: Path, *args, **kwargs) -> None:
 
 
 def test_part_that_could_not_be_written_leaves_no_file_and_earlier_parts_survive(store, monkeypatch):
-    store.write_completions(0, "generations", "00000000", completions(0, 1))
+    store.write_completions(0, "generations", 0, completions(0, 1))
+    before = files(store)
     with monkeypatch.context() as patch:
-        patch.setattr(pq, "write_table", lambda table, path: write_half_and_fail(path))
+        patch.setattr(Path, "write_bytes", write_half_and_fail)
         with pytest.raises(OSError, match="No space left"):
-            store.write_completions(0, "generations", "00000002", completions(2, 3))
-    assert files(store) == ["iteration-0/generations/part-00000000.parquet"]
+            store.write_completions(0, "generations", 2, completions(2, 3))
+    assert files(store) == before and len(before) == 1
     assert store.completed_rows(0, "generations") == {0, 1}
 
 
@@ -109,12 +112,123 @@ def test_opponent_that_could_not_be_saved_leaves_the_earlier_one(store):
     assert (store.path(1, "opponent") / "model.safetensors").read_text() == "new"
 
 
+# Damage
+
+
+def parts(store: IterationStore) -> list[Path]:
+    return sorted(store.path(0, "generations").iterdir())
+
+
+def cut_off(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def give_another_name(path: Path) -> None:
+    path.rename(path.with_name("part-00000001.parquet"))
+
+
+def bring_from_another_run(path: Path) -> None:
+    other = IterationStore(path.parents[3] / "other", run_id="another")
+    other.write_completions(0, "generations", 0, completions(0, 1))
+    foreign = next(other.path(0, "generations").iterdir())
+    path.unlink()
+    foreign.rename(path.with_name(foreign.name))
+
+
+DAMAGES = [
+    (cut_off, "is torn: .* bytes, not the"),
+    (flip_a_bit, "does not have the checksum of its name"),
+    (give_another_name, "is not a part of a run"),
+    (bring_from_another_run, "is of another origin: .*'another'"),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGES)
+def test_damaged_part_is_not_read_and_its_rows_are_missing_again(store, damage, message):
+    store.write_completions(0, "generations", 0, completions(0, 1))
+    store.write_completions(0, "generations", 2, completions(2, 3))
+    damage(parts(store)[0])
+    with pytest.raises(RunDirectoryError, match=message):
+        store.read_completions(0, "generations")
+    assert store.completed_rows(0, "generations") == {2, 3}
+    assert len(parts(store)) == 1
+
+
+def test_part_of_another_iteration_is_known_by_its_content(store):
+    store.write_completions(1, "generations", 0, completions(0, 1))
+    store.path(0).mkdir()
+    store.path(1, "generations").rename(store.path(0, "generations"))
+    assert store.completed_rows(0, "generations") == set()
+
+
+@pytest.mark.parametrize("damage", [cut_off, flip_a_bit, Path.unlink])
+def test_damaged_pairs_are_known_as_such(store, damage):
+    store.write_pairs(0, Dataset.from_dict({"row": [0, 1]}))
+    assert store.has_whole_pairs(0) and len(store.pairs_checksum(0)) == 16
+    damage(next(store.path(0, "pairs").glob("*.arrow")))
+    assert not store.has_whole_pairs(0)
+
+
+def test_pairs_without_a_checksum_are_not_whole(store):
+    Dataset.from_dict({"row": [0, 1]}).save_to_disk(str(store.path(0, "pairs")))
+    assert store.pairs_checksum(0) is None and not store.has_whole_pairs(0)
+
+
+def test_what_was_not_written_to_its_end_is_cleared_and_nothing_else(store):
+    store.write_completions(0, "generations", 0, completions(0, 1))
+    store.write_run({"model": "m"})
+    before = files(store)
+    for path in (store.output_dir / "self_play.json", parts(store)[0], store.path(0, "pairs", "data")):
+        temporary = temporary_path(path.parent if path.name == "data" else path)
+        temporary.mkdir() if path.name == "data" else temporary.write_text("half")
+    store.clear_temporary()
+    assert files(store) == before
+    assert sorted(path.name for path in store.path(0).iterdir()) == ["generations"]
+
+
+def test_description_that_is_no_json_is_an_error_that_names_it(store):
+    store.output_dir.mkdir()
+    (store.output_dir / "self_play.json").write_text('{"model": ')
+    with pytest.raises(RunDirectoryError, match="self_play.json is not JSON.*overwrite_output_dir=True"):
+        store.read_run()
+
+
+# One process at a time
+
+
+HOLDER = """
+import sys
+from spin_trl.iteration_store import IterationStore
+
+with IterationStore(sys.argv[1]).lock():
+    print("locked", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_directory_that_another_process_runs_in_is_refused_until_that_is_killed(store):
+    command = [sys.executable, "-c", HOLDER, str(store.output_dir)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "locked\n"
+        with pytest.raises(RunDirectoryError, match="Another process is running in `output_dir`"), store.lock():
+            pass
+        holder.kill()
+    with store.lock():
+        pass
+
+
 # Round trips
 
 
 def test_completions_of_all_parts_come_back_sorted_by_row_and_sample(store):
-    store.write_completions(0, "generations", "00000007", completions(9, 7, samples=(1, 0)))
-    store.write_completions(0, "generations", "00000000", completions(0, 8, samples=(0, 1)))
+    store.write_completions(0, "generations", 7, completions(9, 7, samples=(1, 0)))
+    store.write_completions(0, "generations", 0, completions(0, 8, samples=(0, 1)))
     table = store.read_completions(0, "generations")
     assert table["completion_ids"].to_pylist() == [[r, s] for r in (0, 7, 8, 9) for s in (0, 1)]
     assert table.select(["row", "sample"]).to_pylist() == [
@@ -125,10 +239,10 @@ def test_completions_of_all_parts_come_back_sorted_by_row_and_sample(store):
 
 def test_completed_rows_are_those_of_whole_parts_of_this_kind_and_iteration(store):
     assert store.completed_rows(0, "generations") == set()
-    store.write_completions(0, "generations", "00000000", completions(0, 5))
-    store.write_completions(0, "evaluation", "00000000", completions(1))
-    store.write_completions(1, "generations", "00000000", completions(2))
-    leftover = store.path(0, "generations", "part-00000009.parquet.tmp-1234")
+    store.write_completions(0, "generations", 0, completions(0, 5))
+    store.write_completions(0, "evaluation", 0, completions(1))
+    store.write_completions(1, "generations", 0, completions(2))
+    leftover = store.path(0, "generations", "part-00000009-4-0123456789abcdef.parquet.tmp-1234")
     leftover.write_bytes(b"half")
     assert store.completed_rows(0, "generations") == {0, 5}
 
@@ -174,7 +288,7 @@ def test_opponent_replaces_an_older_folder_and_holds_no_pickled_arguments(store)
     old = store.path(1, "opponent")
     old.mkdir(parents=True)
     (old / "adapter_model.bin").write_text("old")
-    stale = store.path(1, "opponent.tmp")
+    stale = temporary_path(old, shared=True)
     stale.mkdir()
     (stale / "half").write_text("of an interrupted run")
 

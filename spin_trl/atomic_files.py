@@ -1,0 +1,113 @@
+"""Files and directories that are whole as soon as they carry their name. Knows nothing of what is in them.
+
+What is written goes to a temporary name beside its own, is flushed to the disk, and renamed.
+"""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+_TEMPORARY = ".tmp"
+_CHECKSUM_BYTES = 8
+
+
+def temporary_path(path: Path, shared: bool = False) -> Path:
+    """Where `path` is written before it is whole: by this process, or, if `shared`, by all of a run's together."""
+    return path.with_name(f"{path.name}{_TEMPORARY}-{'all' if shared else os.getpid()}")
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether a path is left over from a write that was cut short."""
+    return f"{_TEMPORARY}-" in path.name
+
+
+def write_file(path: Path, write: Callable[[Path], Any]) -> None:
+    """Have `write(temporary path)` make a file, and give it the name `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_path(path)
+    try:
+        write(temporary)
+        _flush(temporary)
+        temporary.rename(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _flush(path.parent)
+
+
+def finish_directory(temporary: Path, path: Path) -> None:
+    """Give a directory that is fully written the name `path`, in place of what is there."""
+    for directory, _, names in os.walk(temporary):
+        for name in names:
+            _flush(Path(directory, name))
+        _flush(Path(directory))
+    if path.exists():
+        replaced = path.with_name(f"{path.name}.replaced{_TEMPORARY}-{os.getpid()}")
+        path.rename(replaced)
+        temporary.rename(path)
+        remove(replaced)
+    else:
+        temporary.rename(path)
+    _flush(path.parent)
+
+
+def write_directory(path: Path, write: Callable[[Path], Any]) -> None:
+    """Have `write(temporary path)` make a directory, and give it the name `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_path(path)
+    try:
+        write(temporary)
+        finish_directory(temporary, path)
+    finally:
+        remove(temporary)
+
+
+def checksum(path: Path, without: str = "") -> str:
+    """
+    Checksum of a file's content, or of the names and contents of a directory's files.
+
+    Args:
+        path (`Path`): The file or directory.
+        without (`str`): Name of a file in the directory that does not count.
+
+    Returns:
+        `str`: 16 hexadecimal digits.
+    """
+    digest = hashlib.blake2b(digest_size=_CHECKSUM_BYTES)
+    if path.is_file():
+        _update(digest, path)
+    else:
+        for file in sorted(p for p in path.rglob("*") if p.is_file() and p != path / without):
+            digest.update(str(file.relative_to(path)).encode())
+            _update(digest, file)
+    return digest.hexdigest()
+
+
+def checksum_of(content: bytes) -> str:
+    """What `checksum` gives for a file with this content."""
+    return hashlib.blake2b(content, digest_size=_CHECKSUM_BYTES).hexdigest()
+
+
+def _update(digest: "hashlib._Hash", file: Path) -> None:
+    with file.open("rb") as content:
+        while block := content.read(1 << 20):
+            digest.update(block)
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a directory or a link (never what it points to). Nothing happens where there is none."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

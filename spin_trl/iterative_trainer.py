@@ -1,0 +1,196 @@
+"""`IterativeTrainer`: a DPOTrainer whose dataset, schedule and optimizer begin anew every few epochs, resumably.
+
+Knows nothing of where the pairs come from.
+"""
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import ProgressCallback
+from transformers.trainer import SCHEDULER_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from trl import DPOTrainer
+
+from .atomic_files import finish_directory, remove, temporary_path
+from .ranks import on_every_process
+from .resume import RunStart
+from .schedule import forget_moments, set_learning_rate
+from .scoring import forget_loader
+from .spin_config import SPINConfig
+
+
+class IterativeTrainer(DPOTrainer):
+    """
+    Differs from [`~trl.DPOTrainer`] in the training loop: `begin_iteration` gives each iteration its own pairs, however
+    many, and a checkpoint carries its name only when it is whole.
+
+    Args:
+        args ([`SPINConfig`]): Has the schedules.
+        optimizers (`tuple`): As for [`~trl.DPOTrainer`].
+        *other, **more: As for [`~trl.DPOTrainer`].
+    """
+
+    def __init__(
+        self,
+        *other,
+        args: SPINConfig,
+        optimizers: tuple[Optimizer | None, LRScheduler | None] = (None, None),
+        **more: Any,
+    ):
+        # Groups of an optimizer that was passed have rates of their own; ours all have `args.learning_rate`.
+        self._own_rates = [group["lr"] for group in optimizers[0].param_groups] if optimizers[0] is not None else None
+        self._keeps_scheduler = optimizers[1] is not None
+        self._staging: Path | None = None
+        self._saved_step: int | None = None
+        self.start = RunStart("")
+        self.iteration = self.first_step = self.steps_per_epoch = 0
+        super().__init__(*other, args=args, optimizers=optimizers, **more)
+
+    def _num_new_pairs(self) -> int:
+        """An estimate of how many pairs each iteration adds."""
+        raise NotImplementedError
+
+    def _complete_checkpoint(self, checkpoint: Path) -> None:
+        """Add to a checkpoint what is not Trainer's. Called by one process, before the checkpoint has its name."""
+
+    # Iterations of different lengths
+
+    def begin_iteration(self, iteration: int, pairs: Dataset) -> None:
+        """
+        Train on these pairs from now on, with the schedule and the optimizer begun anew, or, where a resumed run
+        stopped within this iteration, as they stood.
+
+        Args:
+            iteration (`int`): Number of the iteration.
+            pairs ([`~datasets.Dataset`]): Its training set, scored by its opponent.
+        """
+        num_steps_done = self.start.num_steps if iteration == self.start.iteration else 0
+        self.train_dataset = pairs
+        self.beta = self.args.beta_at(iteration)
+        self.iteration = iteration
+        self.first_step = self.state.global_step - num_steps_done
+        self.steps_per_epoch = self._num_update_steps(len(pairs))
+        num_steps = self.steps_per_epoch * self.args.epochs_per_iteration
+        self.state.max_steps = self._total_steps(self.first_step + num_steps, iteration + 1)
+        self._show_total_steps()
+        if not self._keeps_scheduler:
+            rates = [group["lr"] for group in self.optimizer.param_groups]  # a resumed run's are loaded by now
+            self._restart_schedule(iteration, min(num_steps, self.state.max_steps - self.first_step))
+            if num_steps_done > 0:
+                self._restore_schedule(rates)
+        if self.args.reset_optimizer and iteration > 0 and num_steps_done == 0:
+            forget_moments(self.optimizer)
+
+    @property
+    def is_iteration_done(self) -> bool:
+        """Whether the last step of the iteration has been taken."""
+        num_steps = self.steps_per_epoch * self.args.epochs_per_iteration
+        return self.state.global_step - self.first_step >= num_steps
+
+    def set_initial_training_values(self, args: SPINConfig, dataloader) -> tuple:
+        # Before the first opponent has answered, the numbers of steps are estimates. `begin_iteration` corrects them.
+        _, *values, _ = super().set_initial_training_values(args, dataloader)
+        return int(args.num_train_epochs), *values, self._total_steps(0, 0)
+
+    def _init_training_state(self, *args) -> tuple[int, int]:
+        # Trainer would count epochs by the steps of a single one; the checkpoint's place in the run is known.
+        self._saved_step = None
+        epochs_trained, batches_in_epoch = super()._init_training_state(*args)
+        if self.start.checkpoint is None:
+            return epochs_trained, batches_in_epoch
+        if self.start.is_trained:
+            self.state.max_steps = self.state.global_step
+            return int(self.args.num_train_epochs), 0
+        return self.start.epochs_trained, self.start.steps_in_epoch * self.args.gradient_accumulation_steps
+
+    def _run_epoch(self, **kwargs) -> None:
+        loader = self.get_train_dataloader()
+        kwargs["train_dataloader"] = loader
+        kwargs["steps_in_epoch"] = len(loader)
+        kwargs["num_update_steps_per_epoch"] = math.ceil(len(loader) / self.args.gradient_accumulation_steps)
+        super()._run_epoch(**kwargs)
+        forget_loader(self, loader)
+
+    def _num_update_steps(self, num_pairs: int) -> int:
+        """Number of optimizer steps in one epoch over `num_pairs` pairs."""
+        per_batch = self.args.train_batch_size * self.args.world_size
+        round_to_int = math.floor if self.args.dataloader_drop_last else math.ceil
+        return max(1, math.ceil(round_to_int(num_pairs / per_batch) / self.args.gradient_accumulation_steps))
+
+    def _total_steps(self, num_steps: int, first_estimated: int) -> int:
+        """Number of steps of the run: those known, and an estimate from the iteration `first_estimated` on."""
+        for iteration in range(first_estimated, self.args.num_iterations):
+            num_pairs = self._num_new_pairs() * (1 + min(iteration, self.args.num_history_iterations))
+            num_steps += self._num_update_steps(num_pairs) * self.args.epochs_per_iteration
+        return min(num_steps, self.args.max_steps) if self.args.max_steps > 0 else num_steps
+
+    def _show_total_steps(self) -> None:
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
+                callback.training_bar.total = self.state.max_steps
+                callback.training_bar.refresh()
+
+    # Schedules
+
+    def _restart_schedule(self, iteration: int, num_steps: int) -> None:
+        """Warm-up and decay over the iteration's own steps, from its own learning rate."""
+        rate = self.args.learning_rate_at(iteration)
+        own_rates = self._own_rates or [self.args.learning_rate] * len(self.optimizer.param_groups)
+        if self.args.has_schedule("learning_rate"):
+            own_rates = [own * rate / self.args.learning_rate for own in own_rates]
+        set_learning_rate(self.optimizer, own_rates)
+        if self.is_deepspeed_enabled:
+            # Where DeepSpeed built the optimizer it also steps a scheduler of its own; this one is stepped by Trainer.
+            self.model_wrapped.lr_scheduler = None
+        self.lr_scheduler = None
+        self.create_scheduler(num_steps)
+        self.callback_handler.lr_scheduler = self.lr_scheduler
+
+    def _restore_schedule(self, rates: list[float]) -> None:
+        """Go on where the checkpoint's schedule stood. Trainer loaded it into the one that was replaced since."""
+        path = os.path.join(self.start.checkpoint, SCHEDULER_NAME)
+        self.lr_scheduler.load_state_dict(torch.load(path, weights_only=True))
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+
+    # Checkpoints
+
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether this run has saved a checkpoint of its present step."""
+        return self._saved_step == self.state.global_step
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """As Trainer's, but written elsewhere, completed, and given its name when it is whole."""
+        directory = Path(super()._get_output_dir(trial))
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        self._staging = temporary_path(directory / PREFIX_CHECKPOINT_DIR, shared=True)
+        try:
+            on_every_process(lambda: super(IterativeTrainer, self)._save_checkpoint(model, trial))
+            on_every_process(lambda: self._finish_checkpoint(self._staging / name, directory / name))
+        finally:
+            if self.args.should_save:
+                remove(self._staging)
+            self._staging = None
+        self._saved_step = self.state.global_step
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(directory / name))
+
+    def _finish_checkpoint(self, written: Path, path: Path) -> None:
+        if self.args.should_save:
+            self._complete_checkpoint(written)
+            finish_directory(written, path)
+            rotate_checkpoints(str(path.parent), self.args.save_total_limit, use_mtime=True)
+
+    def _get_output_dir(self, trial) -> str:
+        return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._staging is None:  # else it is pushed as soon as it has its name
+            super()._push_from_checkpoint(checkpoint_folder)

@@ -1,0 +1,160 @@
+"""A short run that counts what it does, and ends itself with SIGKILL at a given count. See test_kill_and_resume.py.
+
+Everything that a kill could fall between counts: a forward pass, a file about to be written, flushed, renamed or
+deleted, a step's beginning and end. On one process a run repeats exactly, so a count is a place in it.
+"""
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import LlamaForCausalLM, TrainerCallback
+
+from spin_trl import SPINConfig, SPINTrainer
+from spin_trl.self_play import SelfPlayCallback
+
+
+FINAL_WEIGHTS = "final.safetensors"
+PLACES = "places.json"
+
+
+class KillAt:
+    """
+    Counts, remembers in which phase, and ends the process at a given count.
+
+    Args:
+        count (`int`, *optional*): Where to end; by default never.
+    """
+
+    def __init__(self, count: int | None):
+        self.count = count
+        self.places: list[str] = []
+        self.phase = "start"
+
+    def here(self) -> None:
+        if len(self.places) == self.count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.places.append(self.phase)
+
+    @contextmanager
+    def within(self, phase: str):
+        earlier, self.phase = self.phase, phase
+        try:
+            yield
+        finally:
+            self.phase = earlier
+
+    def before(self, function: Callable) -> Callable:
+        """`function`, with a count before it."""
+
+        def counted(*args, **kwargs):
+            self.here()
+            return function(*args, **kwargs)
+
+        return counted
+
+
+class CountSteps(TrainerCallback):
+    def __init__(self, kill: KillAt):
+        self.kill = kill
+
+    def on_step_begin(self, *args, **kwargs):
+        self.kill.here()
+
+    def on_step_end(self, *args, **kwargs):
+        self.kill.here()
+
+    def on_epoch_end(self, *args, **kwargs):
+        with self.kill.within("between iterations"):
+            self.kill.here()
+
+    def on_save(self, *args, **kwargs):
+        with self.kill.within("between iterations"):
+            self.kill.here()
+
+
+def instrument(kill: KillAt) -> None:
+    """Count wherever the state on disk or in memory changes. The process is this run's alone."""
+    os.fsync = kill.before(os.fsync)
+    Path.rename = kill.before(Path.rename)
+    shutil.rmtree = kill.before(shutil.rmtree)
+    torch.save = kill.before(torch.save)
+    LlamaForCausalLM.forward = kill.before(LlamaForCausalLM.forward)
+    phase_of, save_checkpoint, save_opponent = (
+        SelfPlayCallback._phase,
+        SPINTrainer._save_checkpoint,
+        SPINTrainer.save_opponent,
+    )
+
+    @contextmanager
+    def phase(self, name, iteration):
+        with kill.within(name), phase_of(self, name, iteration):
+            yield
+
+    def saving(self, *args):
+        with kill.within("checkpoint"):
+            save_checkpoint(self, *args)
+
+    def saving_opponent(self, *args):
+        with kill.within("opponent"):
+            kill.here()
+            save_opponent(self, *args)
+            kill.here()
+
+    SelfPlayCallback._phase = phase
+    SPINTrainer._save_checkpoint = saving
+    SPINTrainer.save_opponent = saving_opponent
+
+
+def play(model: str, rows: list[dict], output_dir: str, kill_at: int | None, settings: dict) -> None:
+    """Play the run, or what is left of it, and leave the final weights and the phase of every count."""
+    torch.set_num_threads(1)
+    kill = KillAt(kill_at)
+    instrument(kill)
+    trainer = SPINTrainer(
+        model,
+        SPINConfig(output_dir=output_dir, **{**SETTINGS, **settings}),
+        train_dataset=Dataset.from_list(rows[:24]),
+        eval_dataset=Dataset.from_list(rows[24:32]),
+        peft_config=LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.2),
+        callbacks=[CountSteps(kill)],
+    )
+    with kill.within("train"):
+        trainer.train()
+    weights = {name: p.detach().contiguous() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    safetensors.torch.save_file(weights, Path(output_dir, FINAL_WEIGHTS))
+    Path(output_dir, PLACES).write_text(json.dumps(kill.places))
+
+
+# Greedy, so that a completion does not depend on what it was batched with. With dropout, so that random state counts.
+SETTINGS = {
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "logging_steps": 1,
+    "resume": "auto",
+    "save_steps": 2,
+    "num_iterations": 3,
+    "epochs_per_iteration": 2,
+    "learning_rate": [1e-2, 5e-3, 5e-3],
+    "warmup_steps": 0.25,
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 2,
+    "disable_dropout": False,
+    "max_completion_length": 12,
+    "temperature": 0.0,
+    "identical_pairs": "keep",
+    "use_vllm": False,
+    "generation_part_size": 6,
+    "per_device_generation_batch_size": 3,
+}
