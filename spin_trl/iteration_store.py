@@ -20,6 +20,7 @@ Everything is written under a temporary name and renamed when it is whole: what 
 
 import json
 import logging
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -46,6 +47,7 @@ from .atomic_files import (
 logger = logging.getLogger(__name__)
 
 _PART_NAME = re.compile(r"part-\d{8,}-(?P<size>\d+)-(?P<checksum>[0-9a-f]{16})\.parquet")
+_NUMBERED = re.compile(r"(iteration|checkpoint)-(0|[1-9][0-9]*)")  # as a run names them: no "-01", no "-²"
 _CHECKSUM_FILE = "checksum.txt"
 _KINDS = ("generations", "evaluation")
 
@@ -77,24 +79,44 @@ class IterationStore:
         self.run_id = run_id
 
     def path(self, iteration: int, *names: str) -> Path:
-        """Path of an iteration's directory, or of something in it."""
-        return self.output_dir.joinpath(f"iteration-{iteration}", *names)
+        """
+        Path of an iteration's directory, or of something in it.
+
+        Raises:
+            [`RunDirectoryError`]: if a link leads out of the run directory on the way.
+        """
+        return self._own(f"iteration-{iteration:d}", *names)
 
     @property
     def server_log(self) -> Path:
-        return self.output_dir / "vllm-server.log"
+        return self._own("vllm-server.log")
+
+    def _own(self, *names: str) -> Path:
+        """A path in the run directory, none of whose parts is a link: what lies elsewhere is somebody else's."""
+        path = self.output_dir
+        for name in names:
+            path = path / name
+            if path.is_symlink():
+                raise RunDirectoryError(
+                    f"{path} is a link to {os.readlink(path)}, but a run reads and writes its own files only. Remove "
+                    "the link; to keep a run elsewhere, make `output_dir` itself the link."
+                )
+        return path
 
     # What is there
 
     def iterations(self) -> list[int]:
         """Numbers of the iterations that have been begun, ascending."""
-        found = (_number(p) for p in self.output_dir.glob("iteration-*") if p.is_dir())
-        return sorted(int(number) for number in found if number.isdigit())
+        return sorted(_number(path) for path in self._numbered("iteration"))
 
     def checkpoints(self) -> list[Path]:
         """Trainer's checkpoints, the newest (the one of most steps) first."""
-        found = [p for p in self.output_dir.glob("checkpoint-*") if p.is_dir() and _number(p).isdigit()]
-        return sorted(found, key=lambda path: int(_number(path)), reverse=True)
+        return sorted(self._numbered("checkpoint"), key=_number, reverse=True)
+
+    def _numbered(self, kind: str) -> list[Path]:
+        """Directories of a kind. A link is none: it may lead anywhere."""
+        found = self.output_dir.glob(f"{kind}-*")
+        return [path for path in found if _NUMBERED.fullmatch(path.name) and path.is_dir() and not path.is_symlink()]
 
     def has_pairs(self, iteration: int) -> bool:
         return self.path(iteration, "pairs").is_dir()
@@ -155,7 +177,7 @@ class IterationStore:
     def clear(self) -> None:
         """Delete the self-play run that lies here, and Trainer's checkpoints of it. Anything else stays."""
         for path in self.output_dir.iterdir():
-            if path.name.startswith(("iteration-", "checkpoint-")) and _number(path).isdigit() and path.is_dir():
+            if _NUMBERED.fullmatch(path.name) and (path.is_dir() or path.is_symlink()):
                 remove(path)
         self.clear_temporary()
         for name in ("self_play.json", "invalid_rows.jsonl"):
@@ -164,7 +186,7 @@ class IterationStore:
     def clear_temporary(self) -> None:
         """Delete what an earlier process did not write to its end."""
         own = [self.path(number) for number in self.iterations()]
-        for directory in (self.output_dir, *own, *(self.path(i, k) for i in self.iterations() for k in _KINDS)):
+        for directory in (self.output_dir, *own, *(self.path(i) / kind for i in self.iterations() for kind in _KINDS)):
             if directory.is_dir() and not directory.is_symlink():
                 for path in directory.iterdir():
                     if is_temporary(path):
@@ -271,7 +293,19 @@ class IterationStore:
         write_directory(self.path(iteration, "pairs"), write)
 
     def read_pairs(self, iteration: int) -> Dataset:
-        return load_from_disk(str(self.path(iteration, "pairs")))
+        """
+        Raises:
+            [`RunDirectoryError`]: if they name files that do not lie with them.
+        """
+        path = self.path(iteration, "pairs")
+        for file in json.loads((path / "state.json").read_text()).get("_data_files", []):
+            if Path(file["filename"]).name != file["filename"]:
+                raise RunDirectoryError(
+                    f"{path / 'state.json'} names {file['filename']!r}, but the files of a dataset lie beside it. "
+                    f"Somebody has changed it: delete {path} and start again, and the pairs are made again."
+                )
+            self.path(iteration, "pairs", file["filename"])
+        return load_from_disk(str(path))
 
     def pairs_checksum(self, iteration: int) -> str | None:
         """The checksum that an iteration's pairs were written with; `None` where there are none."""
@@ -301,8 +335,8 @@ class IterationStore:
             yield iteration, self.read_metrics(iteration)
 
 
-def _number(path: Path) -> str:
-    return path.name.partition("-")[2]
+def _number(path: Path) -> int:
+    return int(path.name.partition("-")[2])
 
 
 def to_json(value: Any) -> str:

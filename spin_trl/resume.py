@@ -67,7 +67,11 @@ class Place:
         Raises:
             `OSError`, `ValueError`, `TypeError`: if there is none, or it is not one.
         """
-        return cls(**json.loads((checkpoint / _PLACE_FILE).read_text()))
+        place = cls(**json.loads((checkpoint / _PLACE_FILE).read_text()))
+        numbers = {name: value for name, value in asdict(place).items() if cls.__annotations__[name] is int}
+        if any(type(value) is not int or value < (name == "steps_per_epoch") for name, value in numbers.items()):
+            raise ValueError(f"expected whole numbers from 0 on, found {numbers}")
+        return place
 
 
 @dataclass(frozen=True)
