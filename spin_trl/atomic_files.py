@@ -5,8 +5,10 @@ What is written goes to a temporary name beside its own, is flushed to the disk,
 
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ def temporary_path(path: Path, shared: bool = False) -> Path:
 
 def is_temporary(path: Path) -> bool:
     """Whether a path is left over from a write that was cut short."""
-    return f"{_TEMPORARY}-" in path.name
+    return re.search(rf"{re.escape(_TEMPORARY)}-(\d+|all)$", path.name) is not None
 
 
 def write_file(path: Path, write: Callable[[Path], Any]) -> None:
@@ -65,13 +67,13 @@ def write_directory(path: Path, write: Callable[[Path], Any]) -> None:
         remove(temporary)
 
 
-def checksum(path: Path, without: str = "") -> str:
+def checksum(path: Path, without: tuple[str, ...] = ()) -> str:
     """
     Checksum of a file's content, or of the names and contents of a directory's files.
 
     Args:
         path (`Path`): The file or directory.
-        without (`str`): Name of a file in the directory that does not count.
+        without (`tuple[str, ...]`): Patterns of names of files in the directory that do not count.
 
     Returns:
         `str`: 16 hexadecimal digits.
@@ -80,7 +82,9 @@ def checksum(path: Path, without: str = "") -> str:
     if path.is_file():
         _update(digest, path)
     else:
-        for file in sorted(p for p in path.rglob("*") if p.is_file() and p != path / without):
+        for file in sorted(p for p in path.rglob("*") if p.is_file()):
+            if any(fnmatch(file.name, pattern) for pattern in without):
+                continue
             digest.update(str(file.relative_to(path)).encode())
             _update(digest, file)
     return digest.hexdigest()

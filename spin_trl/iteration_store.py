@@ -49,6 +49,7 @@ logger = logging.getLogger(__name__)
 _PART_NAME = re.compile(r"part-\d{8,}-(?P<size>\d+)-(?P<checksum>[0-9a-f]{16})\.parquet")
 _NUMBERED = re.compile(r"(iteration|checkpoint)-(0|[1-9][0-9]*)")  # as a run names them: no "-01", no "-²"
 _CHECKSUM_FILE = "checksum.txt"
+_NOT_PAIRS = (_CHECKSUM_FILE, "cache-*", "tmp*")  # the `datasets` library keeps its caches beside the data
 _KINDS = ("generations", "evaluation")
 
 COMPLETION_SCHEMA = pa.schema(
@@ -288,9 +289,12 @@ class IterationStore:
     def write_pairs(self, iteration: int, pairs: Dataset) -> None:
         def write(temporary: Path) -> None:
             pairs.save_to_disk(str(temporary))
-            (temporary / _CHECKSUM_FILE).write_text(checksum(temporary))
+            (temporary / _CHECKSUM_FILE).write_text(checksum(temporary, without=_NOT_PAIRS))
 
         write_directory(self.path(iteration, "pairs"), write)
+        for pattern in _NOT_PAIRS[1:]:  # what mixing in the history left there, as large as the pairs
+            for path in self.output_dir.glob(f"iteration-*/pairs/{pattern}"):
+                remove(path)
 
     def read_pairs(self, iteration: int) -> Dataset:
         """
@@ -315,7 +319,7 @@ class IterationStore:
     def has_whole_pairs(self, iteration: int) -> bool:
         """Whether an iteration's pairs are there and as they were written."""
         path = self.path(iteration, "pairs")
-        return path.is_dir() and self.pairs_checksum(iteration) == checksum(path, without=_CHECKSUM_FILE)
+        return path.is_dir() and self.pairs_checksum(iteration) == checksum(path, without=_NOT_PAIRS)
 
     # Metrics
 

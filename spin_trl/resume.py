@@ -159,6 +159,7 @@ def start_run(
         )
     if exists:
         store.clear()
+    store.clear_temporary()
     run_id = os.urandom(4).hex()
     store.write_run({**description, "run": run_id, "starts": [_now("the initial model")]})
     return RunStart(run_id)

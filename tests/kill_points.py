@@ -19,6 +19,8 @@ from peft import LoraConfig
 from transformers import LlamaForCausalLM, TrainerCallback
 
 from spin_trl import SPINConfig, SPINTrainer
+from spin_trl.generation.managed_server import ManagedServer
+from spin_trl.run_setup import SelfPlaySetup
 from spin_trl.self_play import SelfPlayCallback
 
 
@@ -88,11 +90,9 @@ def instrument(kill: KillAt) -> None:
     shutil.rmtree = kill.before(shutil.rmtree)
     torch.save = kill.before(torch.save)
     LlamaForCausalLM.forward = kill.before(LlamaForCausalLM.forward)
-    phase_of, save_checkpoint, save_opponent = (
-        SelfPlayCallback._phase,
-        SPINTrainer._save_checkpoint,
-        SPINTrainer.save_opponent,
-    )
+    ManagedServer._is_ready = kill.before(ManagedServer._is_ready)
+    phase_of, open_sampler = SelfPlayCallback._phase, SelfPlaySetup.open_sampler
+    save_checkpoint, save_opponent = SPINTrainer._save_checkpoint, SPINTrainer.save_opponent
 
     @contextmanager
     def phase(self, name, iteration):
@@ -109,9 +109,13 @@ def instrument(kill: KillAt) -> None:
             save_opponent(self, *args)
             kill.here()
 
-    SelfPlayCallback._phase = phase
-    SPINTrainer._save_checkpoint = saving
-    SPINTrainer.save_opponent = saving_opponent
+    def opening(self, *args):
+        with kill.within("server start"):
+            kill.here()
+            open_sampler(self, *args)
+
+    SelfPlayCallback._phase, SelfPlaySetup.open_sampler = phase, opening
+    SPINTrainer._save_checkpoint, SPINTrainer.save_opponent = saving, saving_opponent
 
 
 def play(model: str, rows: list[dict], output_dir: str, kill_at: int | None, settings: dict) -> None:
@@ -154,7 +158,6 @@ SETTINGS = {
     "max_completion_length": 12,
     "temperature": 0.0,
     "identical_pairs": "keep",
-    "use_vllm": False,
     "generation_part_size": 6,
     "per_device_generation_batch_size": 3,
 }

@@ -17,14 +17,17 @@ from safetensors.torch import load_file
 from spin_trl.iteration_store import IterationStore
 
 
-NUM_KILLS = 20
-NUM_QUICK_KILLS = 5
-# A server that starts anew for every process prepares imports once and forks from there.
+NUM_KILLS_IN_PROCESS = 17
+# How the opponent is sampled, and which of the kills: the first so many over all phases, or one in a certain phase.
+IN_PROCESS = [("in-process", number) for number in range(NUM_KILLS_IN_PROCESS)]
+WITH_SERVER = [("server", "opponent"), ("server", "generate"), ("managed", "server start")]
+QUICK = [*IN_PROCESS[:4], WITH_SERVER[0]]
+# It prepares imports once, and forks a process for every run.
 FORKSERVER = multiprocessing.get_context("forkserver")
 FORKSERVER.set_forkserver_preload(["kill_points"])
 
 
-def start(model: str, output_dir: Path, kill_at: int | None = None, **settings) -> int:
+def start(model: str, output_dir: Path, settings: dict, kill_at: int | None = None) -> int:
     """Play in a process of its own; its exit status."""
     rows = read_rows("accent_train.jsonl", 32)
     process = FORKSERVER.Process(target=kill_points.play, args=(model, rows, str(output_dir), kill_at, settings))
@@ -34,25 +37,35 @@ def start(model: str, output_dir: Path, kill_at: int | None = None, **settings) 
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tiny_model, tmp_path_factory) -> Path:
-    output_dir = tmp_path_factory.mktemp("undisturbed") / "run"
-    assert start(tiny_model, output_dir) == 0
-    return output_dir
+def undisturbed(tiny_model, tmp_path_factory, request):
+    """A function that gives the directory of an undisturbed run with this kind of sampler, and its settings."""
+    runs = {}
+
+    def get(sampler: str) -> tuple[Path, dict]:
+        settings = {"use_vllm": False}
+        if sampler != "in-process":
+            server = request.getfixturevalue("lora_server")
+            settings = {"vllm_server_base_url": server.base_url, "vllm_api_key": server.api_key}
+        compared_with = "in-process" if sampler == "in-process" else "server"
+        if compared_with not in runs:
+            runs[compared_with] = tmp_path_factory.mktemp("undisturbed") / "run"
+            assert start(tiny_model, runs[compared_with], settings) == 0
+        return runs[compared_with], {"vllm_mode": "managed"} if sampler == "managed" else settings
+
+    return get
 
 
-def choose_kills(places: list[str], num_kills: int) -> list[int]:
-    """Counts at which to kill, over all phases alike, repeatably."""
+def choose_kill(places: list[str], which: int | str) -> int:
+    """A count at which to kill. The first so many fall on all phases alike; which, repeats."""
     by_phase = defaultdict(list)
     for count, phase in enumerate(places):
         by_phase[phase].append(count)
     chooser = random.Random(0)
-    queues = [chooser.sample(by_phase[phase], len(by_phase[phase])) for phase in sorted(by_phase)]
-    chosen = []
-    while len(chosen) < num_kills:
-        for queue in queues:
-            if queue:
-                chosen.append(queue.pop())
-    return chosen[:num_kills]
+    if isinstance(which, str):
+        return chooser.choice(by_phase[which])
+    shuffled = [chooser.sample(by_phase[phase], len(by_phase[phase])) for phase in sorted(by_phase)]
+    in_turn = [counts[n] for n in range(max(map(len, shuffled))) for counts in shuffled if n < len(counts)]
+    return in_turn[which]
 
 
 def parts(output_dir: Path) -> dict[str, int]:
@@ -83,17 +96,18 @@ def newest_checkpoint(output_dir: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "number",
-    [pytest.param(n, marks=() if n < NUM_QUICK_KILLS else pytest.mark.slow) for n in range(NUM_KILLS)],
+    ("sampler", "which"),
+    [pytest.param(*kill, marks=() if kill in QUICK else pytest.mark.slow) for kill in IN_PROCESS + WITH_SERVER],
 )
-def test_killed_run_ends_as_the_undisturbed_one(tiny_model, undisturbed, tmp_path, number):
+def test_killed_run_ends_as_the_undisturbed_one(tiny_model, undisturbed, tmp_path, sampler, which):
     """24 rows in parts of 6; 3 + 3 steps, then with history 6 + 6 and 6 + 6."""
-    places = json.loads((undisturbed / PLACES).read_text())
-    kill_at = choose_kills(places, NUM_KILLS)[number]
+    expected, settings = undisturbed(sampler)
+    places = json.loads((expected / PLACES).read_text())
+    kill_at = choose_kill(places, which)
     print(f"killed at {kill_at} of {len(places)}: {places[kill_at]}")
     output_dir = tmp_path / "run"
-    assert start(tiny_model, output_dir, kill_at) == -signal.SIGKILL
+    assert start(tiny_model, output_dir, settings, kill_at) == -signal.SIGKILL
     finished = parts(output_dir)
-    assert start(tiny_model, output_dir) == 0
-    assert finished.items() <= parts(output_dir).items()
-    assert_ends_the_same(output_dir, undisturbed)
+    assert start(tiny_model, output_dir, settings) == 0
+    assert finished.items() <= parts(output_dir).items()  # nothing was generated twice
+    assert_ends_the_same(output_dir, expected)

@@ -1,0 +1,413 @@
+"""What `train()` does with a run that already lies in `output_dir`. Kills are in test_kill_and_resume.py."""
+
+import json
+import os
+import shutil
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import read_rows
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import TrainerCallback
+
+from spin_trl import SPINTrainer
+from spin_trl.generation.policy_sampler import PolicySampler
+from spin_trl.iteration_store import RunDirectoryError
+from spin_trl.resume import Place
+
+
+class At(TrainerCallback):
+    """Calls a function at the end of a step."""
+
+    def __init__(self, step: int, function):
+        self.step, self.function = step, function
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            self.function()
+
+
+def fail():
+    raise ZeroDivisionError("stopped by the test")
+
+
+def terminate():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.fixture
+def make_trainer(tiny_model, train_dataset, make_config):
+    """48 rows in batches of 8: six steps in iteration 0, then with history twelve in each."""
+
+    def make(*callbacks, dataset=train_dataset, adapter=None, **overrides) -> SPINTrainer:
+        settings = {"num_iterations": 2, "save_strategy": "steps", "save_steps": 4, "resume": "auto", "temperature": 0}
+        config = make_config(**{**settings, **overrides})
+        return SPINTrainer(
+            tiny_model, config, train_dataset=dataset, callbacks=list(callbacks), peft_config=adapter or LoraConfig(r=4)
+        )
+
+    return make
+
+
+def stop_after(make_trainer, step: int, **overrides) -> SPINTrainer:
+    trainer = make_trainer(At(step, fail), **overrides)
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    return trainer
+
+
+def weights(trainer: SPINTrainer) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+def assert_same_weights(trainer: SPINTrainer, expected: dict[str, torch.Tensor]) -> None:
+    found = weights(trainer)
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def play_undisturbed(make_trainer, tmp_path, **overrides) -> dict[str, torch.Tensor]:
+    trainer = make_trainer(output_dir=str(tmp_path / "undisturbed"), **overrides)
+    trainer.train()
+    return weights(trainer)
+
+
+# Going on
+
+
+@pytest.mark.parametrize("ask", [{"resume": "auto"}, {"resume": "never", "argument": True}, {"argument": "true"}])
+def test_stopped_run_goes_on_however_it_is_asked_to(make_trainer, tmp_path, ask):
+    ask = dict(ask)
+    argument = ask.pop("argument", None)
+    expected = play_undisturbed(make_trainer, tmp_path)
+    stop_after(make_trainer, 11)
+    trainer = make_trainer(**ask)
+    trainer.train(resume_from_checkpoint=argument)
+    assert_same_weights(trainer, expected)
+    assert trainer.state.global_step == 18
+    assert [start["from"] for start in trainer.store.read_run()["starts"]] == ["the initial model", "checkpoint-8"]
+
+
+def test_every_iteration_ends_in_a_checkpoint_that_is_whole(make_trainer):
+    trainer = make_trainer(save_steps=1000)
+    trainer.train()
+    assert [path.name for path in trainer.store.checkpoints()] == ["checkpoint-18", "checkpoint-6"]
+    place = Place.read(trainer.store.checkpoints()[1])
+    assert (place.iteration, place.step, place.first_step, place.is_iteration_done) == (0, 6, 0, True)
+    assert (trainer.store.checkpoints()[1] / "optimizer.pt").exists()
+
+
+def test_older_checkpoints_make_room_for_newer_ones(make_trainer):
+    trainer = make_trainer(save_total_limit=1)
+    trainer.train()
+    assert [path.name for path in trainer.store.checkpoints()] == ["checkpoint-18"]
+
+
+def test_learning_rates_go_on_where_they_stood(make_trainer):
+    settings = {"learning_rate": [1e-3, 2e-4], "warmup_steps": 0.25, "lr_scheduler_type": "cosine"}
+    rates = {}
+    first = stop_after(make_trainer, 11, **settings)
+    second = make_trainer(**settings)
+    second.train()
+    for trainer in (first, second):
+        rates |= {e["step"]: e["learning_rate"] for e in trainer.state.log_history if "learning_rate" in e}
+    assert rates[9] < max(rates[step] for step in rates if step > 6) <= 2e-4
+    assert rates[18] < rates[14] < rates[11]
+
+
+def test_finished_run_is_not_played_again_but_its_policy_is_there(make_trainer, capsys):
+    first = make_trainer()
+    first.train()
+    before = {path: path.stat().st_mtime_ns for path in first.store.output_dir.rglob("*.parquet")}
+    again = make_trainer(At(1, fail))
+    again.train()
+    assert_same_weights(again, weights(first))
+    assert {path: path.stat().st_mtime_ns for path in first.store.output_dir.rglob("*.parquet")} == before
+    assert "The run in `output_dir` is complete" in capsys.readouterr().out
+
+
+def test_finished_run_is_played_on_when_iterations_are_added(make_trainer, tmp_path):
+    expected = play_undisturbed(make_trainer, tmp_path, num_iterations=2)
+    make_trainer(num_iterations=1).train()
+    trainer = make_trainer(num_iterations=2)
+    trainer.train()
+    assert_same_weights(trainer, expected)
+
+
+def test_run_capped_by_max_steps_is_complete_there(make_trainer):
+    make_trainer(max_steps=9).train()
+    again = make_trainer(At(10, fail), max_steps=9)
+    again.train()
+    assert again.state.global_step == 9
+
+
+def test_evaluation_that_is_missing_at_the_end_is_made_up_for(make_trainer, eval_dataset, monkeypatch, capsys):
+    def with_evaluation() -> SPINTrainer:
+        trainer = make_trainer(num_iterations=1)
+        trainer.self_play.eval_dataset = trainer.self_play.dataset.select(range(4))
+        return trainer
+
+    first = with_evaluation()
+    complete = first.self_play._complete
+
+    def fail_at_the_end(iteration, kind, *args, **kwargs):
+        return fail() if iteration == 1 else complete(iteration, kind, *args, **kwargs)
+
+    monkeypatch.setattr(first.self_play, "_complete", fail_at_the_end)
+    with pytest.raises(ZeroDivisionError):
+        first.train()
+    second = with_evaluation()
+    second.train()
+    assert "evaluation" in second.store.read_metrics(1) and second.store.read_run()["finished"]
+    assert second.state.global_step == 6
+    rows = capsys.readouterr().out
+    assert rows.count("start ") == 2 and rows.count("iteration 0  ") == 1
+
+
+def test_checkpoint_that_is_asked_for_takes_the_run_back_there(make_trainer, tmp_path):
+    expected = play_undisturbed(make_trainer, tmp_path)
+    first = make_trainer()
+    first.train()
+    made = {path: path.stat().st_mtime_ns for path in first.store.path(1).rglob("*.parquet")}
+    trainer = make_trainer()
+    trainer.train(resume_from_checkpoint=str(first.store.output_dir / "checkpoint-4"))
+    assert_same_weights(trainer, expected)
+    assert {path: path.stat().st_mtime_ns for path in trainer.store.path(1).rglob("*.parquet")} != made
+
+
+def test_run_without_checkpoints_goes_on_from_its_first_generations(make_trainer, monkeypatch):
+    """They are the initial model's, which is always there; everything later is lost, and said to be."""
+    first = stop_after(make_trainer, 11, save_strategy="no")
+    made = {path: path.stat().st_mtime_ns for path in first.store.path(0).rglob("*.parquet")}
+    assert made and first.store.iterations() == [0, 1]
+    trainer = make_trainer(save_strategy="no")
+    trainer.train()
+    assert trainer.state.global_step == 18
+    assert {path: path.stat().st_mtime_ns for path in first.store.path(0).rglob("*.parquet")} == made
+
+
+def test_seconds_of_a_phase_add_up_over_stops(make_trainer, monkeypatch):
+    first = make_trainer()
+    monkeypatch.setattr(first.self_play, "_pair_and_score", lambda iteration: fail())
+    with pytest.raises(ZeroDivisionError):
+        first.train()
+    first.store.write_metrics(0, {"seconds_generate": 1000.0})
+    second = make_trainer()
+    second.train()
+    assert 1000.0 < second.store.read_metrics(0)["seconds_generate"] < 1100.0
+
+
+def test_batches_may_be_divided_otherwise_as_long_as_they_are_as_large(make_trainer):
+    stop_after(make_trainer, 5)
+    trainer = make_trainer(per_device_train_batch_size=4, gradient_accumulation_steps=2, logging_steps=3)
+    trainer.train()
+    assert trainer.state.global_step == 18
+
+
+# Refusals
+
+
+def test_run_is_neither_resumed_nor_overwritten_unasked(make_trainer):
+    stop_after(make_trainer, 5)
+    with pytest.raises(FileExistsError, match=r"iterations \[0\].*resume='auto'.*overwrite_output_dir=True"):
+        make_trainer(resume="never").train()
+
+
+def test_nothing_to_resume_is_an_error_if_it_is_asked_for(make_trainer):
+    with pytest.raises(RunDirectoryError, match="There is no run to resume in `output_dir`"):
+        make_trainer().train(resume_from_checkpoint=True)
+
+
+def test_resuming_and_overwriting_contradict_each_other(make_trainer):
+    with pytest.raises(ValueError, match="contradicts `overwrite_output_dir=True`"):
+        make_trainer(overwrite_output_dir=True).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"beta": 0.2}, r"`beta`: 0\.1 there, 0\.2 now"),
+        ({"learning_rate": [1e-3, 1e-4]}, r"`learning_rate`: 0\.001 there, \[0\.001, 0\.0001\] now"),
+        ({"temperature": 0.5}, r"`temperature`: 0 there, 0\.5 now"),
+        ({"seed": 7}, "`seed`: 42 there, 7 now"),
+        ({"num_iterations": 1}, "`num_iterations`: 2 there, 1 now"),
+        ({"per_device_train_batch_size": 4}, r"`training\.total_train_batch_size`: 8 there, 4 now"),
+        ({"adapter": LoraConfig(r=8)}, "`adapter`: .*'r': 4.* there, .*'r': 8.* now"),
+        ({"dataset": Dataset.from_list(read_rows("accent_train.jsonl", 49)[1:])}, r"`data\.train_checksum`"),
+    ],
+)
+def test_run_of_another_kind_is_refused_with_what_differs(make_trainer, change, field):
+    stop_after(make_trainer, 5)
+    with pytest.raises(RunDirectoryError, match=rf"another configuration or other data(.|\n)*{field}"):
+        make_trainer(**change)
+
+
+def test_run_of_another_kind_is_refused_when_asked_for_by_argument_too(make_trainer):
+    stop_after(make_trainer, 5)
+    with pytest.raises(RunDirectoryError, match="`beta`: 0.1 there, 0.2 now"):
+        make_trainer(beta=0.2, resume="never").train(resume_from_checkpoint=True)
+
+
+def test_iterations_without_a_description_are_refused(make_trainer):
+    trainer = stop_after(make_trainer, 5)
+    (trainer.store.output_dir / "self_play.json").unlink()
+    with pytest.raises(RunDirectoryError, match=r"holds iterations \[0\], but no self_play.json"):
+        make_trainer().train()
+
+
+def test_checkpoint_elsewhere_is_refused(make_trainer, tmp_path):
+    trainer = stop_after(make_trainer, 5)
+    shutil.copytree(trainer.store.output_dir / "checkpoint-4", tmp_path / "checkpoint-4")
+    with pytest.raises(RunDirectoryError, match="does not lie in `output_dir`"):
+        make_trainer().train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+
+def test_checkpoint_that_is_not_there_is_refused(make_trainer):
+    trainer = stop_after(make_trainer, 5)
+    with pytest.raises(RunDirectoryError, match="cannot be resumed from: it holds no self_play.json"):
+        make_trainer().train(resume_from_checkpoint=str(trainer.store.output_dir / "checkpoint-5"))
+
+
+def test_complete_run_that_left_no_checkpoint_is_left_alone(make_trainer):
+    make_trainer(save_strategy="no").train()
+    with pytest.raises(RunDirectoryError, match="complete, but left no checkpoint"):
+        make_trainer(save_strategy="no").train()
+
+
+def test_trainer_that_has_trained_does_not_pass_for_the_initial_model(make_trainer):
+    trainer = stop_after(make_trainer, 11, save_strategy="no")
+    with pytest.raises(RunDirectoryError, match="Make a new trainer"):
+        trainer.train()
+
+
+def test_second_run_on_the_same_directory_is_refused(make_trainer):
+    refused = []
+
+    def try_another():
+        with pytest.raises(RunDirectoryError, match="Another process is running") as caught:
+            make_trainer().train()
+        refused.append(caught)
+
+    trainer = make_trainer(At(2, try_another))
+    trainer.train()
+    assert len(refused) == 1 and trainer.state.global_step == 18
+
+
+# Checkpoints that do not fit
+
+
+def without_place(checkpoint: Path) -> None:
+    (checkpoint / "self_play.json").unlink()
+
+
+def of_another_run(checkpoint: Path) -> None:
+    edit_place(checkpoint, run_id="another")
+
+
+def of_other_pairs(checkpoint: Path) -> None:
+    edit_place(checkpoint, pairs="0123456789abcdef")
+
+
+def without_optimizer(checkpoint: Path) -> None:
+    edit_place(checkpoint, holds_optimizer=False)
+
+
+def with_torn_place(checkpoint: Path) -> None:
+    (checkpoint / "self_play.json").write_text('{"run_id": ')
+
+
+def edit_place(checkpoint: Path, **changes) -> None:
+    path = checkpoint / "self_play.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+    "spoil", [without_place, of_another_run, of_other_pairs, without_optimizer, with_torn_place, shutil.rmtree]
+)
+def test_newest_checkpoint_that_fits_is_taken(make_trainer, tmp_path, spoil):
+    """Of checkpoint-8, within iteration 1, and checkpoint-6, at the end of iteration 0."""
+    expected = play_undisturbed(make_trainer, tmp_path)
+    first = stop_after(make_trainer, 9)
+    spoil(first.store.output_dir / "checkpoint-8")
+    trainer = make_trainer()
+    trainer.train()
+    assert trainer.store.read_run()["starts"][-1]["from"] == "checkpoint-6"
+    assert_same_weights(trainer, expected)
+
+
+def test_damaged_pairs_are_made_again_by_the_policy_that_made_them(make_trainer, tmp_path):
+    expected = play_undisturbed(make_trainer, tmp_path)
+    first = stop_after(make_trainer, 9)
+    file = next(first.store.path(1, "pairs").glob("*.arrow"))
+    file.write_bytes(file.read_bytes()[:-8])
+    trainer = make_trainer()
+    trainer.train()
+    assert trainer.store.read_run()["starts"][-1]["from"] == "checkpoint-6"
+    assert_same_weights(trainer, expected)
+
+
+def test_pairs_of_the_history_cannot_be_made_again(make_trainer):
+    first = make_trainer()
+    first.self_play._make_pairs, make_pairs = lambda i: fail() if i == 1 else make_pairs(i), first.self_play._make_pairs
+    with pytest.raises(ZeroDivisionError):
+        first.train()
+    next(first.store.path(0, "pairs").glob("*.arrow")).unlink()
+    with pytest.raises(RunDirectoryError, match="iteration-0/pairs is damaged or missing.*num_history_iterations"):
+        make_trainer().train()
+
+
+# SIGTERM
+
+
+def test_sigterm_in_training_leaves_a_checkpoint_of_that_step(make_trainer, tmp_path):
+    expected = play_undisturbed(make_trainer, tmp_path)
+    before = signal.getsignal(signal.SIGTERM)
+    trainer = make_trainer(At(9, terminate), save_steps=1000)
+    with pytest.raises(SystemExit) as caught:
+        trainer.train()
+    assert caught.value.code == 143 and trainer.state.global_step in (9, 10)
+    assert trainer.store.checkpoints()[0].name == f"checkpoint-{trainer.state.global_step}"
+    assert "finished" not in trainer.store.read_run()
+    assert signal.getsignal(signal.SIGTERM) is before
+    again = make_trainer(save_steps=1000)
+    again.train()
+    assert_same_weights(again, expected)
+
+
+def test_sigterm_while_generating_ends_at_once_and_keeps_finished_parts(make_trainer, monkeypatch):
+    generate, seen = PolicySampler._generate, []
+
+    def terminate_at_the_third(self, *args):
+        seen.append(True)
+        if len(seen) == 3:
+            terminate()
+        return generate(self, *args)
+
+    settings = {"per_device_generation_batch_size": 8, "generation_part_size": 8}
+    with monkeypatch.context() as patch:
+        patch.setattr(PolicySampler, "_generate", terminate_at_the_third)
+        trainer = make_trainer(**settings)
+        with pytest.raises(SystemExit):
+            trainer.train()
+    assert len(seen) == 3 and not trainer.store.has_pairs(0)
+    again = make_trainer(**settings)
+    again.train()
+    assert again.state.global_step == 18
+
+
+def test_second_sigterm_does_not_wait_for_the_step(make_trainer):
+    trainer = make_trainer(At(2, lambda: (terminate(), terminate())), save_steps=1000)
+    with pytest.raises(SystemExit):
+        trainer.train()
+    assert trainer.store.checkpoints() == []
+
+
+def test_training_outside_the_main_thread_leaves_signals_alone(make_trainer):
+    before = signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=make_trainer(num_iterations=1).train)
+    thread.start()
+    thread.join()
+    assert signal.getsignal(signal.SIGTERM) is before
