@@ -41,7 +41,9 @@ from .atomic_files import (
     temporary_path,
     write_directory,
     write_file,
+    write_text,
 )
+from .disk import writing
 
 
 logger = logging.getLogger(__name__)
@@ -132,10 +134,11 @@ class IterationStore:
         Raises:
             [`RunDirectoryError`]: if another process runs here.
         """
-        self.output_dir.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.output_dir / ".lock")
         try:
-            lock.acquire(timeout=0)
+            with writing(self.output_dir):
+                self.output_dir.mkdir(parents=True, exist_ok=True)
+                lock.acquire(timeout=0)
         except Timeout:
             raise RunDirectoryError(
                 f"Another process is running in `output_dir` ({self.output_dir}): it holds {lock.lock_file}. Wait for "
@@ -147,7 +150,7 @@ class IterationStore:
             lock.release()
 
     def write_run(self, description: dict[str, Any]) -> None:
-        write_file(self.output_dir / "self_play.json", lambda path: path.write_text(to_json(description)))
+        write_text(self.output_dir / "self_play.json", to_json(description))
 
     def has_run(self) -> bool:
         return (self.output_dir / "self_play.json").exists()
@@ -171,7 +174,7 @@ class IterationStore:
         path = self.output_dir / "invalid_rows.jsonl"
         if rows:
             text = "".join(json.dumps(row) + "\n" for row in rows)
-            write_file(path, lambda temporary: temporary.write_text(text))
+            write_text(path, text)
         else:
             path.unlink(missing_ok=True)
 
@@ -201,27 +204,35 @@ class IterationStore:
 
     # Opponent
 
-    def write_opponent(self, iteration: int, save: Callable[[str], None], is_main_process: bool) -> Path:
+    def write_opponent(
+        self, iteration: int, save: Callable[[str], None], is_main_process: bool, num_bytes: int | None = None
+    ) -> Path:
         """
         Have the opponent saved by `save(directory)`, which every process calls, and give the directory its name.
 
+        Args:
+            num_bytes (`int`, *optional*): Bytes that it needs, where known, for the error.
+
         Returns:
             `Path`: the directory, complete on the main process as soon as this returns.
+
+        Raises:
+            [`DiskError`]: if the disk does not take it. Nothing is left of it then.
         """
         path = self.path(iteration, "opponent")
         temporary = temporary_path(path, shared=True)
         if is_main_process:
             remove(temporary)
-        try:
-            save(str(temporary))
-        except BaseException:
-            if is_main_process:
-                remove(temporary)
-            raise
-        if is_main_process:
-            # Trainer pickles its arguments beside the weights; an opponent holds safetensors and JSON only.
-            (temporary / "training_args.bin").unlink(missing_ok=True)
-            finish_directory(temporary, path)
+        with writing(path, num_bytes):
+            try:
+                save(str(temporary))
+                if is_main_process:
+                    # Trainer pickles its arguments beside the weights; an opponent holds safetensors and JSON only.
+                    (temporary / "training_args.bin").unlink(missing_ok=True)
+                    finish_directory(temporary, path)
+            finally:
+                if is_main_process and temporary.exists():
+                    remove(temporary)
         return path
 
     # Completions
@@ -237,7 +248,7 @@ class IterationStore:
             temporary.write_bytes(content)
 
         name = f"part-{first_row:08d}-{len(content)}-{checksum_of(content)}.parquet"
-        write_file(self.path(iteration, kind, name), write)
+        write_file(self.path(iteration, kind, name), write, num_bytes=len(content))
 
     def read_completions(self, iteration: int, kind: str) -> pa.Table:
         """
@@ -291,7 +302,7 @@ class IterationStore:
             pairs.save_to_disk(str(temporary))
             (temporary / _CHECKSUM_FILE).write_text(checksum(temporary, without=_NOT_PAIRS))
 
-        write_directory(self.path(iteration, "pairs"), write)
+        write_directory(self.path(iteration, "pairs"), write, num_bytes=_size_of(pairs))
         for pattern in _NOT_PAIRS[1:]:  # what mixing in the history left there, as large as the pairs
             for path in self.output_dir.glob(f"iteration-*/pairs/{pattern}"):
                 remove(path)
@@ -327,7 +338,7 @@ class IterationStore:
         """Merge `metrics` into the iteration's `metrics.json`."""
         path = self.path(iteration, "metrics.json")
         merged = {**self.read_metrics(iteration), **metrics}
-        write_file(path, lambda temporary: temporary.write_text(to_json(merged)))
+        write_text(path, to_json(merged))
 
     def read_metrics(self, iteration: int) -> dict[str, Any]:
         path = self.path(iteration, "metrics.json")
@@ -337,6 +348,11 @@ class IterationStore:
         """The metrics of every iteration that has been begun, in order."""
         for iteration in self.iterations():
             yield iteration, self.read_metrics(iteration)
+
+
+def _size_of(pairs: Dataset) -> int:
+    """Bytes of the columns in memory, which are written as they are; a selection of rows is written alone."""
+    return round(pairs.data.nbytes * len(pairs) / max(1, pairs.data.num_rows))
 
 
 def _number(path: Path) -> int:

@@ -31,6 +31,7 @@ from . import __version__
 from .adapters import describe_adapter, lora_rank_to_serve, starts_as_base
 from .data import check_dataset
 from .disk import check_writable
+from .footprint import check_footprint, empty_policy, estimate_footprint, weights_of
 from .generation.choice import SamplerChoice, choose_sampler
 from .generation.managed_server import ManagedServer
 from .generation.policy_sampler import PolicySampler
@@ -157,6 +158,7 @@ class SelfPlaySetup:
         store = IterationStore(args.output_dir)
         if args.resume == "auto" and store.has_run() and not args.overwrite_output_dir:
             on_main_process(lambda: check_same_run(store, setup.describe()))
+        on_main_process(lambda: setup._check_disk(model, peft_config))
         return setup
 
     def build_sampler(self, open_policy: Callable[[], AbstractContextManager[PreTrainedModel]]) -> OpponentSampler:
@@ -205,6 +207,24 @@ class SelfPlaySetup:
             },
             "versions": {"spin_trl": __version__, **{name: version(name) for name in _RECORDED_PACKAGES}},
         }
+
+    def _check_disk(self, model: "str | PreTrainedModel | PeftModel", peft_config: "PeftConfig | None") -> None:
+        try:
+            if isinstance(model, str) or peft_config is not None:
+                model = empty_policy(_model_config(model, self.args, whole=True), self.args, peft_config)
+            weights = weights_of(model, self.tokenizer)
+        except Exception as error:  # a model that cannot be made empty must not keep the run from being played
+            logger.warning(f"How much the run will write is not known: {type(error).__name__}: {error}")
+            return
+        footprint = estimate_footprint(
+            self.args,
+            weights,
+            self.train_dataset,
+            self.eval_dataset,
+            saves_opponents=self.choice.mode != "in-process",
+            base_is_opponent=self.base_is_opponent,
+        )
+        check_footprint(footprint, Path(self.args.output_dir).absolute(), PartialState().print, logger.warning)
 
     def _start_server(self, store: IterationStore) -> tuple[str, str]:
         model_init_kwargs = self.args.model_init_kwargs or {}
@@ -356,8 +376,8 @@ def _end_token_ids(
     return tuple(dict.fromkeys([tokenizer.eos_token_id, *(i for i in also if i is not None)]))
 
 
-def _model_config(model: "str | PreTrainedModel", args: SPINConfig) -> PretrainedConfig:
-    """The configuration of the model's language part."""
+def _model_config(model: "str | PreTrainedModel", args: SPINConfig, whole: bool = False) -> PretrainedConfig:
+    """The configuration of the model's language part, or of the whole model."""
     if isinstance(model, str):
         with explained("configuration", model):
             config = AutoConfig.from_pretrained(
@@ -367,7 +387,7 @@ def _model_config(model: "str | PreTrainedModel", args: SPINConfig) -> Pretraine
             )
     else:
         config = model.config
-    return config.get_text_config()
+    return config if whole else config.get_text_config()
 
 
 def _model_context_length(model: "str | PreTrainedModel", args: SPINConfig) -> int:
