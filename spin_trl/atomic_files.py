@@ -3,6 +3,7 @@
 What is written goes to a temporary name beside its own, is flushed to the disk, and renamed.
 """
 
+import errno
 import hashlib
 import os
 import re
@@ -29,6 +30,14 @@ def is_temporary(path: Path) -> bool:
     return re.search(rf"{re.escape(_TEMPORARY)}-(\d+|all)$", path.name) is not None
 
 
+def make_directory(path: Path) -> None:
+    """Make a directory and those above it, where they are not there yet."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path)) from error
+
+
 def write_file(path: Path, write: Callable[[Path], Any], num_bytes: int | None = None) -> None:
     """
     Have `write(temporary path)` make a file, and give it the name `path`.
@@ -41,7 +50,7 @@ def write_file(path: Path, write: Callable[[Path], Any], num_bytes: int | None =
     """
     temporary = temporary_path(path)
     with writing(path, num_bytes):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(path.parent)
         try:
             write(temporary)
             _flush(temporary)
@@ -76,7 +85,7 @@ def write_directory(path: Path, write: Callable[[Path], Any], num_bytes: int | N
     """Have `write(temporary path)` make a directory, and give it the name `path`; see [`write_file`]."""
     temporary = temporary_path(path)
     with writing(path, num_bytes):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(path.parent)
         try:
             write(temporary)
             finish_directory(temporary, path)

@@ -18,7 +18,7 @@ _CLOSED = (errno.EROFS, errno.EACCES, errno.EPERM)
 _ABSENT = (errno.ENOTDIR, errno.EIO, errno.ESTALE, errno.EFBIG)
 
 _NUMBER_IN_TEXT = re.compile(r"\((?:os error|errno) (\d+)\)|\[(?:E|e)rrno (\d+)\]")
-_TORCH_WRITER = re.compile(r"PytorchStreamWriter failed|file write failed|inline_container\.cc.*unexpected pos")
+_TORCH_WRITER = re.compile(r"PytorchStreamWriter failed|inline_container\.cc.*(unexpected pos|file (write )?failed)")
 
 
 class DiskError(OSError):
@@ -97,7 +97,8 @@ def _number_of(error: Exception) -> int | None:
         number = int(found[1] or found[2])
         return number if number in (*_FULL, *_CLOSED, *_ABSENT) else None
     if isinstance(error, RuntimeError) and _TORCH_WRITER.search(str(error)):
-        return errno.ENOSPC  # it does not say; a full disk is what makes its writes fall short
+        said = (number for number in (*_CLOSED, *_ABSENT) if os.strerror(number) in str(error))
+        return next(said, errno.ENOSPC)  # where it does not say, its write fell short, as on a full disk
     return None
 
 

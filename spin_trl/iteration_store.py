@@ -37,6 +37,7 @@ from .atomic_files import (
     checksum_of,
     finish_directory,
     is_temporary,
+    make_directory,
     remove,
     temporary_path,
     write_directory,
@@ -137,7 +138,7 @@ class IterationStore:
         lock = FileLock(self.output_dir / ".lock")
         try:
             with writing(self.output_dir):
-                self.output_dir.mkdir(parents=True, exist_ok=True)
+                make_directory(self.output_dir)
                 lock.acquire(timeout=0)
         except Timeout:
             raise RunDirectoryError(
