@@ -5,6 +5,7 @@ accelerate launch --config_file CONFIG tests/play_distributed.py MODEL DATA OUTP
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -19,7 +20,6 @@ from spin_trl import SPINConfig, SPINTrainer
 
 def let_fsdp_run_on_cpu() -> None:
     """Accelerate turns to FSDP where it has found several GPUs, and on CPUs silently trains with DDP instead."""
-    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
     PartialState._prepare_backend = lambda *args: ("gloo", DistributedType.MULTI_GPU)
 
 
@@ -42,6 +42,18 @@ class Record(TrainerCallback):
 
     def on_step_end(self, args, state, control, optimizer=None, **kwargs):
         self.ends.append(moments(optimizer))
+
+
+class Terminate(TrainerCallback):
+    """Sends this process SIGTERM within a step, if it is the process and the step that SIGTERM_AT names."""
+
+    def __init__(self, process_index: int):
+        rank, step = os.environ.get("SIGTERM_AT", "-1:-1").split(":")
+        self.step = int(step) if int(rank) == process_index else None
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def settings(output_dir: str, **overrides) -> dict:
@@ -70,7 +82,9 @@ def settings(output_dir: str, **overrides) -> dict:
 def play(model: str, data: str, config: SPINConfig) -> dict:
     record = Record()
     rows = [json.loads(line) for line in Path(data).read_text().splitlines()[:30]]
-    trainer = SPINTrainer(model, config, train_dataset=Dataset.from_list(rows), callbacks=[record])
+    trainer = SPINTrainer(
+        model, config, train_dataset=Dataset.from_list(rows), callbacks=[record, Terminate(config.process_index)]
+    )
     trainer.train()
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]
     return {
@@ -86,6 +100,7 @@ def play(model: str, data: str, config: SPINConfig) -> dict:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"  # the second process' "cpu:1" is none that `torch.load` can load to
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         let_fsdp_run_on_cpu()
     model, data, output_dir = sys.argv[1:4]

@@ -34,14 +34,14 @@ RUNS = [
 ]
 
 
-def launch(name: str, folder, arguments: list[str]) -> subprocess.CompletedProcess:
+def launch(name: str, folder, arguments: list[str], **variables: str) -> subprocess.CompletedProcess:
     """Run `play_distributed.py` under a recipe's configuration, on two CPU processes."""
     config = yaml.safe_load((ACCELERATE / f"{name}.yaml").read_text())
     config |= {"use_cpu": True, "num_processes": 2, "mixed_precision": "no"}
     (folder / "accelerate.yaml").write_text(yaml.safe_dump(config))
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(folder / "accelerate.yaml")]
     command += ["--main_process_port", "0", str(ROOT / "tests" / "play_distributed.py"), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **variables}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     launcher = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipes)
     try:
