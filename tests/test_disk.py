@@ -344,6 +344,6 @@ def test_store_on_a_full_disk_keeps_what_was_complete(make_disk):
     store = IterationStore(disk.path / "run", run_id="a-run")
     store.write_metrics(0, {"num_pairs": 3})
     disk.fill()
-    with pytest.raises(DiskError, match=r"metrics\.json could not be written. It needs 34 bytes"):
+    with pytest.raises(DiskError, match=r"metrics\.json could not be written. It needs 31 bytes"):
         store.write_metrics(0, {"num_pairs": 4, "a": 1})
     assert store.read_metrics(0) == {"num_pairs": 3}
