@@ -8,11 +8,13 @@ and saves.
 """
 
 import importlib.util
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from datasets import Dataset, load_dataset
+from datasets import Dataset, DatasetDict, load_dataset
+from datasets.exceptions import DatasetGenerationError
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
 from spin_trl import SPINConfig, SPINTrainer
@@ -40,13 +42,45 @@ class SPINScriptArguments(ScriptArguments):
     )
 
 
+# ending -> builder of `datasets`, what the file holds
+_FILE_FORMATS = {
+    ".jsonl": ("json", "one JSON object a line"),
+    ".json": ("json", "a list of JSON objects, or one a line"),
+    ".csv": ("csv", "a line of column names, then one line a row"),
+    ".parquet": ("parquet", "a Parquet file"),
+}
+
+
 def load_file(path: str) -> Dataset:
     """One local file as a dataset; its ending says how to read it."""
-    builders = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
     suffix = Path(path).suffix
-    if suffix not in builders or not Path(path).is_file():
-        raise ValueError(f"Expected an existing file that ends in one of {sorted(builders)}, got {path!r}.")
-    return load_dataset(builders[suffix], data_files=path, split="train")
+    if suffix not in _FILE_FORMATS or not Path(path).is_file():
+        found = "is no file" if suffix in _FILE_FORMATS else f"ends in {suffix!r}"
+        raise ValueError(
+            f"Expected an existing file that ends in one of {sorted(_FILE_FORMATS)}, got {path!r}, which {found}. "
+            "Correct the path, or convert the file."
+        )
+    builder, content = _FILE_FORMATS[suffix]
+    if Path(path).stat().st_size == 0:
+        raise ValueError(f"{path!r} is empty: expected is {content}. See what should have written it.")
+    try:
+        return load_dataset(builder, data_files=path, split="train")
+    except (DatasetGenerationError, ValueError) as error:
+        problem = _first_broken_line(path) or error.__cause__ or error
+        raise ValueError(
+            f"{path!r} cannot be read: {problem}. Expected is {content}. Correct or remove what is broken."
+        ) from error
+
+
+def _first_broken_line(path: str) -> str | None:
+    if Path(path).suffix != ".jsonl":
+        return None
+    for number, line in enumerate(Path(path).read_text(errors="replace").splitlines(), start=1):
+        try:
+            json.loads(line or "{}")
+        except json.JSONDecodeError as error:
+            return f"line {number} is no JSON ({error.msg} at character {error.pos + 1}): {line[:80]!r}"
+    return None
 
 
 def load_datasets(script_args: SPINScriptArguments) -> tuple[Dataset, Dataset | None]:
@@ -56,12 +90,29 @@ def load_datasets(script_args: SPINScriptArguments) -> tuple[Dataset, Dataset | 
             "Set either `train_file` (a local file) or `dataset_name` (of the hub), got "
             f"`train_file={script_args.train_file!r}` and `dataset_name={script_args.dataset_name!r}`."
         )
+    if script_args.evaluate and script_args.eval_file is not None:
+        raise ValueError(
+            f"Set either `eval_file` (a local file) or `evaluate` (a split of the hub's dataset), got "
+            f"`eval_file={script_args.eval_file!r}` and `evaluate=True`."
+        )
+    if script_args.evaluate and script_args.dataset_name is None:
+        raise ValueError(
+            "`evaluate=True` takes a split of `dataset_name`, but that is None and the data is a file. Set `eval_file` "
+            "instead."
+        )
+    eval_dataset = load_file(script_args.eval_file) if script_args.eval_file else None
     if script_args.train_file is not None:
-        train_dataset = load_file(script_args.train_file)
-        return train_dataset, load_file(script_args.eval_file) if script_args.eval_file else None
+        return load_file(script_args.train_file), eval_dataset
     dataset = load_dataset(script_args.dataset_name, name=script_args.dataset_config)
-    eval_dataset = dataset[script_args.dataset_test_split] if script_args.evaluate else None
-    return dataset[script_args.dataset_train_split], eval_dataset
+    if script_args.evaluate:
+        eval_dataset = _split(dataset, "dataset_test_split", script_args.dataset_test_split)
+    return _split(dataset, "dataset_train_split", script_args.dataset_train_split), eval_dataset
+
+
+def _split(dataset: DatasetDict, argument: str, name: str) -> Dataset:
+    if name not in dataset:
+        raise ValueError(f"`{argument}` is {name!r}, but the dataset has the splits {sorted(dataset)}. Set it to one.")
+    return dataset[name]
 
 
 def load_function(location: str | None) -> Callable | None:
@@ -70,12 +121,18 @@ def load_function(location: str | None) -> Callable | None:
         return None
     path, separator, name = location.rpartition(":")
     if not separator or not Path(path).is_file():
-        raise ValueError(f"`generation_metrics` must be 'file.py:function' with an existing file, got {location!r}.")
+        raise ValueError(
+            f"`generation_metrics` must be 'file.py:function' with an existing file, got {location!r}. Correct the "
+            "path; it is relative to the current directory."
+        )
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    if not hasattr(module, name):
-        raise ValueError(f"`generation_metrics` names {name!r}, which {path} does not define.")
+    if not callable(getattr(module, name, None)):
+        defined = sorted(key for key, value in vars(module).items() if callable(value) and not key.startswith("_"))
+        raise ValueError(
+            f"`generation_metrics` names {name!r}, which {path} does not define as a function. Name one of {defined}."
+        )
     return getattr(module, name)
 
 
@@ -86,13 +143,14 @@ def main(script_args: SPINScriptArguments, training_args: SPINConfig, model_args
         "dtype": model_args.dtype,
         **(training_args.model_init_kwargs or {}),
     }
+    compute_generation_metrics = load_function(script_args.generation_metrics)
     train_dataset, eval_dataset = load_datasets(script_args)
     trainer = SPINTrainer(
         model=model_args.model_name_or_path,
         args=training_args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        compute_generation_metrics=load_function(script_args.generation_metrics),
+        compute_generation_metrics=compute_generation_metrics,
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )

@@ -3,6 +3,7 @@
 What is written goes to a temporary name beside its own, is flushed to the disk, and renamed.
 """
 
+import errno
 import hashlib
 import os
 import re
@@ -11,6 +12,8 @@ from collections.abc import Callable
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
+
+from .disk import writing
 
 
 _TEMPORARY = ".tmp"
@@ -27,17 +30,39 @@ def is_temporary(path: Path) -> bool:
     return re.search(rf"{re.escape(_TEMPORARY)}-(\d+|all)$", path.name) is not None
 
 
-def write_file(path: Path, write: Callable[[Path], Any]) -> None:
-    """Have `write(temporary path)` make a file, and give it the name `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_path(path)
+def make_directory(path: Path) -> None:
+    """Make a directory and those above it, where they are not there yet."""
     try:
-        write(temporary)
-        _flush(temporary)
-        temporary.rename(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _flush(path.parent)
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path)) from error
+
+
+def write_file(path: Path, write: Callable[[Path], Any], num_bytes: int | None = None) -> None:
+    """
+    Have `write(temporary path)` make a file, and give it the name `path`.
+
+    Args:
+        num_bytes (`int`, *optional*): The file's size, where known, for the error.
+
+    Raises:
+        [`DiskError`]: if the disk does not take it. Nothing is left of it then.
+    """
+    temporary = temporary_path(path)
+    with writing(path, num_bytes):
+        make_directory(path.parent)
+        try:
+            write(temporary)
+            _flush(temporary)
+            temporary.rename(path)
+        finally:
+            _remove_if_there(temporary)
+        _flush(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file; see [`write_file`]."""
+    write_file(path, lambda temporary: temporary.write_text(text), num_bytes=len(text.encode()))
 
 
 def finish_directory(temporary: Path, path: Path) -> None:
@@ -56,15 +81,16 @@ def finish_directory(temporary: Path, path: Path) -> None:
     _flush(path.parent)
 
 
-def write_directory(path: Path, write: Callable[[Path], Any]) -> None:
-    """Have `write(temporary path)` make a directory, and give it the name `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def write_directory(path: Path, write: Callable[[Path], Any], num_bytes: int | None = None) -> None:
+    """Have `write(temporary path)` make a directory, and give it the name `path`; see [`write_file`]."""
     temporary = temporary_path(path)
-    try:
-        write(temporary)
-        finish_directory(temporary, path)
-    finally:
-        remove(temporary)
+    with writing(path, num_bytes):
+        make_directory(path.parent)
+        try:
+            write(temporary)
+            finish_directory(temporary, path)
+        finally:
+            _remove_if_there(temporary)
 
 
 def checksum(path: Path, without: tuple[str, ...] = ()) -> str:
@@ -107,6 +133,11 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def _remove_if_there(temporary: Path) -> None:
+    if os.path.lexists(temporary):  # on a disk that went read-only the error to show is the write's
+        remove(temporary)
 
 
 def _flush(path: Path) -> None:

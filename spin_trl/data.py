@@ -11,7 +11,9 @@ The columns tell the format. Where the columns fit several, the first of these i
 How a row of each becomes games is in `games.py`.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
 from datasets import Dataset, IterableDataset, Value
@@ -31,6 +33,8 @@ _COLUMNS = {
     "preference": ("chosen",),
     "real": ("real",),
 }
+_KNOWN_COLUMNS = sorted({column for columns in _COLUMNS.values() for column in columns})
+_MEDIA_COLUMNS = {"image", "images", "video", "videos", "audio", "audios"}
 
 
 @dataclass(frozen=True)
@@ -93,9 +97,10 @@ def check_dataset(
         )
     if not isinstance(dataset, Dataset):
         raise TypeError(
-            f"`{name}` must be a `datasets.Dataset` of prompts and ground truths, got `{type(dataset).__name__}`."
+            f"`{name}` must be a `datasets.Dataset` of prompts and ground truths, got `{type(dataset).__name__}`. "
+            f"{_way_to_a_dataset(dataset)}"
         )
-    vision_columns = {"image", "images"} & set(dataset.column_names)
+    vision_columns = _MEDIA_COLUMNS & set(dataset.column_names)
     if vision_columns:
         raise ValueError(
             f"`{name}` has the column(s) {sorted(vision_columns)}: vision datasets are not supported, since prompts "
@@ -105,12 +110,36 @@ def check_dataset(
         if prompt_column is not None:
             raise ValueError(
                 f"`{name}` has the columns {dataset.column_names}, but `prompt_column={prompt_column!r}` and "
-                f"`completion_column={completion_column!r}` name others. Several prompt columns are joined by '+'."
+                f"`completion_column={completion_column!r}` name others. Several prompt columns are joined by "
+                f"'+'. Set them to columns that the dataset has.{_similar((prompt_column, completion_column), dataset)}"
             )
         raise ValueError(
             f"`{name}` has the columns {dataset.column_names}, which is none of the accepted formats:\n"
             f"{ACCEPTED_FORMATS}\nName them with `prompt_column` and `completion_column`, or rename them with "
-            "`dataset.rename_columns({...})`."
+            f"`dataset.rename_columns({{...}})`.{_similar(_KNOWN_COLUMNS, dataset)}"
         )
     if len(dataset) == 0:
-        raise ValueError(f"`{name}` is empty: at least one row with a prompt and its ground truth is needed.")
+        raise ValueError(
+            f"`{name}` is empty: at least one row with a prompt and its ground truth is needed. See "
+            "whether the file or the split is the right one, and what was filtered out of it."
+        )
+
+
+def _way_to_a_dataset(value: Any) -> str:
+    if isinstance(value, dict):  # a `DatasetDict` is one
+        return f"Pass one of its splits: {sorted(value)}."
+    if isinstance(value, list):
+        return "Make one with `Dataset.from_list(rows)`."
+    if isinstance(value, str):
+        return "Load it with `datasets.load_dataset('json', data_files=path, split='train')`."
+    return "Load one with `datasets.load_dataset(...)`."
+
+
+def _similar(wanted: Iterable[str], dataset: Dataset) -> str:
+    """A hint where a column is spelled almost like one that is looked for."""
+    lowered = {column.lower(): column for column in dataset.column_names}
+    for name in wanted:
+        found = get_close_matches(name.lower(), lowered, n=1, cutoff=0.8)
+        if found and lowered[found[0]] != name:
+            return f" Is {lowered[found[0]]!r} a misspelling of {name!r}?"
+    return ""

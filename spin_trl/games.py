@@ -80,11 +80,14 @@ def _preference(row: dict[str, Any], train_on_turns: str) -> list[Game]:
 
 def _conversation(messages: Any, column: str, train_on_turns: str) -> list[Game]:
     if not _is_messages(messages):
-        raise InvalidRowError(f"`{column}` must be a non-empty list of messages, found {_kind(messages)}.")
+        raise InvalidRowError(
+            f"`{column}` must be a non-empty list of messages, found {_kind(messages)}. {_way_to_messages(messages)}"
+        )
     if messages[-1]["role"] != "assistant":
         raise InvalidRowError(
             f"`{column}` ends on the role '{messages[-1]['role']}', but the last message is the ground truth and must "
-            "be the assistant's. Remove what follows the last assistant message."
+            "be the assistant's. Remove what follows the last assistant message, or rename the role to 'assistant' if "
+            "that is what it means."
         )
     if train_on_turns == "last":
         turns = [len(messages) - 1]
@@ -112,11 +115,18 @@ def _check_game(game: Game) -> None:
             f"{completion_name} must be exactly one assistant message, found the roles "
             f"{[message['role'] for message in completion]}. Move earlier messages to the prompt."
         )
+    if isinstance(prompt, list) and prompt and prompt[-1]["role"] == "assistant":
+        raise InvalidRowError(
+            f"{prompt_name} ends on the role 'assistant', but an answer must follow another role. Join two answers in "
+            "a row into one message, or move the prompt's last message to the ground truth."
+        )
 
 
 def _check_value(value: Any, name: str) -> None:
     if not isinstance(value, str) and value != [] and not _is_messages(value):
-        raise InvalidRowError(f"{name} must be text or a list of messages, found {_kind(value)}.")
+        raise InvalidRowError(
+            f"{name} must be text or a list of messages, found {_kind(value)}. {_way_to_messages(value)}"
+        )
     messages = value if isinstance(value, list) else [{"content": value}]
     for message in messages:
         _check_text(message, name)
@@ -166,5 +176,22 @@ def _kind(value: Any) -> str:
     if isinstance(value, str):
         return "text"
     if isinstance(value, list) and value:
-        return "a list of messages" if _is_messages(value) else f"a list of `{type(value[0]).__name__}`"
+        if _is_messages(value):
+            return "a list of messages"
+        return f"a list of `{type(value[0]).__name__}`{_keys(value)}"
     return "an empty list" if isinstance(value, list) else f"`{type(value).__name__}`"
+
+
+def _keys(values: list) -> str:
+    odd = next((v for v in values if not (isinstance(v, dict) and isinstance(v.get("role"), str))), None)
+    return f" with the keys {sorted(odd)}" if isinstance(odd, dict) else ""
+
+
+def _way_to_messages(value: Any) -> str:
+    if isinstance(value, str):
+        return "Parse it, if it is JSON: `dataset.map(lambda row: {column: json.loads(row[column])})`."
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return "Write each message as {'role': ..., 'content': ...}."
+    if isinstance(value, list) and value:
+        return "Give the text itself, or messages such as {'role': ..., 'content': ...}."
+    return "Fill the cell or remove the row."

@@ -20,6 +20,7 @@ Everything is written under a temporary name and renamed when it is whole: what 
 
 import json
 import logging
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,16 +37,20 @@ from .atomic_files import (
     checksum_of,
     finish_directory,
     is_temporary,
+    make_directory,
     remove,
     temporary_path,
     write_directory,
     write_file,
+    write_text,
 )
+from .disk import writing
 
 
 logger = logging.getLogger(__name__)
 
 _PART_NAME = re.compile(r"part-\d{8,}-(?P<size>\d+)-(?P<checksum>[0-9a-f]{16})\.parquet")
+_NUMBERED = re.compile(r"(iteration|checkpoint)-(0|[1-9][0-9]*)")  # as a run names them: no "-01", no "-²"
 _CHECKSUM_FILE = "checksum.txt"
 _NOT_PAIRS = (_CHECKSUM_FILE, "cache-*", "tmp*")  # the `datasets` library keeps its caches beside the data
 _KINDS = ("generations", "evaluation")
@@ -78,24 +83,44 @@ class IterationStore:
         self.run_id = run_id
 
     def path(self, iteration: int, *names: str) -> Path:
-        """Path of an iteration's directory, or of something in it."""
-        return self.output_dir.joinpath(f"iteration-{iteration}", *names)
+        """
+        Path of an iteration's directory, or of something in it.
+
+        Raises:
+            [`RunDirectoryError`]: if a link leads out of the run directory on the way.
+        """
+        return self._own(f"iteration-{iteration:d}", *names)
 
     @property
     def server_log(self) -> Path:
-        return self.output_dir / "vllm-server.log"
+        return self._own("vllm-server.log")
+
+    def _own(self, *names: str) -> Path:
+        """A path in the run directory, none of whose parts is a link: what lies elsewhere is somebody else's."""
+        path = self.output_dir
+        for name in names:
+            path = path / name
+            if path.is_symlink():
+                raise RunDirectoryError(
+                    f"{path} is a link to {os.readlink(path)}, but a run reads and writes its own files only. Remove "
+                    "the link; to keep a run elsewhere, make `output_dir` itself the link."
+                )
+        return path
 
     # What is there
 
     def iterations(self) -> list[int]:
         """Numbers of the iterations that have been begun, ascending."""
-        found = (_number(p) for p in self.output_dir.glob("iteration-*") if p.is_dir())
-        return sorted(int(number) for number in found if number.isdigit())
+        return sorted(_number(path) for path in self._numbered("iteration"))
 
     def checkpoints(self) -> list[Path]:
         """Trainer's checkpoints, the newest (the one of most steps) first."""
-        found = [p for p in self.output_dir.glob("checkpoint-*") if p.is_dir() and _number(p).isdigit()]
-        return sorted(found, key=lambda path: int(_number(path)), reverse=True)
+        return sorted(self._numbered("checkpoint"), key=_number, reverse=True)
+
+    def _numbered(self, kind: str) -> list[Path]:
+        """Directories of a kind. A link is none: it may lead anywhere."""
+        found = self.output_dir.glob(f"{kind}-*")
+        return [path for path in found if _NUMBERED.fullmatch(path.name) and path.is_dir() and not path.is_symlink()]
 
     def has_pairs(self, iteration: int) -> bool:
         return self.path(iteration, "pairs").is_dir()
@@ -110,10 +135,11 @@ class IterationStore:
         Raises:
             [`RunDirectoryError`]: if another process runs here.
         """
-        self.output_dir.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.output_dir / ".lock")
         try:
-            lock.acquire(timeout=0)
+            with writing(self.output_dir):
+                make_directory(self.output_dir)
+                lock.acquire(timeout=0)
         except Timeout:
             raise RunDirectoryError(
                 f"Another process is running in `output_dir` ({self.output_dir}): it holds {lock.lock_file}. Wait for "
@@ -125,7 +151,7 @@ class IterationStore:
             lock.release()
 
     def write_run(self, description: dict[str, Any]) -> None:
-        write_file(self.output_dir / "self_play.json", lambda path: path.write_text(to_json(description)))
+        write_text(self.output_dir / "self_play.json", to_json(description))
 
     def has_run(self) -> bool:
         return (self.output_dir / "self_play.json").exists()
@@ -149,14 +175,14 @@ class IterationStore:
         path = self.output_dir / "invalid_rows.jsonl"
         if rows:
             text = "".join(json.dumps(row) + "\n" for row in rows)
-            write_file(path, lambda temporary: temporary.write_text(text))
+            write_text(path, text)
         else:
             path.unlink(missing_ok=True)
 
     def clear(self) -> None:
         """Delete the self-play run that lies here, and Trainer's checkpoints of it. Anything else stays."""
         for path in self.output_dir.iterdir():
-            if path.name.startswith(("iteration-", "checkpoint-")) and _number(path).isdigit() and path.is_dir():
+            if _NUMBERED.fullmatch(path.name) and (path.is_dir() or path.is_symlink()):
                 remove(path)
         self.clear_temporary()
         for name in ("self_play.json", "invalid_rows.jsonl"):
@@ -165,7 +191,7 @@ class IterationStore:
     def clear_temporary(self) -> None:
         """Delete what an earlier process did not write to its end."""
         own = [self.path(number) for number in self.iterations()]
-        for directory in (self.output_dir, *own, *(self.path(i, k) for i in self.iterations() for k in _KINDS)):
+        for directory in (self.output_dir, *own, *(self.path(i) / kind for i in self.iterations() for kind in _KINDS)):
             if directory.is_dir() and not directory.is_symlink():
                 for path in directory.iterdir():
                     if is_temporary(path):
@@ -179,27 +205,35 @@ class IterationStore:
 
     # Opponent
 
-    def write_opponent(self, iteration: int, save: Callable[[str], None], is_main_process: bool) -> Path:
+    def write_opponent(
+        self, iteration: int, save: Callable[[str], None], is_main_process: bool, num_bytes: int | None = None
+    ) -> Path:
         """
         Have the opponent saved by `save(directory)`, which every process calls, and give the directory its name.
 
+        Args:
+            num_bytes (`int`, *optional*): Bytes that it needs, where known, for the error.
+
         Returns:
             `Path`: the directory, complete on the main process as soon as this returns.
+
+        Raises:
+            [`DiskError`]: if the disk does not take it. Nothing is left of it then.
         """
         path = self.path(iteration, "opponent")
         temporary = temporary_path(path, shared=True)
         if is_main_process:
             remove(temporary)
-        try:
-            save(str(temporary))
-        except BaseException:
-            if is_main_process:
-                remove(temporary)
-            raise
-        if is_main_process:
-            # Trainer pickles its arguments beside the weights; an opponent holds safetensors and JSON only.
-            (temporary / "training_args.bin").unlink(missing_ok=True)
-            finish_directory(temporary, path)
+        with writing(path, num_bytes):
+            try:
+                save(str(temporary))
+                if is_main_process:
+                    # Trainer pickles its arguments beside the weights; an opponent holds safetensors and JSON only.
+                    (temporary / "training_args.bin").unlink(missing_ok=True)
+                    finish_directory(temporary, path)
+            finally:
+                if is_main_process and temporary.exists():
+                    remove(temporary)
         return path
 
     # Completions
@@ -215,7 +249,7 @@ class IterationStore:
             temporary.write_bytes(content)
 
         name = f"part-{first_row:08d}-{len(content)}-{checksum_of(content)}.parquet"
-        write_file(self.path(iteration, kind, name), write)
+        write_file(self.path(iteration, kind, name), write, num_bytes=len(content))
 
     def read_completions(self, iteration: int, kind: str) -> pa.Table:
         """
@@ -269,13 +303,25 @@ class IterationStore:
             pairs.save_to_disk(str(temporary))
             (temporary / _CHECKSUM_FILE).write_text(checksum(temporary, without=_NOT_PAIRS))
 
-        write_directory(self.path(iteration, "pairs"), write)
+        write_directory(self.path(iteration, "pairs"), write, num_bytes=_size_of(pairs))
         for pattern in _NOT_PAIRS[1:]:  # what mixing in the history left there, as large as the pairs
             for path in self.output_dir.glob(f"iteration-*/pairs/{pattern}"):
                 remove(path)
 
     def read_pairs(self, iteration: int) -> Dataset:
-        return load_from_disk(str(self.path(iteration, "pairs")))
+        """
+        Raises:
+            [`RunDirectoryError`]: if they name files that do not lie with them.
+        """
+        path = self.path(iteration, "pairs")
+        for file in json.loads((path / "state.json").read_text()).get("_data_files", []):
+            if Path(file["filename"]).name != file["filename"]:
+                raise RunDirectoryError(
+                    f"{path / 'state.json'} names {file['filename']!r}, but the files of a dataset lie beside it. "
+                    f"Somebody has changed it: delete {path} and start again, and the pairs are made again."
+                )
+            self.path(iteration, "pairs", file["filename"])
+        return load_from_disk(str(path))
 
     def pairs_checksum(self, iteration: int) -> str | None:
         """The checksum that an iteration's pairs were written with; `None` where there are none."""
@@ -293,7 +339,7 @@ class IterationStore:
         """Merge `metrics` into the iteration's `metrics.json`."""
         path = self.path(iteration, "metrics.json")
         merged = {**self.read_metrics(iteration), **metrics}
-        write_file(path, lambda temporary: temporary.write_text(to_json(merged)))
+        write_text(path, to_json(merged))
 
     def read_metrics(self, iteration: int) -> dict[str, Any]:
         path = self.path(iteration, "metrics.json")
@@ -305,8 +351,13 @@ class IterationStore:
             yield iteration, self.read_metrics(iteration)
 
 
-def _number(path: Path) -> str:
-    return path.name.partition("-")[2]
+def _size_of(pairs: Dataset) -> int:
+    """Bytes of the columns in memory, which are written as they are; a selection of rows is written alone."""
+    return round(pairs.data.nbytes * len(pairs) / max(1, pairs.data.num_rows))
+
+
+def _number(path: Path) -> int:
+    return int(path.name.partition("-")[2])
 
 
 def to_json(value: Any) -> str:

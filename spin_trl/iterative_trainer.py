@@ -18,6 +18,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import DPOTrainer
 
 from .atomic_files import finish_directory, remove, temporary_path
+from .disk import writing
+from .footprint import size_of_checkpoint
 from .ranks import on_every_process
 from .resume import RunStart
 from .schedule import forget_moments, set_learning_rate
@@ -172,7 +174,7 @@ class IterativeTrainer(DPOTrainer):
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         self._staging = temporary_path(directory / PREFIX_CHECKPOINT_DIR, shared=True)
         try:
-            on_every_process(lambda: super(IterativeTrainer, self)._save_checkpoint(model, trial))
+            on_every_process(lambda: self._write_checkpoint(model, trial, directory / name))
             on_every_process(lambda: self._finish_checkpoint(self._staging / name, directory / name))
         finally:
             if self.args.should_save:
@@ -182,10 +184,15 @@ class IterativeTrainer(DPOTrainer):
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(directory / name))
 
+    def _write_checkpoint(self, model, trial, path: Path) -> None:
+        with writing(path, lambda: size_of_checkpoint(self.model, self.args)):
+            super()._save_checkpoint(model, trial)
+
     def _finish_checkpoint(self, written: Path, path: Path) -> None:
         if self.args.should_save:
-            self._complete_checkpoint(written)
-            finish_directory(written, path)
+            with writing(path, lambda: size_of_checkpoint(self.model, self.args)):
+                self._complete_checkpoint(written)
+                finish_directory(written, path)
             rotate_checkpoints(str(path.parent), self.args.save_total_limit, use_mtime=True)
 
     def _get_output_dir(self, trial) -> str:

@@ -154,6 +154,8 @@ class RowRenderer:
             if isinstance(game.prompt, str):
                 prompt_ids, chosen_ids = _render_text(game.prompt, game.completion, self.tokenizer)
                 chosen_ids = end_after_first(chosen_ids, self.end_token_ids)
+                _require_tokens(prompt_ids, game.prompt_name)
+                _require_tokens(chosen_ids[:-1], game.completion_name)
             else:
                 prompt_ids, chosen_ids = self._require_chat_template(game).render(game, **template_kwargs)
             games.append({"prompt": game.prompt, "prompt_ids": prompt_ids, "chosen_ids": chosen_ids})
@@ -168,6 +170,14 @@ class RowRenderer:
                 "with `trl.clone_chat_template`."
             )
         return self.chat_template
+
+
+def _require_tokens(ids: list[int], name: str) -> None:
+    if not ids:
+        raise InvalidRowError(
+            f"the tokenizer makes no tokens of {name}, but at least one is needed. Remove the row, or pass as "
+            "`processing_class` the tokenizer of a model that knows these characters."
+        )
 
 
 def _refusal(number: int, reason: str) -> str:

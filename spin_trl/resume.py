@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .atomic_files import remove, write_file
+from .atomic_files import remove, write_text
 from .iteration_store import IterationStore, RunDirectoryError, to_json
 from .run_identity import differences
 from .spin_config import SPINConfig
@@ -59,7 +59,7 @@ class Place:
         return self.num_steps >= self.steps_per_epoch * self.num_epochs
 
     def write(self, checkpoint: Path) -> None:
-        write_file(checkpoint / _PLACE_FILE, lambda path: path.write_text(to_json(asdict(self))))
+        write_text(checkpoint / _PLACE_FILE, to_json(asdict(self)))
 
     @classmethod
     def read(cls, checkpoint: Path) -> "Place":
@@ -67,7 +67,11 @@ class Place:
         Raises:
             `OSError`, `ValueError`, `TypeError`: if there is none, or it is not one.
         """
-        return cls(**json.loads((checkpoint / _PLACE_FILE).read_text()))
+        place = cls(**json.loads((checkpoint / _PLACE_FILE).read_text()))
+        numbers = {name: value for name, value in asdict(place).items() if cls.__annotations__[name] is int}
+        if any(type(value) is not int or value < (name == "steps_per_epoch") for name, value in numbers.items()):
+            raise ValueError(f"expected whole numbers from 0 on, found {numbers}")
+        return place
 
 
 @dataclass(frozen=True)

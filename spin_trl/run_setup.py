@@ -4,10 +4,12 @@ Knows nothing of training.
 """
 
 import os
+import shlex
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate import PartialState
@@ -28,12 +30,16 @@ from trl.trainer.utils import get_config_model_id, global_then_local_main_first
 from . import __version__
 from .adapters import describe_adapter, lora_rank_to_serve, starts_as_base
 from .data import check_dataset
+from .disk import check_writable
+from .footprint import check_footprint, empty_policy, estimate_footprint, weights_of
 from .generation.choice import SamplerChoice, choose_sampler
 from .generation.managed_server import ManagedServer
 from .generation.policy_sampler import PolicySampler
 from .generation.sampler import OpponentSampler, SamplingParams
+from .generation.serve_command import serve_command
 from .generation.vllm_api import VLLMServer
 from .generation.vllm_sampler import VLLMSampler
+from .inputs import check_generation_kwargs, check_model, check_peft_config, check_tokenizer, explained
 from .iteration_store import IterationStore
 from .preparation import dataset_checksum, drop_long_prompts, percentile_length, prepare_data
 from .ranks import on_every_process, on_main_process
@@ -81,7 +87,7 @@ class SelfPlaySetup:
     lora_rank: int | None
     context_length: int
     base_is_opponent: bool
-    api_key: str | None
+    api_key: str | None = field(repr=False)
     adapter: dict[str, Any] | None = None
     data_report: dict[str, Any] = field(default_factory=dict)
     invalid_rows: list[dict[str, Any]] = field(default_factory=list)
@@ -99,19 +105,28 @@ class SelfPlaySetup:
         peft_config: "PeftConfig | None",
     ) -> "SelfPlaySetup":
         """Check and settle everything; see [`SPINTrainer`] for the arguments and errors."""
+        check_model(model, peft_config)
+        check_peft_config(peft_config)
         model_name = model if isinstance(model, str) else get_config_model_id(model.config)
         args = _check_args(args, model_name)
+        on_main_process(lambda: check_writable(Path(args.output_dir).absolute()))
         check_dataset(train_dataset, "train_dataset", args.prompt_column, args.completion_column)
         if eval_dataset is not None:
             check_dataset(eval_dataset, "eval_dataset", args.prompt_column, args.completion_column)
         choice = choose_sampler(args.use_vllm, args.vllm_mode, args.vllm_server_base_url)
         PartialState().print(f"Opponents are sampled {_DESCRIPTIONS[choice.mode]}: {choice.reason}.")
+        if choice.mode == "in-process":
+            check_generation_kwargs(args.generation_kwargs)
         lora_rank = lora_rank_to_serve(model, peft_config, served=choice.mode != "in-process")
+        if choice.mode == "managed":
+            serve_command(model_name, lora_rank=lora_rank)  # refuses now what it would refuse then
         if choice.mode == "managed" and not isinstance(model, str) and not os.path.isdir(model_name):
             raise ValueError(
                 f"A managed server loads the base model itself, but the model passed comes from {model_name!r}, which "
                 "is no folder here. Save it with `model.save_pretrained(folder)` and pass `model=folder`."
             )
+        context_length = _model_context_length(model, args)
+        _check_completion_length(args, context_length)
         tokenizer = _load_tokenizer(processing_class, model_name, args)
         end_token_ids = _end_token_ids(model, tokenizer, args)
         with global_then_local_main_first():
@@ -128,7 +143,7 @@ class SelfPlaySetup:
             params=_sampling_params(args, end_token_ids),
             choice=choice,
             lora_rank=lora_rank,
-            context_length=_model_context_length(model, args),
+            context_length=context_length,
             base_is_opponent=isinstance(model, str) and starts_as_base(peft_config),
             api_key=_take_api_key(args),
             adapter=describe_adapter(model, peft_config),
@@ -143,6 +158,7 @@ class SelfPlaySetup:
         store = IterationStore(args.output_dir)
         if args.resume == "auto" and store.has_run() and not args.overwrite_output_dir:
             on_main_process(lambda: check_same_run(store, setup.describe()))
+        on_main_process(lambda: setup._check_disk(model, peft_config))
         return setup
 
     def build_sampler(self, open_policy: Callable[[], AbstractContextManager[PreTrainedModel]]) -> OpponentSampler:
@@ -192,6 +208,24 @@ class SelfPlaySetup:
             "versions": {"spin_trl": __version__, **{name: version(name) for name in _RECORDED_PACKAGES}},
         }
 
+    def _check_disk(self, model: "str | PreTrainedModel | PeftModel", peft_config: "PeftConfig | None") -> None:
+        try:
+            if isinstance(model, str) or peft_config is not None:
+                model = empty_policy(_model_config(model, self.args, whole=True), self.args, peft_config)
+            weights = weights_of(model, self.tokenizer)
+        except Exception as error:  # a model that cannot be made empty must not keep the run from being played
+            logger.warning(f"How much the run will write is not known: {type(error).__name__}: {error}")
+            return
+        footprint = estimate_footprint(
+            self.args,
+            weights,
+            self.train_dataset,
+            self.eval_dataset,
+            saves_opponents=self.choice.mode != "in-process",
+            base_is_opponent=self.base_is_opponent,
+        )
+        check_footprint(footprint, Path(self.args.output_dir).absolute(), PartialState().print, logger.warning)
+
     def _start_server(self, store: IterationStore) -> tuple[str, str]:
         model_init_kwargs = self.args.model_init_kwargs or {}
         self.managed_server = ManagedServer(
@@ -205,7 +239,7 @@ class SelfPlaySetup:
             tensor_parallel_size=self.args.vllm_tensor_parallel_size,
             revision=None if os.path.isdir(self.model_name) else model_init_kwargs.get("revision"),
             trust_remote_code=self.args.trust_remote_code,
-            extra=self.args.vllm_server_args.split() if self.args.vllm_server_args else None,
+            extra=shlex.split(self.args.vllm_server_args or ""),
         )
         self.managed_server.start()
         return self.managed_server.base_url, self.managed_server.api_key
@@ -270,7 +304,10 @@ def _check_args(args: SPINConfig | None, model_name: str) -> SPINConfig:
     if args is None:
         return SPINConfig(f"{model_name.split('/')[-1]}-SPIN")
     if not isinstance(args, SPINConfig):
-        raise TypeError(f"`args` must be a `SPINConfig`, got `{type(args).__name__}`.")
+        raise TypeError(
+            f"`args` must be a `SPINConfig`, got `{type(args).__name__}`. Write `SPINConfig(...)`, which takes every "
+            "field of `DPOConfig`."
+        )
     if args.eval_strategy != "no":
         raise ValueError(
             f"`eval_strategy={args.eval_strategy.value!r}` evaluates within an iteration, which is not supported: "
@@ -288,6 +325,15 @@ def _sharding() -> str | None:
     return None
 
 
+def _check_completion_length(args: SPINConfig, context_length: int) -> None:
+    length = args.max_completion_length
+    if length is not None and length >= context_length:
+        raise ValueError(
+            f"`max_completion_length` is {length}, but the model's context holds {context_length} tokens, prompt and "
+            "answer together: no prompt would fit. Set a smaller `max_completion_length`."
+        )
+
+
 def _take_api_key(args: SPINConfig) -> str | None:
     """The key leaves the arguments, which Trainer pickles into every checkpoint."""
     key, args.vllm_api_key = args.vllm_api_key or os.environ.get("VLLM_API_KEY"), None
@@ -299,9 +345,11 @@ def _load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     if processing_class is None:
         revision = (args.model_init_kwargs or {}).get("revision")
-        processing_class = AutoTokenizer.from_pretrained(
-            model_name, revision=revision, trust_remote_code=args.trust_remote_code
-        )
+        with explained("tokenizer", model_name):
+            processing_class = AutoTokenizer.from_pretrained(
+                model_name, revision=revision, trust_remote_code=args.trust_remote_code
+            )
+    check_tokenizer(processing_class)
     tokenizer = processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
     if tokenizer.eos_token_id is None:
         raise ValueError(
@@ -328,17 +376,18 @@ def _end_token_ids(
     return tuple(dict.fromkeys([tokenizer.eos_token_id, *(i for i in also if i is not None)]))
 
 
-def _model_config(model: "str | PreTrainedModel", args: SPINConfig) -> PretrainedConfig:
-    """The configuration of the model's language part."""
+def _model_config(model: "str | PreTrainedModel", args: SPINConfig, whole: bool = False) -> PretrainedConfig:
+    """The configuration of the model's language part, or of the whole model."""
     if isinstance(model, str):
-        config = AutoConfig.from_pretrained(
-            model,
-            revision=(args.model_init_kwargs or {}).get("revision"),
-            trust_remote_code=args.trust_remote_code,
-        )
+        with explained("configuration", model):
+            config = AutoConfig.from_pretrained(
+                model,
+                revision=(args.model_init_kwargs or {}).get("revision"),
+                trust_remote_code=args.trust_remote_code,
+            )
     else:
         config = model.config
-    return config.get_text_config()
+    return config if whole else config.get_text_config()
 
 
 def _model_context_length(model: "str | PreTrainedModel", args: SPINConfig) -> int:

@@ -18,6 +18,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from .completions import GenerationJob, Share
 from .evaluation import GenerationMetrics, ScoreTable, generation_metrics
+from .footprint import size_of_weights
 from .generation.sampler import Completion, CompletionRequest, OpponentSampler, SamplingParams
 from .iteration_store import IterationStore, RunDirectoryError
 from .pairs import add_history, describe_pairs, drop_identical_pairs, keeps_identical_pairs, make_pairs
@@ -152,7 +153,10 @@ class SelfPlayCallback(TrainerCallback):
     def _save_opponent(self, iteration: int) -> Path:
         def save() -> Path:
             return self.store.write_opponent(
-                iteration, self.trainer.save_opponent, self.trainer.is_world_process_zero()
+                iteration,
+                self.trainer.save_opponent,
+                self.trainer.is_world_process_zero(),
+                num_bytes=size_of_weights(self.trainer.model),
             )
 
         return on_every_process(save)

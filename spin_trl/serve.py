@@ -44,11 +44,15 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _exposure_warning(host: str, lora_rank: int | None) -> str:
-    loads = "LoRA adapters" if lora_rank is not None else "weights, and call any method of its workers,"
-    guard = "Set VLLM_API_KEY to guard it" if lora_rank is not None else "An API key does not guard that"
+    """What vLLM 0.31 lets everyone do who reaches it, with or without an API key."""
+    if lora_rank is not None:
+        loads = "load LoRA adapters from its disk (/adapters)"
+    else:
+        loads = "load weights from its disk, call any method of its workers, pause and sleep (/collective_rpc, /sleep)"
     return (
-        f"Warning: on {host}, whoever reaches this server can make it load {loads} from its disk. {guard}, and let "
-        "only the trainer's machine through."
+        f"Warning: on {host}, whoever reaches this server can make it {loads} and use the model (/invocations). An API "
+        "key does not guard that: it guards what is below /v1 alone. Nothing is encrypted. Let only the trainer's "
+        "machine through, or bind to 127.0.0.1 and use an SSH tunnel."
     )
 
 

@@ -5,6 +5,7 @@ loaded beside it for a while. Knows nothing of pairs and iterations. Every proce
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from accelerate.utils import fsdp2_prepare_model, release_memory, str_to_bool
@@ -77,12 +78,15 @@ def initial_model(trainer: "DPOTrainer", path: str) -> Iterator[nn.Module]:
     Args:
         path (`str`): Folder or hub id to load it from.
     """
+    in_run_directory = Path(path).absolute().is_relative_to(Path(trainer.args.output_dir).absolute())
     init_kwargs = {
         "trust_remote_code": trainer.args.trust_remote_code,
         "dtype": trainer.model.dtype,
         "attn_implementation": trainer.model.config._attn_implementation,
         **(trainer.args.model_init_kwargs or {}),
         "device_map": None,
+        # A run writes safetensors only: a pickle in its directory is somebody else's, and may run code.
+        **({"use_safetensors": True} if in_run_directory else {}),
     }
     model = create_model_from_path(path, **init_kwargs)
     add_fused_lm_head(model)

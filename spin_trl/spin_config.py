@@ -1,11 +1,89 @@
 """`SPINConfig`: the fields that self-play adds to DPOConfig, and their checks. Knows no files, servers or models."""
 
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
 from trl import DPOConfig
 
+from .config_checks import (
+    NumberRule,
+    at_least,
+    check_arguments,
+    check_choices,
+    check_mappings,
+    check_numbers,
+    is_number,
+    not_negative,
+    positive,
+    share,
+)
 from .losses import SPIN_LOSSES, TRL_LOSSES, check_loss_types
+
+
+_NUMBERS = {
+    # self-play
+    "num_iterations": at_least(1),
+    "epochs_per_iteration": at_least(1),
+    "num_history_iterations": at_least(0),
+    "num_generations": at_least(1),
+    "space_mu": positive(),
+    # generation
+    "max_completion_length": at_least(1, optional=True),
+    "per_device_generation_batch_size": at_least(1),
+    "generation_part_size": at_least(1),
+    "top_k": at_least(0),
+    "temperature": not_negative("at least 0 (0 is greedy decoding)"),
+    "eval_temperature": not_negative("at least 0 (0 is greedy decoding)"),
+    "top_p": share("Use 1.0 to consider all tokens."),
+    "min_p": NumberRule("in [0, 1]", lambda value: 0 <= value <= 1, optional=True),
+    "repetition_penalty": positive(remedy="Use 1.0 for none."),
+    # server
+    "vllm_max_concurrent_requests": at_least(1),
+    "vllm_tensor_parallel_size": at_least(1),
+    "vllm_max_model_length": at_least(2, optional=True),
+    "vllm_gpu_memory_utilization": share("Give a share of the GPU's memory, such as 0.3 for 30 %."),
+    "vllm_server_timeout": positive("a positive number of seconds"),
+    "vllm_request_timeout": positive("a positive number of seconds"),
+    "publish_check_samples": at_least(0),
+    "publish_check_tolerance": positive(remedy="To switch the check off, set `publish_check_samples=0`."),
+    # TRL's and transformers', which let these pass and fail on them late, or never
+    "per_device_train_batch_size": at_least(1),
+    "per_device_eval_batch_size": at_least(1),
+    "gradient_accumulation_steps": at_least(1),
+    "max_length": at_least(2, optional=True),
+    "dataset_num_proc": at_least(1, optional=True),
+    "seed": at_least(0),
+    "label_smoothing": NumberRule("in [0, 0.5)", lambda value: 0 <= value < 0.5),
+    "weight_decay": not_negative(),
+    "max_grad_norm": not_negative(optional=True),
+}
+
+# Sampling parameters of the server and of transformers that self-play sets itself -> what to use instead.
+_RESERVED_SAMPLING = {
+    **dict.fromkeys(("max_tokens", "max_new_tokens", "max_length"), "Set `max_completion_length` instead."),
+    **dict.fromkeys(("n", "best_of", "num_return_sequences"), "Set `num_generations` instead."),
+    "seed": "Set `seed` of the run instead.",
+    **dict.fromkeys(
+        ("stop_token_ids", "eos_token_id", "pad_token_id"), "The tokenizer and the model's generation config give it."
+    ),
+    **dict.fromkeys(
+        ("model", "prompt", "input_ids", "attention_mask", "inputs", "stream", "echo", "suffix", "logprobs"),
+        "Leave it out.",
+    ),
+    **dict.fromkeys(
+        ("prompt_logprobs", "return_token_ids", "return_dict_in_generate", "synced_gpus", "streamer"), "Leave it out."
+    ),
+}
+
+_SERVER_FLAGS = {
+    "--host": "It binds to the loopback interface, since whoever reaches it can make it load files. Leave it out.",
+    "--port": "It takes a free one. Leave it out.",
+    "--uds": "It binds to the loopback interface. Leave it out.",
+    "--api-key": "It has a random one, which no list of processes may show. Leave it out.",
+    "--model": "It serves the policy's base model. Leave it out.",
+    "--served-model-name": "The run knows the model by its own name. Leave it out.",
+}
 
 
 @dataclass
@@ -130,7 +208,7 @@ class SPINConfig(DPOConfig):
 
         > Parameters that control the run directory
 
-        resume (`str`, *optional*, defaults to `"never"`):
+        resume (`str`, *optional*, defaults to `'never'`):
             What to do with a self-play run that already lies in `output_dir`. `"auto"`: go on from where it stands, or
             start where there is none. `"never"`: refuse; [`SPINTrainer.train`] can still be told to resume.
         overwrite_output_dir (`bool`, *optional*, defaults to `False`):
@@ -358,11 +436,14 @@ class SPINConfig(DPOConfig):
     )
 
     def __post_init__(self):
+        check_numbers(self, _NUMBERS)
+        check_mappings(self, ("chat_template_kwargs", "generation_kwargs", "model_init_kwargs"))
+        self._check_run_directory()
         self._check_data()
         self._check_self_play()
         self._check_generation()
         self._check_server()
-        self._check_run_directory()
+        self._check_losses()
         self._take_schedules()
         self.num_train_epochs = float(self.num_iterations * self.epochs_per_iteration)
         super().__post_init__()
@@ -385,14 +466,18 @@ class SPINConfig(DPOConfig):
         self._schedules: dict[str, dict[int, float]] = {}
         for name in ("learning_rate", "beta"):
             values = getattr(self, name)
-            values = [float(value) for value in (values if isinstance(values, list | tuple) else [values])]
+            values = [_to_number(name, value) for value in (values if isinstance(values, list | tuple) else [values])]
             if len(values) not in (1, self.num_iterations):
                 raise ValueError(
                     f"`{name}` has {len(values)} values ({values}), but `num_iterations` is {self.num_iterations}. "
                     "Give one number for all iterations, or one for each."
                 )
             if len(values) > 1 and min(values) <= 0:
-                raise ValueError(f"`{name}` must be positive in every iteration, got {values}.")
+                raise ValueError(
+                    f"`{name}` must be positive in every iteration, got {values}. Give one positive number for each."
+                )
+            if min(values) < 0:
+                raise ValueError(f"`{name}` must be at least 0, got {values[0]}. Give a positive number.")
             setattr(self, name, values[0])
             if len(values) > 1:
                 self._schedules[name] = dict(enumerate(values))
@@ -406,10 +491,30 @@ class SPINConfig(DPOConfig):
                     f"`{name}={getattr(self, name)!r}` is not defined for the loss type(s) {own}. Leave it at "
                     f"{neutral!r}, or use only TRL's loss types: {list(TRL_LOSSES)}."
                 )
-        if self.space_mu <= 0:
-            raise ValueError(f"`space_mu` must be positive, got {self.space_mu}.")
         if self.opponent_reference not in ("previous", "fixed"):
-            raise ValueError(f"`opponent_reference` must be 'previous' or 'fixed', got {self.opponent_reference!r}.")
+            raise ValueError(
+                f"`opponent_reference` must be 'previous' or 'fixed', got {self.opponent_reference!r}. Leave it unset "
+                "for 'previous', as in the paper."
+            )
+
+    def _check_losses(self):
+        """The number of weights, and that each is one. DPOConfig makes a list of a single loss type."""
+        names = [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type or [])
+        weights = self.loss_weights
+        if not names:
+            raise ValueError("`loss_type` is empty: at least one loss is needed. Leave it unset for SPIN's, 'sigmoid'.")
+        if weights is None:
+            return
+        if len(weights) != len(names):
+            raise ValueError(
+                f"`loss_weights` has {len(weights)} value(s) ({weights}), but `loss_type` names {len(names)} "
+                f"({names}). Give one weight for each loss, or leave `loss_weights` unset to weigh all alike."
+            )
+        if not all(is_number(weight) and weight >= 0 for weight in weights) or not any(weights):
+            raise ValueError(
+                f"`loss_weights` must be numbers of at least 0, not all of them 0, got {weights}. Leave out the "
+                "losses that should not count."
+            )
 
     def _check_data(self):
         if (self.prompt_column is None) != (self.completion_column is None):
@@ -418,9 +523,10 @@ class SPINConfig(DPOConfig):
                 f"`prompt_column={self.prompt_column!r}` and `completion_column={self.completion_column!r}`. Set both, "
                 "or neither to have the format told by the columns."
             )
-        for name, choices in (("train_on_turns", ("last", "all")), ("identical_pairs", (None, "drop", "keep"))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
+        for name in ("prompt_column", "completion_column"):
+            if getattr(self, name) == "":
+                raise ValueError(f"`{name}` must be the name of a column, got ''. Name one, or leave both unset.")
+        check_choices(self, {"train_on_turns": ("last", "all"), "identical_pairs": (None, "drop", "keep")})
 
     def _check_self_play(self):
         if self.num_train_epochs is not None:
@@ -429,13 +535,6 @@ class SPINConfig(DPOConfig):
                 f"({self.num_iterations}) times `epochs_per_iteration` ({self.epochs_per_iteration}). Set those two "
                 "instead."
             )
-        for name, minimum in (
-            ("num_iterations", 1),
-            ("epochs_per_iteration", 1),
-            ("num_history_iterations", 0),
-            ("num_generations", 1),
-        ):
-            _check_at_least(self, name, minimum)
         if not self.precompute_ref_log_probs:
             raise ValueError(
                 "`precompute_ref_log_probs=False` is not possible in self-play: the reference is the opponent, whose "
@@ -454,19 +553,13 @@ class SPINConfig(DPOConfig):
             )
 
     def _check_generation(self):
-        for name, minimum in (
-            ("max_completion_length", 1),
-            ("per_device_generation_batch_size", 1),
-            ("generation_part_size", 1),
-            ("top_k", 0),
-        ):
-            if getattr(self, name) is not None:
-                _check_at_least(self, name, minimum)
-        for name in ("temperature", "eval_temperature"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"`{name}` must be at least 0 (0 is greedy decoding), got {getattr(self, name)}.")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"`top_p` must be in (0, 1], got {self.top_p}. Use 1.0 to consider all tokens.")
+        if isinstance(self.generation_kwargs, str):
+            self.generation_kwargs = json.loads(self.generation_kwargs)
+        for name in self.generation_kwargs or {}:
+            if name in _RESERVED_SAMPLING:
+                raise ValueError(
+                    f"`generation_kwargs` has {name!r}, which self-play sets itself. {_RESERVED_SAMPLING[name]}"
+                )
 
     def _check_server(self):
         if self.use_vllm is False and (self.vllm_server_base_url is not None or self.vllm_mode is not None):
@@ -476,7 +569,10 @@ class SPINConfig(DPOConfig):
                 "`use_vllm` unset to use the server, or leave the other two unset to generate in-process."
             )
         if self.vllm_mode not in (None, "server", "managed"):
-            raise ValueError(f"`vllm_mode` must be 'server' or 'managed', got {self.vllm_mode!r}.")
+            raise ValueError(
+                f"`vllm_mode` must be 'server' or 'managed', got {self.vllm_mode!r}. Leave it unset to have it follow "
+                "from `vllm_server_base_url`."
+            )
         if self.vllm_mode == "server" and self.vllm_server_base_url is None:
             raise ValueError(
                 "`vllm_mode='server'` needs the address of the server: set `vllm_server_base_url`, for example to "
@@ -487,21 +583,24 @@ class SPINConfig(DPOConfig):
                 f"`vllm_mode='managed'` starts a server of its own, but `vllm_server_base_url` names one already: "
                 f"{self.vllm_server_base_url!r}. Set only one of the two."
             )
-        for name in ("vllm_max_concurrent_requests", "vllm_tensor_parallel_size"):
-            _check_at_least(self, name, 1)
-        for name in ("vllm_server_timeout", "vllm_request_timeout"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"`{name}` must be a positive number of seconds, got {getattr(self, name)}.")
-        _check_at_least(self, "publish_check_samples", 0)
-        if self.publish_check_tolerance <= 0:
-            raise ValueError(
-                f"`publish_check_tolerance` must be positive, got {self.publish_check_tolerance}. To switch the check "
-                "off, set `publish_check_samples=0`."
-            )
+        check_arguments("vllm_server_args", self.vllm_server_args, _SERVER_FLAGS)
 
     def _check_run_directory(self):
+        if self.output_dir is not None and not str(self.output_dir).strip():
+            raise ValueError(
+                f"`output_dir` must be the path of a directory, got {self.output_dir!r}. Name the one that the run "
+                "is to be written to."
+            )
+        if self.load_best_model_at_end:
+            raise ValueError(
+                "`load_best_model_at_end=True` needs an evaluation at every checkpoint, but opponents are evaluated "
+                "between iterations. Leave it unset, and choose among the checkpoints by `metrics.json` of each "
+                "iteration."
+            )
         if self.resume not in ("auto", "never"):
-            raise ValueError(f"`resume` must be 'auto' or 'never', got {self.resume!r}.")
+            raise ValueError(
+                f"`resume` must be 'auto' or 'never', got {self.resume!r}. Set 'auto' to go on with what lies there."
+            )
         if self.ignore_data_skip:
             raise ValueError(
                 "`ignore_data_skip=True` would train a resumed iteration's first pairs twice. Leave it unset: skipping "
@@ -526,7 +625,13 @@ class SPINConfig(DPOConfig):
         return values
 
 
-def _check_at_least(config: SPINConfig, name: str, minimum: int):
-    value = getattr(config, name)
-    if value < minimum:
-        raise ValueError(f"`{name}` must be at least {minimum}, got {value}.")
+def _to_number(name: str, value: Any) -> float:
+    try:  # YAML reads 5e-7 as text
+        number = float(value)
+    except (TypeError, ValueError):
+        number = None
+    if number is None or not is_number(number):
+        raise ValueError(
+            f"`{name}` must be a number, or a list with one for each iteration, got {value!r}. Write it such as 5.0e-7."
+        )
+    return number

@@ -18,6 +18,7 @@ from trl import DPOTrainer
 
 from .adapters import check_fixed_reference
 from .evaluation import GenerationMetrics
+from .inputs import check_generation_metrics, check_optimizers
 from .iteration_store import IterationStore
 from .iterative_trainer import IterativeTrainer
 from .losses import SPIN_LOSSES, LossParameters
@@ -122,6 +123,8 @@ class SPINTrainer(IterativeTrainer):
                 "`ref_model` is not used in self-play: the reference is the opponent, that is the policy as it stands "
                 "when an iteration begins, and its log-probs are computed before the first step. Leave it out."
             )
+        check_optimizers(optimizers)
+        check_generation_metrics(compute_generation_metrics, eval_dataset)
         self.self_play_setup = SelfPlaySetup.prepare(
             model, args, train_dataset, eval_dataset, processing_class, peft_config
         )

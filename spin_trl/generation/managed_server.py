@@ -11,6 +11,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+from ..atomic_files import write_text
 from ..progress import progress_bar
 from .sampler import SamplerError
 from .serve_command import serve_command
@@ -52,10 +53,8 @@ class ManagedServer:
         port = _free_port()
         command = serve_command(host="127.0.0.1", port=port, **self.options)
         env = {**command.env, **_clean_environment(), "VLLM_API_KEY": self.api_key}
-        self.log_path.parent.mkdir(parents=True, exist_ok=True)
-        with self.log_path.open("w") as log:
-            log.write(f"{command}\n")
-            log.flush()
+        write_text(self.log_path, f"{command}\n")
+        with self.log_path.open("a") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "spin_trl.generation.supervise", *command.argv],
                 stdin=subprocess.PIPE,

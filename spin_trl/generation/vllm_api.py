@@ -72,7 +72,16 @@ class VLLMServer:
 
     def served_models(self) -> list[dict[str, Any]]:
         """The models served: `id`, and for a base model also `root` (where it came from) and `max_model_len`."""
-        return self._call("GET", "/v1/models")["data"]
+        answer = self._call("GET", "/v1/models")
+        try:
+            if all(isinstance(model["id"], str) for model in answer["data"]):
+                return answer["data"]
+        except (KeyError, TypeError):
+            pass
+        raise SamplerError(
+            f"What answers at {self.base_url} is no vLLM server: GET /v1/models gave {_server_message(str(answer))!r}, "
+            "expected a list of models with their `id`. Correct `vllm_server_base_url`."
+        )
 
     def adapter_refusal(self) -> str | None:
         """Why the server cannot load LoRA adapters at run time, or `None` if it can."""
@@ -165,6 +174,7 @@ class VLLMServer:
         if status != 200:
             raise SamplerError(
                 f"The vLLM server at {self.base_url} refused {method} {path}. HTTP {status}: {_server_message(text)}"
+                f"{_remedy(method, status)}"
             )
         try:
             return json.loads(text) if read else None
@@ -217,6 +227,14 @@ class VLLMServer:
 
 async def _settle(tasks: list[asyncio.Task]) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _remedy(method: str, status: int) -> str:
+    if status in (401, 403):
+        return ". It expects another API key: set `vllm_api_key` or VLLM_API_KEY to the one it was started with."
+    if method == "GET" and status == 404:
+        return ". Expected is a vLLM server, which knows that path: correct `vllm_server_base_url`."
+    return ""
 
 
 def _server_message(text: str) -> str:

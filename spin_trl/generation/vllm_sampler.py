@@ -48,6 +48,12 @@ class VLLMSampler:
         self.server, self._run_name = server, run_name
         self.server.wait_until_ready()
         self._base = self._find_base_model()
+        if not isinstance(self._base.get("max_model_len"), int):
+            raise SamplerError(
+                f"The server at {self.server.base_url} serves {self._base['id']!r} without saying how long its context "
+                "is, as a vLLM server does in `max_model_len`. Start one with `python -m spin_trl.serve "
+                f"{self.model}`, or correct `vllm_server_base_url`."
+            )
         if self.context_length < min_context_length:
             raise SamplerError(
                 f"The vLLM server at {self.server.base_url} has a context of {self.context_length} tokens, but at "

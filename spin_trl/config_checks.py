@@ -1,0 +1,142 @@
+"""What the values of a configuration may be: one rule a field, one form of refusal. Knows nothing of what they mean."""
+
+import json
+import math
+import shlex
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, fields
+from numbers import Integral, Real
+from typing import Any
+
+
+@dataclass(frozen=True)
+class NumberRule:
+    """
+    Which numbers a field takes. No field takes a boolean, infinity or not-a-number.
+
+    Args:
+        expected (`str`): Completes "must be ...", for the error.
+        accepts (`Callable[[float], bool]`): Whether a number is allowed.
+        whole (`bool`): Whether it has to be an integer.
+        optional (`bool`): Whether `None` is allowed.
+        remedy (`str`, *optional*): What to do. By default: leave the field unset.
+    """
+
+    expected: str
+    accepts: Callable[[float], bool]
+    whole: bool = False
+    optional: bool = False
+    remedy: str | None = None
+
+
+def at_least(minimum: int, optional: bool = False) -> NumberRule:
+    """Whole numbers from `minimum` on."""
+    return NumberRule(f"at least {minimum}", lambda value: value >= minimum, whole=True, optional=optional)
+
+
+def positive(expected: str = "positive", remedy: str | None = None) -> NumberRule:
+    """Numbers above zero."""
+    return NumberRule(expected, lambda value: value > 0, remedy=remedy)
+
+
+def not_negative(expected: str = "at least 0", optional: bool = False) -> NumberRule:
+    """Zero and all above."""
+    return NumberRule(expected, lambda value: value >= 0, optional=optional)
+
+
+def share(remedy: str | None = None, optional: bool = False) -> NumberRule:
+    """Numbers above 0 and up to 1."""
+    return NumberRule("in (0, 1]", lambda value: 0 < value <= 1, remedy=remedy, optional=optional)
+
+
+def check_numbers(config: Any, rules: Mapping[str, NumberRule]) -> None:
+    """
+    Check fields of a dataclass.
+
+    Raises:
+        `ValueError`: naming the first field whose value is no number, or none that its rule allows.
+    """
+    for name, rule in rules.items():
+        value = getattr(config, name)
+        if value is None and rule.optional:
+            continue
+        remedy = rule.remedy or _leave_unset(config, name)
+        if not is_number(value):
+            kind = "a whole number" if rule.whole else "a finite number"
+            raise ValueError(f"`{name}` must be {kind}, got {value!r} (`{type(value).__name__}`). {remedy}")
+        if rule.whole and not isinstance(value, Integral):
+            raise ValueError(f"`{name}` must be a whole number, got {value}. {remedy}")
+        if not rule.accepts(value):
+            raise ValueError(f"`{name}` must be {rule.expected}, got {value}. {remedy}")
+
+
+def is_number(value: Any) -> bool:
+    """Whether this is a finite number, and no boolean."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def check_choices(config: Any, choices: Mapping[str, tuple]) -> None:
+    """
+    Raises:
+        `ValueError`: naming the first field whose value is none of its choices.
+    """
+    for name, allowed in choices.items():
+        value = getattr(config, name)
+        if value not in allowed:
+            raise ValueError(f"`{name}` must be one of {allowed}, got {value!r}. {_leave_unset(config, name)}")
+
+
+def check_mappings(config: Any, names: tuple[str, ...]) -> None:
+    """
+    Check fields that hold keyword arguments: dicts, or JSON of one, as the command line gives them.
+
+    Raises:
+        `ValueError`: naming the first field that holds something else.
+    """
+    for name in names:
+        value = getattr(config, name)
+        if isinstance(value, str):
+            try:
+                value = json.loads(value)
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"`{name}` must be a dict or JSON of one, got the text {value!r}, which is no JSON ({error}). "
+                    "Write it such as '{\"key\": 0.9}', with double quotes."
+                ) from None
+        if not isinstance(value, dict | None):
+            raise ValueError(
+                f"`{name}` must be a dict of keyword arguments, got {value!r} (`{type(value).__name__}`). Write it "
+                "such as {'key': 0.9}."
+            )
+
+
+def check_arguments(name: str, value: Any, own_flags: Mapping[str, str]) -> None:
+    """
+    Check a field that holds command line arguments as one string.
+
+    Args:
+        own_flags (`Mapping[str, str]`): Flags that must not be among them -> what to do instead.
+
+    Raises:
+        `ValueError`: if it is no string, cannot be split into words, or has one of these flags.
+    """
+    if value is None:
+        return
+    try:
+        words = shlex.split(value)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"`{name}` must be one string, written as in a shell, got {value!r} ({error}). Write it such as "
+            "'--max-num-seqs 64', and close every quotation mark."
+        ) from None
+    for word in words:
+        flag = word.partition("=")[0].replace("_", "-")
+        for own, remedy in own_flags.items():
+            if len(flag) > len("--h") and own.startswith(flag):  # argparse takes abbreviations too
+                raise ValueError(f"`{name}` has {word!r}, but the run sets `{own}` itself. {remedy}")
+
+
+def _leave_unset(config: Any, name: str) -> str:
+    field = next(field for field in fields(config) if field.name == name)
+    default = field.default if field.default is not MISSING else field.default_factory()
+    return f"Leave it unset for the default, {default!r}."

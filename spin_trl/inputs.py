@@ -1,0 +1,165 @@
+"""What is passed to the trainer beside data and configuration: of which kind it must be, told without loading a model.
+
+Knows nothing of servers and run directories.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig
+from torch import nn
+from transformers import GenerationConfig, PreTrainedTokenizerBase, ProcessorMixin
+
+
+def check_model(model: Any, peft_config: Any = None) -> None:
+    """
+    Args:
+        peft_config: The new adapter to train, if there is one: the model itself may be frozen then.
+
+    Raises:
+        `TypeError`: if it is neither a name nor a loaded model.
+        `ValueError`: if it names a folder that is missing or holds no model, or is a model that nothing would train.
+    """
+    if not isinstance(model, str | nn.Module):
+        raise TypeError(
+            f"`model` must be a hub id, a folder (both `str`) or a loaded model, got {model!r} "
+            f"(`{type(model).__name__}`). Pass a path as `str(path)`, and a class as `Class.from_pretrained(...)`."
+        )
+    if isinstance(model, nn.Module):
+        if peft_config is None:
+            _check_trainable(model)
+        return
+    folder = Path(model)
+    if not folder.is_dir():
+        if folder.is_file() or folder.is_absolute() or model.startswith((".", "~")) or not 0 < len(folder.parts) <= 2:
+            found = "a file" if folder.is_file() else "nothing"
+            raise ValueError(
+                f"`model` is {model!r}, where there is {found}: expected a folder with a model, or a hub id such as "
+                "'org/name'. Correct the path."
+            )
+    elif not (folder / "config.json").is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise ValueError(
+                f"`model` is the folder {model!r} of an adapter, but expected is a model. Pass the adapter loaded: "
+                "`PeftModel.from_pretrained(base_model, folder, is_trainable=True)`."
+            )
+        raise ValueError(
+            f"`model` is the folder {model!r}, which has no config.json: expected one that "
+            "`model.save_pretrained(folder)` has written. Correct the path."
+        )
+
+
+def _check_trainable(model: nn.Module) -> None:
+    parameters = list(model.parameters())
+    if parameters and not any(parameter.requires_grad for parameter in parameters):
+        raise ValueError(
+            f"All {len(parameters)} parameters of `model` are frozen, but training needs some that are not. Load an "
+            "adapter with `is_trainable=True`, or set `requires_grad` of what is to be trained."
+        )
+
+
+def check_peft_config(peft_config: Any) -> None:
+    """
+    Raises:
+        `TypeError`: if it is no configuration of PEFT.
+        `ValueError`: if the adapter would be frozen.
+    """
+    if peft_config is None:
+        return
+    if not isinstance(peft_config, PeftConfig):
+        raise TypeError(
+            f"`peft_config` must be a `PeftConfig`, got {peft_config!r} (`{type(peft_config).__name__}`). Write "
+            "`LoraConfig(r=16, target_modules='all-linear')`."
+        )
+    if peft_config.inference_mode:
+        raise ValueError(
+            "`peft_config` has `inference_mode=True`, which freezes the adapter, but it is what is to be trained. "
+            "Set `inference_mode=False`."
+        )
+
+
+def check_tokenizer(processing_class: Any) -> None:
+    """
+    Raises:
+        `TypeError`: if it is no tokenizer or processor.
+    """
+    if not isinstance(processing_class, PreTrainedTokenizerBase | ProcessorMixin):
+        raise TypeError(
+            f"`processing_class` must be a tokenizer, got {processing_class!r} (`{type(processing_class).__name__}`). "
+            "Pass `AutoTokenizer.from_pretrained(...)`, or leave it out for the model's own."
+        )
+
+
+def check_generation_metrics(compute: Any, eval_dataset: Any) -> None:
+    """
+    Raises:
+        `TypeError`: if it cannot be called.
+        `ValueError`: if there is nothing to call it for.
+    """
+    if compute is None:
+        return
+    if not callable(compute):
+        raise TypeError(
+            f"`compute_generation_metrics` must be a function, got {compute!r} (`{type(compute).__name__}`). Pass one "
+            "that takes prompts, references and generations and returns a dict of numbers."
+        )
+    if eval_dataset is None:
+        raise ValueError(
+            "`compute_generation_metrics` is given, but it scores the answers to `eval_dataset`, and that is None. "
+            "Pass an `eval_dataset`, or leave the metrics out."
+        )
+
+
+def check_optimizers(optimizers: Any) -> None:
+    """
+    Raises:
+        `TypeError`: if it is no pair.
+    """
+    if not isinstance(optimizers, tuple | list) or len(optimizers) != 2:
+        raise TypeError(
+            f"`optimizers` must be a pair of an optimizer and a scheduler, each of which may be None, got "
+            f"{optimizers!r}. Pass `(optimizer, None)`."
+        )
+
+
+def check_generation_kwargs(generation_kwargs: dict[str, Any] | None) -> None:
+    """
+    Raises:
+        `ValueError`: if transformers' generation would not know one of them.
+    """
+    known = vars(GenerationConfig())
+    unknown = sorted(set(generation_kwargs or {}) - set(known))
+    if unknown:
+        raise ValueError(
+            f"`generation_kwargs` has {unknown}, but in-process generation takes the fields of transformers' "
+            f"`GenerationConfig` only. Correct or remove them; sampling has {_sampling_names(known)}."
+        )
+
+
+def _sampling_names(known: dict[str, Any]) -> list[str]:
+    return sorted(name for name in known if name.endswith(("_p", "_k", "_cutoff", "_penalty")))
+
+
+@contextmanager
+def explained(part: str, model: str) -> Iterator[None]:
+    """
+    Around the loading of a model's configuration or tokenizer.
+
+    Raises:
+        `ValueError`: in place of a library's own error, with the model's name and what to look at.
+    """
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"The {part} of `model` {model!r} is code of its own, which is not run unless it is trusted. Read it, "
+                "and if you do, set `trust_remote_code=True`."
+            ) from error
+        raise ValueError(
+            f"The {part} of `model` {model!r} cannot be read; expected is what `save_pretrained` writes. It is a "
+            f"{'folder here' if Path(model).is_dir() else 'hub id: see its spelling, access rights and the network'}. "
+            f"Correct `model`{' or pass `processing_class`' if part == 'tokenizer' else ''}. The library says: {error}"
+        ) from error

@@ -1,0 +1,375 @@
+"""What a run keeps to itself: its key, the code it executes, and the files it touches."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+import textwrap
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+from spin_trl import SPINTrainer, run_setup
+from spin_trl.iteration_store import IterationStore, RunDirectoryError
+from spin_trl.serve import _exposure_warning
+
+
+KEY = "sk-this-key-must-not-be-found"
+
+
+# The API key
+
+
+def run_with_key(tiny_model: str, directory: Path, how: str) -> str:
+    """A whole run, with checkpoints and a model card, told to say all it can. Returns its output."""
+    script = f"""
+    import json
+    from datasets import Dataset
+    from spin_trl import SPINConfig, SPINTrainer
+
+    rows = [json.loads(line) for line in open("recipes/data/pronunciation/accent_train.jsonl")][:8]
+    args = SPINConfig(
+        output_dir={str(directory)!r}, num_iterations=2, per_device_train_batch_size=4, use_cpu=True, bf16=False,
+        report_to="none", log_level="debug", logging_steps=1, save_strategy="steps", save_steps=1, use_vllm=False,
+        max_completion_length=8, identical_pairs="keep"{f", vllm_api_key={KEY!r}" if how == "field" else ""},
+    )
+    print(args, repr(args), args.to_json_string())
+    trainer = SPINTrainer({tiny_model!r}, args, train_dataset=Dataset.from_list(rows))
+    print(trainer.self_play_setup, vars(trainer.self_play_setup.choice))
+    assert trainer.self_play_setup.api_key == {KEY!r}  # it did arrive
+    trainer.train()
+    trainer.save_model()
+    trainer.create_model_card()
+    """
+    variables = {"VLLM_API_KEY": KEY} if how == "variable" else {}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "TRANSFORMERS_VERBOSITY": "debug", **variables},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("how", ["field", "variable"])
+def test_api_key_is_in_no_file_of_a_run_and_in_none_of_its_output(tiny_model, tmp_path, how):
+    output = run_with_key(tiny_model, tmp_path / "run", how)
+    assert KEY not in output
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    names = {path.name for path in files}
+    assert {"self_play.json", "training_args.bin", "README.md", "optimizer.pt", "metrics.json"} <= names
+    assert [path for path in files if KEY.encode() in path.read_bytes()] == []
+    for path in files:
+        if path.name == "training_args.bin":  # a zip file: what is in it might be compressed
+            assert KEY not in str(vars(torch.load(path, weights_only=False)))
+
+
+def answer_without_key(url: str, body: dict) -> tuple[int, str]:
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request) as response:
+            return response.status, response.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def test_warning_of_an_open_server_names_what_its_api_key_does_not_guard(lora_server, tiny_model):
+    """Asked of a real server without its key: whatever it does then has to be named."""
+    adapter = {"name": "a", "src": "/nonexistent/adapter", "lora_name": "a", "lora_path": "/nonexistent/adapter"}
+    prompt = {"model": tiny_model, "prompt": "a", "max_tokens": 1}
+    bodies = {"/v1/load_lora_adapter": adapter, "/adapters": adapter, "/v1/completions": prompt, "/invocations": prompt}
+    answers = {path: answer_without_key(lora_server.base_url + path, body) for path, body in bodies.items()}
+    assert answers["/v1/load_lora_adapter"][0] == answers["/v1/completions"][0] == 401
+    assert "/nonexistent/adapter" in answers["/adapters"][1]  # it has looked for it
+    assert answers["/invocations"][0] == 200
+    warning = _exposure_warning("0.0.0.0", lora_rank=8)
+    assert "/adapters" in warning and "/invocations" in warning
+
+
+# Pickles
+
+
+class Evil:
+    """Makes a directory when it is unpickled."""
+
+    def __init__(self, trace: Path):
+        self.trace = trace
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.trace),)
+
+
+def plant(directory: Path, trace: Path) -> None:
+    for name in ("pytorch_model.bin", "adapter_model.bin", "training_args.bin", "optimizer.bin"):
+        torch.save(Evil(trace), directory / name)
+    (directory / "state.pkl").write_bytes(pickle.dumps(Evil(trace)))
+
+
+def test_planted_pickles_do_run_code_if_they_are_loaded(tmp_path):
+    plant(tmp_path, tmp_path / "trace")
+    torch.load(tmp_path / "pytorch_model.bin", weights_only=False)
+    assert (tmp_path / "trace").exists()
+
+
+class PlantInOpponent(TrainerCallback):
+    """Puts pickles beside the first opponent, or in place of its weights, before anything loads it."""
+
+    def __init__(self, trace: Path, in_place: bool):
+        self.trace = trace
+        self.in_place = in_place
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        opponent = Path(args.output_dir, "iteration-0", "opponent")
+        plant(opponent, self.trace)
+        if self.in_place:
+            (opponent / "model.safetensors").unlink(missing_ok=True)
+
+
+def changed_model(tiny_model: str):
+    """Not what lies in its folder, so the first opponent is saved, and loaded again as the fixed reference."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1.1)
+    return model
+
+
+def test_pickles_beside_an_opponent_are_not_run(tiny_model, tokenizer, train_dataset, make_config, tmp_path):
+    trainer = SPINTrainer(
+        changed_model(tiny_model),
+        make_config(num_iterations=2, opponent_reference="fixed"),
+        train_dataset=train_dataset,
+        processing_class=tokenizer,
+        callbacks=[PlantInOpponent(tmp_path / "trace", in_place=False)],
+    )
+    trainer.train()
+    assert (trainer.store.path(0, "opponent") / "pytorch_model.bin").exists()
+    assert not (tmp_path / "trace").exists()
+
+
+def test_pickle_in_place_of_an_opponents_weights_is_not_even_opened(
+    tiny_model, tokenizer, train_dataset, make_config, tmp_path
+):
+    trainer = SPINTrainer(
+        changed_model(tiny_model),
+        make_config(num_iterations=2, opponent_reference="fixed"),
+        train_dataset=train_dataset,
+        processing_class=tokenizer,
+        callbacks=[PlantInOpponent(tmp_path / "trace", in_place=True)],
+    )
+    with pytest.raises(OSError, match=r"no file named model\.safetensors found"):
+        trainer.train()
+    assert not (tmp_path / "trace").exists()
+
+
+def test_pickles_in_a_run_directory_are_not_run_when_it_is_resumed(tiny_model, train_dataset, make_config, tmp_path):
+    settings = {"save_strategy": "epoch", "resume": "auto"}
+    first = SPINTrainer(tiny_model, make_config(num_iterations=1, **settings), train_dataset=train_dataset)
+    first.train()
+    (checkpoint,) = first.store.checkpoints()
+    plant(checkpoint, tmp_path / "trace")
+    plant(first.store.path(0), tmp_path / "trace")
+    again = SPINTrainer(tiny_model, make_config(num_iterations=2, **settings), train_dataset=train_dataset)
+    again.train()
+    assert again.start.checkpoint == checkpoint
+    assert not (tmp_path / "trace").exists()
+
+
+# Code that comes with a model
+
+CODE = """
+from pathlib import Path
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+Path({trace!r}).touch()
+class CustomConfig(LlamaConfig):
+    model_type = "custom-llama"
+class CustomModel(LlamaForCausalLM):
+    config_class = CustomConfig
+class CustomTokenizer(PreTrainedTokenizerFast):
+    pass
+def generate(model, *args, **kwargs):
+    return model.generate(*args, **kwargs)
+"""
+
+
+def with_code(tiny_model: str, folder: Path, part: str, trace: Path) -> str:
+    """A copy of the model whose configuration, tokenizer or generation is code of its own, which leaves a trace."""
+    folder.mkdir()
+    for file in Path(tiny_model).iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    code = CODE.format(trace=str(trace))
+    (folder / "custom.py").write_text(code)
+    if part == "generation":
+        (folder / "custom_generate").mkdir()
+        (folder / "custom_generate" / "generate.py").write_text(code)
+        return str(folder)
+    if part == "tokenizer":
+        name, changes = "tokenizer_config.json", {"auto_map": {"AutoTokenizer": [None, "custom.CustomTokenizer"]}}
+        changes["tokenizer_class"] = "CustomTokenizer"
+    else:
+        auto_map = {"AutoConfig": "custom.CustomConfig", "AutoModelForCausalLM": "custom.CustomModel"}
+        name, changes = "config.json", {"auto_map": auto_map, "model_type": "custom-llama"}
+        changes["architectures"] = ["CustomModel"]
+    (folder / name).write_text(json.dumps({**json.loads((folder / name).read_text()), **changes}))
+    return str(folder)
+
+
+@pytest.fixture
+def modules_cache(tmp_path, monkeypatch):
+    """Code that is trusted is copied there, and not into the user's own cache."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+
+
+@pytest.mark.parametrize("part", ["model", "tokenizer"])
+def test_code_of_a_model_is_refused_and_not_run(tiny_model, train_dataset, make_config, tmp_path, part, modules_cache):
+    folder = with_code(tiny_model, tmp_path / "custom", part, tmp_path / "trace")
+    with pytest.raises(ValueError, match=r"is code of its own(.|\n)*set `trust_remote_code=True`"):
+        SPINTrainer(folder, make_config(), train_dataset=train_dataset)
+    assert not (tmp_path / "trace").exists()
+
+
+def test_code_for_generation_that_lies_with_a_model_is_not_run(tiny_model, train_dataset, make_config, tmp_path):
+    folder = with_code(tiny_model, tmp_path / "custom", "generation", tmp_path / "trace")
+    SPINTrainer(folder, make_config(num_iterations=1, max_steps=1), train_dataset=train_dataset).train()
+    assert not (tmp_path / "trace").exists()
+
+
+@pytest.mark.parametrize("part", ["model", "tokenizer"])
+def test_code_of_a_model_is_run_if_it_is_trusted(tiny_model, train_dataset, make_config, tmp_path, part, modules_cache):
+    folder = with_code(tiny_model, tmp_path / "custom", part, tmp_path / "trace")
+    SPINTrainer(folder, make_config(trust_remote_code=True), train_dataset=train_dataset)
+    assert (tmp_path / "trace").exists()
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_managed_server_trusts_a_models_code_only_if_the_run_does(
+    tiny_model, train_dataset, make_config, monkeypatch, trusted
+):
+    started = []
+
+    class Recorder:
+        def __init__(self, **options):
+            started.append(options)
+            raise InterruptedError
+
+    monkeypatch.setattr(run_setup, "ManagedServer", Recorder)
+    config = make_config(vllm_mode="managed", trust_remote_code=trusted)
+    with pytest.raises(InterruptedError):
+        SPINTrainer(tiny_model, config, train_dataset=train_dataset).train()
+    assert [options["trust_remote_code"] for options in started] == [trusted]
+
+
+# Names that come from outside
+
+
+@pytest.fixture
+def elsewhere(tmp_path) -> Path:
+    """Somebody else's directory."""
+    (tmp_path / "elsewhere" / "generations").mkdir(parents=True)
+    (tmp_path / "elsewhere" / "metrics.json").write_text('{"mine": 1}')
+    (tmp_path / "elsewhere" / "generations" / "part-00000000-1-0123456789abcdef.parquet").write_text("?")
+    return tmp_path / "elsewhere"
+
+
+@pytest.fixture
+def store(tmp_path) -> IterationStore:
+    (tmp_path / "run").mkdir()
+    return IterationStore(tmp_path / "run")
+
+
+def content(directory: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def test_clearing_a_run_deletes_links_and_not_what_they_lead_to(store, elsewhere):
+    before = content(elsewhere)
+    for name in ("iteration-0", "checkpoint-5", "self_play.json"):
+        (store.output_dir / name).symlink_to(elsewhere)
+    (store.output_dir / "iteration-1").symlink_to(store.output_dir / "gone")
+    store.clear()
+    assert list(store.output_dir.iterdir()) == []
+    assert content(elsewhere) == before and len(before) == 2
+
+
+WRITES = {
+    "metrics": lambda store: store.write_metrics(0, {"a": 1}),
+    "reading metrics": lambda store: store.read_metrics(0),
+    "completions": lambda store: store.completed_rows(0, "generations"),
+    "opponent": lambda store: store.write_opponent(0, lambda directory: Path(directory).mkdir(), True),
+    "pairs": lambda store: store.write_pairs(0, None),
+}
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_nothing_is_written_or_deleted_through_a_linked_iteration(store, elsewhere, write):
+    before = content(elsewhere)
+    (store.output_dir / "iteration-0").symlink_to(elsewhere)
+    with pytest.raises(RunDirectoryError, match=r"iteration-0 is a link to .*elsewhere.*Remove the link"):
+        write(store)
+    assert content(elsewhere) == before
+    assert store.iterations() == []
+
+
+def test_nothing_is_deleted_through_a_link_within_an_iteration(store, elsewhere):
+    before = content(elsewhere)
+    store.path(0).mkdir()
+    (store.path(0) / "generations").symlink_to(elsewhere / "generations")
+    store.clear_temporary()
+    with pytest.raises(RunDirectoryError, match="generations is a link"):
+        store.completed_rows(0, "generations")
+    assert content(elsewhere) == before
+
+
+def test_servers_log_is_not_written_through_a_link(store, elsewhere):
+    (store.output_dir / "vllm-server.log").symlink_to(elsewhere / "metrics.json")
+    with pytest.raises(RunDirectoryError, match=r"vllm-server\.log is a link"):
+        print(store.server_log)
+
+
+def test_linked_checkpoint_is_none(store, elsewhere):
+    (store.output_dir / "checkpoint-5").symlink_to(elsewhere)
+    (store.output_dir / "checkpoint-4").mkdir()
+    assert [path.name for path in store.checkpoints()] == ["checkpoint-4"]
+
+
+@pytest.mark.parametrize("name", ["iteration-²", "iteration-01", "iteration--1", "iteration-1e3", "iteration-1 "])
+def test_directories_that_are_only_named_like_an_iteration_are_left_alone(store, name):
+    (store.output_dir / name).mkdir()
+    assert store.iterations() == []
+    store.clear()
+    assert (store.output_dir / name).is_dir()
+
+
+def test_iteration_that_is_no_number_is_no_path(store):
+    with pytest.raises(ValueError):
+        store.path("../../elsewhere")
+
+
+def test_pairs_that_name_files_elsewhere_are_refused(store, elsewhere, train_dataset):
+    store.write_pairs(0, train_dataset)
+    state = store.path(0, "pairs", "state.json")
+    state.write_text(json.dumps({**json.loads(state.read_text()), "_data_files": [{"filename": "../../x.arrow"}]}))
+    with pytest.raises(RunDirectoryError, match=r"names '\.\./\.\./x\.arrow'.*delete"):
+        store.read_pairs(0)
+
+
+@pytest.mark.parametrize("field", ["iteration", "step"])
+def test_checkpoint_whose_place_is_no_number_is_not_resumed_from(tiny_model, train_dataset, make_config, caplog, field):
+    settings = {"save_strategy": "epoch", "resume": "auto", "num_iterations": 1}
+    first = SPINTrainer(tiny_model, make_config(**settings), train_dataset=train_dataset)
+    first.train()
+    (checkpoint,) = first.store.checkpoints()
+    place = json.loads((checkpoint / "self_play.json").read_text())
+    (checkpoint / "self_play.json").write_text(json.dumps({**place, field: "../../elsewhere"}))
+    again = SPINTrainer(tiny_model, make_config(**settings), train_dataset=train_dataset)
+    with pytest.raises(RunDirectoryError, match="left no checkpoint"):
+        again.train()
+    assert "is not resumed from" in caplog.text and "expected whole numbers" in caplog.text
