@@ -101,6 +101,13 @@ class SPINConfig(DPOConfig):
             Seconds to wait for the server to come up, or to come back.
         vllm_request_timeout (`float`, *optional*, defaults to `600.0`):
             Seconds to wait for the answer to one request.
+        vllm_progress_timeout (`float`, *optional*):
+            Seconds to wait for any completion at all, while there are requests that are not answered. By default
+            `vllm_server_timeout` and `vllm_request_timeout` together: what a restart of the server, and the first
+            answer after it, may take.
+        vllm_max_restarts (`int`, *optional*, defaults to `3`):
+            Number of times that a managed server is started again after it ended by itself. 0 makes its first end the
+            run's.
         vllm_max_concurrent_requests (`int`, *optional*, defaults to `256`):
             Number of requests that each process keeps in flight.
         vllm_api_key (`str`, *optional*):
@@ -300,6 +307,16 @@ class SPINConfig(DPOConfig):
     vllm_request_timeout: float = field(
         default=600.0, metadata={"help": "Seconds to wait for the answer to one request."}
     )
+    vllm_progress_timeout: float | None = field(
+        default=None,
+        metadata={
+            "help": "Seconds to wait for any completion at all. Defaults to `vllm_server_timeout` and "
+            "`vllm_request_timeout` together."
+        },
+    )
+    vllm_max_restarts: int = field(
+        default=3, metadata={"help": "Number of times that a managed server that ended is started again."}
+    )
     vllm_max_concurrent_requests: int = field(
         default=256, metadata={"help": "Number of requests that each process keeps in flight."}
     )
@@ -481,6 +498,13 @@ class SPINConfig(DPOConfig):
         for name in ("vllm_server_timeout", "vllm_request_timeout"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"`{name}` must be a positive number of seconds, got {getattr(self, name)}.")
+        if self.vllm_progress_timeout is not None and self.vllm_progress_timeout < self.vllm_request_timeout:
+            raise ValueError(
+                f"`vllm_progress_timeout` ({self.vllm_progress_timeout:g} s) must be at least `vllm_request_timeout` "
+                f"({self.vllm_request_timeout:g} s), the time that each answer may take. Raise the one, lower the "
+                "other, or leave `vllm_progress_timeout` unset."
+            )
+        _check_at_least(self, "vllm_max_restarts", 0)
         _check_at_least(self, "publish_check_samples", 0)
         if self.publish_check_tolerance <= 0:
             raise ValueError(

@@ -1,135 +1,20 @@
-"""What becomes of a request when the server fails, hangs or refuses, against a small server that does so on purpose.
+"""What becomes of a request when the server fails, hangs or refuses, against a small server that does so on purpose."""
 
-Whether a real vLLM server understands the requests is tested in `test_vllm_server.py`.
-"""
-
-import json
 import socket
-import sys
 import threading
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import pytest
+from fault_server import HANG_UP, PATIENCE, Answer, completion
 
 from spin_trl.generation import vllm_api
-from spin_trl.generation.sampler import CompletionRequest, SamplerError, SamplingParams
-from spin_trl.generation.vllm_api import VLLMServer
-from spin_trl.generation.vllm_sampler import VLLMSampler
-
-
-PATIENCE = 30.0  # seconds until a server that waits for something gives up; none waits for it when all is well
-HANG_UP = None  # an answer: close the connection without one
-
-Answer = tuple[int, dict | str] | None
-
-
-class _QuietServer(ThreadingHTTPServer):
-    """Says nothing of clients that hang up, as those that are cancelled do."""
-
-    def handle_error(self, request, client_address):
-        if not isinstance(sys.exception(), ConnectionError):
-            super().handle_error(request, client_address)
-
-
-class FaultyServer:
-    """
-    An HTTP server on a free loopback port that answers as `answer(path, body)` says, and remembers what it was asked.
-
-    `answer` runs in a thread of its own for each connection, so it may block.
-    """
-
-    def __init__(self):
-        self.answer: Callable[[str, dict | None], Answer] = lambda path, body: (200, "")
-        self.requests: list[tuple[str, dict | None]] = []
-        self.api_keys: set[str | None] = set()
-        self.release = threading.Event()  # set at the end, for answers that hang
-        self._http = _QuietServer(("127.0.0.1", 0), self._handler())
-        self.url = f"http://127.0.0.1:{self._http.server_port}"
-        threading.Thread(target=self._http.serve_forever, args=(0.01,), daemon=True).start()
-
-    def paths(self) -> list[str]:
-        return [path for path, _ in self.requests]
-
-    def bodies(self, path: str) -> list[dict]:
-        return [body for asked, body in self.requests if asked == path]
-
-    def close(self) -> None:
-        self.release.set()
-        self._http.shutdown()
-        self._http.server_close()
-
-    def _handler(self) -> type[BaseHTTPRequestHandler]:
-        server = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_GET(self):
-                self.reply(None)
-
-            def do_POST(self):
-                content = self.rfile.read(int(self.headers["Content-Length"] or 0))
-                self.reply(json.loads(content) if content else None)
-
-            def reply(self, body):
-                server.requests.append((self.path, body))
-                server.api_keys.add(self.headers["Authorization"])
-                answer = server.answer(self.path, body)
-                self.close_connection = answer is HANG_UP
-                if answer is HANG_UP:
-                    return
-                status, content = answer
-                content = (content if isinstance(content, str) else json.dumps(content)).encode()
-                self.send_response(status)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content)
-
-            def log_message(self, *args):
-                pass
-
-        return Handler
-
-
-@pytest.fixture(autouse=True)
-def short_delays(monkeypatch):
-    monkeypatch.setattr(vllm_api, "_FIRST_RETRY_DELAY", 0.01)
-
-
-@pytest.fixture
-def faulty():
-    server = FaultyServer()
-    yield server
-    server.close()
-
-
-@pytest.fixture
-def connect(faulty):
-    """A factory of clients of `faulty`, or of another address; they are closed at the end."""
-    clients = []
-
-    def make(base_url: str | None = None, **options) -> VLLMServer:
-        clients.append(VLLMServer(base_url or faulty.url, **{"server_timeout": PATIENCE, **options}))
-        return clients[-1]
-
-    yield make
-    for client in clients:
-        client.close()
+from spin_trl.generation.sampler import SamplerError
 
 
 def in_turn(*answers: Answer) -> Callable[[str, dict | None], Answer]:
     """Each answer once, then the last one for ever."""
     left = list(answers)
     return lambda path, body: left.pop(0) if len(left) > 1 else left[0]
-
-
-def completion(body: dict) -> Answer:
-    """An answer that tells the prompt it is for."""
-    choice = {"token_ids": [*body["prompt"], 2], "finish_reason": "stop", "logprobs": {"token_logprobs": [-0.5, -1.5]}}
-    return 200, {"choices": [choice]}
 
 
 def unused_address() -> str:
@@ -188,15 +73,40 @@ def test_server_that_never_recovers_is_given_up_with_its_last_message(faulty, co
     assert len(faulty.requests) > 1
 
 
-def test_answer_that_does_not_come_is_a_request_timeout(faulty, connect):
-    def hang(path, body):
-        faulty.release.wait(PATIENCE)
-        return 200, ""
-
-    faulty.answer = hang
-    with pytest.raises(SamplerError, match=r"no answer within `vllm_request_timeout` \(0.2 s\)"):
-        connect(request_timeout=0.2).wait_until_ready()
+def test_completion_that_does_not_come_is_a_request_timeout(faulty, connect):
+    faulty.answer = faulty.hang
+    client = connect(request_timeout=0.2, progress_timeout=PATIENCE)
+    with pytest.raises(
+        SamplerError, match=r"no answer within `vllm_request_timeout` \(0.2 s\) to POST /v1/completions"
+    ):
+        list(client.complete([(0, {"prompt": [0]})]))
     assert len(faulty.requests) == 1
+
+
+@pytest.mark.parametrize("ask", ["wait_until_ready", "served_models", "adapter_refusal", "reload_refusal"])
+def test_server_that_hangs_from_the_start_is_given_up_after_the_server_timeout(faulty, connect, ask):
+    """Not after the request time-out, which here is as good as never."""
+    faulty.answer = faulty.hang
+    with pytest.raises(
+        SamplerError, match=r"within `vllm_server_timeout` \(0.2 s\).*Last problem: no answer within 0.2 s"
+    ):
+        getattr(connect(server_timeout=0.2, request_timeout=100_000.0), ask)()
+
+
+@pytest.mark.parametrize(
+    ("publish", "path"),
+    [
+        (lambda client: client.load_adapter("a", "/a"), "/v1/load_lora_adapter"),
+        (lambda client: client.unload_adapter("a"), "/v1/unload_lora_adapter"),
+        (lambda client: client.reload_weights("/w"), "/collective_rpc"),
+        (lambda client: client.marks(), "/collective_rpc"),
+    ],
+    ids=["load an adapter", "unload an adapter", "reload weights", "ask for marks"],
+)
+def test_server_that_hangs_while_an_opponent_is_published_is_a_request_timeout(faulty, connect, publish, path):
+    faulty.answer = faulty.hang
+    with pytest.raises(SamplerError, match=rf"no answer within `vllm_request_timeout` \(0.2 s\) to POST {path}"):
+        publish(connect(request_timeout=0.2))
 
 
 def test_address_that_cannot_be_one_is_refused_at_once(connect, monkeypatch):
@@ -356,229 +266,3 @@ def test_closing_twice_is_allowed(connect):
     client = connect()
     client.close()
     client.close()
-
-
-# What the server can do
-
-
-class FakeVLLM:
-    """Answers as vLLM 0.31 does, as far as a sampler asks before and while it plays."""
-
-    def __init__(self, name: str = "org/base-model", context_length: int = 64, adapters: bool = True):
-        self.name = name
-        self.context_length = context_length
-        self.adapters = adapters
-        self.loaded: list[str] = []
-
-    def __call__(self, path: str, body: dict | None) -> Answer:
-        base = {"id": self.name, "root": self.name, "parent": None, "max_model_len": self.context_length}
-        if path == "/v1/models":
-            return 200, {"data": [base, *({"id": name, "parent": self.name} for name in self.loaded)]}
-        if path == "/v1/load_lora_adapter":
-            return self.load(body)
-        if path == "/v1/unload_lora_adapter":
-            self.loaded.remove(body["lora_name"])
-        if path == "/collective_rpc" and not body:
-            return 400, "Missing 'method' in request body"
-        return completion(body) if path == "/v1/completions" else (200, "")
-
-    def load(self, body: dict) -> Answer:
-        if not self.adapters:
-            return 500, {"error": {"message": "Call to add_lora method failed: LoRA is not enabled."}}
-        if not Path(body["lora_path"]).is_dir():
-            return 404, {"error": {"message": f"The lora adapter '{body['lora_name']}' cannot be found"}}
-        if body["lora_name"] in self.loaded:
-            return 400, {"error": {"message": f"The lora adapter '{body['lora_name']}' has already been loaded."}}
-        self.loaded.append(body["lora_name"])
-        return 200, ""
-
-
-@pytest.fixture
-def play(faulty, connect):
-    """A factory of samplers that are connected to a server with the given answers."""
-
-    def make(answer=None, lora_rank: int | None = 8, model: str = "org/base-model", **options) -> VLLMSampler:
-        faulty.answer = answer or FakeVLLM()
-        sampler = VLLMSampler(model, lora_rank, options.pop("served_model", None))
-        sampler.connect(connect(**options), "run", min_context_length=20)
-        return sampler
-
-    return make
-
-
-def test_another_model_is_refused_with_both_names(play):
-    with pytest.raises(SamplerError) as error:
-        play(FakeVLLM("org/other-model"))
-    assert "serves ['org/other-model'], not 'org/base-model'" in str(error.value)
-    assert "`vllm_server_model`" in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [("base-model", {}), ("/models/base-model", {}), ("anything", {"served_model": "anything"})],
-    ids=["without its organisation", "a local copy", "as the user names it"],
-)
-def test_same_model_under_another_name_is_accepted(play, name, options):
-    assert play(FakeVLLM(name), **options).context_length == 64
-
-
-def test_context_that_holds_not_even_the_shortest_prompt_is_refused(play):
-    with pytest.raises(SamplerError, match="has a context of 19 tokens, but at least 20 .*`--max-model-len`"):
-        play(FakeVLLM(context_length=19))
-    play(FakeVLLM(context_length=20))
-
-
-def test_server_without_lora_is_refused_with_its_flag_and_the_command(play):
-    with pytest.raises(SamplerError, match="started without `--enable-lora`.*spin_trl.serve .*--lora-rank 8"):
-        play(FakeVLLM(adapters=False))
-
-
-def test_server_without_run_time_loading_is_refused_with_its_variable_and_the_command(play):
-    fake = FakeVLLM()
-
-    def answer(path, body):
-        return (404, {"detail": "Not Found"}) if path == "/v1/load_lora_adapter" else fake(path, body)
-
-    with pytest.raises(SamplerError, match="without .*`VLLM_ALLOW_RUNTIME_LORA_UPDATING=1`.*--lora-rank 8"):
-        play(answer)
-    assert fake.loaded == []
-
-
-def test_server_without_developer_mode_is_refused_for_full_weights_with_its_variable_and_the_command(play):
-    fake = FakeVLLM()
-
-    def answer(path, body):
-        return (404, {"detail": "Not Found"}) if path == "/collective_rpc" else fake(path, body)
-
-    with pytest.raises(SamplerError, match="`VLLM_SERVER_DEV_MODE=1`.*`python -m spin_trl.serve org/base-model`"):
-        play(answer, lora_rank=None)
-    assert play(answer, lora_rank=8).context_length == 64  # adapters need no developer mode
-
-
-@pytest.mark.parametrize("lora_rank", [8, None])
-def test_connection_that_breaks_while_the_server_is_examined_is_tried_again(play, lora_rank):
-    fake, broken = FakeVLLM(), []
-
-    def answer(path, body):
-        if path in ("/v1/load_lora_adapter", "/collective_rpc") and not broken:
-            broken.append(path)
-            return HANG_UP
-        return fake(path, body)
-
-    assert play(answer, lora_rank=lora_rank).context_length == 64
-    assert len(broken) == 1
-
-
-# How an opponent is published and played
-
-
-def request(row: int = 0, prompt_ids: tuple = (5, 6, 7)) -> CompletionRequest:
-    return CompletionRequest((row, 0), list(prompt_ids), seed=1234)
-
-
-def test_body_carries_every_sampling_field_also_those_left_at_their_defaults(faulty, play):
-    sampler = play()
-    sampler.select(0, None)
-    list(sampler.sample([request()], SamplingParams(max_completion_length=16, end_token_ids=(2, 3))))
-    assert faulty.bodies("/v1/completions") == [
-        {
-            "model": "org/base-model",
-            "prompt": [5, 6, 7],
-            "seed": 1234,
-            "max_tokens": 16,
-            "temperature": 1.0,
-            "top_p": 1.0,
-            "top_k": 0,
-            "min_p": 0.0,
-            "repetition_penalty": 1.0,
-            "stop_token_ids": [2, 3],
-            "return_token_ids": True,
-        }
-    ]
-
-
-def test_body_carries_the_settings_and_the_users_own_parameters_win(faulty, play):
-    sampler = play()
-    sampler.select(0, None)
-    settings = {"temperature": 0.7, "top_p": 0.9, "top_k": 40, "min_p": 0.1, "repetition_penalty": 1.2}
-    params = SamplingParams(16, (2,), **settings, extra={"top_k": 5, "frequency_penalty": 0.5})
-    list(sampler.sample([request()], params))
-    (body,) = faulty.bodies("/v1/completions")
-    expected = {**settings, "top_k": 5, "frequency_penalty": 0.5}
-    assert {name: body[name] for name in expected} == expected
-
-
-def test_answer_is_shortened_to_what_the_context_leaves(faulty, play):
-    """A context of 64 holds a prompt of 60 and four more."""
-    sampler = play()
-    sampler.select(0, None)
-    list(sampler.sample([request(prompt_ids=(5,) * 60)], SamplingParams(16, (2,))))
-    assert faulty.bodies("/v1/completions")[0]["max_tokens"] == 4
-
-
-def test_log_probs_are_asked_for_and_returned_only_if_wanted(faulty, play):
-    sampler = play()
-    sampler.select(0, None)
-    params = SamplingParams(16, (2,))
-    (with_logprobs,) = sampler.sample([request()], params, logprobs=True)
-    (without,) = sampler.sample([request()], params)
-    assert with_logprobs.logprobs == [-0.5, -1.5] and without.logprobs is None
-    assert (with_logprobs.key, with_logprobs.token_ids, with_logprobs.finish_reason) == ((0, 0), [5, 6, 7, 2], "stop")
-    first, second = faulty.bodies("/v1/completions")
-    assert first["logprobs"] == 0 and "logprobs" not in second
-
-
-def play_opponent(sampler: VLLMSampler, iteration: int, checkpoint: Path | None) -> None:
-    """Publish, play, and answer one prompt."""
-    sampler.publish(iteration, checkpoint)
-    sampler.select(iteration, checkpoint)
-    list(sampler.sample([request()], SamplingParams(16, (2,))))
-
-
-def test_each_lora_opponent_is_played_under_a_name_of_its_own_and_the_older_one_is_unloaded(faulty, play, tmp_path):
-    fake = FakeVLLM()
-    sampler = play(fake)
-    loaded = []
-    for iteration, checkpoint in enumerate((None, tmp_path, tmp_path)):
-        play_opponent(sampler, iteration, checkpoint)
-        loaded.append(list(fake.loaded))
-    played = [body["model"] for body in faulty.bodies("/v1/completions")]
-    assert played == ["org/base-model", "run-iteration-1", "run-iteration-2"]
-    assert loaded == [[], ["run-iteration-1"], ["run-iteration-2"]]
-
-
-def test_lora_opponent_of_the_same_name_that_an_interrupted_run_left_is_replaced(faulty, play, tmp_path):
-    fake = FakeVLLM()
-    fake.loaded.append("run-iteration-1")
-    play_opponent(play(fake), 1, tmp_path)
-    assert faulty.bodies("/v1/unload_lora_adapter") == [{"lora_name": "run-iteration-1"}]
-    assert fake.loaded == ["run-iteration-1"]
-
-
-def test_lora_opponent_that_is_published_again_stays_loaded(play, tmp_path):
-    fake = FakeVLLM()
-    sampler = play(fake)
-    play_opponent(sampler, 1, tmp_path)
-    play_opponent(sampler, 1, tmp_path)
-    assert fake.loaded == ["run-iteration-1"]
-
-
-def test_full_opponent_replaces_the_weights_and_cached_prefixes_are_forgotten(faulty, play, tmp_path):
-    sampler = play(lora_rank=None)
-    for iteration, checkpoint in enumerate((None, tmp_path)):
-        play_opponent(sampler, iteration, checkpoint)
-    reloads = [body for body in faulty.bodies("/collective_rpc") if body]
-    assert [body["kwargs"] for body in reloads] == [
-        {"weights_path": "org/base-model"},
-        {"weights_path": str(tmp_path)},
-    ]
-    assert {body["method"] for body in reloads} == {"reload_weights"}
-    order = [path for path, body in faulty.requests if path != "/collective_rpc" or body][2:]
-    assert order == ["/collective_rpc", "/reset_prefix_cache", "/v1/completions"] * 2
-    assert {body["model"] for body in faulty.bodies("/v1/completions")} == {"org/base-model"}
-
-
-def test_refused_adapter_is_an_error_with_the_servers_message(play, tmp_path):
-    sampler = play()
-    with pytest.raises(SamplerError, match="The lora adapter 'run-iteration-1' cannot be found"):
-        sampler.publish(1, tmp_path / "absent")
