@@ -143,7 +143,8 @@ def loss(tiny_model, tmp_path_factory):
 def _serve(model: str, log_path: Path, **options):
     from spin_trl.generation.managed_server import ManagedServer
 
-    server = ManagedServer(log_path, timeout=240, model=model, dtype="float32", **options)
+    # A few restarts, for the tests that kill it.
+    server = ManagedServer(log_path, timeout=240, max_restarts=3, model=model, dtype="float32", **options)
     server.start(show_progress=False)
     return server
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 
 PATIENCE = 30.0  # seconds until a server that waits for something gives up; none waits for it when all is well
+BASE, OPPONENT = 10, 11  # token ids that tell who played
 HANG_UP = None  # an answer: close the connection without one
 
 # Status, content and headers, the latter two where there are any.
@@ -66,6 +67,7 @@ class FaultyServer:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            wbufsize = -1  # headers and content in one packet: a second one would wait for the first to be confirmed
 
             def do_GET(self):
                 self.reply(None)
@@ -110,12 +112,19 @@ class FakeVLLM:
     """Answers as vLLM 0.31 does, as far as a sampler asks before and while it plays."""
 
     def __init__(
-        self, name: str = "org/base-model", context_length: int = 64, adapters: bool = True, marks: bool = True
+        self,
+        name: str = "org/base-model",
+        context_length: int = 64,
+        adapters: bool = True,
+        marks: bool = True,
+        tells_who_plays: bool = False,
     ):
         self.name = name
         self.context_length = context_length
         self.adapters = adapters
         self.takes_marks = marks
+        self.tells_who_plays = tells_who_plays
+        self.num_reloads = 0
         self.lock = threading.RLock()
         self.restart()
 
@@ -145,7 +154,8 @@ class FakeVLLM:
         if path == "/v1/completions":
             if body["model"] not in (self.name, *self.loaded):
                 return 404, {"error": {"message": f"The model `{body['model']}` does not exist."}}
-            return completion(body)
+            is_base = self.weights == body["model"] == self.name
+            return completion(body, (BASE if is_base else OPPONENT) if self.tells_who_plays else None)
         return 200, ""
 
     def load(self, body: dict) -> Answer:
@@ -165,6 +175,7 @@ class FakeVLLM:
             return 400, "Missing 'method' in request body"
         if method == "reload_weights":
             self.weights = body["kwargs"]["weights_path"]
+            self.num_reloads += 1
         elif not self.takes_marks:
             return 500, {"error": {"message": f"Method '{method}' is not implemented."}}
         elif method == "__dir__":

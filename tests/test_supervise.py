@@ -154,6 +154,13 @@ def test_exit_status_of_the_command_is_passed_on(status):
     process.stdin.close()
 
 
+def test_exit_status_of_a_killed_command_is_a_shells():
+    command = [sys.executable, "-m", "spin_trl.generation.supervise", "sh", "-c", "kill -9 $$"]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE)
+    assert process.wait(timeout=PATIENCE) == 128 + signal.SIGKILL
+    process.stdin.close()
+
+
 def test_child_that_outlives_the_command_ends_too(processes):
     """The command ends of itself, while its child would go on for ten minutes."""
     process = processes.start(supervisor(*processes.command("polite")))

@@ -1,13 +1,16 @@
 """What becomes of a request when the server fails, hangs or refuses, against a small server that does so on purpose."""
 
+import json
 import socket
 import threading
+import time
 from collections.abc import Callable
 
 import pytest
-from fault_server import HANG_UP, PATIENCE, Answer, completion
+from fault_server import HANG_UP, PATIENCE, Answer, CutOff, FakeVLLM, completion
 
 from spin_trl.generation import vllm_api
+from spin_trl.generation.attempts import Attempts
 from spin_trl.generation.sampler import SamplerError
 
 
@@ -26,14 +29,48 @@ def unused_address() -> str:
 # A request that fails
 
 
-@pytest.mark.parametrize("failure", [(503, "warming up"), (500, "engine died"), (429, "busy"), (408, "slow"), HANG_UP])
+@pytest.mark.parametrize(
+    "failure",
+    [
+        (503, "warming up"),
+        (500, "engine died"),
+        (502, "<html>Bad gateway</html>"),
+        (429, "busy"),
+        (429, "busy", {"Retry-After": "0.02"}),
+        (408, "slow"),
+        HANG_UP,
+        CutOff((200, {"data": [{"id": "m"}]})),
+        CutOff((500, "engine died")),
+    ],
+    ids=[
+        "503",
+        "500",
+        "502",
+        "429",
+        "429 with a delay",
+        "408",
+        "cut before the headers",
+        "cut in the answer",
+        "cut 500",
+    ],
+)
 def test_failure_that_may_pass_is_tried_again(faulty, connect, failure):
     faulty.answer = in_turn(failure, failure, (200, {"data": [{"id": "m"}]}))
     assert connect().served_models() == [{"id": "m"}]
     assert faulty.paths() == ["/v1/models"] * 3
 
 
-@pytest.mark.parametrize("status", [400, 401, 404, 422])
+def test_delay_that_a_busy_server_asks_for_is_heard(faulty, connect, monkeypatch):
+    heard, next_delay = [], Attempts.next_delay
+    monkeypatch.setattr(
+        Attempts, "next_delay", lambda self, problem, asked: heard.append(asked) or next_delay(self, problem, asked)
+    )
+    faulty.answer = in_turn((429, "busy", {"Retry-After": "0.125"}), (503, "down"), (200, {"data": []}))
+    connect().served_models()
+    assert heard == ["0.125", None]
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 410, 413, 422])
 def test_refusal_is_final_and_shows_the_servers_own_message(faulty, connect, status):
     faulty.answer = lambda path, body: (status, {"error": {"message": "This prompt has 70 tokens"}})
     with pytest.raises(SamplerError) as error:
@@ -49,6 +86,21 @@ def test_answer_of_something_that_is_no_such_server_is_refused_with_its_address(
         connect(server_timeout=0.1).served_models()
 
 
+def test_answer_that_is_no_text_is_an_error_like_any_other(faulty, connect):
+    faulty.answer = lambda path, body: (400, b"\xff\xfe\x00 broken")
+    with pytest.raises(SamplerError, match="HTTP 400: .* broken"):
+        connect().served_models()
+
+
+@pytest.mark.parametrize(
+    "content", [[], {"object": "list"}, {"data": None}, {"data": ["m"]}, {"data": [{"name": "m"}]}]
+)
+def test_list_of_models_that_is_none_is_refused_with_the_address(faulty, connect, content):
+    faulty.answer = lambda path, body: (200, content)
+    with pytest.raises(SamplerError, match=f"What answers at {faulty.url} is no vLLM server"):
+        connect().served_models()
+
+
 def test_long_message_of_the_server_is_cut(faulty, connect):
     faulty.answer = lambda path, body: (400, "x" * 100_000)
     with pytest.raises(SamplerError) as error:
@@ -62,7 +114,7 @@ def test_absent_server_is_named_after_the_server_timeout(connect):
         connect(url, server_timeout=0.1).wait_until_ready()
     message = str(error.value)
     assert f"{url} did not answer GET /health within `vllm_server_timeout` (0.1 s)" in message
-    assert "Cannot connect" in message
+    assert "Cannot connect" in message and " attempts, the last 0.1 s after the first" in message
     assert "`python -m spin_trl.serve MODEL`" in message and "`vllm_server_base_url`" in message
 
 
@@ -116,6 +168,12 @@ def test_address_that_cannot_be_one_is_refused_at_once(connect, monkeypatch):
     monkeypatch.setattr(vllm_api.asyncio, "sleep", fail)
     with pytest.raises(SamplerError, match="localhost:8000"):
         connect("localhost:8000").wait_until_ready()
+
+
+@pytest.mark.parametrize("address", ["http://", "http://localhost:port"])
+def test_address_that_has_no_sense_is_refused_at_once(connect, address):
+    with pytest.raises(SamplerError, match="no address of a server"):
+        connect(address).wait_until_ready()
 
 
 @pytest.mark.parametrize("suffix", ["", "/", "/v1", "/v1/"])
@@ -266,3 +324,163 @@ def test_closing_twice_is_allowed(connect):
     client = connect()
     client.close()
     client.close()
+
+
+def test_completion_that_the_server_gives_up_is_asked_for_again(faulty, connect):
+    aborted = {"choices": [{"token_ids": [5], "finish_reason": "abort"}]}
+    faulty.answer = in_turn((200, aborted), (200, aborted), completion({"prompt": [5]}))
+    ((_, choice),) = connect().complete([(0, {"prompt": [5]})])
+    assert choice["finish_reason"] == "stop"
+    assert len(faulty.requests) == 3
+
+
+def test_completion_that_the_server_always_gives_up_is_an_error_in_the_end(faulty, connect):
+    faulty.answer = lambda path, body: (200, {"choices": [{"token_ids": [5], "finish_reason": "abort"}]})
+    with pytest.raises(SamplerError, match=r"within `vllm_server_timeout`.*Last problem: `finish_reason` 'abort'"):
+        list(connect(server_timeout=0.1).complete([(0, {"prompt": [5]})]))
+
+
+@pytest.mark.parametrize(
+    "content", [{"choices": []}, {"choices": None}, {"choices": ["text"]}, {"object": "error"}, ["text"]]
+)
+def test_answer_without_a_completion_is_an_error_that_shows_it(faulty, connect, content):
+    faulty.answer = lambda path, body: (200, content)
+    with pytest.raises(SamplerError) as error:
+        list(connect().complete([(0, {"prompt": [5]})]))
+    assert f"no completion where one was asked for: {json.dumps(content)}" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("problem", "waiting_for"),
+    [
+        ((429, "too many requests"), "another attempt after HTTP 429: too many requests"),
+        ((500, "engine died"), "another attempt after HTTP 500: engine died"),
+        (HANG_UP, "another attempt after ServerDisconnectedError"),
+        ("hang", "an answer"),
+    ],
+    ids=["busy", "broken", "cut off", "hanging"],
+)
+def test_server_from_which_nothing_comes_back_is_given_up_with_what_the_requests_wait_for(
+    faulty, connect, problem, waiting_for
+):
+    """Each request on its own would still be within its time."""
+    faulty.answer = faulty.hang if problem == "hang" else lambda path, body: problem
+    client = connect(progress_timeout=0.5, max_concurrent_requests=3)
+    with pytest.raises(SamplerError) as error:
+        list(client.complete((i, {"prompt": [i]}) for i in range(10)))
+    message = str(error.value)
+    assert "Not one completion came back" in message and "`vllm_progress_timeout` (0.5 s)" in message
+    assert "3 requests are waiting: " in message and f" for {waiting_for}" in message
+
+
+def test_time_without_a_completion_counts_from_the_last_one(faulty, connect):
+    faulty.answer = lambda path, body: completion(body) if body["prompt"] == [0] else faulty.hang(path, body)
+    answers = connect(progress_timeout=0.5, max_concurrent_requests=2).complete((i, {"prompt": [i]}) for i in range(4))
+    assert next(answers)[0] == 0
+    with pytest.raises(SamplerError, match="Not one completion came back"):
+        next(answers)
+
+
+def test_time_to_come_back_and_to_answer_together_is_the_time_without_progress_by_default(connect):
+    assert connect(server_timeout=240, request_timeout=600).progress_timeout == 840
+
+
+def test_question_about_the_server_does_not_queue_behind_the_completions(faulty, connect, monkeypatch):
+    monkeypatch.setattr(vllm_api, "_PROMPT_ANSWER", 5.0)
+
+    def answer(path, body):
+        if path == "/v1/completions" and body["prompt"] != [0]:
+            faulty.release.wait(PATIENCE)
+        return completion(body) if path == "/v1/completions" else (200, {"data": []})
+
+    faulty.answer = answer
+    client = connect(max_concurrent_requests=2, server_timeout=1.0)
+    answers = client.complete((i, {"prompt": [i]}) for i in range(10))
+    next(answers)
+    assert client.served_models() == []
+    answers.close()
+
+
+# A server that its keeper has given up
+
+
+def test_server_that_is_gone_for_good_fails_every_request_at_once_with_the_reason(connect, tmp_path):
+    """The server timeout would be half a minute, and twice that with somebody who restarts the server."""
+    notice = tmp_path / "notice"
+    client = connect(unused_address(), death_notice=notice)
+    threading.Timer(0.3, lambda: notice.write_text("it ended thrice: out of memory")).start()
+    started = time.monotonic()
+    with pytest.raises(SamplerError, match="it ended thrice: out of memory"):
+        list(client.complete((i, {"prompt": [i]}) for i in range(10)))
+    with pytest.raises(SamplerError, match="it ended thrice: out of memory"):
+        client.wait_until_ready()
+    assert time.monotonic() - started < PATIENCE
+
+
+def test_one_who_restarts_the_server_is_given_twice_the_time_to_say_so(connect, tmp_path):
+    """The restart begins after the first failed request and may take the server timeout itself."""
+    address = unused_address()
+    for death_notice, seconds in ((None, 0.3), (tmp_path / "notice", 0.6)):
+        started = time.monotonic()
+        with pytest.raises(SamplerError):
+            connect(address, server_timeout=0.3, death_notice=death_notice).wait_until_ready()
+        assert time.monotonic() - started >= seconds
+
+
+# What was loaded
+
+
+def test_adapter_that_is_loaded_already_is_left_as_it_is(faulty, connect, tmp_path):
+    """Another process may have been faster, or the connection may have broken after the server loaded it."""
+    fake = FakeVLLM()
+    fake.loaded.append("a")
+    faulty.answer = fake
+    connect().load_adapter("a", str(tmp_path))
+    assert fake.loaded == ["a"]
+
+
+def test_adapter_whose_loading_is_answered_by_a_broken_connection_is_loaded_once(faulty, connect, tmp_path):
+    fake, broken = FakeVLLM(), []
+
+    def answer(path, body):
+        answer = fake(path, body)
+        if path == "/v1/load_lora_adapter" and not broken:
+            broken.append(path)
+            return HANG_UP
+        return answer
+
+    faulty.answer = answer
+    connect().load_adapter("a", str(tmp_path))
+    assert fake.loaded == ["a"]
+
+
+def test_adapter_that_is_not_loaded_is_unloaded_without_an_error(faulty, connect):
+    faulty.answer = FakeVLLM()
+    connect().unload_adapter("a")
+
+
+def test_prefixes_that_stay_cached_after_other_weights_are_loaded_are_an_error(faulty, connect):
+    faulty.answer = lambda path, body: (200, {"success": False} if "cache" in path else {"results": [None]})
+    with pytest.raises(SamplerError, match=r"refused POST /reset_prefix_cache.*success"):
+        connect().reload_weights("/w")
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", {}, {"results": []}, {"results": ["<repr>"]}, {"results": [None]}, {"results": [[1]]}],
+)
+def test_server_that_does_not_tell_its_workers_attributes_cannot_be_marked(faulty, connect, content):
+    faulty.answer = lambda path, body: (200, content)
+    assert not connect().can_be_marked()
+
+
+def test_mark_counts_only_where_every_worker_carries_it(faulty, connect):
+    faulty.answer = lambda path, body: (200, {"results": [["rank", "spin_trl:a", "spin_trl:b"], ["spin_trl:b"]]})
+    assert connect().marks() == {"b"}
+
+
+def test_mark_is_not_set_again_when_the_connection_breaks(faulty, connect):
+    """By then the server may be another one."""
+    faulty.answer = in_turn(HANG_UP, (200, {"results": [None]}))
+    assert connect().add_mark("a") is False
+    assert len(faulty.requests) == 1

@@ -17,7 +17,7 @@ _POLL_INTERVAL = 0.1  # seconds
 
 
 def supervise(argv: list[str]) -> int:
-    """Run `argv` until it ends or is to end. Returns its exit status."""
+    """Run `argv` until it ends or is to end. Returns its exit status, a shell's 128 + N where signal N ended it."""
     parent = os.getppid()
     command = subprocess.Popen(argv, stdin=subprocess.DEVNULL, start_new_session=True)
     to_end = threading.Event()
@@ -35,7 +35,8 @@ def supervise(argv: list[str]) -> int:
         while command.poll() is None and time.monotonic() < deadline:
             time.sleep(_POLL_INTERVAL)
     _signal_group(command, signal.SIGKILL)  # the command, or children that outlived it
-    return command.wait()
+    status = command.wait()
+    return status if status >= 0 else 128 - status
 
 
 def _wait_for_end_of_input(to_end: threading.Event) -> None:

@@ -420,13 +420,17 @@ async def _cancel(tasks: Collection[asyncio.Task]) -> None:
 def _worker_marks(text: str) -> frozenset[str] | None:
     """Marks that every worker carries, by what each says of its attributes; `None` if that is not what it says."""
     try:
-        workers = [
-            {name.removeprefix(_MARK) for name in names if name.startswith(_MARK)}
-            for names in json.loads(text)["results"]
-        ]
-    except (ValueError, TypeError, KeyError, AttributeError):
+        workers = json.loads(text)["results"]
+    except (ValueError, TypeError, KeyError):
         return None
-    return frozenset.intersection(*map(frozenset, workers)) if workers else None
+    if not isinstance(workers, list) or not workers or not all(_is_list_of_names(names) for names in workers):
+        return None
+    common = set.intersection(*map(set, workers))
+    return frozenset(name.removeprefix(_MARK) for name in common if name.startswith(_MARK))
+
+
+def _is_list_of_names(names: Any) -> bool:
+    return isinstance(names, list) and all(isinstance(name, str) for name in names)
 
 
 def _server_message(text: str) -> str:
