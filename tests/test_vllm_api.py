@@ -479,8 +479,8 @@ def test_mark_counts_only_where_every_worker_carries_it(faulty, connect):
     assert connect().marks() == {"b"}
 
 
-def test_mark_is_not_set_again_when_the_connection_breaks(faulty, connect):
+def test_mark_that_belongs_to_one_server_is_not_set_again_when_the_connection_breaks(faulty, connect):
     """By then the server may be another one."""
     faulty.answer = in_turn(HANG_UP, (200, {"results": [None]}))
-    assert connect().add_mark("a") is False
+    assert connect().try_to_add_mark("a") is False
     assert len(faulty.requests) == 1

@@ -293,6 +293,30 @@ def test_weights_that_another_run_loaded_are_replaced_again(play, connect, tmp_p
     assert_all_are_the_opponents(sampler.sample(requests(40, 20, publish_the_base_model), PARAMS), 40)
 
 
+def test_two_runs_that_load_weights_at_once_are_an_error(play, tmp_path):
+    """The other's weights come between a run's own and its look at whether they are there."""
+    fake = FakeVLLM()
+
+    def answer(path, body):
+        if path == "/reset_prefix_cache?reset_running_requests=true" and fake.weights == str(tmp_path):
+            fake.attributes.add("spin_trl:another-run-iteration-0:loading:0")
+            fake.weights = "another opponent"
+        return fake(path, body)
+
+    with pytest.raises(SamplerError, match="could not be made to play .*no other run publishes to it"):
+        play_on(play(answer, None), tmp_path)
+
+
+def test_selecting_an_opponent_asks_the_server_nothing(play, faulty, tmp_path):
+    """It happens on every process by itself, where an error of one would leave the others waiting."""
+    for lora_rank in (8, None):
+        sampler = play(lora_rank=lora_rank)
+        sampler.publish(1, tmp_path)
+        faulty.requests.clear()
+        sampler.select(1, tmp_path)
+        assert faulty.requests == []
+
+
 def in_thread(action) -> None:
     """Have another process's sampler act while this one's event loop runs."""
     thread = threading.Thread(target=action)

@@ -33,12 +33,12 @@ class Publisher(Protocol):
         """Have the server load the opponent, in place of an earlier one."""
 
     def select(self, iteration: int, checkpoint: Path | None, base: dict[str, Any]) -> str:
-        """Return the name of the model to ask for, and remember what tells that it is still the opponent."""
+        """Return the name of the model to ask for. Asks the server nothing, so it cannot fail on one process alone."""
 
     def confirm(self) -> None:
         """
         Raises:
-            `OpponentLostError`: unless the server has played the opponent ever since it was selected.
+            `OpponentLostError`: unless the server plays the opponent, and has done so since it was first confirmed.
         """
 
     def restore(self, iteration: int, checkpoint: Path | None, base: dict[str, Any]) -> None:
@@ -113,6 +113,7 @@ class WeightsPublisher:
     def __init__(self, server: VLLMServer, run_name: str):
         self.server = server
         self.run_name = run_name
+        self._iteration = 0
         self._seen: frozenset[str] = frozenset()
         self._takes_marks = server.can_be_marked()
         if not self._takes_marks:
@@ -126,11 +127,15 @@ class WeightsPublisher:
         self._load(iteration, str(checkpoint or base["root"]))
 
     def select(self, iteration: int, checkpoint: Path | None, base: dict[str, Any]) -> str:
-        self._seen = self._loaded_marks(iteration)
+        self._iteration = iteration
+        self._seen = frozenset() if self._takes_marks else self._marks()
         return base["id"]
 
     def confirm(self) -> None:
-        if not self._seen or not self._seen <= self._marks():
+        marks = self._marks()
+        if not self._seen:  # the first look since the opponent was selected: what is there now must stay
+            self._seen = self._loaded(marks, self._iteration)
+        if not self._seen or not self._seen <= marks:
             raise OpponentLostError(
                 "its workers no longer carry the marks of the opponent"
                 if self._takes_marks
@@ -138,9 +143,9 @@ class WeightsPublisher:
             )
 
     def restore(self, iteration: int, checkpoint: Path | None, base: dict[str, Any]) -> None:
-        if not self._takes_marks or not self._loaded_marks(iteration):
+        if not self._takes_marks or not self._loaded(self._marks(), iteration):
             self._load(iteration, str(checkpoint or base["root"]))
-        self._seen = self._loaded_marks(iteration)
+        self.select(iteration, checkpoint, base)
 
     def withdraw(self) -> None:
         pass  # weights take up no room of their own; the next run loads its own
@@ -148,12 +153,11 @@ class WeightsPublisher:
     def _load(self, iteration: int, path: str) -> None:
         """Load weights and mark them; if the server was restarted in between, again."""
         for _ in range(_MAX_NUM_TRIES):
-            self.server.wait_until_ready()
             # Several processes may do this at once: the same weights, under marks that say so.
             self._remove_marks(but_of=iteration)
-            before = self._add_mark(iteration, "loading")
+            before = self._mark_loading(iteration)
             self.server.reload_weights(path)
-            if before and before <= self._marks() and self._add_mark(iteration, "loaded"):
+            if self._mark_loaded(iteration, before):
                 return
         raise SamplerError(
             f"The vLLM server at {self.server.base_url} could not be made to play iteration {iteration}'s opponent: in "
@@ -168,25 +172,47 @@ class WeightsPublisher:
             return self.server.marks()
         return frozenset([f"{self.server.num_broken_connections} broken connections"])
 
-    def _loaded_marks(self, iteration: int) -> frozenset[str]:
-        if not self._takes_marks:
-            return self._marks()
-        return frozenset(mark for mark in self._marks() if mark.startswith(self._mark(iteration, "loaded")))
+    def _loaded(self, marks: frozenset[str], iteration: int) -> frozenset[str]:
+        return frozenset(mark for mark in marks if mark.startswith(f"{self._prefix(iteration)}loaded:"))
 
-    def _add_mark(self, iteration: int, state: str) -> frozenset[str]:
-        """The marks that the server then carries of ours; none if it is uncertain whether it does."""
+    def _mark_loading(self, iteration: int) -> frozenset[str]:
+        """Marks by which it can be told afterwards that the server was not restarted."""
         if not self._takes_marks:
             return self._marks()
-        mark = self._mark(iteration, state) + secrets.token_hex(8)
-        return frozenset([mark] if self.server.add_mark(mark) else [])
+        mark = self._mark(iteration, "loading")
+        self.server.add_mark(mark)
+        return frozenset([mark])
+
+    def _mark_loaded(self, iteration: int, loading: frozenset[str]) -> bool:
+        """
+        Mark the weights as loaded.
+
+        Returns:
+            `bool`: Whether they are: on a server that was not restarted since the marks `loading`, and by nobody else.
+        """
+        for _ in range(_MAX_NUM_TRIES):
+            marks = self._marks()
+            if not loading <= marks:
+                return False
+            if not self._takes_marks:
+                return True
+            if any(not mark.startswith(self._prefix(iteration)) for mark in marks):
+                return False
+            if self.server.try_to_add_mark(self._mark(iteration, "loaded")):
+                return True
+        return False
 
     def _remove_marks(self, but_of: int | None) -> None:
         """Before other weights are loaded: from now on no process takes an answer for an older opponent's."""
         if self._takes_marks:
-            kept = None if but_of is None else self._mark(but_of, "")
+            kept = None if but_of is None else self._prefix(but_of)
             for mark in self._marks():
                 if kept is None or not mark.startswith(kept):
                     self.server.remove_mark(mark)
 
     def _mark(self, iteration: int, state: str) -> str:
-        return f"{self.run_name}-iteration-{iteration}:{state}"
+        """A mark that was never used before."""
+        return f"{self._prefix(iteration)}{state}:{secrets.token_hex(8)}"
+
+    def _prefix(self, iteration: int) -> str:
+        return f"{self.run_name}-iteration-{iteration}:"

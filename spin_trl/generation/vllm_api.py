@@ -168,19 +168,17 @@ class VLLMServer:
             raise SamplerError(f"The vLLM server at {self.base_url} no longer tells its workers' marks. Restart it.")
         return marks
 
-    def add_mark(self, mark: str) -> bool:
-        """
-        Mark all workers. Tried once: what restarted meanwhile must not get the mark of what was there before.
+    def add_mark(self, mark: str) -> None:
+        """Mark all workers."""
+        self._call_workers("__setattr__", args=[_MARK + mark, ""])
 
-        Returns:
-            `bool`: Whether they are known to carry it.
-        """
-        body = {"method": "__setattr__", "args": [_MARK + mark, ""]}
+    def try_to_add_mark(self, mark: str) -> bool:
+        """Mark all workers, in a single attempt: by the next the server may be another one. Whether it succeeded."""
         try:
-            status, _ = self._run(self._send("POST", "/collective_rpc", body, attempts=Attempts(budget=0)))
+            self._call_workers("__setattr__", args=[_MARK + mark, ""], attempts=Attempts(budget=0))
         except SamplerError:
             return False
-        return status == 200
+        return True
 
     def remove_mark(self, mark: str) -> None:
         # 500 where it is gone already: another process was faster, or the server was restarted.
@@ -276,8 +274,11 @@ class VLLMServer:
         timeout = min(_PROMPT_ANSWER, self.server_timeout)
         return self._run(self._send("POST", path, body, retried=(), timeout=timeout))
 
-    def _call_workers(self, method: str, **arguments: Any) -> None:
-        self._call("POST", "/collective_rpc", {"method": method, **arguments}, read=False, retried=_BUSY_STATUS)
+    def _call_workers(
+        self, method: str, args: list[str] | None = None, kwargs: dict[str, str] | None = None, **options: Any
+    ) -> None:
+        body = {"method": method, "args": args or [], "kwargs": kwargs or {}}
+        self._call("POST", "/collective_rpc", body, read=False, retried=_BUSY_STATUS, **options)
 
     async def _json(self, method: str, path: str, body: dict | None = None, read: bool = True, **options: Any) -> Any:
         status, text = await self._send(method, path, body, **options)
