@@ -188,8 +188,11 @@ class ManagedServer:
             f"(restart {self.num_restarts} of at most {self.max_restarts})"
         )
         logger.warning(f"{message}. Its log: {self.log_path}")
+        started = time.monotonic()
         self._launch(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
         self._wait_until_ready(show_progress=False)
+        if not self._stopping.is_set():
+            logger.warning(f"The vLLM server is up again after {time.monotonic() - started:.0f} s.")
 
     def _give_notice(self, text: str) -> None:
         temporary = self.death_notice.with_name(f"{self.death_notice.name}.tmp")
