@@ -3,6 +3,8 @@
 That vLLM is started again, and a run goes on with it, is tested in `test_server_restarts.py`.
 """
 
+import os
+import signal
 import sys
 import time
 import urllib.error
@@ -92,6 +94,15 @@ def test_server_that_is_killed_is_started_again_at_the_same_address_with_the_sam
     assert log.count(f"key {server.api_key}, port {address.rpartition(':')[2]}") == 3  # nothing was cut off
     assert log.count("--- 2") == 2 and "is started again (restart 2 of at most 2)" in log
     assert not server.death_notice.exists()
+
+
+def test_server_whose_supervisor_is_killed_is_ended_and_started_again(make_server, caplog):
+    server = make_server(max_restarts=1)
+    (program,) = psutil.Process(server._process.pid).children()
+    os.kill(server._process.pid, signal.SIGKILL)
+    assert wait_for(lambda: "is up again" in caplog.text)
+    assert not program.is_running() or program.status() == psutil.STATUS_ZOMBIE
+    assert answers(server)
 
 
 @pytest.mark.parametrize("max_restarts", [0, 1])

@@ -10,7 +10,7 @@ import pytest
 from fault_server import HANG_UP, PATIENCE, Answer, CutOff, FakeVLLM, completion
 
 from spin_trl.generation import vllm_api
-from spin_trl.generation.attempts import Attempts
+from spin_trl.generation.attempts import Attempts, Progress
 from spin_trl.generation.sampler import SamplerError
 
 
@@ -381,6 +381,16 @@ def test_time_without_a_completion_counts_from_the_last_one(faulty, connect):
         next(answers)
 
 
+def test_every_completion_is_progress_and_the_consumers_own_time_does_not_count(faulty, connect):
+    """A clock that is put forward by 90 of 100 seconds after each completion."""
+    faulty.answer = lambda path, body: completion(body)
+    progress = Progress(timeout=100.0)
+    answers = connect(max_concurrent_requests=1).complete(((i, {"prompt": [i]}) for i in range(5)), progress)
+    for _ in answers:
+        progress._last -= 90
+    assert progress.left() > 90
+
+
 def test_time_to_come_back_and_to_answer_together_is_the_time_without_progress_by_default(connect):
     assert connect(server_timeout=240, request_timeout=600).progress_timeout == 840
 
@@ -408,7 +418,9 @@ def test_server_that_is_gone_for_good_fails_every_request_at_once_with_the_reaso
     """The server timeout would be half a minute, and twice that with somebody who restarts the server."""
     notice = tmp_path / "notice"
     client = connect(unused_address(), death_notice=notice)
-    threading.Timer(0.3, lambda: notice.write_text("it ended thrice: out of memory")).start()
+    written = tmp_path / "written"
+    written.write_text("it ended thrice: out of memory")
+    threading.Timer(0.3, lambda: written.rename(notice)).start()
     started = time.monotonic()
     with pytest.raises(SamplerError, match="it ended thrice: out of memory"):
         list(client.complete((i, {"prompt": [i]}) for i in range(10)))

@@ -268,6 +268,39 @@ def test_restart_while_weights_are_loaded_has_them_loaded_again(play, tmp_path):
     assert fake.num_reloads == 2
 
 
+@pytest.mark.parametrize("lora_rank", [8, None], ids=["lora", "full"])
+def test_engine_that_dies_while_an_opponent_is_loaded_gets_it_again(play, tmp_path, lora_rank):
+    """It says 500, as it does of an opponent that it will never take."""
+    fake = FakeVLLM(tells_who_plays=True)
+    died = []
+
+    def answer(path, body):
+        loads = path == "/v1/load_lora_adapter" or body and body.get("method") == "reload_weights"
+        if loads and str(tmp_path) in str(body) and not died:
+            died.append(path)
+            fake.restart()
+            return 500, {"error": {"message": "EngineCore encountered an issue."}}
+        return fake(path, body)
+
+    sampler = play_on(play(answer, lora_rank), tmp_path)
+    assert len(died) == 1
+    assert_all_are_the_opponents(sampler.sample(requests(10), PARAMS), 10)
+
+
+def test_weights_that_the_engine_does_not_take_are_an_error_with_its_words(faulty, play, tmp_path):
+    fake = FakeVLLM()
+
+    def answer(path, body):
+        if body and body.get("method") == "reload_weights":
+            return 500, {"error": {"message": "shape mismatch"}}
+        return fake(path, body)
+
+    sampler = play(answer, None)
+    with pytest.raises(SamplerError, match="refused POST /collective_rpc. HTTP 500: .*shape mismatch"):
+        sampler.publish(1, tmp_path)
+    assert len([body for body in faulty.bodies("/collective_rpc") if body.get("method") == "reload_weights"]) == 1
+
+
 def test_server_that_is_restarted_whenever_weights_are_loaded_is_an_error(play, tmp_path):
     fake = FakeVLLM()
 

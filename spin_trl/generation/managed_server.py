@@ -188,11 +188,18 @@ class ManagedServer:
             f"(restart {self.num_restarts} of at most {self.max_restarts})"
         )
         logger.warning(f"{message}. Its log: {self.log_path}")
+        self._wait_until_port_is_free()
         started = time.monotonic()
         self._launch(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
         self._wait_until_ready(show_progress=False)
         if not self._stopping.is_set():
             logger.warning(f"The vLLM server is up again after {time.monotonic() - started:.0f} s.")
+
+    def _wait_until_port_is_free(self) -> None:
+        """If the supervisor alone was killed, its command has been told to end and may need a while."""
+        deadline = time.monotonic() + GRACE_PERIOD
+        while self._is_ready() and time.monotonic() < deadline and not self._stopping.wait(_POLL_INTERVAL):
+            pass
 
     def _give_notice(self, text: str) -> None:
         temporary = self.death_notice.with_name(f"{self.death_notice.name}.tmp")

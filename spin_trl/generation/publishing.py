@@ -156,7 +156,11 @@ class WeightsPublisher:
             # Several processes may do this at once: the same weights, under marks that say so.
             self._remove_marks(but_of=iteration)
             before = self._mark_loading(iteration)
-            self.server.reload_weights(path)
+            try:
+                self.server.reload_weights(path)
+            except SamplerError:
+                if before <= self._marks():  # the server lives, and does not want these weights
+                    raise
             if self._mark_loaded(iteration, before):
                 return
         raise SamplerError(

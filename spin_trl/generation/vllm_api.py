@@ -121,12 +121,17 @@ class VLLMServer:
 
     def load_adapter(self, name: str, path: str) -> None:
         """Load the adapter in the folder `path` on the server's disk. One that is loaded already is left as it is."""
-        # What the engine thinks of an adapter, such as a rank that is too high, comes as 500, and will not change.
         body = {"lora_name": name, "lora_path": path}
-        status, text = self._run(self._send("POST", "/v1/load_lora_adapter", body, retried=_BUSY_STATUS))
-        # Another process was faster, or the connection broke after the server had loaded it.
-        if status != 200 and not any(model["id"] == name for model in self.served_models()):
-            raise self._refusal("POST", "/v1/load_lora_adapter", status, text)
+        for is_last in (False, True):
+            status, text = self._run(self._send("POST", "/v1/load_lora_adapter", body, retried=_BUSY_STATUS))
+            # Another process was faster, or the connection broke after the server had loaded it.
+            if status == 200 or any(model["id"] == name for model in self.served_models()):
+                return
+            # What the engine thinks of an adapter, such as a rank that is too high, comes as 500 and does not change,
+            # but so does that it has just died.
+            if status < 500 or is_last:
+                raise self._refusal("POST", "/v1/load_lora_adapter", status, text)
+            self.wait_until_ready()
 
     def unload_adapter(self, name: str) -> None:
         """Free an adapter. One that is not loaded, because the server was restarted, is free already."""
