@@ -53,6 +53,7 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 _DEFAULT_LENGTH_PERCENTILE = 99
+_NO_LIMIT = 1_000_000_000  # tokens
 _RECORDED_PACKAGES = ("trl", "transformers", "accelerate", "peft", "datasets", "torch")
 
 
@@ -70,6 +71,7 @@ class SelfPlaySetup:
         choice ([`SamplerChoice`]): Which sampler, and why.
         lora_rank (`int`, *optional*): Rank of the adapters to publish; `None` for full weights.
         context_length (`int`): Tokens that the model can hold.
+        vocab_size (`int`, *optional*): Number of token ids that the model has, where its configuration says so.
         base_is_opponent (`bool`): Whether the first opponent is the base model as the server has it.
         api_key (`str`, *optional*): The server's.
         adapter (`dict[str, Any]`, *optional*): Configuration of the adapter that is trained.
@@ -86,6 +88,7 @@ class SelfPlaySetup:
     choice: SamplerChoice
     lora_rank: int | None
     context_length: int
+    vocab_size: int | None
     base_is_opponent: bool
     api_key: str | None = field(repr=False)
     adapter: dict[str, Any] | None = None
@@ -125,7 +128,8 @@ class SelfPlaySetup:
                 f"A managed server loads the base model itself, but the model passed comes from {model_name!r}, which "
                 "is no folder here. Save it with `model.save_pretrained(folder)` and pass `model=folder`."
             )
-        context_length = _model_context_length(model, args)
+        config = _model_config(model, args)
+        context_length = getattr(config, "max_position_embeddings", None) or _NO_LIMIT
         _check_completion_length(args, context_length)
         tokenizer = _load_tokenizer(processing_class, model_name, args)
         end_token_ids = _end_token_ids(model, tokenizer, args)
@@ -144,6 +148,7 @@ class SelfPlaySetup:
             choice=choice,
             lora_rank=lora_rank,
             context_length=context_length,
+            vocab_size=getattr(config, "vocab_size", None),
             base_is_opponent=isinstance(model, str) and starts_as_base(peft_config),
             api_key=_take_api_key(args),
             adapter=describe_adapter(model, peft_config),
@@ -166,17 +171,17 @@ class SelfPlaySetup:
         if self.choice.mode == "in-process":
             batch_size = self.args.per_device_generation_batch_size
             return PolicySampler(open_policy, self.tokenizer.pad_token_id, batch_size)
-        return VLLMSampler(self.model_name, self.lora_rank, self.args.vllm_server_model)
+        return VLLMSampler(self.model_name, self.lora_rank, self.args.vllm_server_model, self.vocab_size)
 
     def open_sampler(self, sampler: OpponentSampler, store: IterationStore) -> None:
         """Start the managed server, if there is one, and connect every process to the server."""
         if not isinstance(sampler, VLLMSampler):
             return
         run_name = on_main_process(lambda: f"spin-{os.urandom(4).hex()}")
-        base_url, api_key = self.args.vllm_server_base_url, self.api_key
         if self.choice.mode == "managed":
-            base_url, api_key = on_main_process(lambda: self._start_server(store))
-        server = self._connection(base_url, api_key)
+            server = self._connection(*on_main_process(lambda: self._start_server(store)))
+        else:
+            server = self._connection(self.args.vllm_server_base_url, self.api_key)
         on_every_process(lambda: sampler.connect(server, run_name, self._min_context_length()))
 
     def close_sampler(self, sampler: OpponentSampler) -> None:
@@ -226,11 +231,12 @@ class SelfPlaySetup:
         )
         check_footprint(footprint, Path(self.args.output_dir).absolute(), PartialState().print, logger.warning)
 
-    def _start_server(self, store: IterationStore) -> tuple[str, str]:
+    def _start_server(self, store: IterationStore) -> tuple[str, str, Path]:
         model_init_kwargs = self.args.model_init_kwargs or {}
         self.managed_server = ManagedServer(
             log_path=store.server_log,
             timeout=self.args.vllm_server_timeout,
+            max_restarts=self.args.vllm_max_restarts,
             model=self.model_name,
             lora_rank=self.lora_rank,
             max_model_length=self.args.vllm_max_model_length or self._longest_sequence(),
@@ -242,14 +248,16 @@ class SelfPlaySetup:
             extra=shlex.split(self.args.vllm_server_args or ""),
         )
         self.managed_server.start()
-        return self.managed_server.base_url, self.managed_server.api_key
+        return self.managed_server.base_url, self.managed_server.api_key, self.managed_server.death_notice
 
-    def _connection(self, base_url: str, api_key: str | None) -> VLLMServer:
+    def _connection(self, base_url: str, api_key: str | None, death_notice: Path | None = None) -> VLLMServer:
         return VLLMServer(
             base_url,
             api_key,
             server_timeout=self.args.vllm_server_timeout,
             request_timeout=self.args.vllm_request_timeout,
+            progress_timeout=self.args.vllm_progress_timeout,
+            death_notice=death_notice,
             max_concurrent_requests=self.args.vllm_max_concurrent_requests,
         )
 
@@ -388,10 +396,6 @@ def _model_config(model: "str | PreTrainedModel", args: SPINConfig, whole: bool 
     else:
         config = model.config
     return config if whole else config.get_text_config()
-
-
-def _model_context_length(model: "str | PreTrainedModel", args: SPINConfig) -> int:
-    return getattr(_model_config(model, args), "max_position_embeddings", None) or 1_000_000_000
 
 
 def _sampling_params(args: SPINConfig, end_token_ids: tuple[int, ...]) -> SamplingParams:

@@ -45,6 +45,8 @@ _NUMBERS = {
     "vllm_gpu_memory_utilization": share("Give a share of the GPU's memory, such as 0.3 for 30 %."),
     "vllm_server_timeout": positive("a positive number of seconds"),
     "vllm_request_timeout": positive("a positive number of seconds"),
+    "vllm_progress_timeout": NumberRule("a positive number of seconds", lambda value: value > 0, optional=True),
+    "vllm_max_restarts": at_least(0),
     "publish_check_samples": at_least(0),
     "publish_check_tolerance": positive(remedy="To switch the check off, set `publish_check_samples=0`."),
     # TRL's and transformers', which let these pass and fail on them late, or never
@@ -179,6 +181,13 @@ class SPINConfig(DPOConfig):
             Seconds to wait for the server to come up, or to come back.
         vllm_request_timeout (`float`, *optional*, defaults to `600.0`):
             Seconds to wait for the answer to one request.
+        vllm_progress_timeout (`float`, *optional*):
+            Seconds to wait for any completion at all, while there are requests that are not answered. By default
+            `vllm_server_timeout` and `vllm_request_timeout` together: what a restart of the server, and the first
+            answer after it, may take.
+        vllm_max_restarts (`int`, *optional*, defaults to `3`):
+            Number of times that a managed server is started again after it ended by itself. 0 makes its first end the
+            run's.
         vllm_max_concurrent_requests (`int`, *optional*, defaults to `256`):
             Number of requests that each process keeps in flight.
         vllm_api_key (`str`, *optional*):
@@ -380,6 +389,16 @@ class SPINConfig(DPOConfig):
     )
     vllm_request_timeout: float = field(
         default=600.0, metadata={"help": "Seconds to wait for the answer to one request."}
+    )
+    vllm_progress_timeout: float | None = field(
+        default=None,
+        metadata={
+            "help": "Seconds to wait for any completion at all. Defaults to `vllm_server_timeout` and "
+            "`vllm_request_timeout` together."
+        },
+    )
+    vllm_max_restarts: int = field(
+        default=3, metadata={"help": "Number of times that a managed server that ended is started again."}
     )
     vllm_max_concurrent_requests: int = field(
         default=256, metadata={"help": "Number of requests that each process keeps in flight."}
@@ -584,6 +603,12 @@ class SPINConfig(DPOConfig):
                 f"{self.vllm_server_base_url!r}. Set only one of the two."
             )
         check_arguments("vllm_server_args", self.vllm_server_args, _SERVER_FLAGS)
+        if self.vllm_progress_timeout is not None and self.vllm_progress_timeout < self.vllm_request_timeout:
+            raise ValueError(
+                f"`vllm_progress_timeout` ({self.vllm_progress_timeout:g} s) must be at least `vllm_request_timeout` "
+                f"({self.vllm_request_timeout:g} s), the time that each answer may take. Raise the one, lower the "
+                "other, or leave `vllm_progress_timeout` unset."
+            )
 
     def _check_run_directory(self):
         if self.output_dir is not None and not str(self.output_dir).strip():

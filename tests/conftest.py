@@ -143,7 +143,8 @@ def loss(tiny_model, tmp_path_factory):
 def _serve(model: str, log_path: Path, **options):
     from spin_trl.generation.managed_server import ManagedServer
 
-    server = ManagedServer(log_path, timeout=240, model=model, dtype="float32", **options)
+    # A few restarts, for the tests that kill it.
+    server = ManagedServer(log_path, timeout=240, max_restarts=3, model=model, dtype="float32", **options)
     server.start(show_progress=False)
     return server
 
@@ -162,3 +163,50 @@ def full_server(tmp_path_factory, tiny_model):
     server = _serve(tiny_model, tmp_path_factory.mktemp("full-server") / "log", max_model_length=48)
     yield server
     server.stop()
+
+
+@pytest.fixture
+def faulty():
+    """A `FaultyServer`."""
+    from fault_server import FaultyServer
+
+    server = FaultyServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def connect(faulty, monkeypatch):
+    """A factory of clients of `faulty`, or of another address, that try again soon; they are closed at the end."""
+    from fault_server import PATIENCE
+
+    from spin_trl.generation import attempts
+    from spin_trl.generation.vllm_api import VLLMServer
+
+    monkeypatch.setattr(attempts, "_FIRST_DELAY", 0.01)
+    monkeypatch.setattr(attempts, "_LONGEST_DELAY", 0.1)
+    clients = []
+
+    def make(base_url: str | None = None, **options) -> VLLMServer:
+        clients.append(VLLMServer(base_url or faulty.url, **{"server_timeout": PATIENCE, **options}))
+        return clients[-1]
+
+    yield make
+    for client in clients:
+        client.close()
+
+
+@pytest.fixture
+def play(faulty, connect):
+    """A factory of samplers that are connected to `faulty`, with the given answers."""
+    from fault_server import FakeVLLM
+
+    from spin_trl.generation.vllm_sampler import VLLMSampler
+
+    def make(answer=None, lora_rank: int | None = 8, model: str = "org/base-model", **options) -> VLLMSampler:
+        faulty.answer = answer or FakeVLLM()
+        sampler = VLLMSampler(model, lora_rank, options.pop("served_model", None), options.pop("vocab_size", None))
+        sampler.connect(connect(**options), "run", min_context_length=20)
+        return sampler
+
+    return make

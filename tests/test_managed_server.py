@@ -8,6 +8,8 @@ import textwrap
 import time
 import urllib.error
 import urllib.request
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,27 +20,48 @@ from spin_trl.generation.managed_server import ManagedServer
 from spin_trl.generation.sampler import SamplerError
 
 
-def processes_that_mention(text: str) -> list[str]:
-    """Command lines of other running processes that mention `text`."""
-    found = []
-    for path in set(Path("/proc").glob("[0-9]*/cmdline")) - {Path(f"/proc/{os.getpid()}/cmdline")}:
-        try:
-            command = path.read_bytes().replace(b"\0", b" ").decode()
-        except OSError:  # it has ended meanwhile
-            continue
-        if text in command:
-            found.append(command)
+class Servers:
+    """The server processes that a test has started, by a variable in their environment that is this test's alone."""
+
+    VARIABLE = "SPIN_TRL_TEST"
+
+    def __init__(self):
+        self.name = uuid.uuid4().hex
+
+    def running(self) -> list[str]:
+        """Command lines of those that run."""
+        mark = f"{self.VARIABLE}={self.name}".encode()
+        return [
+            command
+            for command, environment in running_processes()
+            if mark in environment and ("spin_trl.generation.supervise" in command or "vllm" in command)
+        ]
+
+    def wait_until_gone(self, seconds: float) -> list[str]:
+        deadline = time.monotonic() + seconds
+        while (left := self.running()) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        return left
+
+
+@pytest.fixture
+def servers(monkeypatch) -> Servers:
+    found = Servers()
+    monkeypatch.setenv(found.VARIABLE, found.name)
     return found
 
 
-def wait_until_gone(text: str, seconds: float) -> list[str]:
-    deadline = time.monotonic() + seconds
-    while (left := processes_that_mention(text)) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    return left
+def running_processes() -> Iterator[tuple[str, list[bytes]]]:
+    """Command line and environment of every other process."""
+    for folder in set(Path("/proc").glob("[0-9]*")) - {Path(f"/proc/{os.getpid()}")}:
+        try:
+            command, environment = [(folder / name).read_bytes().split(b"\0") for name in ("cmdline", "environ")]
+        except OSError:  # it has ended meanwhile, or is somebody else's
+            continue
+        yield b" ".join(command).decode(), environment
 
 
-def test_run_starts_its_own_server_and_stops_it_at_the_end(tiny_model, train_dataset, make_config):
+def test_run_starts_its_own_server_and_stops_it_at_the_end(servers, tiny_model, train_dataset, make_config):
     config = make_config(num_iterations=2, vllm_mode="managed")
     trainer = SPINTrainer(
         tiny_model, config, train_dataset=train_dataset, peft_config=LoraConfig(r=8, target_modules="all-linear")
@@ -46,14 +69,14 @@ def test_run_starts_its_own_server_and_stops_it_at_the_end(tiny_model, train_dat
     trainer.train()
     assert trainer.store.read_run()["sampler"]["mode"] == "managed"
     assert trainer.store.read_metrics(1)["publish_check_difference"] < 1e-4
-    assert processes_that_mention(tiny_model) == []
+    assert servers.running() == []
     log = trainer.store.server_log.read_text()
     assert "--enable-lora" in log.splitlines()[0] and "--host 127.0.0.1" in log.splitlines()[0]
 
 
-def test_server_is_gone_when_the_run_fails(tiny_model, train_dataset, eval_dataset, make_config):
+def test_server_is_gone_when_the_run_fails(servers, tiny_model, train_dataset, eval_dataset, make_config):
     def fail(prompts, references, generations):
-        assert processes_that_mention(tiny_model)  # it is up by now
+        assert servers.running()  # it is up by now
         raise ZeroDivisionError("in the user's metrics")
 
     trainer = SPINTrainer(
@@ -65,10 +88,10 @@ def test_server_is_gone_when_the_run_fails(tiny_model, train_dataset, eval_datas
     )
     with pytest.raises(ZeroDivisionError, match="in the user's metrics"):
         trainer.train()
-    assert processes_that_mention(tiny_model) == []
+    assert servers.running() == []
 
 
-def test_server_is_gone_when_the_trainer_is_killed(tiny_model, tmp_path):
+def test_server_is_gone_when_the_trainer_is_killed(servers, tiny_model, tmp_path):
     script = f"""
     import time
     from pathlib import Path
@@ -81,10 +104,10 @@ def test_server_is_gone_when_the_trainer_is_killed(tiny_model, tmp_path):
     """
     trainer = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, text=True)
     assert trainer.stdout.readline() == "up\n"
-    assert processes_that_mention(tiny_model)
+    assert servers.running()
     trainer.send_signal(signal.SIGKILL)
     trainer.wait()
-    assert wait_until_gone(tiny_model, seconds=60) == []
+    assert servers.wait_until_gone(seconds=60) == []
 
 
 def test_api_key_guards_the_server_and_stands_in_no_file_or_command_line(full_server):
@@ -92,21 +115,21 @@ def test_api_key_guards_the_server_and_stands_in_no_file_or_command_line(full_se
     with pytest.raises(urllib.error.HTTPError, match="401"):
         urllib.request.urlopen(request)
     assert full_server.api_key not in full_server.log_path.read_text()
-    assert processes_that_mention(full_server.api_key) == []
+    assert not [command for command, _ in running_processes() if full_server.api_key in command]
 
 
-def test_server_that_cannot_start_shows_the_end_of_its_log(tmp_path):
+def test_server_that_cannot_start_shows_the_end_of_its_log(servers, tmp_path):
     server = ManagedServer(tmp_path / "log", timeout=120, model=str(tmp_path / "no-such-model"))
     with pytest.raises(SamplerError, match=r"ended with status \d+ while starting(.|\n)*no-such-model"):
         server.start(show_progress=False)
-    assert processes_that_mention(str(tmp_path / "no-such-model")) == []
+    assert servers.running() == []
 
 
-def test_server_that_takes_too_long_is_stopped(tiny_model, tmp_path):
+def test_server_that_takes_too_long_is_stopped(servers, tiny_model, tmp_path):
     server = ManagedServer(tmp_path / "log", timeout=1, model=tiny_model, max_model_length=33)
     with pytest.raises(SamplerError, match=r"was not up after `vllm_server_timeout` \(1 s\)"):
         server.start(show_progress=False)
-    assert processes_that_mention("--max-model-len 33") == []
+    assert servers.running() == []
 
 
 def test_managed_server_needs_a_model_that_lies_in_a_folder(tiny_model, tokenizer, train_dataset, make_config):

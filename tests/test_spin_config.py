@@ -68,6 +68,12 @@ def make(tmp_path):
         ({"vllm_tensor_parallel_size": 0}, "`vllm_tensor_parallel_size` must be at least 1, got 0", ""),
         ({"vllm_server_timeout": 0}, "`vllm_server_timeout` must be a positive number of seconds, got 0", ""),
         ({"vllm_request_timeout": -1}, "`vllm_request_timeout` must be a positive number of seconds, got -1", ""),
+        (
+            {"vllm_progress_timeout": 599.0},
+            r"`vllm_progress_timeout` \(599 s\) must be at least `vllm_request_timeout` \(600 s\)",
+            "leave `vllm_progress_timeout` unset",
+        ),
+        ({"vllm_max_restarts": -1}, "`vllm_max_restarts` must be at least 0, got -1", ""),
         ({"publish_check_samples": -1}, "`publish_check_samples` must be at least 0, got -1", ""),
         (
             {"publish_check_tolerance": 0},

@@ -120,6 +120,13 @@ def test_command_ends_when_the_holder_of_the_pipe_is_killed(processes):
     assert processes.all_gone()
 
 
+def test_command_ends_when_the_supervisor_itself_is_killed(processes):
+    """What the command started in turn is then its own to end, as vLLM does."""
+    process = processes.start(supervisor(*processes.command("polite")))
+    process.kill()
+    assert wait_for(lambda: is_gone(processes.pids[0]))
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
 def test_command_ends_with_a_supervisor_that_is_told_to_end(processes, number):
     """SIGHUP comes when the terminal closes or the connection to the machine breaks, and ends the trainer as well."""
@@ -151,6 +158,13 @@ def test_exit_status_of_the_command_is_passed_on(status):
     command = [sys.executable, "-m", "spin_trl.generation.supervise", "sh", "-c", f"exit {status}"]
     process = subprocess.Popen(command, stdin=subprocess.PIPE)
     assert process.wait(timeout=PATIENCE) == status
+    process.stdin.close()
+
+
+def test_exit_status_of_a_killed_command_is_a_shells():
+    command = [sys.executable, "-m", "spin_trl.generation.supervise", "sh", "-c", "kill -9 $$"]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE)
+    assert process.wait(timeout=PATIENCE) == 128 + signal.SIGKILL
     process.stdin.close()
 
 

@@ -1,135 +1,23 @@
-"""What becomes of a request when the server fails, hangs or refuses, against a small server that does so on purpose.
-
-Whether a real vLLM server understands the requests is tested in `test_vllm_server.py`.
-"""
+"""What becomes of a request when the server fails, hangs or refuses, against a small server that does so on purpose."""
 
 import json
 import socket
-import sys
 import threading
+import time
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import pytest
+from fault_server import HANG_UP, PATIENCE, Answer, CutOff, FakeVLLM, completion
 
 from spin_trl.generation import vllm_api
-from spin_trl.generation.sampler import CompletionRequest, SamplerError, SamplingParams
-from spin_trl.generation.vllm_api import VLLMServer
-from spin_trl.generation.vllm_sampler import VLLMSampler
-
-
-PATIENCE = 30.0  # seconds until a server that waits for something gives up; none waits for it when all is well
-HANG_UP = None  # an answer: close the connection without one
-
-Answer = tuple[int, dict | str] | None
-
-
-class _QuietServer(ThreadingHTTPServer):
-    """Says nothing of clients that hang up, as those that are cancelled do."""
-
-    def handle_error(self, request, client_address):
-        if not isinstance(sys.exception(), ConnectionError):
-            super().handle_error(request, client_address)
-
-
-class FaultyServer:
-    """
-    An HTTP server on a free loopback port that answers as `answer(path, body)` says, and remembers what it was asked.
-
-    `answer` runs in a thread of its own for each connection, so it may block.
-    """
-
-    def __init__(self):
-        self.answer: Callable[[str, dict | None], Answer] = lambda path, body: (200, "")
-        self.requests: list[tuple[str, dict | None]] = []
-        self.api_keys: set[str | None] = set()
-        self.release = threading.Event()  # set at the end, for answers that hang
-        self._http = _QuietServer(("127.0.0.1", 0), self._handler())
-        self.url = f"http://127.0.0.1:{self._http.server_port}"
-        threading.Thread(target=self._http.serve_forever, args=(0.01,), daemon=True).start()
-
-    def paths(self) -> list[str]:
-        return [path for path, _ in self.requests]
-
-    def bodies(self, path: str) -> list[dict]:
-        return [body for asked, body in self.requests if asked == path]
-
-    def close(self) -> None:
-        self.release.set()
-        self._http.shutdown()
-        self._http.server_close()
-
-    def _handler(self) -> type[BaseHTTPRequestHandler]:
-        server = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_GET(self):
-                self.reply(None)
-
-            def do_POST(self):
-                content = self.rfile.read(int(self.headers["Content-Length"] or 0))
-                self.reply(json.loads(content) if content else None)
-
-            def reply(self, body):
-                server.requests.append((self.path, body))
-                server.api_keys.add(self.headers["Authorization"])
-                answer = server.answer(self.path, body)
-                self.close_connection = answer is HANG_UP
-                if answer is HANG_UP:
-                    return
-                status, content = answer
-                content = (content if isinstance(content, str) else json.dumps(content)).encode()
-                self.send_response(status)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content)
-
-            def log_message(self, *args):
-                pass
-
-        return Handler
-
-
-@pytest.fixture(autouse=True)
-def short_delays(monkeypatch):
-    monkeypatch.setattr(vllm_api, "_FIRST_RETRY_DELAY", 0.01)
-
-
-@pytest.fixture
-def faulty():
-    server = FaultyServer()
-    yield server
-    server.close()
-
-
-@pytest.fixture
-def connect(faulty):
-    """A factory of clients of `faulty`, or of another address; they are closed at the end."""
-    clients = []
-
-    def make(base_url: str | None = None, **options) -> VLLMServer:
-        clients.append(VLLMServer(base_url or faulty.url, **{"server_timeout": PATIENCE, **options}))
-        return clients[-1]
-
-    yield make
-    for client in clients:
-        client.close()
+from spin_trl.generation.attempts import Attempts, Progress
+from spin_trl.generation.sampler import SamplerError
 
 
 def in_turn(*answers: Answer) -> Callable[[str, dict | None], Answer]:
     """Each answer once, then the last one for ever."""
     left = list(answers)
     return lambda path, body: left.pop(0) if len(left) > 1 else left[0]
-
-
-def completion(body: dict) -> Answer:
-    """An answer that tells the prompt it is for."""
-    choice = {"token_ids": [*body["prompt"], 2], "finish_reason": "stop", "logprobs": {"token_logprobs": [-0.5, -1.5]}}
-    return 200, {"choices": [choice]}
 
 
 def unused_address() -> str:
@@ -141,14 +29,48 @@ def unused_address() -> str:
 # A request that fails
 
 
-@pytest.mark.parametrize("failure", [(503, "warming up"), (500, "engine died"), (429, "busy"), (408, "slow"), HANG_UP])
+@pytest.mark.parametrize(
+    "failure",
+    [
+        (503, "warming up"),
+        (500, "engine died"),
+        (502, "<html>Bad gateway</html>"),
+        (429, "busy"),
+        (429, "busy", {"Retry-After": "0.02"}),
+        (408, "slow"),
+        HANG_UP,
+        CutOff((200, {"data": [{"id": "m"}]})),
+        CutOff((500, "engine died")),
+    ],
+    ids=[
+        "503",
+        "500",
+        "502",
+        "429",
+        "429 with a delay",
+        "408",
+        "cut before the headers",
+        "cut in the answer",
+        "cut 500",
+    ],
+)
 def test_failure_that_may_pass_is_tried_again(faulty, connect, failure):
     faulty.answer = in_turn(failure, failure, (200, {"data": [{"id": "m"}]}))
     assert connect().served_models() == [{"id": "m"}]
     assert faulty.paths() == ["/v1/models"] * 3
 
 
-@pytest.mark.parametrize("status", [400, 401, 404, 422])
+def test_delay_that_a_busy_server_asks_for_is_heard(faulty, connect, monkeypatch):
+    heard, next_delay = [], Attempts.next_delay
+    monkeypatch.setattr(
+        Attempts, "next_delay", lambda self, problem, asked: heard.append(asked) or next_delay(self, problem, asked)
+    )
+    faulty.answer = in_turn((429, "busy", {"Retry-After": "0.125"}), (503, "down"), (200, {"data": []}))
+    connect().served_models()
+    assert heard == ["0.125", None]
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 410, 413, 422])
 def test_refusal_is_final_and_shows_the_servers_own_message(faulty, connect, status):
     faulty.answer = lambda path, body: (status, {"error": {"message": "This prompt has 70 tokens"}})
     with pytest.raises(SamplerError) as error:
@@ -164,6 +86,21 @@ def test_answer_of_something_that_is_no_such_server_is_refused_with_its_address(
         connect(server_timeout=0.1).served_models()
 
 
+def test_answer_that_is_no_text_is_an_error_like_any_other(faulty, connect):
+    faulty.answer = lambda path, body: (400, b"\xff\xfe\x00 broken")
+    with pytest.raises(SamplerError, match="HTTP 400: .* broken"):
+        connect().served_models()
+
+
+@pytest.mark.parametrize(
+    "content", [[], {"object": "list"}, {"data": None}, {"data": ["m"]}, {"data": [{"name": "m"}]}]
+)
+def test_list_of_models_that_is_none_is_refused_with_the_address(faulty, connect, content):
+    faulty.answer = lambda path, body: (200, content)
+    with pytest.raises(SamplerError, match=f"What answers at {faulty.url} is no vLLM server"):
+        connect().served_models()
+
+
 def test_long_message_of_the_server_is_cut(faulty, connect):
     faulty.answer = lambda path, body: (400, "x" * 100_000)
     with pytest.raises(SamplerError) as error:
@@ -177,7 +114,7 @@ def test_absent_server_is_named_after_the_server_timeout(connect):
         connect(url, server_timeout=0.1).wait_until_ready()
     message = str(error.value)
     assert f"{url} did not answer GET /health within `vllm_server_timeout` (0.1 s)" in message
-    assert "Cannot connect" in message
+    assert "Cannot connect" in message and " attempts, the last 0.1 s after the first" in message
     assert "`python -m spin_trl.serve MODEL`" in message and "`vllm_server_base_url`" in message
 
 
@@ -188,15 +125,40 @@ def test_server_that_never_recovers_is_given_up_with_its_last_message(faulty, co
     assert len(faulty.requests) > 1
 
 
-def test_answer_that_does_not_come_is_a_request_timeout(faulty, connect):
-    def hang(path, body):
-        faulty.release.wait(PATIENCE)
-        return 200, ""
-
-    faulty.answer = hang
-    with pytest.raises(SamplerError, match=r"no answer within `vllm_request_timeout` \(0.2 s\)"):
-        connect(request_timeout=0.2).wait_until_ready()
+def test_completion_that_does_not_come_is_a_request_timeout(faulty, connect):
+    faulty.answer = faulty.hang
+    client = connect(request_timeout=0.2, progress_timeout=PATIENCE)
+    with pytest.raises(
+        SamplerError, match=r"no answer within `vllm_request_timeout` \(0.2 s\) to POST /v1/completions"
+    ):
+        list(client.complete([(0, {"prompt": [0]})]))
     assert len(faulty.requests) == 1
+
+
+@pytest.mark.parametrize("ask", ["wait_until_ready", "served_models", "adapter_refusal", "reload_refusal"])
+def test_server_that_hangs_from_the_start_is_given_up_after_the_server_timeout(faulty, connect, ask):
+    """Not after the request time-out, which here is as good as never."""
+    faulty.answer = faulty.hang
+    with pytest.raises(
+        SamplerError, match=r"within `vllm_server_timeout` \(0.2 s\).*Last problem: no answer within 0.2 s"
+    ):
+        getattr(connect(server_timeout=0.2, request_timeout=100_000.0), ask)()
+
+
+@pytest.mark.parametrize(
+    ("publish", "path"),
+    [
+        (lambda client: client.load_adapter("a", "/a"), "/v1/load_lora_adapter"),
+        (lambda client: client.unload_adapter("a"), "/v1/unload_lora_adapter"),
+        (lambda client: client.reload_weights("/w"), "/collective_rpc"),
+        (lambda client: client.marks(), "/collective_rpc"),
+    ],
+    ids=["load an adapter", "unload an adapter", "reload weights", "ask for marks"],
+)
+def test_server_that_hangs_while_an_opponent_is_published_is_a_request_timeout(faulty, connect, publish, path):
+    faulty.answer = faulty.hang
+    with pytest.raises(SamplerError, match=rf"no answer within `vllm_request_timeout` \(0.2 s\) to POST {path}"):
+        publish(connect(request_timeout=0.2))
 
 
 def test_address_that_cannot_be_one_is_refused_at_once(connect, monkeypatch):
@@ -206,6 +168,12 @@ def test_address_that_cannot_be_one_is_refused_at_once(connect, monkeypatch):
     monkeypatch.setattr(vllm_api.asyncio, "sleep", fail)
     with pytest.raises(SamplerError, match="localhost:8000"):
         connect("localhost:8000").wait_until_ready()
+
+
+@pytest.mark.parametrize("address", ["http://", "http://localhost:port"])
+def test_address_that_has_no_sense_is_refused_at_once(connect, address):
+    with pytest.raises(SamplerError, match="no address of a server"):
+        connect(address).wait_until_ready()
 
 
 @pytest.mark.parametrize("suffix", ["", "/", "/v1", "/v1/"])
@@ -358,227 +326,173 @@ def test_closing_twice_is_allowed(connect):
     client.close()
 
 
-# What the server can do
+def test_completion_that_the_server_gives_up_is_asked_for_again(faulty, connect):
+    aborted = {"choices": [{"token_ids": [5], "finish_reason": "abort"}]}
+    faulty.answer = in_turn((200, aborted), (200, aborted), completion({"prompt": [5]}))
+    ((_, choice),) = connect().complete([(0, {"prompt": [5]})])
+    assert choice["finish_reason"] == "stop"
+    assert len(faulty.requests) == 3
 
 
-class FakeVLLM:
-    """Answers as vLLM 0.31 does, as far as a sampler asks before and while it plays."""
-
-    def __init__(self, name: str = "org/base-model", context_length: int = 64, adapters: bool = True):
-        self.name = name
-        self.context_length = context_length
-        self.adapters = adapters
-        self.loaded: list[str] = []
-
-    def __call__(self, path: str, body: dict | None) -> Answer:
-        base = {"id": self.name, "root": self.name, "parent": None, "max_model_len": self.context_length}
-        if path == "/v1/models":
-            return 200, {"data": [base, *({"id": name, "parent": self.name} for name in self.loaded)]}
-        if path == "/v1/load_lora_adapter":
-            return self.load(body)
-        if path == "/v1/unload_lora_adapter":
-            self.loaded.remove(body["lora_name"])
-        if path == "/collective_rpc" and not body:
-            return 400, "Missing 'method' in request body"
-        return completion(body) if path == "/v1/completions" else (200, "")
-
-    def load(self, body: dict) -> Answer:
-        if not self.adapters:
-            return 500, {"error": {"message": "Call to add_lora method failed: LoRA is not enabled."}}
-        if not Path(body["lora_path"]).is_dir():
-            return 404, {"error": {"message": f"The lora adapter '{body['lora_name']}' cannot be found"}}
-        if body["lora_name"] in self.loaded:
-            return 400, {"error": {"message": f"The lora adapter '{body['lora_name']}' has already been loaded."}}
-        self.loaded.append(body["lora_name"])
-        return 200, ""
-
-
-@pytest.fixture
-def play(faulty, connect):
-    """A factory of samplers that are connected to a server with the given answers."""
-
-    def make(answer=None, lora_rank: int | None = 8, model: str = "org/base-model", **options) -> VLLMSampler:
-        faulty.answer = answer or FakeVLLM()
-        sampler = VLLMSampler(model, lora_rank, options.pop("served_model", None))
-        sampler.connect(connect(**options), "run", min_context_length=20)
-        return sampler
-
-    return make
-
-
-def test_another_model_is_refused_with_both_names(play):
-    with pytest.raises(SamplerError) as error:
-        play(FakeVLLM("org/other-model"))
-    assert "serves ['org/other-model'], not 'org/base-model'" in str(error.value)
-    assert "`vllm_server_model`" in str(error.value)
+def test_completion_that_the_server_always_gives_up_is_an_error_in_the_end(faulty, connect):
+    faulty.answer = lambda path, body: (200, {"choices": [{"token_ids": [5], "finish_reason": "abort"}]})
+    with pytest.raises(SamplerError, match=r"within `vllm_server_timeout`.*Last problem: `finish_reason` 'abort'"):
+        list(connect(server_timeout=0.1).complete([(0, {"prompt": [5]})]))
 
 
 @pytest.mark.parametrize(
-    ("name", "options"),
-    [("base-model", {}), ("/models/base-model", {}), ("anything", {"served_model": "anything"})],
-    ids=["without its organisation", "a local copy", "as the user names it"],
+    "content", [{"choices": []}, {"choices": None}, {"choices": ["text"]}, {"object": "error"}, ["text"]]
 )
-def test_same_model_under_another_name_is_accepted(play, name, options):
-    assert play(FakeVLLM(name), **options).context_length == 64
+def test_answer_without_a_completion_is_an_error_that_shows_it(faulty, connect, content):
+    faulty.answer = lambda path, body: (200, content)
+    with pytest.raises(SamplerError) as error:
+        list(connect().complete([(0, {"prompt": [5]})]))
+    assert f"no completion where one was asked for: {json.dumps(content)}" in str(error.value)
 
 
-def test_context_that_holds_not_even_the_shortest_prompt_is_refused(play):
-    with pytest.raises(SamplerError, match="has a context of 19 tokens, but at least 20 .*`--max-model-len`"):
-        play(FakeVLLM(context_length=19))
-    play(FakeVLLM(context_length=20))
+@pytest.mark.parametrize(
+    ("problem", "waiting_for"),
+    [
+        ((429, "too many requests"), "another attempt after HTTP 429: too many requests"),
+        ((500, "engine died"), "another attempt after HTTP 500: engine died"),
+        (HANG_UP, "another attempt after ServerDisconnectedError"),
+        ("hang", "an answer"),
+    ],
+    ids=["busy", "broken", "cut off", "hanging"],
+)
+def test_server_from_which_nothing_comes_back_is_given_up_with_what_the_requests_wait_for(
+    faulty, connect, problem, waiting_for
+):
+    """Each request on its own would still be within its time."""
+    faulty.answer = faulty.hang if problem == "hang" else lambda path, body: problem
+    client = connect(progress_timeout=0.5, max_concurrent_requests=3)
+    with pytest.raises(SamplerError) as error:
+        list(client.complete((i, {"prompt": [i]}) for i in range(10)))
+    message = str(error.value)
+    assert "Not one completion came back" in message and "`vllm_progress_timeout` (0.5 s)" in message
+    assert "3 requests are waiting: " in message and f" for {waiting_for}" in message
 
 
-def test_server_without_lora_is_refused_with_its_flag_and_the_command(play):
-    with pytest.raises(SamplerError, match="started without `--enable-lora`.*spin_trl.serve .*--lora-rank 8"):
-        play(FakeVLLM(adapters=False))
+def test_time_without_a_completion_counts_from_the_last_one(faulty, connect):
+    faulty.answer = lambda path, body: completion(body) if body["prompt"] == [0] else faulty.hang(path, body)
+    answers = connect(progress_timeout=0.5, max_concurrent_requests=2).complete((i, {"prompt": [i]}) for i in range(4))
+    assert next(answers)[0] == 0
+    with pytest.raises(SamplerError, match="Not one completion came back"):
+        next(answers)
 
 
-def test_server_without_run_time_loading_is_refused_with_its_variable_and_the_command(play):
-    fake = FakeVLLM()
+def test_every_completion_is_progress_and_the_consumers_own_time_does_not_count(faulty, connect):
+    """A clock that is put forward by 90 of 100 seconds after each completion."""
+    faulty.answer = lambda path, body: completion(body)
+    progress = Progress(timeout=100.0)
+    answers = connect(max_concurrent_requests=1).complete(((i, {"prompt": [i]}) for i in range(5)), progress)
+    for _ in answers:
+        progress._last -= 90
+    assert progress.left() > 90
+
+
+def test_time_to_come_back_and_to_answer_together_is_the_time_without_progress_by_default(connect):
+    assert connect(server_timeout=240, request_timeout=600).progress_timeout == 840
+
+
+def test_question_about_the_server_does_not_queue_behind_the_completions(faulty, connect, monkeypatch):
+    monkeypatch.setattr(vllm_api, "_PROMPT_ANSWER", 5.0)
 
     def answer(path, body):
-        return (404, {"detail": "Not Found"}) if path == "/v1/load_lora_adapter" else fake(path, body)
+        if path == "/v1/completions" and body["prompt"] != [0]:
+            faulty.release.wait(PATIENCE)
+        return completion(body) if path == "/v1/completions" else (200, {"data": []})
 
-    with pytest.raises(SamplerError, match="without .*`VLLM_ALLOW_RUNTIME_LORA_UPDATING=1`.*--lora-rank 8"):
-        play(answer)
-    assert fake.loaded == []
+    faulty.answer = answer
+    client = connect(max_concurrent_requests=2, server_timeout=1.0)
+    answers = client.complete((i, {"prompt": [i]}) for i in range(10))
+    next(answers)
+    assert client.served_models() == []
+    answers.close()
 
 
-def test_server_without_developer_mode_is_refused_for_full_weights_with_its_variable_and_the_command(play):
+# A server that its keeper has given up
+
+
+def test_server_that_is_gone_for_good_fails_every_request_at_once_with_the_reason(connect, tmp_path):
+    """The server timeout would be half a minute, and twice that with somebody who restarts the server."""
+    notice = tmp_path / "notice"
+    client = connect(unused_address(), death_notice=notice)
+    written = tmp_path / "written"
+    written.write_text("it ended thrice: out of memory")
+    threading.Timer(0.3, lambda: written.rename(notice)).start()
+    started = time.monotonic()
+    with pytest.raises(SamplerError, match="it ended thrice: out of memory"):
+        list(client.complete((i, {"prompt": [i]}) for i in range(10)))
+    with pytest.raises(SamplerError, match="it ended thrice: out of memory"):
+        client.wait_until_ready()
+    assert time.monotonic() - started < PATIENCE
+
+
+def test_one_who_restarts_the_server_is_given_twice_the_time_to_say_so(connect, tmp_path):
+    """The restart begins after the first failed request and may take the server timeout itself."""
+    address = unused_address()
+    for death_notice, seconds in ((None, 0.3), (tmp_path / "notice", 0.6)):
+        started = time.monotonic()
+        with pytest.raises(SamplerError):
+            connect(address, server_timeout=0.3, death_notice=death_notice).wait_until_ready()
+        assert time.monotonic() - started >= seconds
+
+
+# What was loaded
+
+
+def test_adapter_that_is_loaded_already_is_left_as_it_is(faulty, connect, tmp_path):
+    """Another process may have been faster, or the connection may have broken after the server loaded it."""
     fake = FakeVLLM()
-
-    def answer(path, body):
-        return (404, {"detail": "Not Found"}) if path == "/collective_rpc" else fake(path, body)
-
-    with pytest.raises(SamplerError, match="`VLLM_SERVER_DEV_MODE=1`.*`python -m spin_trl.serve org/base-model`"):
-        play(answer, lora_rank=None)
-    assert play(answer, lora_rank=8).context_length == 64  # adapters need no developer mode
+    fake.loaded.append("a")
+    faulty.answer = fake
+    connect().load_adapter("a", str(tmp_path))
+    assert fake.loaded == ["a"]
 
 
-@pytest.mark.parametrize("lora_rank", [8, None])
-def test_connection_that_breaks_while_the_server_is_examined_is_tried_again(play, lora_rank):
+def test_adapter_whose_loading_is_answered_by_a_broken_connection_is_loaded_once(faulty, connect, tmp_path):
     fake, broken = FakeVLLM(), []
 
     def answer(path, body):
-        if path in ("/v1/load_lora_adapter", "/collective_rpc") and not broken:
+        answer = fake(path, body)
+        if path == "/v1/load_lora_adapter" and not broken:
             broken.append(path)
             return HANG_UP
-        return fake(path, body)
+        return answer
 
-    assert play(answer, lora_rank=lora_rank).context_length == 64
-    assert len(broken) == 1
-
-
-# How an opponent is published and played
+    faulty.answer = answer
+    connect().load_adapter("a", str(tmp_path))
+    assert fake.loaded == ["a"]
 
 
-def request(row: int = 0, prompt_ids: tuple = (5, 6, 7)) -> CompletionRequest:
-    return CompletionRequest((row, 0), list(prompt_ids), seed=1234)
+def test_adapter_that_is_not_loaded_is_unloaded_without_an_error(faulty, connect):
+    faulty.answer = FakeVLLM()
+    connect().unload_adapter("a")
 
 
-def test_body_carries_every_sampling_field_also_those_left_at_their_defaults(faulty, play):
-    sampler = play()
-    sampler.select(0, None)
-    list(sampler.sample([request()], SamplingParams(max_completion_length=16, end_token_ids=(2, 3))))
-    assert faulty.bodies("/v1/completions") == [
-        {
-            "model": "org/base-model",
-            "prompt": [5, 6, 7],
-            "seed": 1234,
-            "max_tokens": 16,
-            "temperature": 1.0,
-            "top_p": 1.0,
-            "top_k": 0,
-            "min_p": 0.0,
-            "repetition_penalty": 1.0,
-            "stop_token_ids": [2, 3],
-            "return_token_ids": True,
-        }
-    ]
+def test_prefixes_that_stay_cached_after_other_weights_are_loaded_are_an_error(faulty, connect):
+    faulty.answer = lambda path, body: (200, {"success": False} if "cache" in path else {"results": [None]})
+    with pytest.raises(SamplerError, match=r"refused POST /reset_prefix_cache.*success"):
+        connect().reload_weights("/w")
 
 
-def test_body_carries_the_settings_and_the_users_own_parameters_win(faulty, play):
-    sampler = play()
-    sampler.select(0, None)
-    settings = {"temperature": 0.7, "top_p": 0.9, "top_k": 40, "min_p": 0.1, "repetition_penalty": 1.2}
-    params = SamplingParams(16, (2,), **settings, extra={"top_k": 5, "frequency_penalty": 0.5})
-    list(sampler.sample([request()], params))
-    (body,) = faulty.bodies("/v1/completions")
-    expected = {**settings, "top_k": 5, "frequency_penalty": 0.5}
-    assert {name: body[name] for name in expected} == expected
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", {}, {"results": []}, {"results": ["<repr>"]}, {"results": [None]}, {"results": [[1]]}],
+)
+def test_server_that_does_not_tell_its_workers_attributes_cannot_be_marked(faulty, connect, content):
+    faulty.answer = lambda path, body: (200, content)
+    assert not connect().can_be_marked()
 
 
-def test_answer_is_shortened_to_what_the_context_leaves(faulty, play):
-    """A context of 64 holds a prompt of 60 and four more."""
-    sampler = play()
-    sampler.select(0, None)
-    list(sampler.sample([request(prompt_ids=(5,) * 60)], SamplingParams(16, (2,))))
-    assert faulty.bodies("/v1/completions")[0]["max_tokens"] == 4
+def test_mark_counts_only_where_every_worker_carries_it(faulty, connect):
+    faulty.answer = lambda path, body: (200, {"results": [["rank", "spin_trl:a", "spin_trl:b"], ["spin_trl:b"]]})
+    assert connect().marks() == {"b"}
 
 
-def test_log_probs_are_asked_for_and_returned_only_if_wanted(faulty, play):
-    sampler = play()
-    sampler.select(0, None)
-    params = SamplingParams(16, (2,))
-    (with_logprobs,) = sampler.sample([request()], params, logprobs=True)
-    (without,) = sampler.sample([request()], params)
-    assert with_logprobs.logprobs == [-0.5, -1.5] and without.logprobs is None
-    assert (with_logprobs.key, with_logprobs.token_ids, with_logprobs.finish_reason) == ((0, 0), [5, 6, 7, 2], "stop")
-    first, second = faulty.bodies("/v1/completions")
-    assert first["logprobs"] == 0 and "logprobs" not in second
-
-
-def play_opponent(sampler: VLLMSampler, iteration: int, checkpoint: Path | None) -> None:
-    """Publish, play, and answer one prompt."""
-    sampler.publish(iteration, checkpoint)
-    sampler.select(iteration, checkpoint)
-    list(sampler.sample([request()], SamplingParams(16, (2,))))
-
-
-def test_each_lora_opponent_is_played_under_a_name_of_its_own_and_the_older_one_is_unloaded(faulty, play, tmp_path):
-    fake = FakeVLLM()
-    sampler = play(fake)
-    loaded = []
-    for iteration, checkpoint in enumerate((None, tmp_path, tmp_path)):
-        play_opponent(sampler, iteration, checkpoint)
-        loaded.append(list(fake.loaded))
-    played = [body["model"] for body in faulty.bodies("/v1/completions")]
-    assert played == ["org/base-model", "run-iteration-1", "run-iteration-2"]
-    assert loaded == [[], ["run-iteration-1"], ["run-iteration-2"]]
-
-
-def test_lora_opponent_of_the_same_name_that_an_interrupted_run_left_is_replaced(faulty, play, tmp_path):
-    fake = FakeVLLM()
-    fake.loaded.append("run-iteration-1")
-    play_opponent(play(fake), 1, tmp_path)
-    assert faulty.bodies("/v1/unload_lora_adapter") == [{"lora_name": "run-iteration-1"}]
-    assert fake.loaded == ["run-iteration-1"]
-
-
-def test_lora_opponent_that_is_published_again_stays_loaded(play, tmp_path):
-    fake = FakeVLLM()
-    sampler = play(fake)
-    play_opponent(sampler, 1, tmp_path)
-    play_opponent(sampler, 1, tmp_path)
-    assert fake.loaded == ["run-iteration-1"]
-
-
-def test_full_opponent_replaces_the_weights_and_cached_prefixes_are_forgotten(faulty, play, tmp_path):
-    sampler = play(lora_rank=None)
-    for iteration, checkpoint in enumerate((None, tmp_path)):
-        play_opponent(sampler, iteration, checkpoint)
-    reloads = [body for body in faulty.bodies("/collective_rpc") if body]
-    assert [body["kwargs"] for body in reloads] == [
-        {"weights_path": "org/base-model"},
-        {"weights_path": str(tmp_path)},
-    ]
-    assert {body["method"] for body in reloads} == {"reload_weights"}
-    order = [path for path, body in faulty.requests if path != "/collective_rpc" or body][2:]
-    assert order == ["/collective_rpc", "/reset_prefix_cache", "/v1/completions"] * 2
-    assert {body["model"] for body in faulty.bodies("/v1/completions")} == {"org/base-model"}
-
-
-def test_refused_adapter_is_an_error_with_the_servers_message(play, tmp_path):
-    sampler = play()
-    with pytest.raises(SamplerError, match="The lora adapter 'run-iteration-1' cannot be found"):
-        sampler.publish(1, tmp_path / "absent")
+def test_mark_that_belongs_to_one_server_is_not_set_again_when_the_connection_breaks(faulty, connect):
+    """By then the server may be another one."""
+    faulty.answer = in_turn(HANG_UP, (200, {"results": [None]}))
+    assert connect().try_to_add_mark("a") is False
+    assert len(faulty.requests) == 1

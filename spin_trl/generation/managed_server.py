@@ -1,12 +1,14 @@
-"""`ManagedServer`: a vLLM server that a run starts for itself and stops at its end, whatever that end is."""
+"""`ManagedServer`: a vLLM server that a run starts for itself, again if need be, and stops at its end."""
 
+import http.client
+import logging
 import os
 import secrets
 import socket
 import subprocess
 import sys
+import threading
 import time
-import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,13 @@ from typing import Any
 from ..atomic_files import write_text
 from ..progress import progress_bar
 from .sampler import SamplerError
-from .serve_command import serve_command
+from .serve_command import ServeCommand, serve_command
+from .supervise import GRACE_PERIOD
 
 
+logger = logging.getLogger(__name__)
+
+_POLL_INTERVAL = 0.2  # seconds
 _NUM_LOG_LINES_SHOWN = 20
 
 # What torchrun and accelerate set for the trainer's processes. The server is not one of them.
@@ -29,54 +35,96 @@ class ManagedServer:
     """
     A vLLM server on a free loopback port, with an API key of its own that no log or file shows.
 
+    A server that ends by itself is started again, at the same address and with the same key. Whoever asked it something
+    has to ask again, and it plays the base model again: that is for its clients to notice.
+
     Args:
         log_path (`Path`): File that takes the server's output.
         timeout (`float`): Seconds within which the server must be up.
+        max_restarts (`int`): Number of times that it is started again.
         **options: As for [`serve_command`].
     """
 
-    def __init__(self, log_path: Path, timeout: float, **options: Any):
+    def __init__(self, log_path: Path, timeout: float, max_restarts: int = 0, **options: Any):
         self.log_path = log_path
         self.timeout = timeout
+        self.max_restarts = max_restarts
         self.options = options
         self.api_key = secrets.token_urlsafe(32)
         self.base_url: str | None = None
+        self.num_restarts = 0
+        self._command: ServeCommand | None = None
         self._process: subprocess.Popen | None = None
+        self._watcher: threading.Thread | None = None
+        self._stopping = threading.Event()
+        self._launching = threading.Lock()  # no launch while stopping, and the other way round
+
+    @property
+    def death_notice(self) -> Path:
+        """File that says why there is no server any more, once nobody starts it again. For clients in any process."""
+        return self.log_path.with_name(f"{self.log_path.name}.ended")
 
     def start(self, show_progress: bool = True) -> None:
         """
-        Start the server and wait until it answers.
+        Start the server, wait until it answers, and watch it from then on.
 
         Raises:
             `SamplerError`: if it ends or does not come up in time, with the end of its log.
         """
         port = _free_port()
-        command = serve_command(host="127.0.0.1", port=port, **self.options)
-        env = {**command.env, **_clean_environment(), "VLLM_API_KEY": self.api_key}
-        write_text(self.log_path, f"{command}\n")
-        with self.log_path.open("a") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "spin_trl.generation.supervise", *command.argv],
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=env,
-            )
         self.base_url = f"http://127.0.0.1:{port}"
+        self._command = serve_command(host="127.0.0.1", port=port, **self.options)
+        self.num_restarts = 0
+        self._stopping.clear()
+        write_text(self.log_path, f"{self._command}\n")
+        self.death_notice.unlink(missing_ok=True)
+        self._launch()
         try:
             self._wait_until_ready(show_progress)
         except BaseException:
             self.stop()
             raise
+        self._watcher = threading.Thread(target=self._watch, name="vllm-server-watcher", daemon=True)
+        self._watcher.start()
 
     def stop(self) -> None:
         """End the server and everything that it started. Does nothing if it is not running."""
-        if self._process is None:
+        self._stopping.set()
+        self._end()
+        if self._watcher is not None:
+            self._watcher.join()
+            self._watcher = None
+
+    def _launch(self, log_line: str = "") -> None:
+        env = {**self._command.env, **_clean_environment(), "VLLM_API_KEY": self.api_key}
+        with self._launching, self.log_path.open("a") as log:
+            if self._stopping.is_set():
+                return
+            if self._process is not None:
+                self._process.stdin.close()
+            log.write(log_line)
+            log.flush()
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "spin_trl.generation.supervise", *self._command.argv],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=env,
+            )
+
+    def _end(self) -> None:
+        with self._launching:
+            process, self._process = self._process, None
+        if process is None:
             return
-        self._process.terminate()
-        self._process.stdin.close()
-        self._process.wait()
-        self._process = None
+        process.terminate()
+        process.stdin.close()
+        try:
+            process.wait(2 * GRACE_PERIOD)  # the supervisor itself waits for one
+        except subprocess.TimeoutExpired:
+            logger.warning("The vLLM server does not end, not even killed: the system holds it. It is left behind.")
+            process.kill()
+            process.wait()
 
     def _wait_until_ready(self, show_progress: bool) -> None:
         started = time.monotonic()
@@ -86,11 +134,11 @@ class ManagedServer:
             bar_format="{desc}: {n:.0f} s of at most {total} s",
             disable=not show_progress,
         ) as progress:
-            while not self._is_ready():
-                if self._process.poll() is not None:
+            while not self._is_ready() and not self._stopping.is_set():
+                if (status := self._exit_status()) is not None:
                     raise SamplerError(
-                        f"The vLLM server ended with status {self._process.returncode} while starting. The end of "
-                        f"{self.log_path}:\n{self._log_tail()}"
+                        f"The vLLM server ended with status {status} while starting. The end of {self.log_path}:\n"
+                        f"{self._log_tail()}"
                     )
                 elapsed = time.monotonic() - started
                 if elapsed > self.timeout:
@@ -106,8 +154,57 @@ class ManagedServer:
         try:
             with opener.open(f"{self.base_url}/health", timeout=5) as response:
                 return response.status == 200
-        except (urllib.error.URLError, ConnectionError, TimeoutError):
+        except (OSError, http.client.HTTPException):
             return False
+
+    def _exit_status(self) -> int | None:
+        process = self._process
+        return None if process is None else process.poll()
+
+    # Watching
+
+    def _watch(self) -> None:
+        """Start the server again whenever it ends, and say so where it cannot be."""
+        try:
+            while not self._stopping.wait(_POLL_INTERVAL):
+                status = self._exit_status()
+                if status is not None and not self._stopping.is_set():
+                    self._restart(status)
+        except Exception as error:  # of whatever kind: nobody would notice that nobody watches
+            logger.error(str(error))
+            self._give_notice(str(error))
+            self._end()
+
+    def _restart(self, status: int) -> None:
+        if self.num_restarts == self.max_restarts:
+            raise SamplerError(
+                f"The vLLM server ended with status {status}, after it had been started again {self.num_restarts} "
+                f"time(s), and `vllm_max_restarts` is {self.max_restarts}. See why it ended; the same command then "
+                f"continues the run. The end of {self.log_path}:\n{self._log_tail()}"
+            )
+        self.num_restarts += 1
+        message = (
+            f"The vLLM server ended with status {status} and is started again "
+            f"(restart {self.num_restarts} of at most {self.max_restarts})"
+        )
+        logger.warning(f"{message}. Its log: {self.log_path}")
+        self._wait_until_port_is_free()
+        started = time.monotonic()
+        self._launch(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
+        self._wait_until_ready(show_progress=False)
+        if not self._stopping.is_set():
+            logger.warning(f"The vLLM server is up again after {time.monotonic() - started:.0f} s.")
+
+    def _wait_until_port_is_free(self) -> None:
+        """If the supervisor alone was killed, its command has been told to end and may need a while."""
+        deadline = time.monotonic() + GRACE_PERIOD
+        while self._is_ready() and time.monotonic() < deadline and not self._stopping.wait(_POLL_INTERVAL):
+            pass
+
+    def _give_notice(self, text: str) -> None:
+        temporary = self.death_notice.with_name(f"{self.death_notice.name}.tmp")
+        temporary.write_text(text)
+        temporary.rename(self.death_notice)
 
     def _log_tail(self) -> str:
         return "\n".join(self.log_path.read_text(errors="replace").splitlines()[-_NUM_LOG_LINES_SHOWN:])

@@ -1,11 +1,26 @@
 """`VLLMSampler`: an opponent played by a vLLM server. Knows the server's limits, not its HTTP API."""
 
+import itertools
+import logging
+import time
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from .answers import read_completion
+from .attempts import Progress
+from .publishing import AdapterPublisher, OpponentLostError, Publisher, WeightsPublisher
 from .sampler import Completion, CompletionRequest, SamplerError, SamplingParams
-from .vllm_api import VLLMServer
+from .vllm_api import UnknownModelError, VLLMServer
+
+
+logger = logging.getLogger(__name__)
+
+_MAX_NUM_LOSSES = 3  # in a row, without one completion in between
+# Completions are held back until the server is seen to be still the one that the opponent was published to.
+_NUM_BETWEEN_CONFIRMATIONS = 256
+_SECONDS_BETWEEN_CONFIRMATIONS = 5.0
 
 
 class VLLMSampler:
@@ -13,25 +28,30 @@ class VLLMSampler:
     An [`OpponentSampler`] that asks a stock vLLM server.
 
     A LoRA opponent is an adapter with a name of its own per run and iteration, so that no cached prefix of an older
-    one is ever served. A full opponent replaces the server's weights.
+    one is ever served. A full opponent replaces the server's weights. A server that loses the opponent, because it is
+    restarted, gets it again, and what is in doubt is asked for again.
 
     Args:
         model (`str`): The base model, as the trainer names it.
         lora_rank (`int`, *optional*): Rank of the adapters to come; `None` for full weights.
         served_model (`str`, *optional*): The base model, as the server names it, where that differs.
+        vocab_size (`int`, *optional*): Number of the model's token ids, where it is known: no others are accepted.
     """
 
     reads_checkpoints = True
 
-    def __init__(self, model: str, lora_rank: int | None, served_model: str | None = None):
+    def __init__(
+        self, model: str, lora_rank: int | None, served_model: str | None = None, vocab_size: int | None = None
+    ):
         self.model = model
         self.lora_rank = lora_rank
         self.served_model = served_model
+        self.vocab_size = vocab_size
         self.server: VLLMServer | None = None
-        self._run_name: str | None = None
+        self._publisher: Publisher | None = None
         self._base: dict[str, Any] = {}
+        self._opponent: tuple[int, Path | None] = (0, None)  # iteration, checkpoint
         self._playing: str | None = None
-        self._published: str | None = None
 
     def connect(self, server: VLLMServer, run_name: str, min_context_length: int) -> None:
         """
@@ -45,7 +65,7 @@ class VLLMSampler:
         Raises:
             `SamplerError`: no answer, another model, too short a context, or no way to publish an opponent.
         """
-        self.server, self._run_name = server, run_name
+        self.server = server
         self.server.wait_until_ready()
         self._base = self._find_base_model()
         if not isinstance(self._base.get("max_model_len"), int):
@@ -72,6 +92,7 @@ class VLLMSampler:
                 f"spin_trl.serve {self.model}{remedy}`, which sets every flag and variable needed (`--print` shows "
                 "them)."
             )
+        self._publisher = (WeightsPublisher if self.lora_rank is None else AdapterPublisher)(server, run_name)
 
     @property
     def context_length(self) -> int:
@@ -79,45 +100,97 @@ class VLLMSampler:
         return self._base["max_model_len"]
 
     def publish(self, iteration: int, checkpoint: Path | None) -> None:
-        if self.lora_rank is None:
-            # At iteration 0 the server may still hold what an earlier run left there.
-            self.server.reload_weights(str(checkpoint or self._base["root"]))
-            return
-        name = self._adapter_name(iteration)
-        loaded = {model["id"] for model in self.server.served_models()}
-        if name in loaded:
-            self.server.unload_adapter(name)
-        if checkpoint is not None:
-            self.server.load_adapter(name, str(checkpoint))
-            if self._published != name and self._published in loaded:
-                self.server.unload_adapter(self._published)
-            self._published = name
+        self._publisher.publish(iteration, checkpoint, self._base)
 
     def select(self, iteration: int, checkpoint: Path | None) -> None:
-        if self.lora_rank is None or checkpoint is None:
-            self._playing = self._base["id"]
-        else:
-            self._playing = self._adapter_name(iteration)
+        self._opponent = (iteration, checkpoint)
+        self._playing = self._publisher.select(iteration, checkpoint, self._base)
 
     def sample(
         self, requests: Iterable[CompletionRequest], params: SamplingParams, logprobs: bool = False
     ) -> Iterator[Completion]:
-        bodies = ((request.key, self._body(request, params, logprobs)) for request in requests)
-        for key, choice in self.server.complete(bodies):
-            yield Completion(
-                key=key,
-                token_ids=choice["token_ids"],
-                finish_reason=choice["finish_reason"],
-                logprobs=choice["logprobs"]["token_logprobs"] if logprobs else None,
-            )
+        source = enumerate(requests)
+        outstanding: dict[int, CompletionRequest] = {}  # taken from the source, and not answered beyond doubt
+        progress = Progress(self.server.progress_timeout)
+        num_losses = 0
+        while True:
+            try:
+                numbered = itertools.chain(list(outstanding.items()), source)
+                for completion in self._confirmed(numbered, outstanding, params, logprobs, progress):
+                    num_losses = 0
+                    yield completion
+                return
+            except (OpponentLostError, UnknownModelError) as loss:
+                num_losses += 1
+                self._restore(num_losses, len(outstanding), loss)
 
     def close(self) -> None:
-        if self.server is not None:
-            self.server.close()
-            self.server = None
+        if self.server is None:
+            return
+        if self._publisher is not None:
+            self._publisher.withdraw()
+        self.server.close()
+        self.server = None
 
-    def _adapter_name(self, iteration: int) -> str:
-        return f"{self._run_name}-iteration-{iteration}"
+    def _confirmed(
+        self,
+        requests: Iterable[tuple[int, CompletionRequest]],
+        outstanding: dict[int, CompletionRequest],
+        params: SamplingParams,
+        logprobs: bool,
+        progress: Progress,
+    ) -> Iterator[Completion]:
+        """Completions that are the opponent's beyond doubt. `outstanding` is kept up to date."""
+
+        def bodies() -> Iterator[tuple[tuple[int, dict], dict]]:
+            for number, request in requests:
+                outstanding[number] = request
+                body = self._body(request, params, logprobs)
+                yield (number, body), body
+
+        if self._publisher.needs_confirmation:
+            self._publisher.confirm()  # saves the completions of a server that was restarted meanwhile
+        held_back: dict[int, Completion] = {}
+        confirmed_at = time.monotonic()
+        with closing(self.server.complete(bodies(), progress)) as answers:
+            for (number, body), choice in answers:
+                request, max_tokens = outstanding[number], body["max_tokens"]
+                completion = read_completion(choice, request, params, max_tokens, self.vocab_size, logprobs)
+                held_back[number] = completion
+                if (
+                    not self._publisher.needs_confirmation
+                    or len(held_back) >= _NUM_BETWEEN_CONFIRMATIONS
+                    or time.monotonic() > confirmed_at + _SECONDS_BETWEEN_CONFIRMATIONS
+                ):
+                    yield from self._release(held_back, outstanding)
+                    confirmed_at = time.monotonic()
+        yield from self._release(held_back, outstanding)
+
+    def _release(
+        self, held_back: dict[int, Completion], outstanding: dict[int, CompletionRequest]
+    ) -> Iterator[Completion]:
+        if held_back:
+            self._publisher.confirm()
+        for number in list(held_back):
+            del outstanding[number]
+            yield held_back.pop(number)
+
+    def _restore(self, num_losses: int, num_outstanding: int, loss: Exception) -> None:
+        """Publish the opponent again, on a server that has lost it."""
+        iteration, checkpoint = self._opponent
+        if num_losses > _MAX_NUM_LOSSES:
+            raise SamplerError(
+                f"The vLLM server at {self.server.base_url} lost iteration {iteration}'s opponent {num_losses} times "
+                f"in a row without one completion in between. The last time: {loss}. See its log for why it is "
+                "restarted, and see that no other run publishes to it."
+            ) from loss
+        logger.warning(
+            f"The vLLM server at {self.server.base_url} has lost iteration {iteration}'s opponent: {loss}. It is "
+            f"published again, and {num_outstanding} completion(s) are asked for again."
+        )
+        self.server.wait_until_ready()
+        self._base = self._find_base_model()
+        self._publisher.restore(iteration, checkpoint, self._base)
 
     def _body(self, request: CompletionRequest, params: SamplingParams, logprobs: bool) -> dict[str, Any]:
         body = {

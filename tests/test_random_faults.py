@@ -1,0 +1,72 @@
+"""Whatever a server does, in whatever order: each prompt gets its answer, once, from the opponent."""
+
+import random
+import threading
+import time
+
+import pytest
+from fault_server import BASE, HANG_UP, OPPONENT, Answer, CutOff, FakeVLLM
+
+from spin_trl.generation import vllm_sampler
+from spin_trl.generation.sampler import CompletionRequest, SamplingParams
+
+
+NUM_REQUESTS = 400
+
+
+class Chaos:
+    """A server that does one thing wrong in four, and is restarted without the opponent every now and then."""
+
+    def __init__(self, seed: int):
+        self.vllm = FakeVLLM(tells_who_plays=True)
+        self.random = random.Random(seed)
+        self.lock = threading.Lock()
+        self.num_restarts = 0
+        self.num_faults = 0
+
+    def __call__(self, path: str, body: dict | None) -> Answer:
+        with self.lock:
+            fault = self.choose_fault(path)
+            self.num_faults += fault is not None
+        if fault == "restart":
+            self.vllm.restart()
+        if fault == "slow":
+            time.sleep(0.02)
+        if fault == "busy":
+            return 429, "busy", {"Retry-After": "0.01"}
+        if fault in (500, 503):
+            return fault, "broken"
+        if fault == "hang up":
+            return HANG_UP
+        status, content, *headers = self.vllm(path, body)
+        if fault == "abort" and status == 200:
+            content["choices"][0].update(finish_reason="abort", token_ids=[BASE])
+        if fault == "cut off":
+            return CutOff((status, content))
+        if fault == "lost answer":
+            return HANG_UP
+        return status, content
+
+    def choose_fault(self, path: str) -> str | int | None:
+        # What the engine makes of an adapter or of weights is final, so only there 500 is no fault that may pass.
+        faults = ["slow", "busy", 503, "hang up", "cut off", "lost answer"]
+        if path == "/v1/completions":
+            faults += [500, "abort"]
+            if self.random.random() < 0.01:
+                self.num_restarts += 1
+                return "restart"
+        return self.random.choice(faults) if self.random.random() < 0.25 else None
+
+
+@pytest.mark.parametrize("lora_rank", [8, None], ids=["lora", "full"])
+@pytest.mark.parametrize("seed", range(3))
+def test_every_prompt_gets_its_answer_once_and_from_the_opponent(play, tmp_path, monkeypatch, seed, lora_rank):
+    monkeypatch.setattr(vllm_sampler, "_NUM_BETWEEN_CONFIRMATIONS", 8)
+    chaos = Chaos(seed)
+    sampler = play(chaos, lora_rank, max_concurrent_requests=4, vocab_size=NUM_REQUESTS + 20)
+    sampler.publish(1, tmp_path)
+    sampler.select(1, tmp_path)
+    requests = (CompletionRequest((row, 0), [20 + row, 6], seed=row) for row in range(NUM_REQUESTS))
+    found = [(c.key, c.token_ids) for c in sampler.sample(requests, SamplingParams(16, (2,)))]
+    assert sorted(found) == [((row, 0), [20 + row, OPPONENT, 2]) for row in range(NUM_REQUESTS)]
+    assert chaos.num_restarts >= 2 and chaos.num_faults > 100
