@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import pytest
 from conftest import load_recipe, read_rows
 from datasets import Dataset, DatasetDict
+from fault_server import FakeVLLM, FaultyServer
 from peft import IA3Config, LoraConfig, PromptTuningConfig
-from test_vllm_api import FakeVLLM, FaultyServer
 from tiny_tokenizers import byte_tokenizer, letter_tokenizer
 from torch.optim import SGD, Adagrad
 from torch.optim.lr_scheduler import ConstantLR
