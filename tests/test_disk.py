@@ -143,6 +143,7 @@ def test_full_disk_is_named_leaves_nothing_half_written_and_the_same_command_goe
 
 
 SCRIPT = """
+import os
 import sys
 from pathlib import Path
 from datasets import Dataset
@@ -151,14 +152,15 @@ from play_distributed import settings
 from test_disk import before
 from spin_trl import SPINConfig, SPINTrainer
 
-model, disk, folder, rank, owner, method = sys.argv[1:]
+model, disk, folder, rank, owner, method, room = sys.argv[1:]
 config = SPINConfig(**settings(disk + "/run", save_strategy="epoch", num_iterations=1, learning_rate=1e-3, beta=0.1))
 trainer = SPINTrainer(model, config, train_dataset=Dataset.from_list(read_rows("accent_train.jsonl", 30)))
 
 def fill():
     if config.process_index == int(rank):
         with open(disk + "/filler", "wb", buffering=0) as filler:
-            filler.write(bytes(16_000_000))
+            status = os.statvfs(disk)
+            filler.write(bytes(status.f_bavail * status.f_frsize - int(room)))
 
 before(trainer, owner, method, fill)
 try:
@@ -169,15 +171,28 @@ except OSError as error:
 
 
 @pytest.mark.parametrize(
-    ("rank", "owner", "method", "name"),
-    [(1, "store", "write_completions", "part-"), (0, "trainer", "_save_checkpoint", "checkpoint-4")],
-    ids=["completions of the second process", "checkpoint of the first"],
+    ("rank", "owner", "method", "room", "name"),
+    [
+        (1, "store", "write_completions", 0, "/part-"),
+        (0, "trainer", "_save_checkpoint", 0, "/checkpoint-2 could not"),
+        (0, "trainer", "_save_checkpoint", 450_000, "/checkpoint-2 could not"),
+    ],
+    ids=["completions of the second process", "checkpoint of the first", "optimizer of the first"],
 )
-def test_full_disk_of_one_process_is_raised_on_both(tiny_model, make_disk, tmp_path, rank, owner, method, name):
+def test_full_disk_of_one_process_is_raised_on_both(tiny_model, make_disk, tmp_path, rank, owner, method, room, name):
     disk = make_disk("8m")
     (tmp_path / "script.py").write_text(SCRIPT)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(tmp_path / "script.py"), tiny_model, str(disk.path), str(tmp_path), str(rank), owner, method]
+    command += [
+        str(tmp_path / "script.py"),
+        tiny_model,
+        str(disk.path),
+        str(tmp_path),
+        str(rank),
+        owner,
+        method,
+        str(room),
+    ]
     paths = f"{ROOT}:{ROOT / 'tests'}"
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(command, env=environment, timeout=300, capture_output=True, text=True)
