@@ -40,10 +40,9 @@ def run(command: list[str]) -> None:
 def play_spin(seed: int, folder: Path) -> tuple[list[dict[str, float]], int]:
     """The scores at the start and after each iteration, and the number of gradient steps."""
     threads = ["--num_cpu_threads_per_process", str(os.cpu_count())]
-    script = ["recipes/spin.py", "--config", "recipes/pronunciation.yaml"]
-    run(
-        [*LAUNCH.split(), *threads, *script, "--seed", str(seed), "--output_dir", str(folder), "--disable_tqdm", "true"]
-    )
+    script = ["recipes/spin.py", "--config", "recipes/pronunciation.yaml", "--overwrite_output_dir", "true"]
+    script += ["--seed", str(seed), "--output_dir", str(folder), "--disable_tqdm", "true"]
+    run([*LAUNCH.split(), *threads, *script])
     metrics = [json.loads(path.read_text()) for path in sorted(folder.glob("iteration-*/metrics.json"))]
     config = json.loads((folder / "self_play.json").read_text())["config"]
     batches = [math.ceil(m["num_training_pairs"] / config["per_device_train_batch_size"]) for m in metrics[:-1]]

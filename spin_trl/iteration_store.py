@@ -362,4 +362,4 @@ def _number(path: Path) -> int:
 
 def to_json(value: Any) -> str:
     """A value as the run directory's JSON files hold it."""
-    return json.dumps(value, indent=2, sort_keys=True, default=str) + "\n"
+    return json.dumps(value, indent=2, default=str) + "\n"

@@ -96,6 +96,20 @@ def test_demo_launches_with_accelerate_and_prints_its_table(tiny_model, tmp_path
     assert (tmp_path / "run" / "model.safetensors").exists()
 
 
+def test_same_command_again_finds_the_run_complete(tiny_model, tmp_path):
+    """And `--resume_from_checkpoint true` is understood as text, which is what a command line gives."""
+    arguments = ["--config", "recipes/pronunciation.yaml", "--model_name_or_path", tiny_model, "--max_steps", "3"]
+    arguments += ["--output_dir", str(tmp_path / "run")]
+    config = (RECIPES / "pronunciation.yaml").read_text().replace("vllm_mode: managed\n", "use_vllm: false\n")
+    (tmp_path / "demo.yaml").write_text(config)
+    arguments[1] = str(tmp_path / "demo.yaml")
+    first = run(["python", "recipes/spin.py", *arguments], tmp_path)
+    again = run(["python", "recipes/spin.py", *arguments, "--resume_from_checkpoint", "true"], tmp_path)
+    assert "The run in `output_dir` is complete; its final policy is checkpoint-3." in again.stdout
+    table = [line for line in first.stdout.splitlines() if line.startswith(("start ", "iteration 0 "))]
+    assert len(table) == 2 and [line for line in again.stdout.splitlines() if line in table] == table
+
+
 def test_two_processes_play_the_demo_with_pairs_for_every_prompt_once(tiny_model, tmp_path):
     """The demo's configuration on two gloo processes against one managed vLLM server: 1,000 prompts, two iterations."""
     command = ["torchrun", "--nproc_per_node", "2", "--master_port", "29631", "recipes/spin.py"]
