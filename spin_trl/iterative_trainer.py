@@ -5,6 +5,8 @@ Knows nothing of where the pairs come from.
 
 import math
 import os
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from trl import DPOTrainer
 
 from .atomic_files import finish_directory, remove, temporary_path
 from .disk import writing
-from .footprint import size_of_checkpoint
+from .footprint import size_of_checkpoint, size_of_weights
 from .ranks import on_every_process
 from .resume import RunStart
 from .schedule import forget_moments, set_learning_rate
@@ -183,6 +185,35 @@ class IterativeTrainer(DPOTrainer):
         self._saved_step = self.state.global_step
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(directory / name))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """
+        As [`~transformers.Trainer.save_model`].
+
+        Raises:
+            [`DiskError`]: if the disk does not take it.
+        """
+        if self._staging is not None:
+            self._in_step(lambda: super(IterativeTrainer, self).save_model(output_dir, _internal_call))
+            return
+        path = Path(output_dir or self.args.output_dir)
+        with nullcontext() if _internal_call else writing(path, lambda: size_of_weights(self.model)):
+            super().save_model(output_dir, _internal_call)
+
+    # The parts of a checkpoint that one process may fail to write, before the next in which all of them communicate.
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        self._in_step(lambda: super(IterativeTrainer, self).create_model_card(*args, **kwargs))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        self._in_step(lambda: super(IterativeTrainer, self)._save_optimizer_and_scheduler(output_dir))
+
+    def _in_step(self, write: Callable[[], None]) -> None:
+        """Within a checkpoint, where every process comes by: raise the error of one on all."""
+        if self._staging is None:
+            write()
+        else:
+            on_every_process(write)
 
     def _write_checkpoint(self, model, trial, path: Path) -> None:
         with writing(path, lambda: size_of_checkpoint(self.model, self.args)):

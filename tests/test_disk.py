@@ -3,12 +3,13 @@
 import os
 import pickle
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
-from conftest import read_rows
+from conftest import ROOT, read_rows
 from datasets import Dataset
 from peft import LoraConfig
 from test_safety import changed_model
@@ -141,6 +142,67 @@ def test_full_disk_is_named_leaves_nothing_half_written_and_the_same_command_goe
     assert left_over(disk.path) == []
 
 
+SCRIPT = """
+import os
+import sys
+from pathlib import Path
+from datasets import Dataset
+from conftest import read_rows
+from play_distributed import settings
+from test_disk import before
+from spin_trl import SPINConfig, SPINTrainer
+
+model, disk, folder, rank, owner, method, room = sys.argv[1:]
+config = SPINConfig(**settings(disk + "/run", save_strategy="epoch", num_iterations=1, learning_rate=1e-3, beta=0.1))
+trainer = SPINTrainer(model, config, train_dataset=Dataset.from_list(read_rows("accent_train.jsonl", 30)))
+
+def fill():
+    if config.process_index == int(rank):
+        with open(disk + "/filler", "wb", buffering=0) as filler:
+            status = os.statvfs(disk)
+            filler.write(bytes(status.f_bavail * status.f_frsize - int(room)))
+
+before(trainer, owner, method, fill)
+try:
+    trainer.train()
+except OSError as error:
+    Path(folder, str(config.process_index)).write_text(type(error).__name__ + ": " + str(error))
+"""
+
+
+@pytest.mark.parametrize(
+    ("rank", "owner", "method", "room", "name"),
+    [
+        (1, "store", "write_completions", 0, "/part-"),
+        (0, "trainer", "_save_checkpoint", 0, "/checkpoint-2 could not"),
+        (0, "trainer", "_save_checkpoint", 450_000, "/checkpoint-2 could not"),
+    ],
+    ids=["completions of the second process", "checkpoint of the first", "optimizer of the first"],
+)
+def test_full_disk_of_one_process_is_raised_on_both(tiny_model, make_disk, tmp_path, rank, owner, method, room, name):
+    disk = make_disk("8m")
+    (tmp_path / "script.py").write_text(SCRIPT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [
+        str(tmp_path / "script.py"),
+        tiny_model,
+        str(disk.path),
+        str(tmp_path),
+        str(rank),
+        owner,
+        method,
+        str(room),
+    ]
+    paths = f"{ROOT}:{ROOT / 'tests'}"
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, env=environment, timeout=300, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for process in ("0", "1"):
+        message = (tmp_path / process).read_text()
+        assert message.startswith("DiskError: [Errno 28]") and name in message
+    assert left_over(disk.path) == []
+
+
 # Each writer, alone
 
 
@@ -202,6 +264,14 @@ def test_torch_and_safetensors_give_the_same_error_where_the_directory_is_there_
     for save in (torch.save, lambda a, path: safetensors.torch.save_file({"a": a}, path)):
         with pytest.raises(DiskError, match="Read-only file system"), writing(disk.path / "new", num_bytes=4):
             save(torch.zeros(1), disk.path / "new")
+
+
+def test_final_model_that_does_not_fit_is_the_same_error(tiny_model, train_dataset, make_config, make_disk):
+    disk = make_disk("1m")
+    disk.fill(room=100_000)
+    trainer = SPINTrainer(tiny_model, make_config(), train_dataset=train_dataset)
+    with pytest.raises(DiskError, match=r"/final could not be written\. It needs 36\d\.\d kB"):
+        trainer.save_model(str(disk.path / "final"))
 
 
 def test_log_of_a_managed_server_on_a_full_disk_is_an_error_before_the_server_starts(make_disk, tiny_model):

@@ -16,6 +16,8 @@ from conftest import ROOT
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from spin_trl import SPINTrainer, run_setup
+from spin_trl.generation.managed_server import ManagedServer
+from spin_trl.generation.sampler import SamplerError
 from spin_trl.iteration_store import IterationStore, RunDirectoryError
 from spin_trl.serve import _exposure_warning
 
@@ -70,6 +72,41 @@ def test_api_key_is_in_no_file_of_a_run_and_in_none_of_its_output(tiny_model, tm
     for path in files:
         if path.name == "training_args.bin":  # a zip file: what is in it might be compressed
             assert KEY not in str(vars(torch.load(path, weights_only=False)))
+
+
+def process_tree(pid: int) -> set[int]:
+    """A process and everything that it has started."""
+    lists = [task.read_text().split() for task in Path(f"/proc/{pid}/task").glob("*/children")]
+    return {pid}.union(*(process_tree(int(child)) for children in lists for child in children))
+
+
+def listening_addresses(pids: set[int]) -> set[str]:
+    """Addresses, as in `/proc/net`, on which the processes wait for connections."""
+    links = [os.readlink(link) for pid in pids for link in Path(f"/proc/{pid}/fd").iterdir()]
+    inodes = {link.removeprefix("socket:[").removesuffix("]") for link in links if link.startswith("socket:[")}
+    tables = [Path(f"/proc/net/{name}").read_text().splitlines()[1:] for name in ("tcp", "tcp6")]
+    rows = [line.split() for table in tables for line in table]
+    return {row[1] for row in rows if row[3] == "0A" and row[9] in inodes}
+
+
+def test_managed_server_and_all_its_processes_listen_on_loopback_alone(lora_server):
+    pids = process_tree(lora_server._process.pid)
+    addresses = listening_addresses(pids)
+    port = int(lora_server.base_url.rpartition(":")[2])
+    assert f"0100007F:{port:04X}" in addresses
+    assert {address.partition(":")[0] for address in addresses} == {"0100007F"}  # 127.0.0.1
+
+
+def test_key_of_a_managed_server_is_in_no_command_line_log_or_error(lora_server, tmp_path):
+    commands = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in process_tree(lora_server._process.pid)]
+    assert len(commands) > 2 and not any(lora_server.api_key.encode() in command for command in commands)
+    assert lora_server.api_key not in lora_server.log_path.read_text()
+    assert lora_server.api_key not in repr(lora_server)
+    fails = ManagedServer(tmp_path / "log", timeout=0, model=str(tmp_path / "no-such-model"))
+    with pytest.raises(SamplerError) as error:
+        fails.start(show_progress=False)
+    assert fails.api_key not in f"{error.value!r} {error.value} {(tmp_path / 'log').read_text()}"
+    assert len(fails.api_key) >= 32 and fails.api_key != lora_server.api_key
 
 
 def answer_without_key(url: str, body: dict) -> tuple[int, str]:
