@@ -22,7 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     ProcessorMixin,
 )
-from trl.trainer.utils import get_config_model_id, global_then_local_main_first
+from trl.trainer.utils import get_config_model_id
 
 from . import __version__
 from .adapters import lora_rank_to_serve, starts_as_base
@@ -35,7 +35,7 @@ from .generation.vllm_api import VLLMServer
 from .generation.vllm_sampler import VLLMSampler
 from .iteration_store import IterationStore
 from .preparation import drop_long_prompts, percentile_length, prepare_data
-from .ranks import on_every_process, on_main_process
+from .ranks import main_process_first, on_every_process, on_main_process
 from .spin_config import SPINConfig
 
 
@@ -110,11 +110,9 @@ class SelfPlaySetup:
             )
         tokenizer = _load_tokenizer(processing_class, model_name, args)
         end_token_ids = _end_token_ids(model, tokenizer, args)
-        with global_then_local_main_first():
-            data = prepare_data(args, tokenizer, end_token_ids, train_dataset, eval_dataset)
-            if args.max_completion_length is None:
-                percentile = _DEFAULT_LENGTH_PERCENTILE
-                args.max_completion_length = percentile_length(data.train, "chosen_ids", percentile)
+        data = main_process_first(lambda: prepare_data(args, tokenizer, end_token_ids, train_dataset, eval_dataset))
+        if args.max_completion_length is None:
+            args.max_completion_length = percentile_length(data.train, "chosen_ids", _DEFAULT_LENGTH_PERCENTILE)
         setup = cls(
             args=args,
             model_name=model_name,
@@ -224,11 +222,15 @@ class SelfPlaySetup:
         if max_length is not None and max_length <= context_length:
             context_length, source = max_length, "`max_length`"
         reason = f"{source} ({context_length} tokens)"
-        with global_then_local_main_first():
+
+        def drop() -> int:
             self.train_dataset, num_dropped = drop_long_prompts(self.train_dataset, context_length - 1, reason)
             if self.eval_dataset is not None:
                 self.eval_dataset, num_dropped_eval = drop_long_prompts(self.eval_dataset, context_length - 1, reason)
                 num_dropped += num_dropped_eval
+            return num_dropped
+
+        num_dropped = main_process_first(drop)
         self.num_dropped += num_dropped
         if num_dropped > 0:
             logger.warning(f"Dropped {num_dropped} row(s) whose prompt leaves no room for an answer in {reason}.")

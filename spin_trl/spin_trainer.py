@@ -19,7 +19,7 @@ from .adapters import check_fixed_reference
 from .evaluation import GenerationMetrics
 from .iteration_store import IterationStore
 from .losses import SPIN_LOSSES, LossParameters
-from .ranks import on_main_process
+from .ranks import failing_together, on_main_process
 from .run_setup import SelfPlaySetup
 from .schedule import check_schedule, forget_moments, set_learning_rate
 from .scoring import forget_loader
@@ -98,6 +98,7 @@ class SPINTrainer(DPOTrainer):
             }"""),
     }
 
+    @failing_together()
     def __init__(
         self,
         model: "str | PreTrainedModel | PeftModel",
@@ -239,6 +240,7 @@ class SPINTrainer(DPOTrainer):
 
     # The training loop, for iterations of different lengths
 
+    @failing_together()
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs) -> TrainOutput:
         """
         Play all iterations.
