@@ -86,9 +86,10 @@ class Peers:
         self.index = index
         self.count = count
         self.era = 0
-        self._group_store = store
-        self._prefix = prefix
-        self._connections = threading.local()
+        # Connections of its own for this thread and for a watcher's, made while the store is sure to answer: a call of
+        # another thread that hangs does not hold them.
+        self._thread = threading.get_ident()
+        self._connection, self._watchers_connection = (PrefixStore(prefix, store.clone()) for _ in range(2))
         self._num_meetings = self._num_departures = 0
         self._noted_era = -1
         self._note_lock = threading.Lock()
@@ -209,20 +210,14 @@ class Peers:
     def _ask(self, method: str, key: Any, *args: Any, era: int | None = None) -> Any:
         prefix = f"{self.era if era is None else era}/"
         key = [prefix + name for name in key] if isinstance(key, list) else prefix + key
+        store = self._connection if threading.get_ident() == self._thread else self._watchers_connection
         try:
-            return getattr(self._store, method)(key, *args)
+            return getattr(store, method)(key, *args)
         except DistError as error:
             raise LostPeersError(
                 "The process group's key-value store does not answer any more: process 0, or the launcher, is gone. "
                 "The end of its output may say why."
             ) from error
-
-    @property
-    def _store(self) -> Store:
-        """This thread's own connection: a call of another thread that hangs does not hold it."""
-        if not hasattr(self._connections, "store"):
-            self._connections.store = PrefixStore(self._prefix, self._group_store.clone())
-        return self._connections.store
 
 
 def say(text: str) -> None:

@@ -11,11 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from spin_trl.ranks import failing_together, main_process_first, on_every_process, on_main_process
 
 
-PATIENCE = 100.0  # seconds until a test gives up; none waits for it when all is well
+PATIENCE = 60.0  # seconds until a test gives up; none waits for it when all is well
 
 
 def failing_together_with(function):
@@ -81,11 +82,12 @@ class Processes:
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
             port = listener.getsockname()[1]
-        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+        group |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
         self.processes = [
             subprocess.Popen(
                 [sys.executable, str(folder / "script.py"), str(folder), str(group_timeout)],
-                env={**os.environ, **group, "RANK": str(rank), "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "true"},
+                env={**os.environ, **group, "RANK": str(rank), "LOCAL_RANK": str(rank)},
                 stdout=(folder / f"output-{rank}").open("w"),
                 stderr=subprocess.STDOUT,
             )
@@ -105,7 +107,8 @@ class Processes:
     def wait_for(self, name: str) -> None:
         """Return when the script has written a file of this name."""
         deadline = time.monotonic() + PATIENCE
-        while not (self.folder / name).exists() and time.monotonic() < deadline:
+        while not (self.folder / name).exists():
+            assert time.monotonic() < deadline and self.processes[0].poll() is None, self.output(0) + self.output(1)
             time.sleep(0.05)
 
     def output(self, rank: int) -> str:
@@ -282,7 +285,7 @@ STUCK = """
                 HOW
             torch.distributed.all_reduce(torch.zeros(1))
     finally:
-        time.sleep(30 * (rank == FAILING))  # its connections stay open, so nothing but the watcher ends the other one
+        time.sleep(10 * (rank == FAILING))  # its connections stay open, so nothing but the watcher ends the other one
 """
 
 
@@ -328,6 +331,7 @@ def test_process_that_works_on_while_the_main_one_is_killed_ends(tmp_path):
 
 def test_keyboard_interrupt_of_one_process_ends_all(tmp_path):
     script = """
+    ranks.GRACE_PERIOD = 2
     with failing_together():
         on_every_process(lambda: None)
         (folder / f"working-{rank}").touch()
