@@ -17,6 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from .completions import GenerationJob, Share
 from .evaluation import GenerationMetrics, ScoreTable, generation_metrics
+from .finite import require_finite_scores
 from .generation.sampler import Completion, CompletionRequest, OpponentSampler, SamplingParams
 from .iteration_store import IterationStore
 from .pairs import add_history, describe_pairs, drop_identical_pairs, keeps_identical_pairs, make_pairs
@@ -190,7 +191,9 @@ class SelfPlayCallback(TrainerCallback):
             own = drop_identical_pairs(own)
         first = max(0, iteration - args.num_history_iterations)
         pairs = add_history(own, [(i, self.store.read_pairs(i)) for i in range(first, iteration)])
-        for name, logps in score_pairs(self.trainer, pairs, self._reference(iteration)).items():
+        scores = score_pairs(self.trainer, pairs, self._reference(iteration))
+        require_finite_scores(pairs, scores, iteration)
+        for name, logps in scores.items():
             pairs = pairs.add_column(name, logps)
         self._record(iteration, {"num_training_pairs": len(pairs)})
         on_main_process(lambda: self.store.write_pairs(iteration, pairs))

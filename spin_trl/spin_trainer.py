@@ -15,8 +15,9 @@ from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase,
 from transformers.trainer_utils import EvalPrediction, TrainOutput
 from trl import DPOTrainer
 
-from .adapters import check_fixed_reference
+from .adapters import check_fixed_reference, check_trainable
 from .evaluation import GenerationMetrics
+from .finite import ORIGIN_COLUMNS, OriginCollator, StepNumbers, take_origins
 from .iteration_store import IterationStore
 from .losses import SPIN_LOSSES, LossParameters
 from .ranks import failing_together, on_main_process
@@ -120,6 +121,8 @@ class SPINTrainer(DPOTrainer):
                 "`ref_model` is not used in self-play: the reference is the opponent, that is the policy as it stands "
                 "when an iteration begins, and its log-probs are computed before the first step. Leave it out."
             )
+        if not isinstance(model, str):
+            check_trainable(model, peft_config)
         self.self_play_setup = SelfPlaySetup.prepare(
             model, args, train_dataset, eval_dataset, processing_class, peft_config
         )
@@ -144,6 +147,10 @@ class SPINTrainer(DPOTrainer):
             quantization_config=quantization_config,
             peft_config=peft_config,
         )
+        check_trainable(self.model, None)
+        # Errors name rows of the user's data, so they travel with each batch. The collator sees what it always saw.
+        hidden = ORIGIN_COLUMNS if args.remove_unused_columns else []
+        self.data_collator = OriginCollator(self.data_collator, hidden)
         self._split_losses()
         if is_peft_model(self.model) and "ref" in self.model.peft_config and args.opponent_reference == "previous":
             self.model.delete_adapter("ref")  # DPOTrainer's copy of a trained adapter; the reference moves here
@@ -181,6 +188,7 @@ class SPINTrainer(DPOTrainer):
 
     def _compute_loss(self, model, inputs, return_outputs):
         """DPOTrainer's losses and all its metrics, and the losses of `losses.py` from the same forward pass."""
+        origins = take_origins(inputs)
         log_probs = []
 
         def forward(**kwargs):
@@ -189,15 +197,30 @@ class SPINTrainer(DPOTrainer):
             return outputs
 
         result = super()._compute_loss(forward, inputs, return_outputs)
+        num_tokens = inputs["completion_mask"].size(1) - 1  # prompt-learning PEFT puts virtual tokens before them
+        logps = log_probs[0][:, -num_tokens:].sum(dim=1)  # (2 * B,)
+        self._numbers = StepNumbers(logps.detach(), origins)
         if not self.spin_losses:
             return result
         loss, *outputs = result if return_outputs else [result]
-        loss = loss + self._spin_loss(log_probs[0], inputs)
+        loss = loss + self._spin_loss(logps, inputs)
         return (loss, *outputs) if return_outputs else loss
 
-    def _spin_loss(self, log_probs: torch.Tensor, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        num_tokens = inputs["completion_mask"].size(1) - 1  # prompt-learning PEFT puts virtual tokens before them
-        chosen_logps, rejected_logps = log_probs[:, -num_tokens:].sum(dim=1).chunk(2)  # (B,) each
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """As DPOTrainer's, but in training a loss that is no number is an error, before a gradient is taken of it."""
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self.model.training:
+            loss = result[0] if return_outputs else result
+            self._numbers.require_finite(loss.detach(), self.state.global_step + 1, self.self_play.iteration)
+        self._numbers = None
+        return result
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = list(dict.fromkeys([*self._signature_columns, *ORIGIN_COLUMNS]))
+
+    def _spin_loss(self, logps: torch.Tensor, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        chosen_logps, rejected_logps = logps.chunk(2)  # (B,) each
         chosen_logratios = chosen_logps - inputs["ref_chosen_logps"]
         rejected_logratios = rejected_logps - inputs["ref_rejected_logps"]
         parameters = LossParameters(self.beta, self.args.space_mu)
