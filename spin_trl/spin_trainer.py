@@ -16,6 +16,7 @@ from transformers.trainer_utils import EvalPrediction, TrainOutput
 from trl import DPOTrainer
 
 from .adapters import check_fixed_reference, check_trainable
+from .compiler_locks import warn_of_old_locks
 from .evaluation import GenerationMetrics
 from .finite import ORIGIN_COLUMNS, OriginCollator, StepNumbers, take_origins
 from .iteration_store import IterationStore
@@ -277,6 +278,8 @@ class SPINTrainer(DPOTrainer):
         """
         if resume_from_checkpoint:
             raise NotImplementedError("Resuming a self-play run is not supported yet. Start it anew.")
+        if self.is_deepspeed_enabled:
+            warn_of_old_locks()
         on_main_process(self._claim_output_dir)
         self.self_play.begin_run()
         try:
