@@ -10,7 +10,7 @@ from pathlib import Path
 from conftest import ROOT
 
 
-PATIENCE = 120.0  # seconds until a test gives up; none waits for it when all is well
+PATIENCE = 300.0  # seconds until a test gives up; none waits for it when all is well
 
 
 class TwoProcesses:
