@@ -123,7 +123,9 @@ class Peers:
         """The failure of an era, if there is one."""
         if not self._ask("check", ["failure"], era=era):
             return None
-        return Failure.from_text(self._ask("get", "failure", era=era))  # it is there, so this does not wait
+        # Not `get`, which would wait if all processes were through with the era just now. This sets nothing.
+        text = self._ask("compare_set", "failure", "", "", era=era)
+        return Failure.from_text(text) if text else None
 
     def raise_failure(self) -> None:
         """Raise another process's error, if there is one."""
@@ -168,7 +170,10 @@ class Peers:
                 return
             self._noted_era = era
         if failure.process_index != self.index:
-            say(text or f"Process {failure.process_index} has failed, so process {self.index} ends: {failure.summary}")
+            say(
+                text
+                or f"Process {failure.process_index} has failed, so process {self.index} stops too: {failure.summary}"
+            )
         self._ask("add", "known", 1, era=era)
 
     # Inside

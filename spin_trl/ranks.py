@@ -93,6 +93,9 @@ def failing_together() -> Iterator[None]:
     the end of the context, where all meet. A process that has not looked for `GRACE_PERIOD` seconds, because it waits
     in a collective for the one that has failed, is ended with that one's error on its standard error. A process may
     take as long as it likes.
+
+    A process that is killed tells nobody. What started it (torchrun, accelerate launch) ends the others; without that,
+    they end if it was process 0, which then holds the store.
     """
     peers = _peers()
     if peers is None:

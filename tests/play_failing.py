@@ -1,6 +1,9 @@
 """A short run on two processes in which one fails in a given phase; started by test_failing_runs.py.
 
 python tests/play_failing.py MODEL OUTPUT_DIR PHASE [--any_field value]
+
+PHASE is one of those in `inject`. With `--wait` behind it nobody fails, and sampling is slow. With `--again` the error is
+caught and the run begun again.
 """
 
 import os
