@@ -2,8 +2,8 @@
 
 python tests/play_failing.py MODEL OUTPUT_DIR PHASE [--any_field value]
 
-PHASE is one of those in `inject`. With `--wait` behind it nobody fails, and sampling is slow. With `--again` the error is
-caught and the run begun again.
+PHASE is one of those in `inject`. With `--wait` behind it nobody fails, and sampling is slow. With `--again` the error
+is caught and the run begun again.
 """
 
 import os

@@ -22,7 +22,7 @@ LIMIT = 60.0  # seconds from a failure until every process has ended
 @pytest.fixture
 def model(tiny_model, tmp_path) -> str:
     """A copy of the tiny model, so that its path tells this test's processes from all others."""
-    return shutil.copytree(tiny_model, tmp_path / "model-of-this-test")
+    return str(shutil.copytree(tiny_model, tmp_path / "model-of-this-test"))
 
 
 def check_that_all_end(processes: TwoProcesses, output_dir: Path) -> None:
