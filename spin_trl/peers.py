@@ -185,7 +185,7 @@ class Peers:
             failure = self.announce(error, era)
             self.take_note(era, failure)
             is_own = failure.process_index == self.index
-            if not is_own and isinstance(error, Exception) or is_own and failure.pickled is None:
+            if (is_own and failure.pickled is None) or (not is_own and isinstance(error, Exception)):
                 error = failure.error()
             else:
                 error.add_note(f"On process {self.index}")

@@ -275,6 +275,8 @@ class SPINTrainer(DPOTrainer):
 
         Raises:
             `FileExistsError`: if `output_dir` holds a self-play run already and `overwrite_output_dir` is not set.
+            `FloatingPointError`: if a loss or a log-prob is no number; it names the rows of the data.
+            The error of whichever process fails first, on all of them.
         """
         if resume_from_checkpoint:
             raise NotImplementedError("Resuming a self-play run is not supported yet. Start it anew.")

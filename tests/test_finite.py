@@ -204,6 +204,18 @@ def test_reference_that_cannot_score_stops_the_run_before_pairs_are_written(tiny
     assert not trainer.store.has_pairs(0) and trainer.state.global_step == 0
 
 
+def test_policy_that_cannot_score_the_evaluation_data_stops_the_run(
+    tiny_model, train_dataset, eval_dataset, make_config, tokenizer
+):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[tokenizer.bos_token_id] = NAN
+    trainer = SPINTrainer(model, make_config(), train_dataset=train_dataset, eval_dataset=eval_dataset)
+    with pytest.raises(FloatingPointError, match=r"`eval_dataset`.*not finite in 16 of 16 row\(s\): 0, 1, 2"):
+        trainer.train()
+    assert "evaluation" not in trainer.store.read_metrics(0)
+
+
 # Nothing to train
 
 
