@@ -267,6 +267,7 @@ def test_process_that_waits_for_a_killed_main_process_ends(tmp_path):
     assert "process 0, or the launcher, is gone" in processes.output(1)
 
 
+@pytest.mark.slow
 def test_process_that_works_on_while_the_main_one_is_killed_ends(tmp_path):
     script = """
     ranks.GRACE_PERIOD = 2
@@ -283,6 +284,7 @@ def test_process_that_works_on_while_the_main_one_is_killed_ends(tmp_path):
     assert "process 0, or the launcher, is gone" in processes.output(1)
 
 
+@pytest.mark.slow
 def test_keyboard_interrupt_of_one_process_ends_all(tmp_path):
     script = """
     ranks.GRACE_PERIOD = 2
