@@ -39,7 +39,7 @@ def check_that_all_end(processes: TwoProcesses, output_dir: Path) -> None:
 
 @pytest.mark.parametrize(
     "phase",
-    ["generate", "step"] + [pytest.param(name, marks=slow) for name in ("publish", "evaluate", "score", "save")],
+    ["step"] + [pytest.param(name, marks=slow) for name in ("publish", "evaluate", "generate", "score", "save")],
 )
 def test_error_of_one_process_ends_all_in_whatever_phase(model, tmp_path, phase):
     """There is no launcher, so each process ends by itself."""
@@ -58,6 +58,7 @@ def test_error_of_one_process_ends_the_managed_server_too(model, tmp_path):
 def test_run_can_be_begun_again_after_an_error_that_was_caught(model, tmp_path):
     processes = TwoProcesses(tmp_path, SCRIPT, model, str(tmp_path / "out"), "generate--again")
     assert processes.wait() == [0, 0], processes.output()
+    assert "Process 1 has failed, so process 0 stops too: InjectedError" in processes.output(0)
     assert [(tmp_path / "out" / f"trained-{rank}").read_text() for rank in range(2)] == ["5", "5"]  # 40 pairs by 8
 
 
