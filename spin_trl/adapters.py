@@ -62,6 +62,28 @@ def describe_adapter(
     return {name: sorted(value) if isinstance(value, set) else value for name, value in values.items()}
 
 
+def check_trainable(model: "PreTrainedModel | PeftModel", peft_config: "PeftConfig | None") -> None:
+    """
+    Args:
+        peft_config ([`~peft.PeftConfig`], *optional*): Of an adapter that is still to be added, and will be trained.
+
+    Raises:
+        `ValueError`: if no parameter of the model would be trained.
+    """
+    if peft_config is not None or any(parameter.requires_grad for parameter in model.parameters()):
+        return
+    if is_peft_model(model):
+        remedy = (
+            "An adapter is loaded frozen by default: load it with `PeftModel.from_pretrained(..., is_trainable=True)`."
+        )
+    else:
+        remedy = "Pass a `peft_config` to train an adapter, or unfreeze the model with `model.requires_grad_(True)`."
+    raise ValueError(
+        f"All {len(list(model.parameters()))} parameters of `model` are frozen, but training needs some that are not: "
+        f"nothing would be trained. {remedy}"
+    )
+
+
 def check_fixed_reference(peft_config: "PeftConfig | None") -> None:
     """
     Raises:

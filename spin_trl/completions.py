@@ -12,6 +12,7 @@ from datasets import Dataset
 from .generation.sampler import Completion, CompletionRequest, OpponentSampler, SamplingParams
 from .iteration_store import IterationStore
 from .progress import progress_bar
+from .ranks import raise_if_another_failed
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class GenerationJob:
         requests = self._requests(prompts, list(part_of))
         with _GenerationProgress(self, len(part_of) * self.num_samples, disable=share.index > 0) as progress:
             for completion in sampler.sample(requests, self.params):
+                raise_if_another_failed()
                 progress.add(completion)
                 number = part_of[completion.key[0]]
                 collected[number].append(completion)

@@ -13,14 +13,11 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase, ProcessorMixin
 
 
-def check_model(model: Any, peft_config: Any = None) -> None:
+def check_model(model: Any) -> None:
     """
-    Args:
-        peft_config: The new adapter to train, if there is one: the model itself may be frozen then.
-
     Raises:
         `TypeError`: if it is neither a name nor a loaded model.
-        `ValueError`: if it names a folder that is missing or holds no model, or is a model that nothing would train.
+        `ValueError`: if it names a folder that is missing or holds no model.
     """
     if not isinstance(model, str | nn.Module):
         raise TypeError(
@@ -28,8 +25,6 @@ def check_model(model: Any, peft_config: Any = None) -> None:
             f"(`{type(model).__name__}`). Pass a path as `str(path)`, and a class as `Class.from_pretrained(...)`."
         )
     if isinstance(model, nn.Module):
-        if peft_config is None:
-            _check_trainable(model)
         return
     folder = Path(model)
     if not folder.is_dir():
@@ -48,15 +43,6 @@ def check_model(model: Any, peft_config: Any = None) -> None:
         raise ValueError(
             f"`model` is the folder {model!r}, which has no config.json: expected one that "
             "`model.save_pretrained(folder)` has written. Correct the path."
-        )
-
-
-def _check_trainable(model: nn.Module) -> None:
-    parameters = list(model.parameters())
-    if parameters and not any(parameter.requires_grad for parameter in parameters):
-        raise ValueError(
-            f"All {len(parameters)} parameters of `model` are frozen, but training needs some that are not. Load an "
-            "adapter with `is_trainable=True`, or set `requires_grad` of what is to be trained."
         )
 
 

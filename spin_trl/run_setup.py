@@ -25,10 +25,10 @@ from transformers import (
     PreTrainedTokenizerBase,
     ProcessorMixin,
 )
-from trl.trainer.utils import get_config_model_id, global_then_local_main_first
+from trl.trainer.utils import get_config_model_id
 
 from . import __version__
-from .adapters import describe_adapter, lora_rank_to_serve, starts_as_base
+from .adapters import check_trainable, describe_adapter, lora_rank_to_serve, starts_as_base
 from .data import check_dataset
 from .disk import check_writable
 from .footprint import check_footprint, empty_policy, estimate_footprint, weights_of
@@ -42,7 +42,7 @@ from .generation.vllm_sampler import VLLMSampler
 from .inputs import check_generation_kwargs, check_model, check_peft_config, check_tokenizer, explained
 from .iteration_store import IterationStore
 from .preparation import dataset_checksum, drop_long_prompts, percentile_length, prepare_data
-from .ranks import on_every_process, on_main_process
+from .ranks import main_process_first, on_every_process, on_main_process
 from .resume import check_same_run
 from .spin_config import SPINConfig
 
@@ -108,8 +108,10 @@ class SelfPlaySetup:
         peft_config: "PeftConfig | None",
     ) -> "SelfPlaySetup":
         """Check and settle everything; see [`SPINTrainer`] for the arguments and errors."""
-        check_model(model, peft_config)
+        check_model(model)
         check_peft_config(peft_config)
+        if not isinstance(model, str):
+            check_trainable(model, peft_config)
         model_name = model if isinstance(model, str) else get_config_model_id(model.config)
         args = _check_args(args, model_name)
         on_main_process(lambda: check_writable(Path(args.output_dir).absolute()))
@@ -133,11 +135,9 @@ class SelfPlaySetup:
         _check_completion_length(args, context_length)
         tokenizer = _load_tokenizer(processing_class, model_name, args)
         end_token_ids = _end_token_ids(model, tokenizer, args)
-        with global_then_local_main_first():
-            data = prepare_data(args, tokenizer, end_token_ids, train_dataset, eval_dataset)
-            if args.max_completion_length is None:
-                percentile = _DEFAULT_LENGTH_PERCENTILE
-                args.max_completion_length = percentile_length(data.train, "chosen_ids", percentile)
+        data = main_process_first(lambda: prepare_data(args, tokenizer, end_token_ids, train_dataset, eval_dataset))
+        if args.max_completion_length is None:
+            args.max_completion_length = percentile_length(data.train, "chosen_ids", _DEFAULT_LENGTH_PERCENTILE)
         setup = cls(
             args=args,
             model_name=model_name,
@@ -281,11 +281,15 @@ class SelfPlaySetup:
         if max_length is not None and max_length <= context_length:
             context_length, source = max_length, "`max_length`"
         reason = f"{source} ({context_length} tokens)"
-        with global_then_local_main_first():
+
+        def drop() -> int:
             self.train_dataset, num_dropped = drop_long_prompts(self.train_dataset, context_length - 1, reason)
             if self.eval_dataset is not None:
                 self.eval_dataset, num_dropped_eval = drop_long_prompts(self.eval_dataset, context_length - 1, reason)
                 num_dropped += num_dropped_eval
+            return num_dropped
+
+        num_dropped = main_process_first(drop)
         self.num_dropped += num_dropped
         if num_dropped > 0:
             logger.warning(f"Dropped {num_dropped} row(s) whose prompt leaves no room for an answer in {reason}.")

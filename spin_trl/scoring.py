@@ -17,6 +17,7 @@ from tqdm import tqdm
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from .finite import require_finite_truths, take_origins
 from .progress import progress_bar
 from .sharding import initial_model
 
@@ -52,6 +53,7 @@ def score_pairs(
         _loader(trainer, pairs.select(order), batch_size) as loader,
     ):
         for batch in _progress(trainer, loader, "Scoring pairs"):
+            take_origins(batch)
             logps = trainer.compute_ref_log_probs(model, batch)
             chosen_logps, rejected_logps = trainer.accelerator.gather_for_metrics(logps)
             chosen.append(chosen_logps.float().cpu())
@@ -79,9 +81,14 @@ def completion_logps(trainer: "DPOTrainer", rows: list[dict[str, Any]]) -> list[
 
 
 def negative_log_likelihood(trainer: "DPOTrainer", dataset: Dataset) -> float:
-    """Mean negative log-likelihood of the ground truths (`chosen_ids`), in nats per token."""
+    """
+    Mean negative log-likelihood of the ground truths (`chosen_ids`), in nats per token.
+
+    Raises:
+        `FloatingPointError`: if that of a row is not finite.
+    """
     rows = dataset.select_columns(["prompt_ids", "chosen_ids"]).rename_column("chosen_ids", "completion_ids")
-    totals = torch.zeros(2, dtype=torch.float64)  # log-prob, tokens
+    sums = []  # of each batch: log-prob, tokens
 
     def collate(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         return _collate_completions(trainer, examples)
@@ -92,9 +99,11 @@ def negative_log_likelihood(trainer: "DPOTrainer", dataset: Dataset) -> float:
     ):
         for batch in _progress(trainer, loader, "Scoring ground truths"):
             logps, mask = _per_token_logps(trainer, batch)
-            sums = torch.stack([(logps * mask).sum(dim=1), mask.sum(dim=1)], dim=1)  # (B, 2)
-            totals += trainer.accelerator.gather_for_metrics(sums).double().sum(dim=0).cpu()
-    return (-totals[0] / totals[1]).item()
+            batch_sums = torch.stack([logps.where(mask, 0).sum(dim=1), mask.sum(dim=1)], dim=1)  # (B, 2)
+            sums.append(trainer.accelerator.gather_for_metrics(batch_sums).double().cpu())
+    logps, num_tokens = torch.cat(sums).unbind(dim=1)
+    require_finite_truths(dataset, logps)
+    return (-logps.sum() / num_tokens.sum()).item()
 
 
 def _per_token_logps(trainer: "DPOTrainer", batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

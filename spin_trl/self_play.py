@@ -18,6 +18,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from .completions import GenerationJob, Share
 from .evaluation import GenerationMetrics, ScoreTable, generation_metrics
+from .finite import require_finite_scores
 from .footprint import size_of_weights
 from .generation.sampler import Completion, CompletionRequest, OpponentSampler, SamplingParams
 from .iteration_store import IterationStore, RunDirectoryError
@@ -225,7 +226,9 @@ class SelfPlayCallback(TrainerCallback):
             own = drop_identical_pairs(own)
         first = max(0, iteration - args.num_history_iterations)
         pairs = add_history(own, [(i, self.store.read_pairs(i)) for i in range(first, iteration)])
-        for name, logps in score_pairs(self.trainer, pairs, self._reference(iteration)).items():
+        scores = score_pairs(self.trainer, pairs, self._reference(iteration))
+        require_finite_scores(pairs, scores, iteration)
+        for name, logps in scores.items():
             pairs = pairs.add_column(name, logps)
         self._record(iteration, {"num_training_pairs": len(pairs)})
         on_main_process(lambda: self.store.write_pairs(iteration, pairs))

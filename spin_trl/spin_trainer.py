@@ -16,13 +16,15 @@ from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase,
 from transformers.trainer_utils import EvalPrediction, TrainOutput
 from trl import DPOTrainer
 
-from .adapters import check_fixed_reference
+from .adapters import check_fixed_reference, check_trainable
+from .compiler_locks import warn_of_old_locks
 from .evaluation import GenerationMetrics
+from .finite import ORIGIN_COLUMNS, OriginCollator, StepNumbers, take_origins
 from .inputs import check_generation_metrics, check_optimizers
 from .iteration_store import IterationStore
 from .iterative_trainer import IterativeTrainer
 from .losses import SPIN_LOSSES, LossParameters
-from .ranks import on_main_process
+from .ranks import failing_together, on_main_process
 from .resume import Place, RunStart, start_run
 from .run_setup import SelfPlaySetup
 from .schedule import check_schedule
@@ -102,6 +104,7 @@ class SPINTrainer(IterativeTrainer):
             }"""),
     }
 
+    @failing_together()
     def __init__(
         self,
         model: "str | PreTrainedModel | PeftModel",
@@ -146,6 +149,10 @@ class SPINTrainer(IterativeTrainer):
             quantization_config=quantization_config,
             peft_config=peft_config,
         )
+        check_trainable(self.model, None)
+        # Errors name rows of the user's data, so they travel with each batch. The collator sees what it always saw.
+        hidden = ORIGIN_COLUMNS if args.remove_unused_columns else []
+        self.data_collator = OriginCollator(self.data_collator, hidden)
         self._split_losses()
         if is_peft_model(self.model) and "ref" in self.model.peft_config and args.opponent_reference == "previous":
             self.model.delete_adapter("ref")  # DPOTrainer's copy of a trained adapter; the reference moves here
@@ -185,6 +192,7 @@ class SPINTrainer(IterativeTrainer):
 
     def _compute_loss(self, model, inputs, return_outputs):
         """DPOTrainer's losses and all its metrics, and the losses of `losses.py` from the same forward pass."""
+        origins = take_origins(inputs)
         log_probs = []
 
         def forward(**kwargs):
@@ -193,15 +201,30 @@ class SPINTrainer(IterativeTrainer):
             return outputs
 
         result = super()._compute_loss(forward, inputs, return_outputs)
+        num_tokens = inputs["completion_mask"].size(1) - 1  # prompt-learning PEFT puts virtual tokens before them
+        logps = log_probs[0][:, -num_tokens:].sum(dim=1)  # (2 * B,)
+        self._numbers = StepNumbers(logps.detach(), origins)
         if not self.spin_losses:
             return result
         loss, *outputs = result if return_outputs else [result]
-        loss = loss + self._spin_loss(log_probs[0], inputs)
+        loss = loss + self._spin_loss(logps, inputs)
         return (loss, *outputs) if return_outputs else loss
 
-    def _spin_loss(self, log_probs: torch.Tensor, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        num_tokens = inputs["completion_mask"].size(1) - 1  # prompt-learning PEFT puts virtual tokens before them
-        chosen_logps, rejected_logps = log_probs[:, -num_tokens:].sum(dim=1).chunk(2)  # (B,) each
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """As DPOTrainer's, but in training a loss that is no number is an error, before a gradient is taken of it."""
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self.model.training:
+            loss = result[0] if return_outputs else result
+            self._numbers.require_finite(loss.detach(), self.state.global_step + 1, self.self_play.iteration)
+        self._numbers = None
+        return result
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = list(dict.fromkeys([*self._signature_columns, *ORIGIN_COLUMNS]))
+
+    def _spin_loss(self, logps: torch.Tensor, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        chosen_logps, rejected_logps = logps.chunk(2)  # (B,) each
         chosen_logratios = chosen_logps - inputs["ref_chosen_logps"]
         rejected_logratios = rejected_logps - inputs["ref_rejected_logps"]
         parameters = LossParameters(self.beta, self.args.space_mu)
@@ -226,6 +249,7 @@ class SPINTrainer(IterativeTrainer):
 
     # The run
 
+    @failing_together()
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs) -> TrainOutput:
         """
         Play all iterations, or those that are left.
@@ -243,8 +267,12 @@ class SPINTrainer(IterativeTrainer):
         Raises:
             `FileExistsError`: if `output_dir` holds a self-play run that is neither to be resumed nor overwritten.
             [`RunDirectoryError`]: if the run there cannot be resumed, or another process is running it.
+            `FloatingPointError`: if a loss or a log-prob is no number; it names the rows of the data.
+            The error of whichever process fails first, on all of them.
         """
         requested = _as_bool_or_path(resume_from_checkpoint)
+        if self.is_deepspeed_enabled:
+            warn_of_old_locks()
         with ExitStack() as stack:
             on_main_process(lambda: stack.enter_context(self.store.lock()))
             self.start = on_main_process(lambda: self._start_run(requested))

@@ -499,9 +499,7 @@ def test_run_is_refused(given, refusal, play):
 
 def test_model_of_which_nothing_would_be_trained_is_refused(play, tiny_model):
     model = AutoModelForCausalLM.from_pretrained(tiny_model).requires_grad_(False)
-    refused(
-        Refusal("parameters of `model` are frozen", "training needs some", "`is_trainable=True`"), play, model=model
-    )
+    refused(Refusal("parameters of `model` are frozen", "training needs some", "`peft_config`"), play, model=model)
 
 
 @pytest.mark.parametrize(
