@@ -73,6 +73,13 @@ def parts(output_dir: Path) -> dict[str, int]:
     return {str(path.relative_to(output_dir)): path.stat().st_mtime_ns for path in output_dir.rglob("part-*.parquet")}
 
 
+def num_completions(output_dir: Path) -> int:
+    """Of generations and evaluation, all iterations together; each counts once, however often it lies there."""
+    store = IterationStore(output_dir, IterationStore(output_dir).read_run()["run"])
+    tables = [store.read_completions(i, kind) for i in store.iterations() for kind in ("generations", "evaluation")]
+    return sum(len(set(zip(table["row"].to_pylist(), table["sample"].to_pylist(), strict=True))) for table in tables)
+
+
 def pairs(output_dir: Path, iteration: int) -> list[dict]:
     return load_from_disk(str(output_dir / f"iteration-{iteration}" / "pairs")).to_list()
 
@@ -99,15 +106,16 @@ def newest_checkpoint(output_dir: Path) -> Path:
     ("sampler", "which"),
     [pytest.param(*kill, marks=() if kill in QUICK else pytest.mark.slow) for kill in IN_PROCESS + WITH_SERVER],
 )
-def test_killed_run_ends_as_the_undisturbed_one(tiny_model, undisturbed, tmp_path, sampler, which):
+def test_killed_run_ends_as_the_undisturbed_one(tiny_model, undisturbed, tmp_path, record_property, sampler, which):
     """24 rows in parts of 6; 3 + 3 steps, then with history 6 + 6 and 6 + 6."""
     expected, settings = undisturbed(sampler)
     places = json.loads((expected / PLACES).read_text())
     kill_at = choose_kill(places, which)
-    print(f"killed at {kill_at} of {len(places)}: {places[kill_at]}")
+    record_property("killed", places[kill_at])
     output_dir = tmp_path / "run"
     assert start(tiny_model, output_dir, settings, kill_at) == -signal.SIGKILL
     finished = parts(output_dir)
     assert start(tiny_model, output_dir, settings) == 0
     assert finished.items() <= parts(output_dir).items()  # nothing was generated twice
     assert_ends_the_same(output_dir, expected)
+    record_property("completions_lost", num_completions(expected) - num_completions(output_dir))

@@ -60,7 +60,9 @@ class Chaos:
 
 @pytest.mark.parametrize("lora_rank", [8, None], ids=["lora", "full"])
 @pytest.mark.parametrize("seed", range(3))
-def test_every_prompt_gets_its_answer_once_and_from_the_opponent(play, tmp_path, monkeypatch, seed, lora_rank):
+def test_every_prompt_gets_its_answer_once_and_from_the_opponent(
+    play, tmp_path, monkeypatch, record_property, seed, lora_rank
+):
     monkeypatch.setattr(vllm_sampler, "_NUM_BETWEEN_CONFIRMATIONS", 8)
     chaos = Chaos(seed)
     sampler = play(chaos, lora_rank, max_concurrent_requests=4, vocab_size=NUM_REQUESTS + 20)
@@ -68,5 +70,7 @@ def test_every_prompt_gets_its_answer_once_and_from_the_opponent(play, tmp_path,
     sampler.select(1, tmp_path)
     requests = (CompletionRequest((row, 0), [20 + row, 6], seed=row) for row in range(NUM_REQUESTS))
     found = [(c.key, c.token_ids) for c in sampler.sample(requests, SamplingParams(16, (2,)))]
+    record_property("faults", chaos.num_faults)
+    record_property("completions_lost", NUM_REQUESTS - len(dict(found)))
     assert sorted(found) == [((row, 0), [20 + row, OPPONENT, 2]) for row in range(NUM_REQUESTS)]
     assert chaos.num_restarts >= 2 and chaos.num_faults > 100

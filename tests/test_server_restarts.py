@@ -63,7 +63,7 @@ def by_key(completions: Iterator[Completion]) -> dict[tuple[int, int], list[int]
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_restarted_server_gets_the_opponent_again_and_no_answer_is_lost_doubled_or_anothers(
-    kind, request, tiny_model, tokenizer, tmp_path, monkeypatch
+    kind, request, tiny_model, tokenizer, tmp_path, monkeypatch, record_property
 ):
     """Greedy answers are those of the undisturbed server, and not the base model's."""
     monkeypatch.setattr(vllm_sampler, "_NUM_BETWEEN_CONFIRMATIONS", 32)
@@ -91,12 +91,14 @@ def test_restarted_server_gets_the_opponent_again_and_no_answer_is_lost_doubled_
         found = by_key(sampler.sample(killing(server, make_requests()), params))
         assert server.num_restarts == num_restarts + 1
         assert found == expected
+        record_property("killed", f"the real vLLM server, {kind}")
+        record_property("completions_lost", NUM_REQUESTS - len(found))
     finally:
         sampler.close()
 
 
 def test_run_goes_on_with_its_own_server_started_again_and_ends_at_once_when_that_dies_too_often(
-    tiny_model, train_dataset, make_config, monkeypatch, caplog
+    tiny_model, train_dataset, make_config, monkeypatch, caplog, record_property
 ):
     config = make_config(num_iterations=3, vllm_mode="managed", vllm_max_restarts=1, generation_part_size=8)
     trainer = SPINTrainer(
@@ -124,6 +126,8 @@ def test_run_goes_on_with_its_own_server_started_again_and_ends_at_once_when_tha
     assert "ended with status 137" in str(error.value)  # as a shell says of a process that was killed
     # Iteration 1 was played in full, by its own opponent, although its server died; iteration 2 has no pairs.
     assert len(trainer.store.read_completions(1, "generations")) == 48
+    record_property("killed", "the managed server of a run")
+    record_property("completions_lost", 48 - len(trainer.store.read_completions(1, "generations")))
     assert trainer.store.has_pairs(1) and not trainer.store.has_pairs(2)
     assert "is started again (restart 1 of at most 1)" in caplog.text
     log = trainer.store.server_log.read_text()
