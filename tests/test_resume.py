@@ -20,6 +20,9 @@ from spin_trl.iteration_store import RunDirectoryError
 from spin_trl.resume import Place
 
 
+DEFAULT = object()
+
+
 class At(TrainerCallback):
     """Calls a function at the end of a step."""
 
@@ -43,12 +46,11 @@ def terminate():
 def make_trainer(tiny_model, train_dataset, make_config):
     """48 rows in batches of 8: six steps in iteration 0, then with history twelve in each."""
 
-    def make(*callbacks, dataset=train_dataset, adapter=None, **overrides) -> SPINTrainer:
+    def make(*callbacks, dataset=train_dataset, adapter=DEFAULT, **overrides) -> SPINTrainer:
         settings = {"num_iterations": 2, "save_strategy": "steps", "save_steps": 4, "resume": "auto", "temperature": 0}
         config = make_config(**{**settings, **overrides})
-        return SPINTrainer(
-            tiny_model, config, train_dataset=dataset, callbacks=list(callbacks), peft_config=adapter or LoraConfig(r=4)
-        )
+        adapter = LoraConfig(r=4) if adapter is DEFAULT else adapter
+        return SPINTrainer(tiny_model, config, train_dataset=dataset, callbacks=list(callbacks), peft_config=adapter)
 
     return make
 
@@ -89,6 +91,17 @@ def test_stopped_run_goes_on_however_it_is_asked_to(make_trainer, tmp_path, ask)
     assert_same_weights(trainer, expected)
     assert trainer.state.global_step == 18
     assert [start["from"] for start in trainer.store.read_run()["starts"]] == ["the initial model", "checkpoint-8"]
+
+
+@pytest.mark.parametrize("opponent_reference", ["previous", "fixed"])
+@pytest.mark.parametrize("step", [4, 6, 11])
+def test_full_fine_tuning_goes_on_too(make_trainer, tmp_path, step, opponent_reference):
+    settings = {"adapter": None, "opponent_reference": opponent_reference, "learning_rate": 1e-4}
+    expected = play_undisturbed(make_trainer, tmp_path, **settings)
+    stop_after(make_trainer, step, **settings)
+    trainer = make_trainer(**settings)
+    trainer.train()
+    assert_same_weights(trainer, expected)
 
 
 def test_every_iteration_ends_in_a_checkpoint_that_is_whole(make_trainer):

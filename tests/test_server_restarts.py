@@ -61,7 +61,7 @@ def by_key(completions: Iterator[Completion]) -> dict[tuple[int, int], list[int]
     return dict(answers)
 
 
-@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize("kind", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 def test_restarted_server_gets_the_opponent_again_and_no_answer_is_lost_doubled_or_anothers(
     kind, request, tiny_model, tokenizer, tmp_path, monkeypatch, record_property
 ):
@@ -97,6 +97,7 @@ def test_restarted_server_gets_the_opponent_again_and_no_answer_is_lost_doubled_
         sampler.close()
 
 
+@pytest.mark.slow
 def test_run_goes_on_with_its_own_server_started_again_and_ends_at_once_when_that_dies_too_often(
     tiny_model, train_dataset, make_config, monkeypatch, caplog, record_property
 ):

@@ -96,9 +96,11 @@ class VLLMServer:
         """The models served: `id`, and for a base model also `root` (where it came from) and `max_model_len`."""
         answer = self._ask("GET", "/v1/models")
         try:
-            return [{**model, "id": model["id"]} for model in answer["data"]]
+            if all(isinstance(model["id"], str) for model in answer["data"]):
+                return answer["data"]
         except (KeyError, TypeError):
-            raise self._no_vllm("GET", "/v1/models", json.dumps(answer)) from None
+            pass
+        raise self._no_vllm("GET", "/v1/models", str(answer), "a list of models with their `id`")
 
     def adapter_refusal(self) -> str | None:
         """Why the server cannot load LoRA adapters at run time, or `None` if it can."""
@@ -380,10 +382,10 @@ class VLLMServer:
             f"{_remedy(method, status)}"
         )
 
-    def _no_vllm(self, method: str, path: str, text: str) -> SamplerError:
+    def _no_vllm(self, method: str, path: str, text: str, expected: str = "JSON") -> SamplerError:
         return SamplerError(
-            f"What answers at {self.base_url} is no vLLM server: {method} {path} gave {_server_message(text)!r}, which "
-            "is not what one says. Correct `vllm_server_base_url`."
+            f"What answers at {self.base_url} is no vLLM server: {method} {path} gave {_server_message(text)!r}, "
+            f"expected {expected}. Correct `vllm_server_base_url`."
         )
 
     def _no_answer(self, method: str, path: str) -> SamplerError:
