@@ -1,6 +1,6 @@
 """What a run survives: kills, a failing server, failing processes. Prints the table of the README.
 
-    make bench-reliability
+    make bench-reliability [ARGS="random_faults failing_runs"]   only some of the rows
 
 Runs the tests of these, the slow ones too, and adds up what they recorded. The runs, their processes and, where it says
 so, the vLLM servers are real.
@@ -9,7 +9,6 @@ so, the vLLM servers are real.
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -22,7 +21,8 @@ KILLS, SERVER_KILLS, FAULTS, FAILURES = (
 
 def run_tests(path: str, report: Path) -> list[dict[str, str]]:
     """What each test recorded. Ends the benchmark if one failed."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "not gpu", path, f"--junitxml={report}"]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "not gpu", "-o", "junit_family=xunit1", path]
+    command += [f"--junitxml={report}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode != 0:
         raise SystemExit(f"{path} failed:\n{done.stdout[-5000:]}")
@@ -30,31 +30,33 @@ def run_tests(path: str, report: Path) -> list[dict[str, str]]:
     return [{found.get("name"): found.get("value") for found in test.iter("property")} for test in tests]
 
 
-def rows() -> Iterator[tuple[str, ...]]:
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "report.xml"
-        for path, what in ((KILLS, "a run, SIGKILL"), (SERVER_KILLS, "a real vLLM server in mid-work, SIGKILL")):
-            recorded = run_tests(path, report)
-            killed = [test for test in recorded if "killed" in test]
-            yield path, what, f"{len(killed)} killed, {len(killed)} survived", lost(killed)
-        recorded = run_tests(FAULTS, report)
+def row(path: str, report: Path) -> tuple[str, str, str]:
+    """What fails, what became of it, and how many completions were lost."""
+    recorded = [test for test in run_tests(path, report) if test]
+    if path == FAULTS:
         faults = sum(int(test["faults"]) for test in recorded)
-        yield FAULTS, "faults of a server, at random", f"{faults} injected", lost(recorded)
-        seconds = [float(t["seconds_until_all_ended"]) for t in run_tests(FAILURES, report) if len(t) > 0]
+        return "faults of a server, at random", f"{faults} injected", lost(recorded)
+    if path == FAILURES:
+        seconds = [float(test["seconds_until_all_ended"]) for test in recorded]
         ended = f"all ended after {min(seconds)} to {max(seconds)} s, in {len(seconds)} cases"
-        yield FAILURES, "one of two processes, by an error or SIGKILL", ended, "-"
+        return "one of two processes, by an error or SIGKILL", ended, "-"
+    what = "a run, SIGKILL" if path == KILLS else "a real vLLM server in mid-work, SIGKILL"
+    return what, f"{len(recorded)} killed, {len(recorded)} survived", lost(recorded)
 
 
 def lost(recorded: list[dict[str, str]]) -> str:
     return str(sum(int(test["completions_lost"]) for test in recorded))
 
 
-def main() -> None:
+def main(names: list[str]) -> None:
     print("| what fails | outcome | completions lost | shown by |")
     print("| --- | --- | --- | --- |")
-    for path, what, outcome, num_lost in rows():
-        print(f"| {what} | {outcome} | {num_lost} | `{path}` |", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        for path in (KILLS, SERVER_KILLS, FAULTS, FAILURES):
+            if not names or any(name in path for name in names):
+                what, outcome, num_lost = row(path, Path(folder) / "report.xml")
+                print(f"| {what} | {outcome} | {num_lost} | `{path}` |", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -22,6 +22,7 @@ class Chaos:
         self.random = random.Random(seed)
         self.lock = threading.Lock()
         self.num_restarts = 0
+        self.num_since_restart = 0  # so few that nothing comes in between would be the run's end, as they should be
         self.num_faults = 0
 
     def __call__(self, path: str, body: dict | None) -> Answer:
@@ -52,8 +53,10 @@ class Chaos:
         faults = ["slow", "busy", 503, "hang up", "cut off", "lost answer"]
         if path == "/v1/completions":
             faults += [500, "abort"]
-            if self.random.random() < 0.01:
+            self.num_since_restart += 1
+            if self.num_since_restart > 60 and self.random.random() < 0.02:
                 self.num_restarts += 1
+                self.num_since_restart = 0
                 return "restart"
         return self.random.choice(faults) if self.random.random() < 0.25 else None
 
