@@ -4,7 +4,7 @@
       self_play.json                what was run: config, data, versions, and each start
       .lock                         held by the process that runs
       invalid_rows.jsonl            rows of the user's data that were left out: dataset, row, reason
-      vllm-server.log               of a managed server
+      vllm-server.log               of a managed server; `.ended` beside it says why that will not come back
       iteration-0/
         opponent/                   adapter or model as published; absent where it is the base model
         generations/part-*.parquet  completions: row, sample, completion_ids, finish_reason; the name holds the first
