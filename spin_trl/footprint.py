@@ -13,7 +13,8 @@ and of the checkpoints that it keeps. Neither counts the final model that the us
 
 import copy
 import errno
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ import torch
 from datasets import Dataset
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
+from transformers.integrations import deepspeed
 from transformers.trainer_utils import SaveStrategy
 
 from .disk import DiskError, free_bytes, readable
@@ -185,7 +187,7 @@ def empty_policy(config: PretrainedConfig, args: SPINConfig, peft_config: "PeftC
     """The policy without its numbers: shapes and types alone, on the `meta` device."""
     dtype = (args.model_init_kwargs or {}).get("dtype") or "float32"  # DPOTrainer's default
     dtype = getattr(config, "dtype", None) or "float32" if dtype == "auto" else dtype
-    with torch.device("meta"):
+    with _of_this_process_alone(), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=args.trust_remote_code)
         model = model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
         if peft_config is not None:
@@ -196,6 +198,19 @@ def empty_policy(config: PretrainedConfig, args: SPINConfig, peft_config: "PeftC
                 peft_config.init_lora_weights = False  # others look at numbers that are not there
             model = get_peft_model(model, peft_config)
     return model
+
+
+@contextmanager
+def _of_this_process_alone() -> Iterator[None]:
+    """Under ZeRO-3 transformers spreads every model that is made over all processes, and waits for them to make it."""
+    reference = deepspeed._hf_deepspeed_config_weak_ref
+    config = None if reference is None else reference()
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if config is not None:
+            deepspeed.set_hf_deepspeed_config(config)
 
 
 def _num_bytes(parameters: Iterable[nn.Parameter]) -> int:
