@@ -132,7 +132,6 @@ class SelfPlaySetup:
             )
         config = _model_config(model, args)
         context_length = getattr(config, "max_position_embeddings", None) or _NO_LIMIT
-        _check_completion_length(args, context_length)
         tokenizer = _load_tokenizer(processing_class, model_name, args)
         end_token_ids = _end_token_ids(model, tokenizer, args)
         data = main_process_first(lambda: prepare_data(args, tokenizer, end_token_ids, train_dataset, eval_dataset))
@@ -335,15 +334,6 @@ def _sharding() -> str | None:
         if str_to_bool(os.environ.get(f"ACCELERATE_USE_{name.upper()}", "false")):
             return name
     return None
-
-
-def _check_completion_length(args: SPINConfig, context_length: int) -> None:
-    length = args.max_completion_length
-    if length is not None and length >= context_length:
-        raise ValueError(
-            f"`max_completion_length` is {length}, but the model's context holds {context_length} tokens, prompt and "
-            "answer together: no prompt would fit. Set a smaller `max_completion_length`."
-        )
 
 
 def _take_api_key(args: SPINConfig) -> str | None:

@@ -430,10 +430,6 @@ RUNS = {
         {"config": {"max_length": 3}},
         Refusal("the shortest has 4 tokens", "leaves room for at most 2", "Raise that limit or shorten the prompts"),
     ),
-    "answers as long as the context": (
-        {"config": {"max_completion_length": 64}},
-        Refusal("`max_completion_length` is 64", "context holds 64 tokens", "Set a smaller"),
-    ),
     "sampling parameter that transformers does not know": (
         {"config": {"generation_kwargs": {"typicl_p": 0.9}}},
         Refusal("['typicl_p']", "the fields of transformers' `GenerationConfig`", "Correct or remove them"),
