@@ -201,6 +201,9 @@ def _resume(
             "Set `overwrite_output_dir=True` to play it again, or choose another `output_dir`."
         )
     store.clear_temporary()
+    later = [iteration for iteration in store.iterations() if iteration > start.iteration]
+    if later:
+        logger.warning(f"Iterations {later} are deleted and played again: no checkpoint holds the policy they are of.")
     store.forget_from(start.iteration + 1)
     if start.num_steps == 0 and store.has_pairs(start.iteration) and not store.has_whole_pairs(start.iteration):
         logger.warning(f"The pairs of iteration {start.iteration} are damaged, and made again.")

@@ -172,7 +172,7 @@ class ManagedServer:
                     self._restart(status)
         except Exception as error:  # of whatever kind: nobody would notice that nobody watches
             logger.error(str(error))
-            self._give_notice(str(error))
+            write_text(self.death_notice, str(error))
             self._end()
 
     def _restart(self, status: int) -> None:
@@ -200,11 +200,6 @@ class ManagedServer:
         deadline = time.monotonic() + GRACE_PERIOD
         while self._is_ready() and time.monotonic() < deadline and not self._stopping.wait(_POLL_INTERVAL):
             pass
-
-    def _give_notice(self, text: str) -> None:
-        temporary = self.death_notice.with_name(f"{self.death_notice.name}.tmp")
-        temporary.write_text(text)
-        temporary.rename(self.death_notice)
 
     def _log_tail(self) -> str:
         return "\n".join(self.log_path.read_text(errors="replace").splitlines()[-_NUM_LOG_LINES_SHOWN:])
