@@ -11,7 +11,7 @@ export HF_HUB_OFFLINE := 1
 LAUNCH = $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 	$(shell nvidia-smi -L >/dev/null 2>&1 || echo --cpu --num_cpu_threads_per_process $$(getconf _NPROCESSORS_ONLN))
 
-.PHONY: help install demo test test-slow test-gpu bench-demo bench-reliability lint clean
+.PHONY: help install demo test test-slow test-gpu bench bench-gpu bench-demo bench-reliability lint clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -37,6 +37,12 @@ test-slow: $(INSTALLED)  ## run the slow tests too
 
 test-gpu: $(INSTALLED)  ## run the tests that need an NVIDIA GPU
 	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+bench: $(INSTALLED)  ## speed and memory, each next to what one would use instead; only some: ARGS="generation client"
+	$(BIN)/python benchmarks/suite.py $(ARGS)
+
+bench-gpu: $(INSTALLED)  ## speed and memory on an NVIDIA GPU
+	$(BIN)/python benchmarks/gpu.py $(ARGS)
 
 bench-demo: $(INSTALLED)  ## the demo over three seeds, next to further SFT
 	$(BIN)/python benchmarks/pronunciation.py $(ARGS)
