@@ -1,4 +1,4 @@
-"""What a run survives: kills, a failing server, failing processes. Prints the table of the README.
+"""What a run survives: kills, a failing server, failing processes. Prints the table of docs/reliability.md.
 
     make bench-reliability [ARGS="random_faults failing_runs"]   only some of the rows
 

@@ -1,39 +1,63 @@
-"""The README tells the truth about the code."""
+"""The README and the pages in `docs/` tell the truth about the code."""
 
+import importlib.util
 import re
 from dataclasses import fields
 
+import pytest
 from conftest import ROOT
 from trl import DPOConfig
 
 from spin_trl import SPINConfig
 
 
+def load_script(name: str):
+    """A script of `scripts/` as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 README = (ROOT / "README.md").read_text()
+CONFIGURATION = (ROOT / "docs" / "configuration.md").read_text()
+PAGES = {path.name: path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
 
 
-def documented_fields() -> dict[str, str]:
-    """Default, as written in the README's table, by field."""
-    section = README.split("## Configuration")[1].split("\n## ")[0]
-    return dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", section, re.MULTILINE))
-
-
-def test_table_lists_every_new_field_with_its_default():
+def test_every_new_field_is_documented_with_its_default_as_the_docstring_says_it():
     inherited = {field.name for field in fields(DPOConfig)}
     new = {field.name: field.default for field in fields(SPINConfig) if field.name not in inherited}
-    documented = documented_fields()
+    documented = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", CONFIGURATION, re.MULTILINE))
     assert set(documented) == set(new)
     for name, default in new.items():
         written = "unset" if default is None else f"`{default!r}`"
         assert documented[name] == written, name
+    page = load_script("document_fields").rewritten(CONFIGURATION)
+    assert page == CONFIGURATION, "run `make docs`"
 
 
-def test_every_make_target_and_file_it_names_exists():
+@pytest.mark.parametrize("page", PAGES)
+def test_every_make_target_and_file_that_a_page_names_exists(page):
     makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"(?:^|`)make ([a-z-]+)", README, re.MULTILINE):
+    for target in re.findall(r"(?:^|`)make ([a-z-]+)", PAGES[page], re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
-    for path in re.findall(r"(?:recipes|benchmarks|scripts)/[\w./-]+\.(?:py|yaml|sh)", README):
+    for path in re.findall(r"(?:recipes|benchmarks|scripts|docs|tests)/[\w./-]+\.(?:py|yaml|sh|md)", PAGES[page]):
         assert (ROOT / path).is_file(), path
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_to_another_page_leads_somewhere(page):
+    """Links within the repository: the file exists, and the heading too where one is named."""
+    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", PAGES[page]):
+        path, _, anchor = target.partition("#")
+        folder = ROOT if page == "README.md" else ROOT / "docs"
+        linked = folder / path if path else folder / page
+        assert linked.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", linked.read_text(), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings}, (
+                target
+            )
 
 
 def test_its_example_is_the_one_that_is_tested():
