@@ -5,6 +5,7 @@ are. Knows nothing of HTTP, models or paths.
 """
 
 import json
+import sys
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
@@ -15,8 +16,10 @@ from transformers import PreTrainedTokenizerBase
 from trl.trainer.utils import remove_none_values
 
 from .chat_template import ChatTemplate, end_after_first
+from .columns import batches
 from .data import DataFormat, detect_format
 from .games import Game, InvalidRowError, split_row
+from .token_cache import cache_file_for, rendering_fingerprint
 
 
 class TokenizedData(NamedTuple):
@@ -70,8 +73,8 @@ def tokenize_dataset(
         {
             "source_row": Value("int64"),
             "prompt": prompt_feature,
-            "prompt_ids": List(Value("int64")),
-            "chosen_ids": List(Value("int64")),
+            "prompt_ids": List(Value("int32")),
+            "chosen_ids": List(Value("int32")),
             "invalid": Value("string"),
         }
     )
@@ -92,6 +95,16 @@ def tokenize_dataset(
     if unreadable and not skip_invalid_rows:
         raise InvalidRowError(_refusal(*unreadable[0]))
     readable = np.setdiff1d(np.arange(len(dataset)), [number for number, _ in unreadable])
+    settings = {
+        "format": data_format,
+        "train_on_turns": train_on_turns,
+        "end_token_ids": tuple(end_token_ids),
+        "chat_template_kwargs": chat_template_kwargs,
+        "skip_invalid_rows": skip_invalid_rows,
+        "features": features,
+    }
+    modules = [sys.modules[name] for name in (__name__, ChatTemplate.__module__, Game.__module__)]
+    fingerprint = rendering_fingerprint(dataset, tokenizer, settings, modules)
     rendered = (dataset.select(readable) if unreadable else dataset).map(
         lambda batch, positions: render_batch(batch, [int(readable[position]) for position in positions]),
         batched=True,
@@ -99,14 +112,23 @@ def tokenize_dataset(
         remove_columns=dataset.column_names,
         features=features,
         num_proc=num_proc,
+        new_fingerprint=fingerprint,
+        cache_file_name=cache_file_for(dataset, fingerprint),
         desc="Tokenizing prompts and truths",
     )
-    reasons = rendered["invalid"][:]
-    invalid = [(rendered[i]["source_row"], reason) for i, reason in enumerate(reasons) if reason is not None]
-    invalid = sorted(unreadable + invalid)
-    valid = [i for i, reason in enumerate(reasons) if reason is None]
-    if not valid:
-        raise ValueError(f"None of the {len(dataset)} rows is valid. {_refusal(*invalid[0])}")
+    return _without_invalid_rows(rendered, len(dataset), unreadable)
+
+
+def _without_invalid_rows(rendered: Dataset, num_source_rows: int, unreadable: list[tuple[int, str]]) -> TokenizedData:
+    invalid, is_valid = list(unreadable), []
+    for batch in batches(rendered, ["source_row", "invalid"]):
+        is_valid.append(batch["invalid"].is_null().to_numpy())
+        refused = batch.filter(batch["invalid"].is_valid())
+        invalid += zip(refused["source_row"].to_pylist(), refused["invalid"].to_pylist(), strict=True)
+    valid = np.flatnonzero(np.concatenate([np.empty(0, bool), *is_valid]))
+    invalid.sort()
+    if not len(valid):
+        raise ValueError(f"None of the {num_source_rows} rows is valid. {_refusal(*invalid[0])}")
     rendered = (rendered.select(valid) if invalid else rendered).remove_columns("invalid")
     return TokenizedData(rendered.add_column("row", np.arange(len(rendered))), invalid)
 
