@@ -46,6 +46,12 @@ def read_arrow(path: Path) -> Dataset:
     return Dataset.from_file(str(own_path(path, _ROWS_FILE)))
 
 
+def arrow_metadata(path: Path) -> dict[bytes, bytes]:
+    """What the schema of the rows says besides, as it was written."""
+    with pa.memory_map(str(own_path(path, _ROWS_FILE))) as file:
+        return pa.ipc.open_stream(file).schema.metadata or {}
+
+
 def arrow_checksum(path: Path) -> str | None:
     """The checksum that the rows were written with; `None` where there are none."""
     file = own_path(path, _CHECKSUM_FILE)

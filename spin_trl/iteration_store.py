@@ -30,7 +30,7 @@ import pyarrow as pa
 from datasets import Dataset
 from filelock import FileLock, Timeout
 
-from .arrow_directory import arrow_checksum, is_whole_arrow, read_arrow, write_arrow
+from .arrow_directory import arrow_checksum, arrow_metadata, is_whole_arrow, read_arrow, write_arrow
 from .atomic_files import finish_directory, is_temporary, make_directory, remove, temporary_path, write_text
 from .columns import BATCH_SIZE, batches, num_bytes_of, write_rows
 from .completion_parts import COMPLETION_SCHEMA, CompletionParts
@@ -232,10 +232,7 @@ class IterationStore:
     def has_whole_data(self) -> bool:
         """Whether the run's data are there and as this run wrote them."""
         path = self._own("train_data")
-        if not is_whole_arrow(path):
-            return False
-        metadata = read_arrow(path).data.schema.metadata or {}
-        return metadata.get(b"run") == self.run_id.encode()
+        return is_whole_arrow(path) and arrow_metadata(path).get(b"run") == self.run_id.encode()
 
     # Completions
 
