@@ -62,8 +62,8 @@ def show(size: int, figures: dict[str, Any]) -> None:
     phases = ", ".join(f"{name} {1e6 * seconds / size:.0f}" for name, seconds in figures["seconds"].items())
     print(
         f"{size:,} prompts: {1e6 * figures['seconds_per_prompt']:.0f} us a prompt without scoring and training "
-        f"({phases} us a prompt); peak {figures['peak_rss_mb']:.0f} MB, {figures['peak_rss_anon_mb']:.0f} MB of them no pages of "
-        f"files; run directory {figures['run_directory_mb']:.0f} MB",
+        f"({phases} us a prompt); peak {figures['peak_rss_mb']:.0f} MB, {figures['peak_rss_anon_mb']:.0f} MB of it no "
+        f"file's; run directory {figures['run_directory_mb']:.0f} MB",
         flush=True,
     )
 
