@@ -1,7 +1,7 @@
 """That what a run does with its rows takes memory for a batch of them, and a few numbers for each, however many.
 
 Measured are the peaks of Python's and Arrow's allocators, at one size and at several times as many rows. A row's lists
-alone take some thousand bytes.
+alone take some thousand bytes. (Up to a batch of 1,000 rows memory does grow with them.)
 """
 
 import tracemalloc
@@ -30,8 +30,8 @@ from spin_trl.pairs import (
 from spin_trl.preparation import dataset_checksum, drop_duplicates, percentile_length, prepare_data
 
 
-LENGTH = 300  # tokens of each list: 1,200 bytes in Arrow, more as a list
-BYTES_A_ROW = 250
+LENGTH = 200  # tokens of each list: 800 bytes in Arrow, many times as much as a list
+BYTES_A_ROW = 200
 
 
 def peak(work: Callable[[], None]) -> int:
@@ -115,7 +115,7 @@ def test_pairs_are_made_described_dropped_joined_and_written_without_holding_the
         data = data_of(num_rows, tmp_path / f"{name}.arrow")
         assert play_two_iterations(data, tmp_path / name) == [num_rows * 4 // 5, num_rows * 8 // 5]
 
-    assert growth_per_row(work, 1000, 3000) < BYTES_A_ROW
+    assert growth_per_row(work, 3000, 6000) < BYTES_A_ROW
 
 
 def test_data_are_prepared_without_holding_them(tmp_path, make_config):
@@ -123,12 +123,11 @@ def test_data_are_prepared_without_holding_them(tmp_path, make_config):
 
     def work(num_rows: int) -> None:
         path = tmp_path / f"{len(list(tmp_path.iterdir()))}.arrow"
-        letters = ["".join(chr(97 + int(digit) % 3) for digit in str(row)) + "x" * LENGTH for row in range(num_rows)]
-        write_rows(path, (pa.table([[text], [text]], schema=schema) for text in letters), schema)
-        del letters
+        texts = ("".join("abcdefgh"[int(digit)] for digit in f"{row:o}") + "a" * LENGTH for row in range(num_rows))
+        write_rows(path, (pa.table([[text], [text]], schema=schema) for text in texts), schema)
         data = prepare_data(make_config(), letter_tokenizer(), (1,), Dataset.from_file(str(path)), None)
         assert drop_duplicates(data.train)[1] == 0
         dataset_checksum(data.train)
         percentile_length(data.train, "chosen_ids", 99)
 
-    assert growth_per_row(work, 1500, 4000) < BYTES_A_ROW + LENGTH  # `letters` are this test's own
+    assert growth_per_row(work, 2000, 4000) < BYTES_A_ROW

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from datasets import Dataset, load_dataset
@@ -43,24 +44,23 @@ from spin_trl.rendering import RowRenderer, tokenize_dataset
 def refuse(self, row):
     raise AssertionError("tokenised again")
 
-if sys.argv[3] == "again":
-    RowRenderer.render = refuse
-dataset = load_dataset("json", data_files=sys.argv[1], split="train", cache_dir=sys.argv[2])
+RowRenderer.render = refuse
 tokenizer = letter_tokenizer()
+tokenizer.pad_token = tokenizer.eos_token
 tokenizer(["a", "aaa"], padding=True, truncation=True, max_length=2)  # changes its state, but not what it renders
-rows = tokenize_dataset(dataset, tokenizer, (1,)).dataset
-print(rows["chosen_ids"][:])
+dataset = load_dataset("json", data_files=sys.argv[1], split="train", cache_dir=sys.argv[2])
+print(tokenize_dataset(dataset, tokenizer, (1,)).dataset["chosen_ids"][:])
 """
 
 
-def test_second_process_does_not_tokenise_again(on_disk, tmp_path):
-    def run(word: str) -> str:
-        command = [sys.executable, "-c", SCRIPT, str(tmp_path / "rows.jsonl"), str(tmp_path / "cache"), word]
-        done = subprocess.run(command, cwd="tests", capture_output=True, text=True, timeout=200)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    assert run("first") == run("again") != ""
+def test_another_process_does_not_tokenise_again(on_disk, tmp_path):
+    tokenizer = letter_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    chosen_ids = tokenize_dataset(on_disk, tokenizer, (1,)).dataset["chosen_ids"][:]
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path / "rows.jsonl"), str(tmp_path / "cache")]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == str(chosen_ids)
 
 
 def test_same_rows_are_tokenised_once_in_a_process_even_in_memory(num_rendered):
