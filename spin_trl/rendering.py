@@ -5,8 +5,7 @@ are. Knows nothing of HTTP, models or paths.
 """
 
 import json
-import sys
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +19,16 @@ from .columns import batches
 from .data import DataFormat, detect_format
 from .games import Game, InvalidRowError, split_row
 from .token_cache import cache_file_for, rendering_fingerprint
+
+
+_FEATURES = {
+    "source_row": Value("int64"),
+    "prompt": Value("string"),
+    "prompt_ids": List(Value("int32")),
+    "chosen_ids": List(Value("int32")),
+    "invalid": Value("string"),
+}
+_RENDERING_MODULES = (__name__, ChatTemplate.__module__, Game.__module__)
 
 
 class TokenizedData(NamedTuple):
@@ -69,28 +78,7 @@ def tokenize_dataset(
     if prompt_feature != Value("string") and tokenizer.chat_template is not None:
         chat_template = ChatTemplate(tokenizer, end_token_ids, chat_template_kwargs)
     renderer = RowRenderer(data_format, train_on_turns, tokenizer, tuple(end_token_ids), chat_template)
-    features = Features(
-        {
-            "source_row": Value("int64"),
-            "prompt": prompt_feature,
-            "prompt_ids": List(Value("int32")),
-            "chosen_ids": List(Value("int32")),
-            "invalid": Value("string"),
-        }
-    )
-
-    def render_batch(batch: dict[str, list], numbers: list[int]) -> dict[str, list]:
-        games = []
-        for position, number in enumerate(numbers):
-            try:
-                rendered = renderer.render({name: values[position] for name, values in batch.items()})
-            except InvalidRowError as error:
-                if not skip_invalid_rows:
-                    raise InvalidRowError(_refusal(number, str(error))) from error
-                rendered = [{"invalid": str(error)}]
-            games += [{"source_row": number, **game} for game in rendered]
-        return {name: [game.get(name) for game in games] for name in features}
-
+    features = Features({**_FEATURES, "prompt": prompt_feature})
     unreadable = _unreadable_rows(dataset)
     if unreadable and not skip_invalid_rows:
         raise InvalidRowError(_refusal(*unreadable[0]))
@@ -103,10 +91,9 @@ def tokenize_dataset(
         "skip_invalid_rows": skip_invalid_rows,
         "features": features,
     }
-    modules = [sys.modules[name] for name in (__name__, ChatTemplate.__module__, Game.__module__)]
-    fingerprint = rendering_fingerprint(dataset, tokenizer, settings, modules)
+    fingerprint = rendering_fingerprint(dataset, tokenizer, settings, _RENDERING_MODULES)
     rendered = (dataset.select(readable) if unreadable else dataset).map(
-        lambda batch, positions: render_batch(batch, [int(readable[position]) for position in positions]),
+        _batch_renderer(renderer, readable, list(features), skip_invalid_rows),
         batched=True,
         with_indices=True,
         remove_columns=dataset.column_names,
@@ -117,6 +104,26 @@ def tokenize_dataset(
         desc="Tokenizing prompts and truths",
     )
     return _without_invalid_rows(rendered, len(dataset), unreadable)
+
+
+def _batch_renderer(
+    renderer: "RowRenderer", row_numbers: np.ndarray, columns: list[str], skip_invalid_rows: bool
+) -> Callable[[dict[str, list], list[int]], dict[str, list]]:
+    """What renders a batch of rows, given their positions, whose numbers in the user's data are `row_numbers`."""
+
+    def render_batch(batch: dict[str, list], positions: list[int]) -> dict[str, list]:
+        games = []
+        for place, number in enumerate(row_numbers[positions].tolist()):
+            try:
+                rendered = renderer.render({name: values[place] for name, values in batch.items()})
+            except InvalidRowError as error:
+                if not skip_invalid_rows:
+                    raise InvalidRowError(_refusal(number, str(error))) from error
+                rendered = [{"invalid": str(error)}]
+            games += [{"source_row": number, **game} for game in rendered]
+        return {name: [game.get(name) for game in games] for name in columns}
+
+    return render_batch
 
 
 def _without_invalid_rows(rendered: Dataset, num_source_rows: int, unreadable: list[tuple[int, str]]) -> TokenizedData:

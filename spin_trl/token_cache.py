@@ -8,8 +8,9 @@ import hashlib
 import inspect
 import json
 import os
+import sys
+from collections.abc import Iterable
 from importlib.metadata import version
-from types import ModuleType
 from typing import Any
 
 from datasets import Dataset
@@ -17,18 +18,18 @@ from datasets.fingerprint import Hasher, get_temporary_cache_files_directory
 from transformers import PreTrainedTokenizerBase
 
 
-_PACKAGES = ("transformers", "tokenizers", "jinja2")
+_PACKAGES = ("trl", "transformers", "tokenizers", "jinja2")
 
 
 def rendering_fingerprint(
-    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, settings: dict[str, Any], modules: list[ModuleType]
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, settings: dict[str, Any], modules: Iterable[str]
 ) -> str:
     """
     Args:
         dataset ([`~datasets.Dataset`]): What is rendered.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Renders it.
         settings (`dict[str, Any]`): How. What is not JSON counts as it prints.
-        modules (`list[ModuleType]`): Whose code renders.
+        modules (`Iterable[str]`): Names of those whose code renders.
 
     Returns:
         `str`: 16 hexadecimal digits.
@@ -37,7 +38,7 @@ def rendering_fingerprint(
         "dataset": dataset._fingerprint,
         "tokenizer": _tokenizer_state(tokenizer),
         "settings": settings,
-        "code": [inspect.getsource(module) for module in modules],
+        "code": [inspect.getsource(sys.modules[name]) for name in modules],
         "packages": {name: version(name) for name in _PACKAGES},
     }
     text = json.dumps(parts, sort_keys=True, default=str)
