@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from datasets import Dataset
 
+from .columns import batches, numbers
 from .generation.sampler import Completion, CompletionRequest, OpponentSampler, SamplingParams
 from .iteration_store import IterationStore
 from .progress import progress_bar
@@ -46,13 +47,13 @@ class GenerationJob:
     part_size: int = 256
     seed: int = 0
 
-    def missing_rows(self, prompts: Dataset) -> list[int]:
+    def missing_rows(self, prompts: Dataset) -> np.ndarray:
         """Rows of `prompts` whose completions are not on disk yet."""
-        completed = self.store.completed_rows(self.iteration, self.kind)
-        return [row for row in prompts["row"] if row not in completed]
+        rows = numbers(prompts, "row")
+        return rows[~np.isin(rows, self.store.completed_rows(self.iteration, self.kind))]
 
     def run(
-        self, sampler: OpponentSampler, prompts: Dataset, share: Share, missing_rows: list[int] | None = None
+        self, sampler: OpponentSampler, prompts: Dataset, share: Share, missing_rows: np.ndarray | None = None
     ) -> None:
         """
         Sample this process's share of what is missing.
@@ -61,42 +62,43 @@ class GenerationJob:
             sampler ([`OpponentSampler`]): The opponent.
             prompts ([`~datasets.Dataset`]): With the columns `row` and `prompt_ids`.
             share ([`Share`]): This process's share.
-            missing_rows (`list[int]`, *optional*): What all processes together have to sample. They must agree on it,
+            missing_rows (`np.ndarray`, *optional*): What all processes together have to sample. They must agree on it,
                 so it has to be found before the first of them writes a part. By default found here.
         """
         missing_rows = self.missing_rows(prompts) if missing_rows is None else missing_rows
         parts = self._parts(missing_rows, share)
-        part_of = {row: number for number, rows in enumerate(parts) for row in rows}
+        own_rows = np.concatenate([np.empty(0, np.int64), *parts])
+        part_of = _PartNumbers(parts)
         collected: dict[int, list[Completion]] = defaultdict(list)
-        requests = self._requests(prompts, list(part_of))
-        with _GenerationProgress(self, len(part_of) * self.num_samples, disable=share.index > 0) as progress:
+        requests = self._requests(prompts, own_rows)
+        with _GenerationProgress(self, len(own_rows) * self.num_samples, disable=share.index > 0) as progress:
             for completion in sampler.sample(requests, self.params):
                 raise_if_another_failed()
                 progress.add(completion)
                 number = part_of[completion.key[0]]
                 collected[number].append(completion)
                 if len(collected[number]) == len(parts[number]) * self.num_samples:
-                    self._write(parts[number], collected.pop(number))
+                    self._write(int(parts[number][0]), collected.pop(number))
 
-    def _parts(self, missing_rows: list[int], share: Share) -> list[list[int]]:
+    def _parts(self, missing_rows: np.ndarray, share: Share) -> list[np.ndarray]:
         size = max(1, min(self.part_size, math.ceil(len(missing_rows) / share.count)))
         parts = [missing_rows[start : start + size] for start in range(0, len(missing_rows), size)]
         return parts[share.index :: share.count]
 
-    def _requests(self, prompts: Dataset, rows: list[int]) -> Iterator[CompletionRequest]:
-        wanted = set(rows)
-        positions = [position for position, row in enumerate(prompts["row"]) if row in wanted]
-        for prompt in prompts.select_columns(["row", "prompt_ids"]).select(positions):
-            for sample in range(self.num_samples):
-                key = (prompt["row"], sample)
-                yield CompletionRequest(key, prompt["prompt_ids"], self._seed_of(key))
+    def _requests(self, prompts: Dataset, rows: np.ndarray) -> Iterator[CompletionRequest]:
+        prompts = prompts.select(np.flatnonzero(np.isin(numbers(prompts, "row"), rows)))
+        for batch in batches(prompts, ["row", "prompt_ids"]):
+            for prompt in batch.to_pylist():
+                for sample in range(self.num_samples):
+                    key = (prompt["row"], sample)
+                    yield CompletionRequest(key, prompt["prompt_ids"], self._seed_of(key))
 
     def _seed_of(self, key: tuple[int, int]) -> int:
         """A seed of its own for every completion, such that repeating it repeats the completion."""
         entropy = (self.seed, self.iteration, int(self.kind == "evaluation"), *key)
         return int(np.random.SeedSequence(entropy).generate_state(1)[0])
 
-    def _write(self, rows: list[int], completions: list[Completion]) -> None:
+    def _write(self, first_row: int, completions: list[Completion]) -> None:
         completions.sort(key=lambda completion: completion.key)
         columns = {
             "row": [completion.key[0] for completion in completions],
@@ -104,7 +106,20 @@ class GenerationJob:
             "completion_ids": [completion.token_ids for completion in completions],
             "finish_reason": [completion.finish_reason for completion in completions],
         }
-        self.store.write_completions(self.iteration, self.kind, rows[0], columns)
+        self.store.write_completions(self.iteration, self.kind, first_row, columns)
+
+
+class _PartNumbers:
+    """By row the number of its part: two numbers for each row, where a `dict` would hold them as objects."""
+
+    def __init__(self, parts: list[np.ndarray]):
+        rows = np.concatenate([np.empty(0, np.int64), *parts])
+        order = np.argsort(rows, kind="stable")
+        self.rows = rows[order]
+        self.numbers = np.repeat(np.arange(len(parts)), [len(part) for part in parts])[order]
+
+    def __getitem__(self, row: int) -> int:
+        return int(self.numbers[np.searchsorted(self.rows, row)])
 
 
 class _GenerationProgress:

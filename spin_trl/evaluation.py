@@ -1,11 +1,14 @@
 """What an opponent's answers to the evaluation prompts are worth, and the table that shows it as the run goes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from numbers import Real
 
+import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
+
+from .columns import batches, numbers
 
 
 # (prompts, references, generations) -> metrics
@@ -13,7 +16,7 @@ GenerationMetrics = Callable[[list, list[str], list[str]], dict[str, float]]
 
 
 def generation_metrics(
-    compute: GenerationMetrics, dataset: Dataset, completions: pa.Table, tokenizer: PreTrainedTokenizerBase
+    compute: GenerationMetrics, dataset: Dataset, completions: Iterable[pa.Table], tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, float]:
     """
     The user's metrics over the answers to the evaluation prompts.
@@ -21,15 +24,24 @@ def generation_metrics(
     References and generations are both decoded from token ids, without special tokens, so that equal ids give equal
     text. Prompts are passed as they are in the dataset.
 
+    Args:
+        compute (`Callable`): The user's. It is given all texts at once, so the evaluation data must fit into memory.
+        dataset ([`~datasets.Dataset`]): With the columns `row`, `prompt` and `chosen_ids`.
+        completions (`Iterable[pyarrow.Table]`): The answers, sorted by row.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Gives their text.
+
     Raises:
         `TypeError`: if `compute` returns anything but a dict of numbers.
     """
-    rows = dataset.sort("row") if dataset["row"] != sorted(dataset["row"]) else dataset
-    metrics = compute(
-        list(rows["prompt"]),
-        tokenizer.batch_decode(list(rows["chosen_ids"]), skip_special_tokens=True),
-        tokenizer.batch_decode(completions["completion_ids"].to_pylist(), skip_special_tokens=True),
-    )
+    order = np.argsort(numbers(dataset, "row"), kind="stable")
+    rows = dataset.select(order)
+
+    def texts(tables: Iterable[pa.Table], column: str) -> list[str]:
+        ids = (table[column].to_pylist() for table in tables)
+        return [text for batch in ids for text in tokenizer.batch_decode(batch, skip_special_tokens=True)]
+
+    references = texts(batches(rows, ["chosen_ids"]), "chosen_ids")
+    metrics = compute(list(rows["prompt"]), references, texts(completions, "completion_ids"))
     if not isinstance(metrics, dict) or not all(isinstance(value, Real) for value in metrics.values()):
         raise TypeError(
             f"`compute_generation_metrics` must return a dict of numbers, such as {{'accuracy': 0.5}}, got {metrics!r}."

@@ -11,6 +11,9 @@ import numpy as np
 import torch
 from datasets import Dataset
 
+from .columns import numbers
+from .pair_dataset import PairDataset
+
 
 ORIGIN_COLUMNS = ["source_row", "iteration"]
 _BATCH_KEY = "pair_origins"
@@ -89,10 +92,10 @@ class StepNumbers:
         )
 
 
-def require_finite_scores(pairs: Dataset, scores: Mapping[str, np.ndarray], iteration: int) -> None:
+def require_finite_scores(pairs: PairDataset, scores: Mapping[str, np.ndarray], iteration: int) -> None:
     """
     Args:
-        pairs ([`~datasets.Dataset`]): With `ORIGIN_COLUMNS`.
+        pairs ([`PairDataset`]): With `ORIGIN_COLUMNS`.
         scores (`dict`): `ref_chosen_logps` and `ref_rejected_logps`, each of shape `(len(pairs),)`.
 
     Raises:
@@ -100,7 +103,7 @@ def require_finite_scores(pairs: Dataset, scores: Mapping[str, np.ndarray], iter
     """
     sides = {name.split("_")[1]: ~np.isfinite(values) for name, values in scores.items()}
     if any(side.any() for side in sides.values()):
-        origins = list(zip(*(pairs[name] for name in ORIGIN_COLUMNS), strict=True))
+        origins = np.stack([numbers(pairs.answers, name) for name in ORIGIN_COLUMNS], axis=1).tolist()
         raise FloatingPointError(
             f"The reference cannot score the pairs of iteration {iteration}. {_name_sides(sides, origins, iteration)} "
             f"{_REMEDY}"

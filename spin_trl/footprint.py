@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedToken
 from transformers.integrations import deepspeed
 from transformers.trainer_utils import SaveStrategy
 
+from .columns import list_lengths, num_bytes_of
 from .disk import DiskError, free_bytes, readable
 from .spin_config import SPINConfig
 
@@ -33,10 +34,9 @@ from .spin_config import SPINConfig
 if TYPE_CHECKING:
     from peft import PeftConfig
 
-# Bytes of a token id: in the pairs' Arrow files as written, and in the completions' compressed Parquet files.
-_PAIR_TOKEN_BYTES = 8
+# Bytes of an answer's token id: in the pairs' Arrow files, and in the completions' compressed Parquet files.
 _ANSWER_TOKEN_BYTES = {"pairs": 4, "completions": 2}
-_PAIR_BYTES = 72  # iteration, row, source row, sample, two log-probs, four offsets
+_PAIR_BYTES = 36  # iteration, row, source row, sample, two log-probs, an offset
 _COMPLETION_BYTES = 10  # row, sample, finish reason, offset
 _FILE_BYTES = 2048  # a part's own header and footer
 _CHECKPOINT_BYTES = 32_768  # its random states, arguments and log
@@ -66,13 +66,15 @@ class Footprint:
 
     Args:
         completions (`int`): Answers of all iterations, those to the evaluation prompts included.
-        pairs (`int`): Training sets of all iterations.
+        data (`int`): What is trained on, prompts and ground truths.
+        pairs (`int`): What the iterations add to that.
         opponents (`int`): Saved opponents.
         checkpoints (`int`): Trainer's checkpoints that lie there at once.
         lower_bound (`int`): What a run that plays to its end needs at the least.
     """
 
     completions: int
+    data: int
     pairs: int
     opponents: int
     checkpoints: int
@@ -80,10 +82,10 @@ class Footprint:
 
     @property
     def total(self) -> int:
-        return self.completions + self.pairs + self.opponents + self.checkpoints
+        return self.completions + self.data + self.pairs + self.opponents + self.checkpoints
 
     def __str__(self) -> str:
-        parts = ("opponents", "checkpoints", "pairs", "completions")
+        parts = ("opponents", "checkpoints", "data", "pairs", "completions")
         return f"about {readable(self.total)} ({', '.join(f'{p} {readable(getattr(self, p))}' for p in parts)})"
 
 
@@ -104,7 +106,7 @@ def estimate_footprint(
         base_is_opponent (`bool`): Whether the first opponent need not be saved.
     """
     iterations = range(args.num_iterations)
-    prompt_tokens, chosen_tokens = _num_tokens(train_dataset)
+    chosen_tokens = _num_tokens(train_dataset)
     answer_tokens = min(chosen_tokens, args.max_completion_length * len(train_dataset))
     num_answers = len(train_dataset) * args.num_generations
     completions = args.num_iterations * (
@@ -113,15 +115,13 @@ def estimate_footprint(
         + _num_parts(train_dataset, args) * _FILE_BYTES
     )
     if eval_dataset is not None:
-        tokens = min(_num_tokens(eval_dataset)[1], args.max_completion_length * len(eval_dataset))
+        tokens = min(_num_tokens(eval_dataset), args.max_completion_length * len(eval_dataset))
         completions += (args.num_iterations + 1) * (
             tokens * _ANSWER_TOKEN_BYTES["completions"]
             + len(eval_dataset) * _COMPLETION_BYTES
             + _num_parts(eval_dataset, args) * _FILE_BYTES
         )
-    own_pairs = num_answers * _PAIR_BYTES + args.num_generations * (
-        (prompt_tokens + chosen_tokens) * _PAIR_TOKEN_BYTES + answer_tokens * _ANSWER_TOKEN_BYTES["pairs"]
-    )
+    own_pairs = num_answers * _PAIR_BYTES + args.num_generations * answer_tokens * _ANSWER_TOKEN_BYTES["pairs"]
     pairs = sum(own_pairs * (1 + min(i, args.num_history_iterations)) + _FILE_BYTES for i in iterations)
     num_opponents = _num_opponents(args, saves_opponents, base_is_opponent, eval_dataset is not None)
     num_checkpoints = _num_checkpoints(args, num_answers)
@@ -130,6 +130,7 @@ def estimate_footprint(
         checkpoint += 2 * weights.trained
     return Footprint(
         completions=completions,
+        data=num_bytes_of(train_dataset) + _FILE_BYTES,
         pairs=pairs,
         opponents=num_opponents * (weights.saved + weights.tokenizer),
         checkpoints=num_checkpoints * checkpoint,
@@ -217,13 +218,9 @@ def _num_bytes(parameters: Iterable[nn.Parameter]) -> int:
     return sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in parameters)
 
 
-def _num_tokens(dataset: Dataset) -> tuple[int, int]:
-    """Token ids of all prompts and of all ground truths."""
-    totals = {"prompt_ids": 0, "chosen_ids": 0}
-    for batch in dataset.select_columns(list(totals)).iter(1024):
-        for name in totals:
-            totals[name] += sum(map(len, batch[name]))
-    return totals["prompt_ids"], totals["chosen_ids"]
+def _num_tokens(dataset: Dataset) -> int:
+    """Token ids of all ground truths."""
+    return int(list_lengths(dataset, "chosen_ids").sum())
 
 
 def _num_parts(dataset: Dataset, args: SPINConfig) -> int:
@@ -265,6 +262,6 @@ def _size_of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def _size_of_run(directory: Path) -> int:
-    """Bytes of the iterations and checkpoints that lie in a run directory."""
-    found = [path for kind in ("iteration", "checkpoint") for path in directory.glob(f"{kind}-*/**/*")]
+    """Bytes of the data, iterations and checkpoints that lie in a run directory."""
+    found = [path for name in ("iteration-*", "checkpoint-*", "train_data") for path in directory.glob(f"{name}/**/*")]
     return sum(path.stat().st_size for path in found if path.is_file() and not path.is_symlink())

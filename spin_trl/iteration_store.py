@@ -4,13 +4,14 @@
       self_play.json                what was run: config, data, versions, and each start
       .lock                         held by the process that runs
       invalid_rows.jsonl            rows of the user's data that were left out: dataset, row, reason
+      train_data/                   what is trained on: row, source_row, prompt, prompt_ids, chosen_ids, an Arrow file
       vllm-server.log               of a managed server; `.ended` beside it says why that will not come back
       iteration-0/
         opponent/                   adapter or model as published; absent where it is the base model
-        generations/part-*.parquet  completions: row, sample, completion_ids, finish_reason; the name holds the first
-                                    row, the size in bytes and the checksum
+        generations/part-*.parquet  completions: row, sample, completion_ids, finish_reason
         evaluation/part-*.parquet   the same for the evaluation prompts
-        pairs/                      the iteration's training set, an Arrow dataset with the opponent's log-probs
+        pairs/                      what the iteration adds to `train_data`, an Arrow file: iteration, row, source_row,
+                                    sample, rejected_ids and the opponent's log-probs
         metrics.json
       iteration-1/ ...
       checkpoint-*/                 Trainer's own, and `self_play.json`: the place in the run, see `checkpoints`
@@ -19,54 +20,26 @@ Everything is written under a temporary name and renamed when it is whole: what 
 """
 
 import json
-import logging
-import os
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
-from datasets import Dataset, load_from_disk
+from datasets import Dataset
 from filelock import FileLock, Timeout
 
-from .atomic_files import (
-    checksum,
-    checksum_of,
-    finish_directory,
-    is_temporary,
-    make_directory,
-    remove,
-    temporary_path,
-    write_directory,
-    write_file,
-    write_text,
-)
+from .arrow_directory import arrow_checksum, arrow_metadata, is_whole_arrow, read_arrow, write_arrow
+from .atomic_files import finish_directory, is_temporary, make_directory, remove, temporary_path, write_text
+from .columns import BATCH_SIZE, batches, num_bytes_of, write_rows
+from .completion_parts import COMPLETION_SCHEMA, CompletionParts
 from .disk import writing
+from .pair_dataset import PairDataset
+from .run_paths import RunDirectoryError, is_numbered, numbered, own_path
 
 
-logger = logging.getLogger(__name__)
-
-_PART_NAME = re.compile(r"part-\d{8,}-(?P<size>\d+)-(?P<checksum>[0-9a-f]{16})\.parquet")
-_NUMBERED = re.compile(r"(iteration|checkpoint)-(0|[1-9][0-9]*)")  # as a run names them: no "-01", no "-²"
-_CHECKSUM_FILE = "checksum.txt"
-_NOT_PAIRS = (_CHECKSUM_FILE, "cache-*", "tmp*")  # the `datasets` library keeps its caches beside the data
 _KINDS = ("generations", "evaluation")
-
-COMPLETION_SCHEMA = pa.schema(
-    [
-        ("row", pa.int64()),
-        ("sample", pa.int32()),
-        ("completion_ids", pa.list_(pa.int32())),
-        ("finish_reason", pa.string()),
-    ]
-)
-
-
-class RunDirectoryError(RuntimeError):
-    """The run directory cannot be used: the message says what was found, what was expected and what to do."""
 
 
 class IterationStore:
@@ -81,6 +54,7 @@ class IterationStore:
     def __init__(self, output_dir: str | Path, run_id: str = ""):
         self.output_dir = Path(output_dir).absolute()
         self.run_id = run_id
+        self._data: Dataset | None = None
 
     def path(self, iteration: int, *names: str) -> Path:
         """
@@ -96,31 +70,17 @@ class IterationStore:
         return self._own("vllm-server.log")
 
     def _own(self, *names: str) -> Path:
-        """A path in the run directory, none of whose parts is a link: what lies elsewhere is somebody else's."""
-        path = self.output_dir
-        for name in names:
-            path = path / name
-            if path.is_symlink():
-                raise RunDirectoryError(
-                    f"{path} is a link to {os.readlink(path)}, but a run reads and writes its own files only. Remove "
-                    "the link; to keep a run elsewhere, make `output_dir` itself the link."
-                )
-        return path
+        return own_path(self.output_dir, *names)
 
     # What is there
 
     def iterations(self) -> list[int]:
         """Numbers of the iterations that have been begun, ascending."""
-        return sorted(_number(path) for path in self._numbered("iteration"))
+        return list(numbered(self.output_dir, "iteration"))
 
     def checkpoints(self) -> list[Path]:
         """Trainer's checkpoints, the newest (the one of most steps) first."""
-        return sorted(self._numbered("checkpoint"), key=_number, reverse=True)
-
-    def _numbered(self, kind: str) -> list[Path]:
-        """Directories of a kind. A link is none: it may lead anywhere."""
-        found = self.output_dir.glob(f"{kind}-*")
-        return [path for path in found if _NUMBERED.fullmatch(path.name) and path.is_dir() and not path.is_symlink()]
+        return list(numbered(self.output_dir, "checkpoint").values())[::-1]
 
     def has_pairs(self, iteration: int) -> bool:
         return self.path(iteration, "pairs").is_dir()
@@ -182,9 +142,12 @@ class IterationStore:
     def clear(self) -> None:
         """Delete the self-play run that lies here, and Trainer's checkpoints of it. Anything else stays."""
         for path in self.output_dir.iterdir():
-            if _NUMBERED.fullmatch(path.name) and (path.is_dir() or path.is_symlink()):
+            if is_numbered(path) and (path.is_dir() or path.is_symlink()):
                 remove(path)
         self.clear_temporary()
+        data = self.output_dir / "train_data"
+        if data.is_symlink() or arrow_checksum(data) is not None:
+            remove(data)
         for name in ("self_play.json", "invalid_rows.jsonl"):
             (self.output_dir / name).unlink(missing_ok=True)
 
@@ -236,102 +199,115 @@ class IterationStore:
                     remove(temporary)
         return path
 
-    # Completions
+    # Data
 
-    def write_completions(self, iteration: int, kind: str, first_row: int, columns: dict[str, list]) -> None:
-        """Write one part of the completions of `kind` ("generations" or "evaluation")."""
-        table = pa.table(columns, schema=COMPLETION_SCHEMA.with_metadata(self._origin(iteration, kind)))
-        sink = pa.BufferOutputStream()
-        pq.write_table(table, sink)
-        content = sink.getvalue().to_pybytes()
-
-        def write(temporary: Path) -> None:
-            temporary.write_bytes(content)
-
-        name = f"part-{first_row:08d}-{len(content)}-{checksum_of(content)}.parquet"
-        write_file(self.path(iteration, kind, name), write, num_bytes=len(content))
-
-    def read_completions(self, iteration: int, kind: str) -> pa.Table:
+    def write_data(self, dataset: Dataset) -> None:
         """
-        All completions of an iteration, sorted by row and sample; empty if there are none.
+        Write what the run trains on, in place of what an earlier start wrote.
+
+        Args:
+            dataset ([`~datasets.Dataset`]): With the columns `row`, `source_row`, `prompt`, `prompt_ids` and
+                `chosen_ids`.
 
         Raises:
-            [`RunDirectoryError`]: if a part is torn, or of another run.
+            [`RunDirectoryError`]: if something else lies there.
         """
-        tables = []
-        for part in self._parts(iteration, kind):
-            problem = self._problem_of_part(part, iteration, kind)
-            if problem is not None:
-                raise RunDirectoryError(f"{part} {problem}. Delete it and start again: its completions are redone.")
-            tables.append(pq.read_table(part, schema=COMPLETION_SCHEMA))
-        table = pa.concat_tables(tables) if tables else COMPLETION_SCHEMA.empty_table()
-        return table.sort_by([("row", "ascending"), ("sample", "ascending")])
+        path = self._own("train_data")
+        if path.exists() and arrow_checksum(path) is None:
+            raise RunDirectoryError(
+                f"{path} is where a run keeps the data that it trains on, but what lies there is of no run. Move it "
+                "away, or choose another `output_dir`."
+            )
+        schema = dataset.features.arrow_schema
+        schema = schema.with_metadata({**(schema.metadata or {}), "run": self.run_id})
+        write_arrow(path, batches(dataset, dataset.column_names), schema, num_bytes_of(dataset))
+        self._data = None
 
-    def completed_rows(self, iteration: int, kind: str) -> set[int]:
+    def read_data(self) -> Dataset:
+        """What the run trains on. It is mapped into memory once, however often it is read."""
+        if self._data is None:
+            self._data = read_arrow(self._own("train_data"))
+        return self._data
+
+    def has_whole_data(self) -> bool:
+        """Whether the run's data are there and as this run wrote them."""
+        path = self._own("train_data")
+        return is_whole_arrow(path) and arrow_metadata(path).get(b"run") == self.run_id.encode()
+
+    # Completions
+
+    def completions(self, iteration: int, kind: str) -> CompletionParts:
+        """The completions of `kind` ("generations" or "evaluation") of an iteration."""
+        origin = {"run": self.run_id, "iteration": str(iteration), "kind": kind}
+        return CompletionParts(self.path(iteration, kind), origin)
+
+    def write_completions(self, iteration: int, kind: str, first_row: int, columns: dict[str, list]) -> None:
+        """Write one part of an iteration's completions."""
+        self.completions(iteration, kind).write(first_row, columns)
+
+    def completed_rows(self, iteration: int, kind: str) -> np.ndarray:
         """Rows whose completions are already on disk. Parts that are torn or of another run are deleted first."""
-        for part in self._parts(iteration, kind):
-            problem = self._problem_of_part(part, iteration, kind)
-            if problem is not None:
-                logger.warning(f"{part} {problem}: its completions are redone.")
-                remove(part)
-        return set(self.read_completions(iteration, kind)["row"].to_pylist())
+        return self.completions(iteration, kind).completed_rows()
 
-    def _parts(self, iteration: int, kind: str) -> list[Path]:
-        return sorted(self.path(iteration, kind).glob("part-*.parquet"))
-
-    def _origin(self, iteration: int, kind: str) -> dict[str, str]:
-        return {"run": self.run_id, "iteration": str(iteration), "kind": kind}
-
-    def _problem_of_part(self, part: Path, iteration: int, kind: str) -> str | None:
-        """What is wrong with a file that should be a whole part of this run's, if anything."""
-        expected = _PART_NAME.fullmatch(part.name)
-        if expected is None:
-            return "is not a part of a run: its name should hold its first row, size and checksum"
-        if part.stat().st_size != int(expected["size"]):
-            return f"is torn: {part.stat().st_size} bytes, not the {expected['size']} of its name"
-        if checksum(part) != expected["checksum"]:
-            return "is damaged: its content does not have the checksum of its name"
-        metadata = pq.read_schema(part).metadata or {}
-        origin = self._origin(iteration, kind)
-        found = {name: metadata.get(name.encode(), b"").decode(errors="replace") for name in origin}
-        return None if found == origin else f"is of another origin: {found}, not {origin}"
+    def read_completions(self, iteration: int, kind: str) -> pa.Table:
+        """All completions of an iteration at once, to look at. What the run does reads them in batches."""
+        return pa.Table.from_batches(
+            [batch for table in self.completions(iteration, kind).batches() for batch in table.to_batches()],
+            schema=COMPLETION_SCHEMA,
+        )
 
     # Pairs
 
-    def write_pairs(self, iteration: int, pairs: Dataset) -> None:
-        def write(temporary: Path) -> None:
-            pairs.save_to_disk(str(temporary))
-            (temporary / _CHECKSUM_FILE).write_text(checksum(temporary, without=_NOT_PAIRS))
+    def write_answers(self, iteration: int, tables: Iterable[pa.Table], schema: pa.Schema, num_bytes: int) -> None:
+        """Write the opponent's side of an iteration's pairs, for the time until they are scored."""
+        path = self._answers(iteration)
+        with writing(path, num_bytes):
+            write_rows(path, tables, schema)
 
-        write_directory(self.path(iteration, "pairs"), write, num_bytes=_size_of(pairs))
-        for pattern in _NOT_PAIRS[1:]:  # what mixing in the history left there, as large as the pairs
-            for path in self.output_dir.glob(f"iteration-*/pairs/{pattern}"):
-                remove(path)
+    def read_answers(self, iteration: int) -> Dataset:
+        return Dataset.from_file(str(self._answers(iteration)))
 
-    def read_pairs(self, iteration: int) -> Dataset:
+    def remove_answers(self, iteration: int) -> None:
+        remove(self._answers(iteration))
+
+    def _answers(self, iteration: int) -> Path:
+        return temporary_path(self.path(iteration, "pairs"), shared=True)
+
+    def write_pairs(self, iteration: int, answers: Dataset, scores: Mapping[str, np.ndarray]) -> None:
         """
+        Write an iteration's training set: what it adds to the run's data.
+
+        Args:
+            iteration (`int`): Number of the iteration.
+            answers ([`~datasets.Dataset`]): The side that the opponent made; see [`pairs.ANSWER_SCHEMA`].
+            scores (`dict[str, np.ndarray]`): Further columns, each of shape `(len(answers),)`.
+
         Raises:
-            [`RunDirectoryError`]: if they name files that do not lie with them.
+            [`DiskError`]: if the disk does not take it. Nothing is left of it then.
         """
         path = self.path(iteration, "pairs")
-        for file in json.loads((path / "state.json").read_text()).get("_data_files", []):
-            if Path(file["filename"]).name != file["filename"]:
-                raise RunDirectoryError(
-                    f"{path / 'state.json'} names {file['filename']!r}, but the files of a dataset lie beside it. "
-                    f"Somebody has changed it: delete {path} and start again, and the pairs are made again."
-                )
-            self.path(iteration, "pairs", file["filename"])
-        return load_from_disk(str(path))
+        schema = answers.features.arrow_schema.remove_metadata()
+        for name, values in scores.items():
+            schema = schema.append(pa.field(name, pa.from_numpy_dtype(values.dtype)))
+        num_bytes = num_bytes_of(answers) + sum(values.nbytes for values in scores.values())
+        write_arrow(path, _with_columns(answers, scores), schema, num_bytes)
+
+    def read_pairs(self, iteration: int) -> PairDataset:
+        """
+        An iteration's training set, with the columns of the run's data.
+
+        Raises:
+            [`RunDirectoryError`]: if it is not of these data.
+        """
+        return PairDataset.join(self.read_data(), read_arrow(self.path(iteration, "pairs")))
 
     def pairs_checksum(self, iteration: int) -> str | None:
         """The checksum that an iteration's pairs were written with; `None` where there are none."""
-        path = self.path(iteration, "pairs", _CHECKSUM_FILE)
-        return path.read_text() if path.exists() else None
+        return arrow_checksum(self.path(iteration, "pairs"))
 
     def has_whole_pairs(self, iteration: int) -> bool:
         """Whether an iteration's pairs are there and as they were written."""
-        path = self.path(iteration, "pairs")
-        return path.is_dir() and self.pairs_checksum(iteration) == checksum(path, without=_NOT_PAIRS)
+        return is_whole_arrow(self.path(iteration, "pairs"))
 
     # Metrics
 
@@ -351,13 +327,12 @@ class IterationStore:
             yield iteration, self.read_metrics(iteration)
 
 
-def _size_of(pairs: Dataset) -> int:
-    """Bytes of the columns in memory, which are written as they are; a selection of rows is written alone."""
-    return round(pairs.data.nbytes * len(pairs) / max(1, pairs.data.num_rows))
-
-
-def _number(path: Path) -> int:
-    return int(path.name.partition("-")[2])
+def _with_columns(dataset: Dataset, columns: Mapping[str, np.ndarray]) -> Iterator[pa.Table]:
+    for number, batch in enumerate(batches(dataset, dataset.column_names)):
+        rows = slice(number * BATCH_SIZE, number * BATCH_SIZE + len(batch))
+        for name, values in columns.items():
+            batch = batch.append_column(name, pa.array(values[rows]))
+        yield batch
 
 
 def to_json(value: Any) -> str:

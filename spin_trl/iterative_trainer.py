@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import ProgressCallback
@@ -22,6 +21,7 @@ from trl import DPOTrainer
 from .atomic_files import finish_directory, remove, temporary_path
 from .disk import writing
 from .footprint import size_of_checkpoint, size_of_weights
+from .pair_dataset import PairDataset
 from .ranks import on_every_process
 from .resume import RunStart
 from .schedule import forget_moments, set_learning_rate
@@ -65,14 +65,14 @@ class IterativeTrainer(DPOTrainer):
 
     # Iterations of different lengths
 
-    def begin_iteration(self, iteration: int, pairs: Dataset) -> None:
+    def begin_iteration(self, iteration: int, pairs: PairDataset) -> None:
         """
         Train on these pairs from now on, with the schedule and the optimizer begun anew, or, where a resumed run
         stopped within this iteration, as they stood.
 
         Args:
             iteration (`int`): Number of the iteration.
-            pairs ([`~datasets.Dataset`]): Its training set, scored by its opponent.
+            pairs ([`PairDataset`]): Its training set, scored by its opponent.
         """
         num_steps_done = self.start.num_steps if iteration == self.start.iteration else 0
         self.train_dataset = pairs

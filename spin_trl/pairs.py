@@ -1,11 +1,31 @@
-"""Completions -> preference pairs: the ground truth is chosen, the opponent's answer rejected. Knows no models."""
+"""Completions -> preference pairs: the ground truth is chosen, the opponent's answer rejected. Knows no models.
 
+No function here holds the pairs: they pass through it in batches, or it gives a view of them.
+"""
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from datasets import Dataset, concatenate_datasets
 
+from .columns import equal_lists, numbers, positions_of
+from .lengths import column_lengths
+from .pair_dataset import PairDataset
 
-PAIR_COLUMNS = ["iteration", "row", "source_row", "sample", "prompt_ids", "chosen_ids", "rejected_ids"]
+
+# What an iteration adds to the run's data; its scores come later.
+ANSWER_SCHEMA = pa.schema(
+    [
+        ("iteration", pa.int32()),
+        ("row", pa.int64()),
+        ("source_row", pa.int64()),
+        ("sample", pa.int32()),
+        ("rejected_ids", pa.list_(pa.int32())),
+    ]
+)
+
+_SIDES = ("chosen_ids", "rejected_ids")
 
 # DPOTrainer's losses whose gradient on a pair of equal sides is zero, whatever the policy, and that look at each pair
 # by itself: functions of the difference between the sides, and `apo_zero`, whose two terms cancel. (AOT compares the
@@ -18,30 +38,30 @@ class NoPairsError(RuntimeError):
     """The opponent reproduces every ground truth: there is nothing left to tell apart."""
 
 
-def make_pairs(dataset: Dataset, completions: pa.Table, iteration: int) -> Dataset:
+def make_answers(data: Dataset, completions: Iterable[pa.Table], iteration: int) -> Iterator[pa.Table]:
     """
-    Pair every completion with the ground truth of its row.
+    The opponent's side of every pair, batch by batch. Completions of rows that the data lack are left out.
 
     Args:
-        dataset ([`~datasets.Dataset`]): With the columns `row`, `source_row`, `prompt_ids` and `chosen_ids`.
-        completions (`pyarrow.Table`): With the columns `row`, `sample` and `completion_ids`.
+        data ([`~datasets.Dataset`]): With the columns `row` and `source_row`.
+        completions (`Iterable[pyarrow.Table]`): With the columns `row`, `sample` and `completion_ids`.
         iteration (`int`): The iteration whose opponent answered.
 
     Returns:
-        [`~datasets.Dataset`] with the columns `PAIR_COLUMNS`.
+        `Iterator[pyarrow.Table]`: of the schema `ANSWER_SCHEMA`.
     """
-    position = {row: i for i, row in enumerate(dataset["row"])}
-    completions = completions.filter(pc.is_in(completions["row"], pa.array(position)))
-    truths = dataset.select_columns(["row", "source_row", "prompt_ids", "chosen_ids"])
-    truths = truths.select([position[row] for row in completions["row"].to_pylist()])
-    answers = pa.table(
-        {
-            "iteration": pa.array([iteration] * len(completions), pa.int32()),
-            "sample": completions["sample"],
-            "rejected_ids": completions["completion_ids"],
+    rows, source_rows = numbers(data, "row"), numbers(data, "source_row")
+    for batch in completions:
+        positions, found = positions_of(batch["row"].to_numpy(), rows)
+        batch = batch.filter(pa.array(found))
+        columns = {
+            "iteration": np.full(len(batch), iteration, np.int32),
+            "row": batch["row"],
+            "source_row": source_rows[positions],
+            "sample": batch["sample"],
+            "rejected_ids": batch["completion_ids"],
         }
-    )
-    return concatenate_datasets([truths, Dataset(answers)], axis=1).select_columns(PAIR_COLUMNS)
+        yield pa.table(columns, schema=ANSWER_SCHEMA)
 
 
 def keeps_identical_pairs(identical_pairs: str | None, loss_types: list[str]) -> bool:
@@ -59,68 +79,74 @@ def keeps_identical_pairs(identical_pairs: str | None, loss_types: list[str]) ->
     return not set(loss_types) <= _BLIND_TO_IDENTICAL_PAIRS
 
 
-def drop_identical_pairs(pairs: Dataset) -> Dataset:
+def find_identical_pairs(pairs: PairDataset) -> np.ndarray:
+    """Which pairs have two equal sides, a mask of shape `(len(pairs),)`."""
+    masks = [equal_lists(batch["chosen_ids"], batch["rejected_ids"]) for batch in pairs.batches(_SIDES)]
+    return np.concatenate([np.empty(0, bool), *masks])
+
+
+def drop_identical_pairs(pairs: PairDataset, is_identical: np.ndarray) -> PairDataset:
     """
     Leave out the pairs whose two sides are equal.
+
+    Args:
+        pairs ([`PairDataset`]): All of them.
+        is_identical (`np.ndarray` of shape `(len(pairs),)`): See [`find_identical_pairs`].
 
     Raises:
         `NoPairsError`: if no pair is left.
     """
-    sides = zip(pairs["chosen_ids"], pairs["rejected_ids"], strict=True)
-    different = [i for i, (chosen, rejected) in enumerate(sides) if chosen != rejected]
-    if not different:
+    if is_identical.all():
         raise NoPairsError(
             f"The opponent reproduces the ground truth in all {len(pairs)} pairs of this iteration, so self-play has "
             "converged: there is nothing left to tell apart. The policy is the last iteration's. To go on, use more "
             "or other data, raise `temperature`, or set `identical_pairs='keep'`."
         )
-    return pairs if len(different) == len(pairs) else pairs.select(different)
+    return pairs.select(np.flatnonzero(~is_identical)) if is_identical.any() else pairs
 
 
-def add_history(pairs: Dataset, previous: list[tuple[int, Dataset]]) -> Dataset:
+def add_history(pairs: PairDataset, previous: list[tuple[int, PairDataset]]) -> PairDataset:
     """
     Join the pairs that older opponents made to the new ones. They are to be scored anew, so their scores are left out.
 
     Args:
-        pairs ([`~datasets.Dataset`]): The new ones.
-        previous (`list[tuple[int, Dataset]]`): Iteration number and training set of each older iteration to join. Of
-            each only the pairs that its own opponent made are taken.
+        pairs ([`PairDataset`]): The new ones.
+        previous (`list[tuple[int, PairDataset]]`): Iteration number and training set of each older iteration to join.
+            Of each only the pairs that its own opponent made are taken.
     """
-    own = [
-        dataset.select_columns(PAIR_COLUMNS).filter(
-            lambda origins, iteration=iteration: [origin == iteration for origin in origins],
-            input_columns="iteration",
-            batched=True,
-            desc=f"Taking the pairs of iteration {iteration}",
-        )
-        for iteration, dataset in previous
-    ]
-    return concatenate_datasets([pairs, *own])
+    if not previous:
+        return pairs
+    joined = [pairs]
+    for iteration, older in previous:
+        own = older.select(np.flatnonzero(numbers(older.answers, "iteration") == iteration))
+        joined.append(PairDataset(own.truths, own.answers.select_columns(ANSWER_SCHEMA.names)))
+    truths = concatenate_datasets([dataset.truths for dataset in joined])
+    return PairDataset(truths, concatenate_datasets([dataset.answers for dataset in joined]))
 
 
-def describe_pairs(pairs: Dataset, completions: pa.Table, max_length: int | None = None) -> dict[str, float]:
+def describe_pairs(
+    pairs: PairDataset, is_identical: np.ndarray, cut_off_share: float, max_length: int | None = None
+) -> dict[str, float]:
     """
     Shares and mean lengths by which one sees how the opponent's answers compare with the ground truth.
 
     Args:
-        pairs ([`~datasets.Dataset`]): As made, the identical ones included.
-        completions (`pyarrow.Table`): The opponent's.
+        pairs ([`PairDataset`]): As made, the identical ones included.
+        is_identical (`np.ndarray` of shape `(len(pairs),)`): See [`find_identical_pairs`].
+        cut_off_share (`float`): Share of the completions that ran into the length limit.
         max_length (`int`, *optional*): Length at which DPOTrainer's collator truncates a prompt with one side.
     """
-    prompts, chosen, rejected = (list(pairs[name]) for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
-    cut_off = pc.sum(pc.equal(completions["finish_reason"], "length")).as_py() or 0
+    prompts, chosen, rejected = (column_lengths(pairs, name) for name in ("prompt_ids", *_SIDES))
     return {
         "num_pairs": len(pairs),
-        "chosen_length": sum(map(len, chosen)) / len(pairs),
-        "rejected_length": sum(map(len, rejected)) / len(pairs),
-        "chosen_truncated_share": _share_longer_than(max_length, prompts, chosen),
-        "rejected_truncated_share": _share_longer_than(max_length, prompts, rejected),
-        "cut_off_share": cut_off / len(completions),
-        "identical_share": sum(c == r for c, r in zip(chosen, rejected, strict=True)) / len(pairs),
+        "chosen_length": chosen.mean().item(),
+        "rejected_length": rejected.mean().item(),
+        "chosen_truncated_share": _share_longer_than(max_length, prompts + chosen),
+        "rejected_truncated_share": _share_longer_than(max_length, prompts + rejected),
+        "cut_off_share": cut_off_share,
+        "identical_share": is_identical.mean().item(),
     }
 
 
-def _share_longer_than(max_length: int | None, prompts: list[list[int]], sides: list[list[int]]) -> float:
-    if max_length is None:
-        return 0.0
-    return sum(len(p) + len(s) > max_length for p, s in zip(prompts, sides, strict=True)) / len(sides)
+def _share_longer_than(max_length: int | None, lengths: np.ndarray) -> float:
+    return 0.0 if max_length is None else (lengths > max_length).mean().item()

@@ -9,16 +9,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from accelerate.logging import get_logger
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from .columns import batches, list_lengths
 from .data import detect_format
 from .rendering import tokenize_dataset
 from .spin_config import SPINConfig
 
 
 logger = get_logger(__name__)
+
+_TOKEN_COLUMNS = ("prompt_ids", "chosen_ids")
 
 
 @dataclass
@@ -94,8 +98,8 @@ def prepare_data(
 def dataset_checksum(dataset: Dataset) -> str:
     """Checksum of the prompts and ground truths, token by token, in their order: 16 hexadecimal digits."""
     digest = hashlib.blake2b(digest_size=8)
-    for batch in dataset.select_columns(["prompt_ids", "chosen_ids"]).with_format("arrow").iter(batch_size=1000):
-        for name in ("prompt_ids", "chosen_ids"):
+    for batch in batches(dataset, _TOKEN_COLUMNS):
+        for name in _TOKEN_COLUMNS:
             lists = batch[name].combine_chunks()
             digest.update(lists.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64).tobytes())
             digest.update(lists.flatten().to_numpy(zero_copy_only=False).astype(np.int64).tobytes())
@@ -104,20 +108,30 @@ def dataset_checksum(dataset: Dataset) -> str:
 
 def drop_duplicates(dataset: Dataset) -> tuple[Dataset, int]:
     """Keep the first of all rows with the same prompt and ground truth, in tokens; and how many were dropped."""
-    seen, kept = set(), []
-    for i, row in enumerate(dataset.select_columns(["prompt_ids", "chosen_ids"])):
-        key = hashlib.blake2b(repr((row["prompt_ids"], row["chosen_ids"])).encode(), digest_size=16).digest()
-        if key not in seen:
-            seen.add(key)
-            kept.append(i)
-    num_dropped = len(dataset) - len(kept)
-    return (dataset.select(kept) if num_dropped else dataset), num_dropped
+    digests = np.concatenate([_row_digests(batch) for batch in batches(dataset, _TOKEN_COLUMNS)])
+    _, first = np.unique(digests, return_index=True)
+    num_dropped = len(dataset) - len(first)
+    return (dataset.select(np.sort(first)) if num_dropped else dataset), num_dropped
+
+
+def _row_digests(batch: pa.Table) -> np.ndarray:
+    """Sixteen bytes for each row, as two numbers."""
+    lists = [batch[name].combine_chunks() for name in _TOKEN_COLUMNS]
+    values = [column.flatten().to_numpy(zero_copy_only=False).astype(np.int64) for column in lists]
+    ends = [np.cumsum(column.value_lengths().to_numpy(zero_copy_only=False)) for column in lists]
+    digests = bytearray()
+    starts = [0, 0]
+    for stops in zip(*ends, strict=True):
+        prompt, truth = (ids[start:stop] for ids, start, stop in zip(values, starts, stops, strict=True))
+        content = len(prompt).to_bytes(8, "little") + prompt.tobytes() + truth.tobytes()
+        digests += hashlib.blake2b(content, digest_size=16).digest()
+        starts = stops
+    return np.frombuffer(digests, dtype=[("first", np.uint64), ("second", np.uint64)])
 
 
 def percentile_length(dataset: Dataset, column: str, percentile: float) -> int:
     """The given percentile of the lengths, in tokens, of a column of token ids, rounded up."""
-    lengths = [len(ids) for batch in dataset.select_columns(column).iter(1024) for ids in batch[column]]
-    return int(np.ceil(np.percentile(lengths, percentile)))
+    return int(np.ceil(np.percentile(list_lengths(dataset, column), percentile)))
 
 
 def drop_long_prompts(dataset: Dataset, max_prompt_length: int, reason: str) -> tuple[Dataset, int]:
@@ -135,16 +149,12 @@ def drop_long_prompts(dataset: Dataset, max_prompt_length: int, reason: str) -> 
     Raises:
         `ValueError`: if no row is left.
     """
-    kept = dataset.filter(
-        lambda lengths: [len(ids) <= max_prompt_length for ids in lengths],
-        input_columns="prompt_ids",
-        batched=True,
-        desc="Dropping prompts that are too long",
-    )
+    lengths = list_lengths(dataset, "prompt_ids")
+    kept = np.flatnonzero(lengths <= max_prompt_length)
     if len(kept) == 0:
-        shortest = min(len(row["prompt_ids"]) for row in dataset.select_columns("prompt_ids"))
         raise ValueError(
-            f"All {len(dataset)} prompts are too long: the shortest has {shortest} tokens, and {reason} leaves room "
-            f"for at most {max_prompt_length}. Raise that limit or shorten the prompts."
+            f"All {len(dataset)} prompts are too long: the shortest has {lengths.min()} tokens, and {reason} leaves "
+            f"room for at most {max_prompt_length}. Raise that limit or shorten the prompts."
         )
-    return kept, len(dataset) - len(kept)
+    num_dropped = len(dataset) - len(kept)
+    return (dataset.select(kept) if num_dropped else dataset), num_dropped

@@ -5,7 +5,7 @@ are. Knows nothing of HTTP, models or paths.
 """
 
 import json
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,8 +15,20 @@ from transformers import PreTrainedTokenizerBase
 from trl.trainer.utils import remove_none_values
 
 from .chat_template import ChatTemplate, end_after_first
+from .columns import batches
 from .data import DataFormat, detect_format
 from .games import Game, InvalidRowError, split_row
+from .token_cache import cache_file_for, rendering_fingerprint
+
+
+_FEATURES = {
+    "source_row": Value("int64"),
+    "prompt": Value("string"),
+    "prompt_ids": List(Value("int32")),
+    "chosen_ids": List(Value("int32")),
+    "invalid": Value("string"),
+}
+_RENDERING_MODULES = (__name__, ChatTemplate.__module__, Game.__module__)
 
 
 class TokenizedData(NamedTuple):
@@ -66,47 +78,64 @@ def tokenize_dataset(
     if prompt_feature != Value("string") and tokenizer.chat_template is not None:
         chat_template = ChatTemplate(tokenizer, end_token_ids, chat_template_kwargs)
     renderer = RowRenderer(data_format, train_on_turns, tokenizer, tuple(end_token_ids), chat_template)
-    features = Features(
-        {
-            "source_row": Value("int64"),
-            "prompt": prompt_feature,
-            "prompt_ids": List(Value("int64")),
-            "chosen_ids": List(Value("int64")),
-            "invalid": Value("string"),
-        }
-    )
-
-    def render_batch(batch: dict[str, list], numbers: list[int]) -> dict[str, list]:
-        games = []
-        for position, number in enumerate(numbers):
-            try:
-                rendered = renderer.render({name: values[position] for name, values in batch.items()})
-            except InvalidRowError as error:
-                if not skip_invalid_rows:
-                    raise InvalidRowError(_refusal(number, str(error))) from error
-                rendered = [{"invalid": str(error)}]
-            games += [{"source_row": number, **game} for game in rendered]
-        return {name: [game.get(name) for game in games] for name in features}
-
+    features = Features({**_FEATURES, "prompt": prompt_feature})
     unreadable = _unreadable_rows(dataset)
     if unreadable and not skip_invalid_rows:
         raise InvalidRowError(_refusal(*unreadable[0]))
     readable = np.setdiff1d(np.arange(len(dataset)), [number for number, _ in unreadable])
+    settings = {
+        "format": data_format,
+        "train_on_turns": train_on_turns,
+        "end_token_ids": tuple(end_token_ids),
+        "chat_template_kwargs": chat_template_kwargs,
+        "skip_invalid_rows": skip_invalid_rows,
+        "features": features,
+    }
+    fingerprint = rendering_fingerprint(dataset, tokenizer, settings, _RENDERING_MODULES)
     rendered = (dataset.select(readable) if unreadable else dataset).map(
-        lambda batch, positions: render_batch(batch, [int(readable[position]) for position in positions]),
+        _batch_renderer(renderer, readable, list(features), skip_invalid_rows),
         batched=True,
         with_indices=True,
         remove_columns=dataset.column_names,
         features=features,
         num_proc=num_proc,
+        new_fingerprint=fingerprint,
+        cache_file_name=cache_file_for(dataset, fingerprint),
         desc="Tokenizing prompts and truths",
     )
-    reasons = rendered["invalid"][:]
-    invalid = [(rendered[i]["source_row"], reason) for i, reason in enumerate(reasons) if reason is not None]
-    invalid = sorted(unreadable + invalid)
-    valid = [i for i, reason in enumerate(reasons) if reason is None]
-    if not valid:
-        raise ValueError(f"None of the {len(dataset)} rows is valid. {_refusal(*invalid[0])}")
+    return _without_invalid_rows(rendered, len(dataset), unreadable)
+
+
+def _batch_renderer(
+    renderer: "RowRenderer", row_numbers: np.ndarray, columns: list[str], skip_invalid_rows: bool
+) -> Callable[[dict[str, list], list[int]], dict[str, list]]:
+    """What renders a batch of rows, given their positions, whose numbers in the user's data are `row_numbers`."""
+
+    def render_batch(batch: dict[str, list], positions: list[int]) -> dict[str, list]:
+        games = []
+        for place, number in enumerate(row_numbers[positions].tolist()):
+            try:
+                rendered = renderer.render({name: values[place] for name, values in batch.items()})
+            except InvalidRowError as error:
+                if not skip_invalid_rows:
+                    raise InvalidRowError(_refusal(number, str(error))) from error
+                rendered = [{"invalid": str(error)}]
+            games += [{"source_row": number, **game} for game in rendered]
+        return {name: [game.get(name) for game in games] for name in columns}
+
+    return render_batch
+
+
+def _without_invalid_rows(rendered: Dataset, num_source_rows: int, unreadable: list[tuple[int, str]]) -> TokenizedData:
+    invalid, is_valid = list(unreadable), []
+    for batch in batches(rendered, ["source_row", "invalid"]):
+        is_valid.append(batch["invalid"].is_null().to_numpy())
+        refused = batch.filter(batch["invalid"].is_valid())
+        invalid += zip(refused["source_row"].to_pylist(), refused["invalid"].to_pylist(), strict=True)
+    valid = np.flatnonzero(np.concatenate([np.empty(0, bool), *is_valid]))
+    invalid.sort()
+    if not len(valid):
+        raise ValueError(f"None of the {num_source_rows} rows is valid. {_refusal(*invalid[0])}")
     rendered = (rendered.select(valid) if invalid else rendered).remove_columns("invalid")
     return TokenizedData(rendered.add_column("row", np.arange(len(rendered))), invalid)
 

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from .atomic_files import remove, write_text
-from .iteration_store import IterationStore, RunDirectoryError, to_json
+from .iteration_store import IterationStore, to_json
 from .run_identity import differences
+from .run_paths import RunDirectoryError
 from .spin_config import SPINConfig
 
 

@@ -18,6 +18,8 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from .finite import require_finite_truths, take_origins
+from .lengths import pair_lengths
+from .pair_dataset import PairDataset
 from .progress import progress_bar
 from .sharding import initial_model
 
@@ -27,14 +29,14 @@ if TYPE_CHECKING:
 
 
 def score_pairs(
-    trainer: "DPOTrainer", pairs: Dataset, reference: AbstractContextManager[nn.Module] | None = None
+    trainer: "DPOTrainer", pairs: PairDataset, reference: AbstractContextManager[nn.Module] | None = None
 ) -> dict[str, np.ndarray]:
     """
     Log-probs of both sides of every pair under the reference.
 
     Args:
         trainer ([`~trl.DPOTrainer`]): Holds the policy.
-        pairs ([`~datasets.Dataset`]): With the columns `prompt_ids`, `chosen_ids` and `rejected_ids`.
+        pairs ([`PairDataset`]): With the columns `prompt_ids`, `chosen_ids` and `rejected_ids`.
         reference (context manager, *optional*): Gives the reference, see below. By default the policy as it stands,
             which at the start of an iteration is the opponent.
 
@@ -42,9 +44,7 @@ def score_pairs(
         `dict` with the columns that DPOTrainer reads: `ref_chosen_logps` and `ref_rejected_logps`, each of shape
         `(len(pairs),)`, in nats, summed over the completion.
     """
-    columns = ["prompt_ids", "chosen_ids", "rejected_ids"]
-    lengths = [len(p) + max(len(c), len(r)) for p, c, r in zip(*(pairs[name] for name in columns), strict=True)]
-    order = np.argsort(lengths, kind="stable")  # neighbours in length waste little padding
+    order = np.argsort(pair_lengths(pairs), kind="stable")  # neighbours in length waste little padding
     batch_size = trainer.args.precompute_ref_batch_size or trainer.args.per_device_train_batch_size
     chosen, rejected = [], []
     with (

@@ -21,12 +21,22 @@ from .evaluation import GenerationMetrics, ScoreTable, generation_metrics
 from .finite import require_finite_scores
 from .footprint import size_of_weights
 from .generation.sampler import Completion, CompletionRequest, OpponentSampler, SamplingParams
-from .iteration_store import IterationStore, RunDirectoryError
-from .pairs import add_history, describe_pairs, drop_identical_pairs, keeps_identical_pairs, make_pairs
+from .iteration_store import IterationStore
+from .pair_dataset import PairDataset
+from .pairs import (
+    ANSWER_SCHEMA,
+    add_history,
+    describe_pairs,
+    drop_identical_pairs,
+    find_identical_pairs,
+    keeps_identical_pairs,
+    make_answers,
+)
 from .publish_check import compare_logps
 from .random_state import preserved_random_state
 from .ranks import on_every_process, on_main_process
 from .resume import RunStart
+from .run_paths import RunDirectoryError
 from .scoring import completion_logps, initial_policy_as_reference, negative_log_likelihood, score_pairs
 from .spin_config import SPINConfig
 
@@ -117,6 +127,7 @@ class SelfPlayCallback(TrainerCallback):
             self.base_is_opponent = self.base_is_opponent and not has_trained
         self.start = start
         self.iteration = None
+        self.dataset = self.store.read_data()
         self._show_earlier_scores()
 
     def play(self, iteration: int) -> None:
@@ -194,7 +205,7 @@ class SelfPlayCallback(TrainerCallback):
         def measure() -> dict[str, float]:
             scores = {"nll": nll}
             if self.compute_generation_metrics is not None:
-                completions = self.store.read_completions(iteration, "evaluation")
+                completions = self.store.completions(iteration, "evaluation").batches()
                 scores |= generation_metrics(
                     self.compute_generation_metrics, self.eval_dataset, completions, self.trainer.processing_class
                 )
@@ -216,22 +227,35 @@ class SelfPlayCallback(TrainerCallback):
         on_every_process(lambda: job.run(self.sampler, dataset, share, missing_rows))
 
     def _pair_and_score(self, iteration: int) -> None:
+        try:
+            on_main_process(lambda: self._write_answers(iteration))
+            pairs = self._select_pairs(iteration, PairDataset.join(self.dataset, self.store.read_answers(iteration)))
+            scores = score_pairs(self.trainer, pairs, self._reference(iteration))
+            require_finite_scores(pairs, scores, iteration)
+            self._record(iteration, {"num_training_pairs": len(pairs)})
+            on_main_process(lambda: self.store.write_pairs(iteration, pairs.answers, scores))
+        finally:
+            if self.trainer.is_world_process_zero():
+                self.store.remove_answers(iteration)
+
+    def _write_answers(self, iteration: int) -> None:
+        parts = self.store.completions(iteration, "generations")
+        answers = make_answers(self.dataset, parts.batches(), iteration)
+        num_bytes = 2 * parts.num_bytes()  # they are compressed
+        self.store.write_answers(iteration, answers, ANSWER_SCHEMA, num_bytes)
+
+    def _select_pairs(self, iteration: int, pairs: PairDataset) -> PairDataset:
+        """Describe the pairs, leave out what cannot be learned from, and add what older opponents made."""
         args = self.trainer.args
-        completions = self.store.read_completions(iteration, "generations")
-        own = make_pairs(self.dataset, completions, iteration)
-        description = describe_pairs(own, completions, args.max_length)
+        is_identical = find_identical_pairs(pairs)
+        cut_off_share = self.store.completions(iteration, "generations").cut_off_share()
+        description = describe_pairs(pairs, is_identical, cut_off_share, args.max_length)
         self._record(iteration, description)
         self.trainer.log_self_play({f"self_play/{name}": value for name, value in description.items()})
         if not keeps_identical_pairs(args.identical_pairs, args.loss_type):
-            own = drop_identical_pairs(own)
+            pairs = drop_identical_pairs(pairs, is_identical)
         first = max(0, iteration - args.num_history_iterations)
-        pairs = add_history(own, [(i, self.store.read_pairs(i)) for i in range(first, iteration)])
-        scores = score_pairs(self.trainer, pairs, self._reference(iteration))
-        require_finite_scores(pairs, scores, iteration)
-        for name, logps in scores.items():
-            pairs = pairs.add_column(name, logps)
-        self._record(iteration, {"num_training_pairs": len(pairs)})
-        on_main_process(lambda: self.store.write_pairs(iteration, pairs))
+        return add_history(pairs, [(i, self.store.read_pairs(i)) for i in range(first, iteration)])
 
     def _reference(self, iteration: int) -> AbstractContextManager[nn.Module] | None:
         if iteration == 0 or self.trainer.args.opponent_reference == "previous":

@@ -295,6 +295,9 @@ class SPINTrainer(IterativeTrainer):
         if start.is_resumed:
             tqdm.write(str(start))
         self.store.write_invalid_rows(self.self_play_setup.invalid_rows)
+        self.store.run_id = start.run_id
+        if not start.is_resumed or not self.store.has_whole_data():
+            self.store.write_data(self.self_play_setup.train_dataset)
         return start
 
     def _place(self) -> Place:

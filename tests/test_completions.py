@@ -92,11 +92,11 @@ def test_rank_without_rows_is_asked_for_nothing(store):
 
 
 def test_missing_rows_are_those_without_a_completion_of_this_kind(store):
-    assert job(store).missing_rows(prompts(4, 2, 0)) == [4, 2, 0]
+    assert job(store).missing_rows(prompts(4, 2, 0)).tolist() == [4, 2, 0]
     job(store).run(FakeSampler(), prompts(2), Share())
-    assert job(store).missing_rows(prompts(4, 2, 0)) == [4, 0]
-    assert job(store, kind="evaluation").missing_rows(prompts(4, 2, 0)) == [4, 2, 0]
-    assert job(store, iteration=1).missing_rows(prompts(4, 2, 0)) == [4, 2, 0]
+    assert job(store).missing_rows(prompts(4, 2, 0)).tolist() == [4, 0]
+    assert job(store, kind="evaluation").missing_rows(prompts(4, 2, 0)).tolist() == [4, 2, 0]
+    assert job(store, iteration=1).missing_rows(prompts(4, 2, 0)).tolist() == [4, 2, 0]
 
 
 def test_every_sample_of_every_row_is_completed(store):
@@ -130,7 +130,7 @@ def test_interrupted_run_goes_on_with_what_is_missing(store, num_answers):
     with pytest.raises(SamplerError, match="the server is gone"):
         job(store, part_size=4).run(FakeSampler(num_answers), dataset, Share())
     done = 4 * (num_answers // 4)
-    assert store.completed_rows(0, "generations") == set(range(done))
+    assert set(store.completed_rows(0, "generations")) == set(range(done))
 
     again = FakeSampler()
     job(store, part_size=4).run(again, dataset, Share())

@@ -355,6 +355,7 @@ def test_estimate_is_within_a_factor_of_two_of_what_a_run_writes(
     (footprint,) = footprints
     written = {
         "completions": sum(size_on_disk(trainer.store.path(i, "generations")) for i in range(2)),
+        "data": size_on_disk(trainer.store.output_dir / "train_data"),
         "pairs": sum(size_on_disk(trainer.store.path(i, "pairs")) for i in range(2)),
         "opponents": sum(size_on_disk(trainer.store.path(i, "opponent")) for i in range(2)),
         "checkpoints": sum(size_on_disk(path) for path in trainer.store.checkpoints()),

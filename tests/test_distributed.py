@@ -11,11 +11,10 @@ import pytest
 import torch
 import yaml
 from conftest import DATA, RECIPES, ROOT
-from datasets import load_from_disk
 from play_distributed import play, settings
 from transformers import AutoModelForCausalLM
 
-from spin_trl import SPINConfig
+from spin_trl import SPINConfig, load_pairs
 
 
 ACCELERATE = RECIPES / "accelerate"
@@ -110,7 +109,7 @@ def test_every_prompt_is_paired_once_and_scored_by_the_reference(run, tiny_model
     _, output_dir, (_, reference, _) = run
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     for iteration in (0, 1):
-        pairs = load_from_disk(str(output_dir / f"iteration-{iteration}" / "pairs"))
+        pairs = load_pairs(output_dir, iteration)
         assert sorted(pairs["row"][:30]) == list(range(30))
         expected = [logp(model, row["prompt_ids"], row["rejected_ids"]) for row in pairs]
         by_initial_model = pairs["ref_rejected_logps"][:] == pytest.approx(expected, abs=1e-3)

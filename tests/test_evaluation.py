@@ -5,8 +5,8 @@ import pyarrow as pa
 import pytest
 from datasets import Dataset
 
+from spin_trl.completion_parts import COMPLETION_SCHEMA
 from spin_trl.evaluation import ScoreTable, generation_metrics
-from spin_trl.iteration_store import COMPLETION_SCHEMA
 
 
 def truths(tokenizer, rows: list[int], texts: list[str]) -> Dataset:
@@ -43,7 +43,7 @@ def test_metrics_get_prompts_references_and_generations_of_the_same_row(tokenize
         seen.append((prompts, references, generations))
         return {"accuracy": 1 / 3}
 
-    assert generation_metrics(compute, dataset, completions, tokenizer) == {"accuracy": 1 / 3}
+    assert generation_metrics(compute, dataset, [completions], tokenizer) == {"accuracy": 1 / 3}
     assert seen == [(["prompt 1", "prompt 2", "prompt 3"], ["B", "CH", "AA"], ["B", "D", "EH"])]
 
 
@@ -55,12 +55,12 @@ def test_equal_ids_give_equal_text_without_special_tokens(tokenizer):
         assert references == generations == texts
         return {}
 
-    assert generation_metrics(compute, dataset, completions, tokenizer) == {}
+    assert generation_metrics(compute, dataset, [completions], tokenizer) == {}
 
 
 def test_numbers_of_any_kind_become_floats(tokenizer):
     dataset, completions = truths(tokenizer, [0], ["B"]), answers(tokenizer, [0], ["B"])
-    found = generation_metrics(lambda *_: {"count": 2, "share": np.float32(0.5)}, dataset, completions, tokenizer)
+    found = generation_metrics(lambda *_: {"count": 2, "share": np.float32(0.5)}, dataset, [completions], tokenizer)
     assert found == {"count": 2.0, "share": 0.5}
     assert {type(value) for value in found.values()} == {float}
 
@@ -69,7 +69,7 @@ def test_numbers_of_any_kind_become_floats(tokenizer):
 def test_anything_but_a_dict_of_numbers_is_refused(tokenizer, returned):
     dataset, completions = truths(tokenizer, [0], ["B"]), answers(tokenizer, [0], ["B"])
     with pytest.raises(TypeError, match="`compute_generation_metrics` must return a dict of numbers") as refusal:
-        generation_metrics(lambda *_: returned, dataset, completions, tokenizer)
+        generation_metrics(lambda *_: returned, dataset, [completions], tokenizer)
     assert repr(returned) in str(refusal.value)
 
 

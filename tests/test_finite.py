@@ -13,6 +13,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from spin_trl import SPINTrainer
 from spin_trl.finite import OriginCollator, StepNumbers, require_finite_scores, require_finite_truths, take_origins
+from spin_trl.pair_dataset import PairDataset
 
 
 NAN, INF = math.nan, math.inf
@@ -85,7 +86,7 @@ def test_scores_that_are_not_finite_name_rows_and_iteration():
     pairs = Dataset.from_dict({"source_row": [8, 9, 8], "iteration": [2, 2, 1]})
     scores = {"ref_chosen_logps": np.array([-1.0, -2.0, NAN]), "ref_rejected_logps": np.array([-1.0, -INF, -3.0])}
     with pytest.raises(FloatingPointError) as error:
-        require_finite_scores(pairs, scores, iteration=2)
+        require_finite_scores(PairDataset(Dataset.from_dict({}), pairs), scores, iteration=2)
     message = str(error.value)
     assert "cannot score the pairs of iteration 2" in message
     assert f"the chosen side in 1 of 3 pair(s), {ROWS} 8 (answered in iteration 1);" in str(error.value)

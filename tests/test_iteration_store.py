@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from datasets import Dataset
 
@@ -50,7 +51,7 @@ def test_part_that_could_not_be_written_leaves_no_file_and_earlier_parts_survive
         with pytest.raises(OSError, match="No space left"):
             store.write_completions(0, "generations", 2, completions(2, 3))
     assert files(store) == before and len(before) == 1
-    assert store.completed_rows(0, "generations") == {0, 1}
+    assert set(store.completed_rows(0, "generations")) == {0, 1}
 
 
 def test_metrics_that_could_not_be_written_leave_the_earlier_ones(store, monkeypatch):
@@ -74,23 +75,29 @@ def test_interrupt_during_a_write_leaves_no_file_either(store, monkeypatch):
     assert files(store) == []
 
 
-def test_pairs_that_could_not_be_written_are_absent_and_can_be_written_again(store, monkeypatch):
-    pairs = Dataset.from_dict({"row": [0, 1]})
+def run_data(*rows: int) -> Dataset:
+    """Rows whose token ids tell them apart."""
+    columns = {"row": list(rows), "source_row": list(rows), "prompt": [f"prompt {row}" for row in rows]}
+    ids = {"prompt_ids": [[10, row] for row in rows], "chosen_ids": [[20, row, 2] for row in rows]}
+    return Dataset.from_dict({**columns, **ids})
 
-    def save_half(self, path):
-        Path(path).mkdir(parents=True)
-        write_half_and_fail(Path(path) / "data-00000-of-00007.arrow")
+
+def answers(*rows: int) -> Dataset:
+    return Dataset.from_dict({"row": list(rows), "rejected_ids": [[30, row] for row in rows]})
+
+
+def test_pairs_that_could_not_be_written_are_absent_and_can_be_written_again(store, monkeypatch):
+    store.write_data(run_data(0, 1))
 
     with monkeypatch.context() as patch:
-        patch.setattr(Dataset, "save_to_disk", save_half)
+        patch.setattr("spin_trl.arrow_directory.write_rows", write_half_and_fail)
         with pytest.raises(OSError, match="No space left"):
-            store.write_pairs(0, pairs)
+            store.write_pairs(0, answers(0, 1), {})
     assert not store.has_pairs(0)
-    store.write_pairs(0, pairs)
+    store.write_pairs(0, answers(0, 1), {})
     assert store.has_pairs(0)
     assert store.read_pairs(0)["row"][:] == [0, 1]
     assert [path.name for path in store.path(0).iterdir()] == ["pairs"]
-    assert not (store.path(0, "pairs") / "data-00000-of-00007.arrow").exists()
 
 
 def test_opponent_that_could_not_be_saved_leaves_the_earlier_one(store):
@@ -156,7 +163,7 @@ def test_damaged_part_is_not_read_and_its_rows_are_missing_again(store, damage, 
     damage(parts(store)[0])
     with pytest.raises(RunDirectoryError, match=message):
         store.read_completions(0, "generations")
-    assert store.completed_rows(0, "generations") == {2, 3}
+    assert set(store.completed_rows(0, "generations")) == {2, 3}
     assert len(parts(store)) == 1
 
 
@@ -164,20 +171,51 @@ def test_part_of_another_iteration_is_known_by_its_content(store):
     store.write_completions(1, "generations", 0, completions(0, 1))
     store.path(0).mkdir()
     store.path(1, "generations").rename(store.path(0, "generations"))
-    assert store.completed_rows(0, "generations") == set()
+    assert set(store.completed_rows(0, "generations")) == set()
 
 
 @pytest.mark.parametrize("damage", [cut_off, flip_a_bit, Path.unlink])
 def test_damaged_pairs_are_known_as_such(store, damage):
-    store.write_pairs(0, Dataset.from_dict({"row": [0, 1]}))
+    store.write_pairs(0, answers(0, 1), {})
     assert store.has_whole_pairs(0) and len(store.pairs_checksum(0)) == 16
     damage(next(store.path(0, "pairs").glob("*.arrow")))
     assert not store.has_whole_pairs(0)
 
 
 def test_pairs_without_a_checksum_are_not_whole(store):
-    Dataset.from_dict({"row": [0, 1]}).save_to_disk(str(store.path(0, "pairs")))
+    store.write_pairs(0, answers(0, 1), {})
+    (store.path(0, "pairs") / "checksum.txt").unlink()
     assert store.pairs_checksum(0) is None and not store.has_whole_pairs(0)
+
+
+@pytest.mark.parametrize("damage", [cut_off, flip_a_bit, Path.unlink])
+def test_damaged_data_are_known_as_such(store, damage):
+    assert not store.has_whole_data()
+    store.write_data(run_data(0, 1))
+    assert store.has_whole_data()
+    damage(next((store.output_dir / "train_data").glob("*.arrow")))
+    assert not store.has_whole_data()
+
+
+def test_data_of_another_run_are_not_this_ones(store):
+    store.write_data(run_data(0, 1))
+    assert not IterationStore(store.output_dir, run_id="another").has_whole_data()
+
+
+def test_pairs_of_rows_that_the_data_lack_are_refused(store):
+    store.write_data(run_data(0, 1))
+    store.write_pairs(0, answers(1, 2), {})
+    with pytest.raises(RunDirectoryError, match="have no row 2.*not of the same run"):
+        store.read_pairs(0)
+
+
+def test_folder_of_somebody_else_where_the_data_would_go_is_refused_and_kept(store):
+    (store.output_dir / "train_data").mkdir(parents=True)
+    (store.output_dir / "train_data" / "mine.jsonl").write_text("{}")
+    with pytest.raises(RunDirectoryError, match="train_data is where a run keeps.*Move it away"):
+        store.write_data(run_data(0))
+    store.clear()
+    assert files(store) == ["train_data/mine.jsonl"]
 
 
 def test_what_was_not_written_to_its_end_is_cleared_and_nothing_else(store):
@@ -238,13 +276,13 @@ def test_completions_of_all_parts_come_back_sorted_by_row_and_sample(store):
 
 
 def test_completed_rows_are_those_of_whole_parts_of_this_kind_and_iteration(store):
-    assert store.completed_rows(0, "generations") == set()
+    assert set(store.completed_rows(0, "generations")) == set()
     store.write_completions(0, "generations", 0, completions(0, 5))
     store.write_completions(0, "evaluation", 0, completions(1))
     store.write_completions(1, "generations", 0, completions(2))
     leftover = store.path(0, "generations", "part-00000009-4-0123456789abcdef.parquet.tmp-1234")
     leftover.write_bytes(b"half")
-    assert store.completed_rows(0, "generations") == {0, 5}
+    assert set(store.completed_rows(0, "generations")) == {0, 5}
 
 
 def test_completions_that_were_never_made_are_an_empty_table(store):
@@ -253,15 +291,40 @@ def test_completions_that_were_never_made_are_an_empty_table(store):
     assert table.column_names == ["row", "sample", "completion_ids", "finish_reason"]
 
 
-def test_pairs_come_back_with_their_columns_and_scores(store):
-    columns = {
+def test_pairs_come_back_with_the_columns_of_the_data_and_scores(store):
+    store.write_data(run_data(2, 3, 4))
+    store.write_pairs(2, answers(4, 2), {"ref_rejected_logps": np.array([-1.5, -0.25], np.float32)})
+    assert store.read_pairs(2)[:] == {
         "row": [4, 2],
-        "prompt_ids": [[1, 2], [3]],
-        "rejected_ids": [[5], [6, 7]],
+        "rejected_ids": [[30, 4], [30, 2]],
         "ref_rejected_logps": [-1.5, -0.25],
+        "prompt_ids": [[10, 4], [10, 2]],
+        "chosen_ids": [[20, 4, 2], [20, 2, 2]],
     }
-    store.write_pairs(2, Dataset.from_dict(columns))
-    assert store.read_pairs(2)[:] == columns
+
+
+def test_pairs_on_disk_hold_no_prompt_and_no_ground_truth(store):
+    store.write_data(run_data(0, 1))
+    store.write_pairs(0, answers(0, 1), {"ref_chosen_logps": np.array([-1.0, -2.0])})
+    (file,) = store.path(0, "pairs").glob("*.arrow")
+    assert Dataset.from_file(str(file)).column_names == ["row", "rejected_ids", "ref_chosen_logps"]
+
+
+def test_completions_of_parts_that_interleave_are_read_in_order_a_few_at_a_time(store):
+    """A run that was stopped twice, with parts of other sizes: 0 to 3, then 8 to 11, then what was missing."""
+    store.write_completions(0, "generations", 8, completions(*range(8, 12)))
+    store.write_completions(0, "generations", 0, completions(*range(4)))
+    store.write_completions(0, "generations", 4, completions(4, 5, 6, 7, 12, 13))
+    tables = list(store.completions(0, "generations").batches(batch_size=5))
+    assert [len(table) for table in tables] == [5, 5, 4]
+    assert [ids for table in tables for ids in table["completion_ids"].to_pylist()] == [[row, 0] for row in range(14)]
+
+
+def test_share_of_cut_off_completions_is_over_all_parts(store):
+    assert store.completions(0, "generations").cut_off_share() == 0.0
+    store.write_completions(0, "generations", 0, {**completions(0, 1), "finish_reason": ["stop", "length"]})
+    store.write_completions(0, "generations", 2, completions(2, 3))
+    assert store.completions(0, "generations").cut_off_share() == 0.25
 
 
 def test_metrics_of_later_phases_join_those_of_earlier_ones(store):
@@ -339,6 +402,7 @@ def test_clearing_a_run_leaves_what_is_not_its_own(store):
     store.write_metrics(0, {"nll": 1.0})
     store.write_metrics(12, {"nll": 1.0})
     store.write_invalid_rows([{"row": 3}])
+    store.write_data(run_data(0))
     (store.output_dir / "checkpoint-40").mkdir()
     (store.output_dir / "checkpoint-40" / "model.safetensors").write_text("weights")
     foreign = ["notes.txt", "iteration-notes.txt", "checkpoint-best/model.safetensors", "iteration-plots/nll.png"]

@@ -10,10 +10,10 @@ from pathlib import Path
 import kill_points
 import pytest
 from conftest import read_rows
-from datasets import load_from_disk
 from kill_points import FINAL_WEIGHTS, PLACES
 from safetensors.torch import load_file
 
+from spin_trl import load_pairs
 from spin_trl.iteration_store import IterationStore
 
 
@@ -81,7 +81,7 @@ def num_completions(output_dir: Path) -> int:
 
 
 def pairs(output_dir: Path, iteration: int) -> list[dict]:
-    return load_from_disk(str(output_dir / f"iteration-{iteration}" / "pairs")).to_list()
+    return load_pairs(output_dir, iteration).to_list()
 
 
 def assert_ends_the_same(output_dir: Path, undisturbed: Path) -> None:

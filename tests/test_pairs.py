@@ -1,5 +1,6 @@
 """How completions become pairs, which pairs of older iterations join them, and what is told about them."""
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
@@ -8,15 +9,17 @@ from datasets import Dataset
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from spin_trl import SPINConfig, SPINTrainer
-from spin_trl.iteration_store import COMPLETION_SCHEMA
+from spin_trl.completion_parts import COMPLETION_SCHEMA
+from spin_trl.pair_dataset import TRUTH_COLUMNS, PairDataset
 from spin_trl.pairs import (
-    PAIR_COLUMNS,
+    ANSWER_SCHEMA,
     NoPairsError,
     add_history,
     describe_pairs,
     drop_identical_pairs,
+    find_identical_pairs,
     keeps_identical_pairs,
-    make_pairs,
+    make_answers,
 )
 
 
@@ -50,8 +53,14 @@ def completions(*keys: tuple[int, int]) -> pa.Table:
     return pa.table(columns, schema=COMPLETION_SCHEMA)
 
 
-def assert_joined_by_row(pairs: Dataset, keys: list[tuple[int, int]], iteration: int) -> None:
-    assert pairs.column_names == PAIR_COLUMNS
+def make_pairs(data: Dataset, table: pa.Table, iteration: int) -> PairDataset:
+    """The completions come in two batches, as they do from disk."""
+    batches = [table.slice(0, 1), table.slice(1)]
+    return PairDataset.join(data, Dataset(pa.concat_tables(make_answers(data, batches, iteration))))
+
+
+def assert_joined_by_row(pairs: PairDataset, keys: list[tuple[int, int]], iteration: int) -> None:
+    assert pairs.column_names == [*ANSWER_SCHEMA.names, *TRUTH_COLUMNS]
     assert list(zip(pairs["row"], pairs["sample"], strict=True)) == keys
     for pair in pairs:
         assert pair["iteration"] == iteration
@@ -94,9 +103,10 @@ def test_history_takes_of_each_older_iteration_only_what_its_own_opponent_made()
 
 def test_scores_of_older_pairs_are_left_behind():
     older = make_pairs(truths(0), completions((0, 0)), iteration=0)
-    scored = older.add_column("ref_chosen_logps", [-1.0]).add_column("ref_rejected_logps", [-2.0])
+    answers = older.answers.add_column("ref_chosen_logps", [-1.0]).add_column("ref_rejected_logps", [-2.0])
+    scored = PairDataset(older.truths, answers)
     new = make_pairs(truths(0), completions((0, 0)), iteration=1)
-    assert add_history(new, [(0, scored)]).column_names == PAIR_COLUMNS
+    assert add_history(new, [(0, scored)]).column_names == new.column_names
 
 
 def test_without_history_the_pairs_stay_as_they_are():
@@ -117,25 +127,35 @@ def test_answers_of_no_words_make_pairs_that_dpos_collator_takes():
 # Identical pairs
 
 
-def pairs_of(*sides: tuple[list[int], list[int]]) -> Dataset:
-    return Dataset.from_dict(
-        {
-            "row": list(range(len(sides))),
-            "prompt_ids": [[10, 10]] * len(sides),
-            "chosen_ids": [chosen for chosen, _ in sides],
-            "rejected_ids": [rejected for _, rejected in sides],
-        }
-    )
+def pairs_of(*sides: tuple[list[int], list[int]]) -> PairDataset:
+    chosen, rejected = zip(*sides, strict=True)
+    truths = Dataset.from_dict({"prompt_ids": [[10, 10]] * len(sides), "chosen_ids": list(chosen)})
+    return PairDataset(truths, Dataset.from_dict({"row": list(range(len(sides))), "rejected_ids": list(rejected)}))
 
 
 def test_pairs_whose_sides_differ_in_their_end_alone_stay():
     pairs = pairs_of(([1, 2], [1, 2]), ([1, 2], [1]), ([1, 2], [1, 2, 2]), ([2], [2]), ([1], [2]))
-    assert drop_identical_pairs(pairs)["row"][:] == [1, 2, 4]
+    is_identical = find_identical_pairs(pairs)
+    assert is_identical.tolist() == [True, False, False, True, False]
+    assert drop_identical_pairs(pairs, is_identical)["row"][:] == [1, 2, 4]
+
+
+def test_sides_of_no_tokens_and_of_the_same_tokens_in_another_order_are_told_apart():
+    pairs = pairs_of(([], []), ([1, 2], [2, 1]), ([], [1]), ([3, 3], [3, 3]), ([1, 2, 3], [1, 2, 4]))
+    assert find_identical_pairs(pairs).tolist() == [True, False, False, True, False]
+
+
+def test_identical_pairs_are_found_in_every_batch():
+    """Of 2,500 pairs, read a thousand at a time, every seventh is identical."""
+    sides = [([number, 2], [number if number % 7 == 0 else 1, 2]) for number in range(2, 2502)]
+    found = find_identical_pairs(pairs_of(*sides))
+    assert np.flatnonzero(found).tolist() == [number - 2 for number in range(2, 2502) if number % 7 == 0]
 
 
 def test_iteration_of_identical_pairs_alone_is_stopped_with_what_it_means():
+    pairs = pairs_of(([1, 2], [1, 2]), ([2], [2]))
     with pytest.raises(NoPairsError, match="in all 2 pairs.*converged.*`identical_pairs='keep'`"):
-        drop_identical_pairs(pairs_of(([1, 2], [1, 2]), ([2], [2])))
+        drop_identical_pairs(pairs, find_identical_pairs(pairs))
 
 
 @pytest.fixture(scope="module")
@@ -185,12 +205,11 @@ def test_one_loss_that_uses_identical_pairs_keeps_them_unless_the_user_decides(s
 
 def test_description_of_pairs_by_hand():
     """
-    Lengths 2, 1, 3, 2 against 2, 3, 1, 4; the first pair is identical, one completion of four was cut off. With a
+    Lengths 2, 1, 3, 2 against 2, 3, 1, 4; the first pair is identical. With a
     prompt of 2, four tokens hold all chosen sides but the third, and all rejected ones but the second and fourth.
     """
     pairs = pairs_of(([1, 2], [1, 2]), ([2], [1, 1, 2]), ([1, 1, 2], [2]), ([3, 2], [3, 2, 2, 2]))
-    table = pa.table({"finish_reason": ["stop", "stop", "stop", "length"]})
-    assert describe_pairs(pairs, table, max_length=4) == {
+    assert describe_pairs(pairs, find_identical_pairs(pairs), cut_off_share=0.25, max_length=4) == {
         "num_pairs": 4,
         "chosen_length": 2.0,
         "rejected_length": 2.5,
@@ -202,5 +221,6 @@ def test_description_of_pairs_by_hand():
 
 
 def test_nothing_is_truncated_without_a_maximum():
-    description = describe_pairs(pairs_of(([1] * 99, [1])), pa.table({"finish_reason": ["stop"]}), max_length=None)
+    pairs = pairs_of(([1] * 99, [1]))
+    description = describe_pairs(pairs, find_identical_pairs(pairs), cut_off_share=0.0, max_length=None)
     assert description["chosen_truncated_share"] == description["rejected_truncated_share"] == 0.0

@@ -9,10 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from conftest import RECIPES, ROOT, load_recipe
-from datasets import load_from_disk
 from trl import ModelConfig, TrlParser
 
-from spin_trl import SPINConfig
+from spin_trl import SPINConfig, load_pairs
 
 
 CONFIGS = sorted(RECIPES.glob("*.yaml"))
@@ -119,7 +118,7 @@ def test_two_processes_play_the_demo_with_pairs_for_every_prompt_once(tiny_model
     rows = list(range(1000))
     for iteration in (0, 1):
         folder = tmp_path / "run" / f"iteration-{iteration}"
-        assert sorted(load_from_disk(str(folder / "pairs"))["row"]) == rows
+        assert sorted(load_pairs(tmp_path / "run", iteration)["row"]) == rows
         parts = [pq.read_table(part)["row"].to_pylist() for part in sorted((folder / "generations").iterdir())]
         assert sorted(row for part in parts for row in part) == rows
         assert len(parts) == 4

@@ -341,7 +341,7 @@ WRITES = {
     "reading metrics": lambda store: store.read_metrics(0),
     "completions": lambda store: store.completed_rows(0, "generations"),
     "opponent": lambda store: store.write_opponent(0, lambda directory: Path(directory).mkdir(), True),
-    "pairs": lambda store: store.write_pairs(0, None),
+    "pairs": lambda store: store.write_pairs(0, None, {}),
 }
 
 
@@ -390,12 +390,13 @@ def test_iteration_that_is_no_number_is_no_path(store):
         store.path("../../elsewhere")
 
 
-def test_pairs_that_name_files_elsewhere_are_refused(store, elsewhere, train_dataset):
-    store.write_pairs(0, train_dataset)
-    state = store.path(0, "pairs", "state.json")
-    state.write_text(json.dumps({**json.loads(state.read_text()), "_data_files": [{"filename": "../../x.arrow"}]}))
-    with pytest.raises(RunDirectoryError, match=r"names '\.\./\.\./x\.arrow'.*delete"):
-        store.read_pairs(0)
+@pytest.mark.parametrize("name", ["iteration-0/pairs", "train_data"])
+def test_rows_that_lie_elsewhere_are_refused(store, elsewhere, name):
+    path = store.output_dir / name
+    path.mkdir(parents=True)
+    (path / "rows.arrow").symlink_to(elsewhere / "metrics.json")
+    with pytest.raises(RunDirectoryError, match=r"rows\.arrow is a link"):
+        store.read_data() if name == "train_data" else store.has_whole_pairs(0)
 
 
 @pytest.mark.parametrize("field", ["iteration", "step"])

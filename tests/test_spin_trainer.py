@@ -14,7 +14,7 @@ from tiny_tokenizers import byte_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
-from spin_trl import SPINTrainer
+from spin_trl import SPINTrainer, load_pairs
 from spin_trl.generation.sampler import Completion
 from spin_trl.pairs import NoPairsError
 
@@ -78,7 +78,7 @@ def test_losses_equal_those_of_dpo_trainer_with_the_opponent_as_reference(
     """The same pairs, in the same order, from the same weights."""
     spin = SPINTrainer(tiny_model, make_config(num_iterations=1), train_dataset=train_dataset)
     spin.train()
-    pairs = spin.store.read_pairs(0).select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
+    pairs = load_pairs(spin.args.output_dir, 0).select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
 
     class FromPairs(DPOTrainer):
         def _prepare_dataset(self, dataset, *args, **kwargs):
