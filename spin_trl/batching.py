@@ -6,7 +6,7 @@ Every process makes the same lists, and each takes its part of them.
 import numpy as np
 
 
-# As transformers' `LengthGroupedSampler`: pairs are sorted within so many batches, or a quarter of all, if that is less.
+# Pairs are sorted within so many batches, or a quarter of all if that is less, as transformers' sampler does.
 _BATCHES_SORTED_TOGETHER = 50
 
 

@@ -14,12 +14,14 @@ _LARGEST_BATCH = 1000  # numbers in one of its tensors, here
 
 
 def count_live_objects(trainer: SPINTrainer) -> dict[str, int]:
-    """Tensors, the numbers in those that are larger than a batch, datasets, loaders, and hooks, of this whole process; and what accelerate keeps."""
+    """
+    Tensors, the numbers in those that are larger than a batch, datasets, loaders and hooks of this whole process, and
+    what accelerate keeps.
+    """
     gc.collect()
     objects = gc.get_objects()
     tensors = [item for item in objects if issubclass(type(item), torch.Tensor)]
     modules = [item for item in objects if issubclass(type(item), nn.Module)]
-    accelerator = trainer.accelerator
     return {
         "tensors": len(tensors),
         "numbers": sum(tensor.numel() for tensor in tensors if tensor.numel() > _LARGEST_BATCH),
@@ -29,12 +31,7 @@ def count_live_objects(trainer: SPINTrainer) -> dict[str, int]:
         "hooks": sum(len(value) for item in modules for name, value in vars(item).items() if "hooks" in name and value),
         "callbacks": len(trainer.callback_handler.callbacks),
         "kept by accelerate": sum(
-            len(kept)
-            for kept in (
-                accelerator._models,
-                accelerator._optimizers,
-                accelerator._schedulers,
-                accelerator._dataloaders,
-            )
+            len(getattr(trainer.accelerator, kind))
+            for kind in ("_models", "_optimizers", "_schedulers", "_dataloaders")
         ),
     }
