@@ -5,11 +5,12 @@ Knows nothing of where the pairs come from.
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -19,8 +20,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import DPOTrainer
 
 from .atomic_files import finish_directory, remove, temporary_path
+from .batching import epoch_order
 from .disk import writing
 from .footprint import size_of_checkpoint, size_of_weights
+from .lengths import pair_lengths
 from .pair_dataset import PairDataset
 from .ranks import on_every_process
 from .resume import RunStart
@@ -53,7 +56,7 @@ class IterativeTrainer(DPOTrainer):
         self._staging: Path | None = None
         self._saved_step: int | None = None
         self.start = RunStart("")
-        self.iteration = self.first_step = self.steps_per_epoch = 0
+        self.iteration = self.epoch = self.first_step = self.steps_per_epoch = 0
         super().__init__(*other, args=args, optimizers=optimizers, **more)
 
     def _num_new_pairs(self) -> int:
@@ -113,7 +116,23 @@ class IterativeTrainer(DPOTrainer):
             return int(self.args.num_train_epochs), 0
         return self.start.epochs_trained, self.start.steps_in_epoch * self.args.gradient_accumulation_steps
 
+    def _get_train_sampler(self, train_dataset: PairDataset | None = None) -> Sequence[int]:
+        # The same on every process, whatever random numbers it has drawn, and after a resumption too.
+        pairs = self.train_dataset if train_dataset is None else train_dataset
+        if "rejected_ids" not in pairs.column_names:  # before the first opponent has answered
+            return range(len(pairs))
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        strategy = self.args.train_sampling_strategy
+        return epoch_order(
+            len(pairs),
+            self._pairs_per_step,
+            None if strategy == "sequential" else np.random.default_rng((seed, self.epoch)),
+            pair_lengths(pairs, self.args.max_length) if strategy == "group_by_length" else None,
+            self.args.dataloader_drop_last,
+        ).tolist()
+
     def _run_epoch(self, **kwargs) -> None:
+        self.epoch = kwargs["epoch"]
         loader = self.get_train_dataloader()
         kwargs["train_dataloader"] = loader
         kwargs["steps_in_epoch"] = len(loader)
@@ -123,9 +142,13 @@ class IterativeTrainer(DPOTrainer):
 
     def _num_update_steps(self, num_pairs: int) -> int:
         """Number of optimizer steps in one epoch over `num_pairs` pairs."""
-        per_batch = self.args.train_batch_size * self.args.world_size
         round_to_int = math.floor if self.args.dataloader_drop_last else math.ceil
-        return max(1, math.ceil(round_to_int(num_pairs / per_batch) / self.args.gradient_accumulation_steps))
+        return max(1, round_to_int(num_pairs / self._pairs_per_step))
+
+    @property
+    def _pairs_per_step(self) -> int:
+        """Pairs of one optimizer step, over all processes."""
+        return self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
 
     def _total_steps(self, num_steps: int, first_estimated: int) -> int:
         """Number of steps of the run: those known, and an estimate from the iteration `first_estimated` on."""

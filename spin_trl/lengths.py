@@ -7,19 +7,21 @@ from .columns import list_lengths
 from .pair_dataset import PairDataset
 
 
-def pair_lengths(pairs: Dataset | PairDataset) -> np.ndarray:
+def pair_lengths(pairs: Dataset | PairDataset, max_length: int | None = None) -> np.ndarray:
     """
-    What each pair takes in a padded batch: the prompt with the longer of its two sides.
+    Tokens of the longer of a pair's two sequences: what each of them is padded to.
 
     Args:
         pairs ([`PairDataset`] or [`~datasets.Dataset`]): With the columns `prompt_ids`, `chosen_ids` and
             `rejected_ids`.
+        max_length (`int`, *optional*): Length at which DPOTrainer's collator truncates a sequence.
 
     Returns:
-        `np.ndarray` of shape `(len(pairs),)`, in tokens.
+        `np.ndarray` of shape `(len(pairs),)` and integer type: prompt and longer side together.
     """
     sides = np.maximum(column_lengths(pairs, "chosen_ids"), column_lengths(pairs, "rejected_ids"))
-    return column_lengths(pairs, "prompt_ids") + sides
+    lengths = column_lengths(pairs, "prompt_ids") + sides
+    return lengths if max_length is None else np.minimum(lengths, max_length)
 
 
 def column_lengths(pairs: Dataset | PairDataset, column: str) -> np.ndarray:

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from .batching import scoring_batches
 from .finite import require_finite_truths, take_origins
 from .lengths import pair_lengths
 from .pair_dataset import PairDataset
@@ -44,25 +45,21 @@ def score_pairs(
         `dict` with the columns that DPOTrainer reads: `ref_chosen_logps` and `ref_rejected_logps`, each of shape
         `(len(pairs),)`, in nats, summed over the completion.
     """
-    order = np.argsort(pair_lengths(pairs), kind="stable")  # neighbours in length waste little padding
-    batch_size = trainer.args.precompute_ref_batch_size or trainer.args.per_device_train_batch_size
-    chosen, rejected = [], []
-    with (
-        _evaluating(trainer),
-        reference or policy_as_reference(trainer) as model,
-        _loader(trainer, pairs.select(order), batch_size) as loader,
-    ):
-        for batch in _progress(trainer, loader, "Scoring pairs"):
+    batches = _own_batches(trainer, pairs)
+    loader = DataLoader(pairs, batch_sampler=batches, collate_fn=trainer.data_collator)
+    device = trainer.accelerator.device
+    logps = torch.zeros(2, len(pairs), device=device)  # (chosen and rejected, N)
+    times_scored = torch.zeros(len(pairs), device=device)
+    with _evaluating(trainer), reference or policy_as_reference(trainer) as model:
+        for positions, batch in zip(batches, _progress(trainer, loader, "Scoring pairs"), strict=True):
             take_origins(batch)
-            logps = trainer.compute_ref_log_probs(model, batch)
-            chosen_logps, rejected_logps = trainer.accelerator.gather_for_metrics(logps)
-            chosen.append(chosen_logps.float().cpu())
-            rejected.append(rejected_logps.float().cpu())
-    restore = np.argsort(order, kind="stable")
-    return {
-        "ref_chosen_logps": torch.cat(chosen).numpy()[restore],
-        "ref_rejected_logps": torch.cat(rejected).numpy()[restore],
-    }
+            sides = trainer.compute_ref_log_probs(model, trainer._prepare_inputs(batch))
+            logps[:, positions] = torch.stack(sides).float()
+            times_scored[positions] = 1
+    # Each pair was scored by one process; where the batches did not come out even, by several, alike.
+    logps, times_scored = trainer.accelerator.reduce((logps, times_scored))
+    chosen_logps, rejected_logps = (logps / times_scored).cpu().numpy()
+    return {"ref_chosen_logps": chosen_logps, "ref_rejected_logps": rejected_logps}
 
 
 def completion_logps(trainer: "DPOTrainer", rows: list[dict[str, Any]]) -> list[list[float]]:
@@ -104,6 +101,27 @@ def negative_log_likelihood(trainer: "DPOTrainer", dataset: Dataset) -> float:
     logps, num_tokens = torch.cat(sums).unbind(dim=1)
     require_finite_truths(dataset, logps)
     return (-logps.sum() / num_tokens.sum()).item()
+
+
+def _own_batches(trainer: "DPOTrainer", pairs: Dataset) -> list[list[int]]:
+    """
+    Positions of the pairs in each batch that this process scores; as many batches for each process, since all of a
+    sharded model go forward together.
+
+    Unless `precompute_ref_batch_size` gives their number, a batch has twice the tokens, padding included, of the
+    largest training batch. Without gradients that takes less memory: nothing is kept from one layer to the next, and
+    the gradients and the activations of the layer that is at work take more than its activations alone.
+    """
+    args = trainer.args
+    lengths = pair_lengths(pairs, args.max_length)
+    if args.precompute_ref_batch_size is not None:
+        batches = scoring_batches(lengths, max_pairs=args.precompute_ref_batch_size)
+    else:
+        batches = scoring_batches(lengths, max_tokens=2 * (2 * args.per_device_train_batch_size * int(lengths.max())))
+    own = batches[args.process_index :: args.world_size]
+    if len(batches) > (len(own) * args.world_size):  # the last round is not for all
+        own.append(batches[-1])
+    return [batch.tolist() for batch in own]
 
 
 def _per_token_logps(trainer: "DPOTrainer", batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

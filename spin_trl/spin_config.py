@@ -53,6 +53,7 @@ _NUMBERS = {
     "per_device_train_batch_size": at_least(1),
     "per_device_eval_batch_size": at_least(1),
     "gradient_accumulation_steps": at_least(1),
+    "precompute_ref_batch_size": at_least(1, optional=True),
     "max_length": at_least(2, optional=True),
     "dataset_num_proc": at_least(1, optional=True),
     "seed": at_least(0),
@@ -229,6 +230,11 @@ class SPINConfig(DPOConfig):
     >   iteration. After construction, `args.learning_rate` is iteration 0's and [`learning_rate_at`] gives the others.
     > - `beta`: One number, or a list with one for each iteration. After construction, `args.beta` is iteration 0's and
     >   [`beta_at`] gives the others.
+    > - `train_sampling_strategy`: Defaults to `"group_by_length"` instead of `"random"`: each batch holds pairs of
+    >   similar length, which saves padding. An epoch's order follows from `seed` (or `data_seed`) and does not depend
+    >   on how a batch is divided over processes. `"batch_rebalance"` is refused.
+    > - `precompute_ref_batch_size`: Pairs per device in a batch that is scored. Unset, a batch has twice the tokens of
+    >   the largest training batch, instead of as many pairs.
     > - `num_train_epochs`: Follows from `num_iterations` and `epochs_per_iteration`; setting it is refused.
     > - `precompute_ref_log_probs`: Always `True`. The opponent's log-probs are computed once per iteration, by the
     >   policy itself; no reference model is ever loaded.
@@ -253,6 +259,13 @@ class SPINConfig(DPOConfig):
         metadata={
             "help": f"One or several of {', '.join([*TRL_LOSSES, *SPIN_LOSSES])}. Several are added, with the weights "
             "of `loss_weights`."
+        },
+    )
+    train_sampling_strategy: str = field(
+        default="group_by_length",
+        metadata={
+            "help": "'group_by_length' (batches of pairs of similar length), 'random', or 'sequential'.",
+            "choices": ["group_by_length", "random", "sequential"],
         },
     )
     num_train_epochs: float | None = field(
@@ -548,6 +561,11 @@ class SPINConfig(DPOConfig):
         check_choices(self, {"train_on_turns": ("last", "all"), "identical_pairs": (None, "drop", "keep")})
 
     def _check_self_play(self):
+        if self.train_sampling_strategy not in ("group_by_length", "random", "sequential"):
+            raise ValueError(
+                "`train_sampling_strategy` must be 'group_by_length', 'random' or 'sequential', got "
+                f"{self.train_sampling_strategy!r}. Leave it unset for 'group_by_length'."
+            )
         if self.num_train_epochs is not None:
             raise ValueError(
                 f"`num_train_epochs` is set to {self.num_train_epochs}, but it follows from `num_iterations` "

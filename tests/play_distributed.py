@@ -1,6 +1,6 @@
 """Plays two short iterations and writes what every step saw; launched on several processes by test_distributed.py.
 
-accelerate launch --config_file CONFIG tests/play_distributed.py MODEL DATA OUTPUT_DIR [--any_field value]
+ADAPTER=lora accelerate launch --config_file CONFIG tests/play_distributed.py MODEL DATA OUTPUT_DIR [--any_field value]
 """
 
 import json
@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from accelerate import DistributedType, PartialState
 from datasets import Dataset
+from live_objects import count_live_objects
+from peft import LoraConfig
 from transformers import TrainerCallback
 from trl import TrlParser
 
@@ -34,10 +36,17 @@ def moments(optimizer) -> dict[str, float]:
 
 
 class Record(TrainerCallback):
+    """What every step saw; at the first one of iteration 1 the policy, which is its opponent, is saved besides."""
+
     def __init__(self):
-        self.begins, self.ends = [], []
+        self.begins, self.ends, self.live = [], [], []
+        self.trainer: SPINTrainer | None = None
 
     def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
+        if state.global_step == self.trainer.first_step:
+            self.live.append(count_live_objects(self.trainer))
+            if self.trainer.iteration == 1:
+                self.trainer.save_opponent(os.path.join(args.output_dir, "opponent"))
         self.begins.append({"rates": [group["lr"] for group in optimizer.param_groups], **moments(optimizer)})
 
     def on_step_end(self, args, state, control, optimizer=None, **kwargs):
@@ -72,6 +81,8 @@ def settings(output_dir: str, **overrides) -> dict:
         "beta": [0.1, 0.5],
         "warmup_steps": 0.25,
         "max_completion_length": 12,
+        "identical_pairs": "keep",
+        "temperature": 0.0,  # the same answers, whichever process gives them
         "use_vllm": False,
         "generation_part_size": 8,
         "per_device_generation_batch_size": 3,
@@ -79,13 +90,19 @@ def settings(output_dir: str, **overrides) -> dict:
     }
 
 
-def play(model: str, data: str, config: SPINConfig) -> dict:
+def play(model: str, data: str, config: SPINConfig, adapter: str | None = None) -> dict:
     record = Record()
     rows = [json.loads(line) for line in Path(data).read_text().splitlines()[:30]]
     trainer = SPINTrainer(
-        model, config, train_dataset=Dataset.from_list(rows), callbacks=[record, Terminate(config.process_index)]
+        model,
+        config,
+        train_dataset=Dataset.from_list(rows),
+        callbacks=[record, Terminate(config.process_index)],
+        peft_config=LoraConfig(r=4, target_modules="all-linear") if adapter == "lora" else None,
     )
+    record.trainer = trainer
     trainer.train()
+    trainer.save_model(os.path.join(config.output_dir, "final"))
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]
     return {
         "num_processes": config.world_size,
@@ -95,6 +112,7 @@ def play(model: str, data: str, config: SPINConfig) -> dict:
         "beta": trainer.beta,
         "begins": record.begins,
         "ends": record.ends,
+        "live": record.live,
     }
 
 
@@ -109,5 +127,5 @@ if __name__ == "__main__":
         **settings(output_dir, per_device_train_batch_size=8 // int(os.environ.get("WORLD_SIZE", 1)))
     )
     (config,) = parser.parse_args_and_config(sys.argv[4:])
-    seen = play(model, data, config)
+    seen = play(model, data, config, os.environ.get("ADAPTER"))
     Path(output_dir, f"seen-{config.process_index}.json").write_text(json.dumps(seen))

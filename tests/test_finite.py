@@ -191,7 +191,8 @@ def test_learning_rate_that_blows_the_policy_up_stops_the_run(tiny_model, train_
 
 
 def test_reference_that_cannot_score_stops_the_run_before_pairs_are_written(tiny_model, train_dataset, make_config):
-    trainer = SPINTrainer(tiny_model, make_config(num_iterations=1), train_dataset=train_dataset)
+    config = make_config(num_iterations=1, precompute_ref_batch_size=8)
+    trainer = SPINTrainer(tiny_model, config, train_dataset=train_dataset)
     compute = trainer.compute_ref_log_probs
 
     def break_one(model, batch):

@@ -84,6 +84,9 @@ def test_losses_equal_those_of_dpo_trainer_with_the_opponent_as_reference(
         def _prepare_dataset(self, dataset, *args, **kwargs):
             return dataset
 
+        def _get_train_sampler(self, train_dataset=None):
+            return spin._get_train_sampler(train_dataset)
+
     settings = {k: getattr(spin.args, k) for k in ("per_device_train_batch_size", "learning_rate", "beta", "seed")}
     dpo_config = DPOConfig(
         output_dir=str(tmp_path / "dpo"),
