@@ -1,5 +1,6 @@
 """Completions of a whole dataset, written to the run directory part by part. Knows nothing of models or HTTP."""
 
+import hashlib
 import math
 import time
 from collections import defaultdict
@@ -95,8 +96,8 @@ class GenerationJob:
 
     def _seed_of(self, key: tuple[int, int]) -> int:
         """A seed of its own for every completion, such that repeating it repeats the completion."""
-        entropy = (self.seed, self.iteration, int(self.kind == "evaluation"), *key)
-        return int(np.random.SeedSequence(entropy).generate_state(1)[0])
+        source = repr((self.seed, self.iteration, self.kind, *key)).encode()
+        return int.from_bytes(hashlib.blake2b(source, digest_size=4).digest())
 
     def _write(self, first_row: int, completions: list[Completion]) -> None:
         completions.sort(key=lambda completion: completion.key)

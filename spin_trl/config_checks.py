@@ -136,6 +136,38 @@ def check_arguments(name: str, value: Any, own_flags: Mapping[str, str]) -> None
                 raise ValueError(f"`{name}` has {word!r}, but the run sets `{own}` itself. {remedy}")
 
 
+def one_or_several_addresses(name: str, value: Any) -> str | list[str] | None:
+    """
+    A field that holds the address of a server, or a list of several.
+
+    Returns:
+        `str`, if it is one, also in a list, which is how the command line gives it; else the list.
+
+    Raises:
+        `ValueError`: if it is neither, or the list is empty, names no addresses, or one of them twice.
+    """
+    if value is None or isinstance(value, str):
+        return value
+    if not isinstance(value, list | tuple) or not value or not all(isinstance(url, str) for url in value):
+        raise ValueError(
+            f"`{name}` must be the address of a server, or a list of at least one, got {value!r}. Write it such as "
+            "'http://localhost:8000', or leave it unset."
+        )
+    if len(value) == 1:
+        return value[0]
+    for url in value:
+        if not url.startswith(("http://", "https://")):
+            raise ValueError(
+                f"`{name}` has {url!r}, which is no address of a server: it must begin with 'http://' or 'https://'. "
+                "Write each such as 'http://localhost:8000'."
+            )
+    servers = [url.rstrip("/").removesuffix("/v1") for url in value]
+    twice = sorted({server for server in servers if servers.count(server) > 1})
+    if twice:
+        raise ValueError(f"`{name}` names {twice} more than once: {list(value)}. Name every server once.")
+    return list(value)
+
+
 def _leave_unset(config: Any, name: str) -> str:
     field = next(field for field in fields(config) if field.name == name)
     default = field.default if field.default is not MISSING else field.default_factory()

@@ -20,15 +20,21 @@ class PublishCheck:
     num_tokens: int
     num_completions: int
 
-    def require(self, tolerance: float, opponent: str) -> None:
+    def require(self, tolerance: float, opponent: str, address: str | None = None) -> None:
         """
+        Args:
+            tolerance (`float`): Largest difference that is borne with, in nats.
+            opponent (`str`): What should be played, in words.
+            address (`str`, *optional*): The server's.
+
         Raises:
             `SamplerError`: if the difference is larger than `tolerance`, or not a number.
         """
         if self.mean_difference <= tolerance:
             return
+        server = "The server" if address is None else f"The server at {address}"
         raise SamplerError(
-            f"The server does not play {opponent}: over {self.num_tokens} tokens of {self.num_completions} sampled "
+            f"{server} does not play {opponent}: over {self.num_tokens} tokens of {self.num_completions} sampled "
             f"completions its log-probs differ from the policy's by {self.mean_difference:.3g} nats a token on "
             f"average, more than `publish_check_tolerance` ({tolerance:g}). It may serve another model or an older "
             "opponent (restart it with `python -m spin_trl.serve`), or compute in another precision (`--dtype`; then "

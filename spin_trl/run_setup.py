@@ -35,6 +35,7 @@ from .footprint import check_footprint, empty_policy, estimate_footprint, weight
 from .generation.choice import SamplerChoice, choose_sampler
 from .generation.managed_server import ManagedServer
 from .generation.policy_sampler import PolicySampler
+from .generation.replicas import ReplicatedSampler
 from .generation.sampler import OpponentSampler, SamplingParams
 from .generation.serve_command import serve_command
 from .generation.vllm_api import VLLMServer
@@ -170,18 +171,18 @@ class SelfPlaySetup:
         if self.choice.mode == "in-process":
             batch_size = self.args.per_device_generation_batch_size
             return PolicySampler(open_policy, self.tokenizer.pad_token_id, batch_size)
-        return VLLMSampler(self.model_name, self.lora_rank, self.args.vllm_server_model, self.vocab_size)
+        return self._server_sampler(self.vocab_size)
 
     def open_sampler(self, sampler: OpponentSampler, store: IterationStore) -> None:
         """Start the managed server, if there is one, and connect every process to the server."""
-        if not isinstance(sampler, VLLMSampler):
+        if not isinstance(sampler, VLLMSampler | ReplicatedSampler):
             return
         run_name = on_main_process(lambda: f"spin-{os.urandom(4).hex()}")
         if self.choice.mode == "managed":
             server = self._connection(*on_main_process(lambda: self._start_server(store)))
+            on_every_process(lambda: sampler.connect(server, run_name, self._min_context_length()))
         else:
-            server = self._connection(self.args.vllm_server_base_url, self.api_key)
-        on_every_process(lambda: sampler.connect(server, run_name, self._min_context_length()))
+            on_every_process(lambda: self._connect(sampler, run_name))
 
     def close_sampler(self, sampler: OpponentSampler) -> None:
         sampler.close()
@@ -249,6 +250,15 @@ class SelfPlaySetup:
         self.managed_server.start()
         return self.managed_server.base_url, self.managed_server.api_key, self.managed_server.death_notice
 
+    def _server_sampler(self, vocab_size: int | None = None) -> VLLMSampler | ReplicatedSampler:
+        names = self.model_name, self.lora_rank, self.args.vllm_server_model
+        replicas = [VLLMSampler(*names, vocab_size) for _ in self.args.vllm_server_base_urls or [None]]
+        return replicas[0] if len(replicas) == 1 else ReplicatedSampler(replicas)
+
+    def _connect(self, sampler: VLLMSampler | ReplicatedSampler, run_name: str) -> None:
+        servers = [self._connection(base_url, self.api_key) for base_url in self.args.vllm_server_base_urls]
+        sampler.connect(servers if len(servers) > 1 else servers[0], run_name, self._min_context_length())
+
     def _connection(self, base_url: str, api_key: str | None, death_notice: Path | None = None) -> VLLMServer:
         return VLLMServer(
             base_url,
@@ -264,10 +274,9 @@ class SelfPlaySetup:
         """See, before a model is loaded, that the server can play this run, and drop what it cannot hold."""
 
         def look() -> int:
-            sampler = VLLMSampler(self.model_name, self.lora_rank, self.args.vllm_server_model)
+            sampler = self._server_sampler()
             try:
-                server = self._connection(self.args.vllm_server_base_url, self.api_key)
-                sampler.connect(server, "spin-probe", self._min_context_length())
+                self._connect(sampler, "spin-probe")
                 return sampler.context_length
             finally:
                 sampler.close()

@@ -186,16 +186,18 @@ class SelfPlayCallback(TrainerCallback):
             room = self.trainer.args.max_length - max(len(request.prompt_ids) for request in requests)
             params = replace(params, max_completion_length=min(params.max_completion_length, room))
 
-        def sample() -> list[Completion]:
-            return list(self.sampler.sample(requests, params, logprobs=True))
+        def sample() -> dict[str, list[Completion]]:
+            return self.sampler.sample_each(requests, params, logprobs=True)
 
-        completions = on_main_process(sample)
         prompt_ids = {request.key: request.prompt_ids for request in requests}
-        rows = [{"prompt_ids": prompt_ids[c.key], "completion_ids": c.token_ids} for c in completions]
-        check = compare_logps(completions, completion_logps(self.trainer, rows))
         opponent = "the base model" if iteration == 0 and self.base_is_opponent else f"iteration {iteration}'s opponent"
-        check.require(self.trainer.args.publish_check_tolerance, opponent)
-        self._record(iteration, {"publish_check_difference": check.mean_difference})
+        differences = []
+        for address, completions in on_main_process(sample).items():
+            rows = [{"prompt_ids": prompt_ids[c.key], "completion_ids": c.token_ids} for c in completions]
+            check = compare_logps(completions, completion_logps(self.trainer, rows))
+            check.require(self.trainer.args.publish_check_tolerance, opponent, address)
+            differences.append(check.mean_difference)
+        self._record(iteration, {"publish_check_difference": max(differences)})
 
     def _evaluate(self, iteration: int) -> None:
         greedy_or_not = replace(self.params, temperature=self.trainer.args.eval_temperature)

@@ -15,6 +15,7 @@ from .config_checks import (
     check_numbers,
     is_number,
     not_negative,
+    one_or_several_addresses,
     positive,
     share,
 )
@@ -173,9 +174,10 @@ class SPINConfig(DPOConfig):
         vllm_mode (`str`, *optional*):
             `"server"`: a server that is running already, at `vllm_server_base_url`. `"managed"`: the run starts one on
             a free loopback port and stops it at its end. Unset: `"server"` if `vllm_server_base_url` is given.
-        vllm_server_base_url (`str`, *optional*):
-            Address of a running server, such as `"http://localhost:8000"`. `python -m spin_trl.serve MODEL` starts one
-            with everything the trainer needs.
+        vllm_server_base_url (`str` or `list[str]`, *optional*):
+            Address of a running server, such as `"http://localhost:8000"`, or of several that serve the same model:
+            each prompt goes to one that is free. `python -m spin_trl.serve MODEL` starts one with everything the
+            trainer needs.
         vllm_server_model (`str`, *optional*):
             Name under which the server serves the base model, where it differs from the trainer's.
         vllm_server_timeout (`float`, *optional*, defaults to `240.0`):
@@ -190,7 +192,7 @@ class SPINConfig(DPOConfig):
             Number of times that a managed server is started again after it ended by itself. 0 makes its first end the
             run's.
         vllm_max_concurrent_requests (`int`, *optional*, defaults to `256`):
-            Number of requests that each process keeps in flight.
+            Number of requests that each process keeps in flight, at each server.
         vllm_api_key (`str`, *optional*):
             API key of the server. Defaults to the environment variable `VLLM_API_KEY`. Never written to disk.
         vllm_max_model_length (`int`, *optional*):
@@ -390,8 +392,10 @@ class SPINConfig(DPOConfig):
             "choices": ["server", "managed"],
         },
     )
-    vllm_server_base_url: str | None = field(
-        default=None, metadata={"help": "Address of a running server, such as 'http://localhost:8000'."}
+    # A list to the command line, as `learning_rate` is; one address stays a single value.
+    vllm_server_base_url: list[str] | None = field(
+        default=None,
+        metadata={"help": "Address of a running server, such as 'http://localhost:8000', or of several."},
     )
     vllm_server_model: str | None = field(
         default=None,
@@ -414,7 +418,7 @@ class SPINConfig(DPOConfig):
         default=3, metadata={"help": "Number of times that a managed server that ended is started again."}
     )
     vllm_max_concurrent_requests: int = field(
-        default=256, metadata={"help": "Number of requests that each process keeps in flight."}
+        default=256, metadata={"help": "Number of requests that each process keeps in flight, at each server."}
     )
     vllm_api_key: str | None = field(
         default=None,
@@ -598,7 +602,15 @@ class SPINConfig(DPOConfig):
                     f"`generation_kwargs` has {name!r}, which self-play sets itself. {_RESERVED_SAMPLING[name]}"
                 )
 
+    @property
+    def vllm_server_base_urls(self) -> list[str]:
+        """The addresses, one or several; none where no running server is used."""
+        if self.vllm_server_base_url is None:
+            return []
+        return [self.vllm_server_base_url] if isinstance(self.vllm_server_base_url, str) else self.vllm_server_base_url
+
     def _check_server(self):
+        self.vllm_server_base_url = one_or_several_addresses("vllm_server_base_url", self.vllm_server_base_url)
         if self.use_vllm is False and (self.vllm_server_base_url is not None or self.vllm_mode is not None):
             raise ValueError(
                 "`use_vllm=False` contradicts "

@@ -44,3 +44,8 @@ def test_log_prob_that_is_not_a_number_is_not_averaged_away():
     check = compare_logps([completion(-1.0, math.nan, -1.0)], [[-1.0, -1.0, -1.0]])
     with pytest.raises(SamplerError, match="by nan nats"):
         check.require(0.05, "the base model")
+
+
+def test_server_of_several_that_plays_another_opponent_is_named():
+    with pytest.raises(SamplerError, match="The server at http://b:8000 does not play iteration 2's opponent"):
+        PublishCheck(0.2, 37, 8).require(0.05, "iteration 2's opponent", "http://b:8000")

@@ -192,3 +192,18 @@ def test_managed_server_is_refused_where_vllm_is_not_installed(monkeypatch, use_
     monkeypatch.setattr(choice, "can_serve", lambda: False)
     with pytest.raises(ValueError, match="vLLM is not installed.*`vllm_server_base_url`.*`use_vllm=False`"):
         choose_sampler(use_vllm, vllm_mode, None)
+
+
+@pytest.mark.parametrize(
+    ("lora_rank", "extra", "expected"),
+    [
+        (8, ["--data-parallel-size", "4"], ["1"]),
+        (8, ["--data_parallel_size=4"], ["1"]),
+        (8, ["-dp", "4", "--api-server-count", "2"], ["2"]),
+        (8, [], []),
+        (None, ["--data-parallel-size", "4"], []),
+    ],
+)
+def test_adapters_under_data_parallelism_are_loaded_by_the_one_process_that_answers(lora_rank, extra, expected):
+    argv = serve_command.serve_command("org/model", lora_rank=lora_rank, extra=extra).argv
+    assert [argv[i + 1] for i, word in enumerate(argv) if word == "--api-server-count"] == expected

@@ -64,6 +64,10 @@ def make(tmp_path):
         ({"vllm_mode": "colocate"}, "`vllm_mode` must be 'server' or 'managed', got 'colocate'", ""),
         ({"vllm_mode": "server"}, "`vllm_mode='server'` needs the address", "set `vllm_server_base_url`"),
         ({"vllm_mode": "managed", "vllm_server_base_url": URL}, f"`vllm_mode='managed'`.*{URL}", "only one of the two"),
+        ({"vllm_server_base_url": []}, r"`vllm_server_base_url` must be the address .* got \[\]", "leave it unset"),
+        ({"vllm_server_base_url": [URL, 8001]}, "list of at least one, got .*8001", "such as 'http://localhost:8000'"),
+        ({"vllm_server_base_url": [URL, "host:8001"]}, "has 'host:8001', which is no address", "Write each such as"),
+        ({"vllm_server_base_url": [URL, f"{URL}/v1/"]}, "names .* more than once", "Name every server once"),
         ({"vllm_max_concurrent_requests": 0}, "`vllm_max_concurrent_requests` must be at least 1, got 0", ""),
         ({"vllm_tensor_parallel_size": 0}, "`vllm_tensor_parallel_size` must be at least 1, got 0", ""),
         ({"vllm_server_timeout": 0}, "`vllm_server_timeout` must be a positive number of seconds, got 0", ""),
@@ -235,3 +239,25 @@ def test_opponent_reference_is_checked_on_the_command_line(tmp_path, capsys):
     with pytest.raises(SystemExit):
         TrlParser(SPINConfig).parse_args_and_config(["--output_dir", str(tmp_path), "--opponent_reference", "first"])
     assert "choose from" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "kept", "all_of_them"),
+    [
+        (None, None, []),
+        (URL, URL, [URL]),
+        ([URL], URL, [URL]),
+        ([URL, "http://other:8000"], [URL, "http://other:8000"], [URL, "http://other:8000"]),
+    ],
+    ids=["none", "one", "a list of one", "two"],
+)
+def test_one_address_stays_one_and_several_are_a_list(make, given, kept, all_of_them):
+    config = make(vllm_server_base_url=given, use_vllm=None)
+    assert config.vllm_server_base_url == kept and config.vllm_server_base_urls == all_of_them
+
+
+@pytest.mark.parametrize("urls", [[URL], [URL, "http://other:8000"]], ids=["one", "two"])
+def test_command_line_takes_one_address_or_several(urls, tmp_path):
+    arguments = ["--output_dir", str(tmp_path), "--use_cpu", "--bf16", "false", "--vllm_server_base_url", *urls]
+    (config,) = TrlParser((SPINConfig,)).parse_args_and_config(arguments)
+    assert config.vllm_server_base_urls == urls

@@ -28,6 +28,8 @@ class Publisher(Protocol):
 
     # Whether completions that have come back need `confirm` before they may be trusted.
     needs_confirmation: bool
+    # Whether a server that missed an opponent, and plays an older one, is always told from one that plays it.
+    notices_restarts: bool
 
     def publish(self, iteration: int, checkpoint: Path | None, base: dict[str, Any]) -> None:
         """Have the server load the opponent, in place of an earlier one."""
@@ -59,6 +61,7 @@ class AdapterPublisher:
     """
 
     needs_confirmation = False
+    notices_restarts = True
 
     def __init__(self, server: VLLMServer, run_name: str):
         self.server = server
@@ -121,6 +124,10 @@ class WeightsPublisher:
                 f"The vLLM server at {server.base_url} does not let its workers be marked, so every broken connection "
                 "is taken for a restart: the opponent is then published again."
             )
+
+    @property
+    def notices_restarts(self) -> bool:
+        return self._takes_marks
 
     def publish(self, iteration: int, checkpoint: Path | None, base: dict[str, Any]) -> None:
         self._remove_marks(but_of=None)

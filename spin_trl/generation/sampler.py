@@ -83,6 +83,12 @@ class OpponentSampler(Protocol):
             `SamplerError`: if a completion cannot be had.
         """
 
+    def sample_each(
+        self, requests: list[CompletionRequest], params: SamplingParams, logprobs: bool = False
+    ) -> dict[str, list[Completion]]:
+        """What each of those that play the opponent answers to the same prompts, by where it is. Only where opponents
+        are published to them, as to servers (`reads_checkpoints`)."""
+
     def close(self) -> None:
         """Free what the sampler holds."""
 

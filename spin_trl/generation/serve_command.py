@@ -68,6 +68,9 @@ def serve_command(
     if lora_rank is not None:
         argv += ["--enable-lora", "--max-lora-rank", str(_max_lora_rank(lora_rank))]
         env["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
+        # Under data parallelism vLLM answers from several processes, and only the one that loads an adapter knows it.
+        if _has_flag(extra, "--data-parallel-size", "-dp") and not _has_flag(extra, "--api-server-count", "-asc"):
+            argv += ["--api-server-count", "1"]
     else:
         env["VLLM_SERVER_DEV_MODE"] = "1"  # for `reload_weights`
     if max_model_length is not None:
@@ -84,6 +87,10 @@ def serve_command(
         argv += ["--enforce-eager"]  # there may be no compiler
         env["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GiB
     return ServeCommand(argv + list(extra or []), env)
+
+
+def _has_flag(arguments: list[str] | None, *names: str) -> bool:
+    return any(word.partition("=")[0].replace("_", "-") in names for word in arguments or [])
 
 
 def can_serve() -> bool:

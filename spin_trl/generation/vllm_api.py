@@ -6,7 +6,6 @@ Checked against vLLM 0.31. Knows nothing of iterations, datasets or the trainer.
 import asyncio
 import json
 import time
-from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,6 +14,16 @@ import aiohttp
 
 from .attempts import Attempts, Progress
 from .sampler import SamplerError
+from .server_errors import (
+    no_address,
+    no_answer,
+    no_completion,
+    no_progress,
+    no_vllm,
+    refusal,
+    server_message,
+    unreachable,
+)
 
 
 T = TypeVar("T")
@@ -28,10 +37,6 @@ _FAREWELL = 5.0  # seconds for what is nice to have at the end
 _LONGEST_SLEEP = 1.0  # seconds between two looks at whether the server is gone for good
 
 _MARK = "spin_trl:"
-
-
-class UnknownModelError(SamplerError):
-    """The server does not have the model that was to answer."""
 
 
 class VLLMServer:
@@ -48,6 +53,9 @@ class VLLMServer:
         max_concurrent_requests (`int`): Number of completions in flight.
         death_notice (`Path`, *optional*): File that appears, and says why, when the server is gone for good.
 
+    With `patience` set, a failed request is tried again for so many seconds only, instead of `server_timeout`: where
+    another server may be asked instead.
+
     Every method raises [`SamplerError`] with the server's own message, or with what was tried. None waits without
     bound: each attempt, and the time for which attempts are repeated, has its own.
     """
@@ -63,28 +71,43 @@ class VLLMServer:
         death_notice: Path | None = None,
     ):
         if not base_url.startswith(("http://", "https://")):
-            raise SamplerError(
-                f"{base_url!r} is no address of a server: it must begin with 'http://' or 'https://'. Set "
-                "`vllm_server_base_url` to one such as 'http://localhost:8000'."
-            )
-        self.base_url = base_url.rstrip("/").removesuffix("/v1")
+            raise no_address(base_url, "it must begin with 'http://' or 'https://'")
+        self.base_url = normalized(base_url)
         self.server_timeout = server_timeout
         self.request_timeout = request_timeout
         self.progress_timeout = server_timeout + request_timeout if progress_timeout is None else progress_timeout
         self.max_concurrent_requests = max_concurrent_requests
         self.death_notice = death_notice
+        self.patience: float | None = None
         self.num_broken_connections = 0
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._loop = asyncio.new_event_loop()
+        self._running: asyncio.Task | None = None
+        self._is_interrupted = False
         self._session: aiohttp.ClientSession | None = None
 
     def close(self) -> None:
         if self._loop.is_closed():
             return
-        self._run(_cancel(asyncio.all_tasks(self._loop)))
+        self._loop.run_until_complete(_cancel(asyncio.all_tasks(self._loop)))
         if self._session is not None:
-            self._run(self._session.close())
+            self._loop.run_until_complete(self._session.close())
         self._loop.close()
+
+    # One thread at a time uses a client. From another one it can be told to stop.
+
+    def interrupt(self) -> None:
+        """Have what is going on in another thread, and all that follows there, end with `asyncio.CancelledError`."""
+        self._is_interrupted = True
+        self._loop.call_soon_threadsafe(self._cancel_running)
+
+    def allow(self) -> None:
+        """Forget that it was interrupted."""
+        self._is_interrupted = False
+
+    def _cancel_running(self) -> None:
+        if self._is_interrupted and self._running is not None:
+            self._running.cancel()
 
     # What the server is
 
@@ -100,7 +123,7 @@ class VLLMServer:
                 return answer["data"]
         except (KeyError, TypeError):
             pass
-        raise self._no_vllm("GET", "/v1/models", str(answer), "a list of models with their `id`")
+        raise no_vllm(self.base_url, "GET", "/v1/models", str(answer), "a list of models with their `id`")
 
     def adapter_refusal(self) -> str | None:
         """Why the server cannot load LoRA adapters at run time, or `None` if it can."""
@@ -132,7 +155,7 @@ class VLLMServer:
             # What the engine thinks of an adapter, such as a rank that is too high, comes as 500 and does not change,
             # but so does that it has just died.
             if status < 500 or is_last:
-                raise self._refusal("POST", "/v1/load_lora_adapter", status, text)
+                raise refusal(self.base_url, "POST", "/v1/load_lora_adapter", status, text)
             self.wait_until_ready()
 
     def unload_adapter(self, name: str) -> None:
@@ -140,7 +163,7 @@ class VLLMServer:
         body = {"lora_name": name}
         status, text = self._run(self._send("POST", "/v1/unload_lora_adapter", body))
         if status not in (200, 404):
-            raise self._refusal("POST", "/v1/unload_lora_adapter", status, text)
+            raise refusal(self.base_url, "POST", "/v1/unload_lora_adapter", status, text)
 
     def try_to_unload_adapter(self, name: str) -> None:
         """Free an adapter if the server is there to do so; a single attempt, and no error."""
@@ -158,7 +181,7 @@ class VLLMServer:
         path = "/reset_prefix_cache?reset_running_requests=true"
         status, text = self._run(self._send("POST", path, None, retried=_BUSY_STATUS))
         if status != 200 or "false" in text:
-            raise self._refusal("POST", path, status, text)
+            raise refusal(self.base_url, "POST", path, status, text)
 
     # Marks: what distinguishes a server from the same one restarted, which has lost what was loaded into it. They are
     # attributes of the objects that hold the weights, so they are there exactly as long as those.
@@ -228,19 +251,20 @@ class VLLMServer:
         num_working = len(workers)
         try:
             while num_working:
-                result = self._run(_first(results, progress))
-                if result is _NOTHING:
-                    raise self._no_progress(progress, in_flight.values())
-                if isinstance(result, Exception):
-                    raise result
-                if result is None:
-                    num_working -= 1
-                else:
-                    yield result
-                    progress.made()
+                batch = self._run(_next_batch(results, progress))
+                if not batch:
+                    raise no_progress(self.base_url, progress, in_flight.values())
+                for result in batch:
+                    if isinstance(result, Exception):
+                        raise result
+                    if result is None:
+                        num_working -= 1
+                    else:
+                        yield result
+                        progress.made()
         finally:
             if not self._loop.is_closed():
-                self._run(_cancel(workers))
+                self._loop.run_until_complete(_cancel(workers))
 
     async def _complete(self, body: dict[str, Any], attempts: Attempts) -> dict[str, Any]:
         path = "/v1/completions"
@@ -250,10 +274,7 @@ class VLLMServer:
                 choice = answer["choices"][0]
                 finish_reason = choice.get("finish_reason")
             except (KeyError, IndexError, TypeError, AttributeError):
-                raise SamplerError(
-                    f"The vLLM server at {self.base_url} answered POST {path} with no completion where one was asked "
-                    f"for: {_server_message(json.dumps(answer))}. See its log, and what `generation_kwargs` asks of it."
-                ) from None
+                raise no_completion(self.base_url, path, answer) from None
             if finish_reason != "abort":
                 return choice
             await self._pause(attempts, "POST", path, "`finish_reason` 'abort': the server gave the request up")
@@ -263,11 +284,20 @@ class VLLMServer:
     @property
     def _patience(self) -> float:
         """Seconds for which a failed request is tried again."""
+        if self.patience is not None:
+            return self.patience
         # Where somebody restarts the server, and says so if it fails, that comes first.
         return self.server_timeout * (1 if self.death_notice is None else 2)
 
     def _run(self, coroutine):
-        return self._loop.run_until_complete(coroutine)
+        if self._is_interrupted:
+            coroutine.close()
+            raise asyncio.CancelledError
+        self._running = self._loop.create_task(coroutine)
+        try:
+            return self._loop.run_until_complete(self._running)
+        finally:
+            self._running = None
 
     def _call(self, method: str, path: str, body: dict | None = None, **options: Any) -> Any:
         return self._run(self._json(method, path, body, **options))
@@ -290,11 +320,11 @@ class VLLMServer:
     async def _json(self, method: str, path: str, body: dict | None = None, read: bool = True, **options: Any) -> Any:
         status, text = await self._send(method, path, body, **options)
         if status != 200:
-            raise self._refusal(method, path, status, text)
+            raise refusal(self.base_url, method, path, status, text)
         try:
             return json.loads(text) if read else None
         except json.JSONDecodeError:
-            raise self._no_vllm(method, path, text) from None
+            raise no_vllm(self.base_url, method, path, text) from None
 
     async def _send(
         self,
@@ -322,16 +352,13 @@ class VLLMServer:
                 status, text, asked_delay = await self._attempt(method, path, body, timeout or self.request_timeout)
                 if status not in retried:
                     return status, text
-                problem = f"HTTP {status}: {_server_message(text)}"
+                problem = f"HTTP {status}: {server_message(text)}"
             except TimeoutError:
                 if timeout is None:
-                    raise self._no_answer(method, path) from None
+                    raise no_answer(self.base_url, method, path, self.request_timeout) from None
                 problem = f"no answer within {timeout:g} s"
             except aiohttp.InvalidURL as error:
-                raise SamplerError(
-                    f"{self.base_url!r} is no address of a server ({error}). Set `vllm_server_base_url` to one such as "
-                    "'http://localhost:8000'."
-                ) from None
+                raise no_address(self.base_url, str(error)) from None
             except (aiohttp.ClientError, OSError) as error:
                 self.num_broken_connections += 1
                 problem = f"{type(error).__name__}: {error}"
@@ -358,12 +385,7 @@ class VLLMServer:
         self._check_alive()
         delay = attempts.next_delay(problem, asked_delay)
         if delay is None:
-            raise SamplerError(
-                f"The vLLM server at {self.base_url} did not answer {method} {path} within `vllm_server_timeout` "
-                f"({self.server_timeout:g} s): {attempts.num_failed} attempts, the last {attempts.elapsed:.1f} s after "
-                f"the first. Last problem: {problem}. Start it with `python -m spin_trl.serve MODEL`, or correct "
-                "`vllm_server_base_url`."
-            )
+            raise unreachable(self.base_url, method, path, self.server_timeout, attempts)
         until = time.monotonic() + delay
         while (left := until - time.monotonic()) > 0:
             await asyncio.sleep(min(left, _LONGEST_SLEEP))
@@ -373,65 +395,26 @@ class VLLMServer:
         if self.death_notice is not None and self.death_notice.exists():
             raise SamplerError(self.death_notice.read_text())
 
-    # Errors
 
-    def _refusal(self, method: str, path: str, status: int, text: str) -> SamplerError:
-        kind = UnknownModelError if (status, path) == (404, "/v1/completions") else SamplerError
-        return kind(
-            f"The vLLM server at {self.base_url} refused {method} {path}. HTTP {status}: {_server_message(text)}"
-            f"{_remedy(method, status)}"
-        )
-
-    def _no_vllm(self, method: str, path: str, text: str, expected: str = "JSON") -> SamplerError:
-        return SamplerError(
-            f"What answers at {self.base_url} is no vLLM server: {method} {path} gave {_server_message(text)!r}, "
-            f"expected {expected}. Correct `vllm_server_base_url`."
-        )
-
-    def _no_answer(self, method: str, path: str) -> SamplerError:
-        return SamplerError(
-            f"The vLLM server at {self.base_url} gave no answer within `vllm_request_timeout` "
-            f"({self.request_timeout:g} s) to {method} {path}. Raise it if single answers take that long; otherwise "
-            "the server hangs: see its log and restart it."
-        )
-
-    def _no_progress(self, progress: Progress, in_flight: Collection[Attempts]) -> SamplerError:
-        waiting = Counter(attempts.waiting_for for attempts in in_flight)
-        shown = "; ".join(f"{count} for {what}" for what, count in waiting.most_common(3))
-        return SamplerError(
-            f"Not one completion came back from the vLLM server at {self.base_url} within `vllm_progress_timeout` "
-            f"({progress.timeout:g} s). {len(in_flight)} requests are waiting: {shown}. See the server's log and "
-            "restart it; if it is only slow, raise `vllm_progress_timeout` or lower `vllm_max_concurrent_requests`."
-        )
+async def _next_batch(results: asyncio.Queue, progress: Progress) -> list[Any]:
+    """All results that are there; if there are none, the first to come, or nothing if none comes in time."""
+    batch = _drain(results)  # what came while nobody looked came in time
+    if not batch:
+        try:
+            batch = [await asyncio.wait_for(results.get(), progress.left())]
+        except TimeoutError:
+            return []
+    return batch + _drain(results)
 
 
-_NOTHING = object()
-
-
-async def _first(results: asyncio.Queue, progress: Progress) -> Any:
-    """The first result to come, or `_NOTHING` if none comes in time."""
-    try:
-        return results.get_nowait()  # what came while nobody looked came in time
-    except asyncio.QueueEmpty:
-        pass
-    try:
-        return await asyncio.wait_for(results.get(), progress.left())
-    except TimeoutError:
-        return _NOTHING
+def _drain(results: asyncio.Queue) -> list[Any]:
+    return [results.get_nowait() for _ in range(results.qsize())]
 
 
 async def _cancel(tasks: Collection[asyncio.Task]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _remedy(method: str, status: int) -> str:
-    if status in (401, 403):
-        return ". It expects another API key: set `vllm_api_key` or VLLM_API_KEY to the one it was started with."
-    if method == "GET" and status == 404:
-        return ". Expected is a vLLM server, which knows that path: correct `vllm_server_base_url`."
-    return ""
 
 
 def _worker_marks(text: str) -> frozenset[str] | None:
@@ -450,6 +433,6 @@ def _is_list_of_names(names: Any) -> bool:
     return isinstance(names, list) and all(isinstance(name, str) for name in names)
 
 
-def _server_message(text: str) -> str:
-    """The server's own words, at most a screenful."""
-    return text.strip()[:1000] or "(empty answer)"
+def normalized(base_url: str) -> str:
+    """An address as requests begin with it: two that are equal are one server."""
+    return base_url.rstrip("/").removesuffix("/v1")

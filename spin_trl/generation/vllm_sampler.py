@@ -12,7 +12,8 @@ from .answers import read_completion
 from .attempts import Progress
 from .publishing import AdapterPublisher, OpponentLostError, Publisher, WeightsPublisher
 from .sampler import Completion, CompletionRequest, SamplerError, SamplingParams
-from .vllm_api import UnknownModelError, VLLMServer
+from .server_errors import UnknownModelError
+from .vllm_api import VLLMServer
 
 
 logger = logging.getLogger(__name__)
@@ -95,9 +96,27 @@ class VLLMSampler:
         self._publisher = (WeightsPublisher if self.lora_rank is None else AdapterPublisher)(server, run_name)
 
     @property
+    def base_url(self) -> str:
+        """Address of the server."""
+        return self.server.base_url
+
+    @property
     def context_length(self) -> int:
         """Number of tokens, prompt and completion, that the server can hold."""
         return self._base["max_model_len"]
+
+    def require_noticing_restarts(self) -> None:
+        """
+        Raises:
+            `SamplerError`: if the server could miss an opponent and play on with an older one. Where several servers
+                play, one may be away while an opponent is published.
+        """
+        if not self._publisher.notices_restarts:
+            raise SamplerError(
+                f"The vLLM server at {self.base_url} does not let its workers be marked, so it could play an old "
+                "opponent unnoticed where several servers play. Update vLLM, or name one address in "
+                "`vllm_server_base_url`."
+            )
 
     def publish(self, iteration: int, checkpoint: Path | None) -> None:
         self._publisher.publish(iteration, checkpoint, self._base)
@@ -123,6 +142,11 @@ class VLLMSampler:
             except (OpponentLostError, UnknownModelError) as loss:
                 num_losses += 1
                 self._restore(num_losses, len(outstanding), loss)
+
+    def sample_each(
+        self, requests: list[CompletionRequest], params: SamplingParams, logprobs: bool = False
+    ) -> dict[str, list[Completion]]:
+        return {self.base_url: list(self.sample(requests, params, logprobs))}
 
     def close(self) -> None:
         if self.server is None:
