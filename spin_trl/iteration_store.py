@@ -95,6 +95,11 @@ class IterationStore:
     def server_log(self) -> Path:
         return self._own("vllm-server.log")
 
+    @property
+    def served_base(self) -> Path:
+        """The base model as a managed server is to have it, where that is not the one that was passed."""
+        return self._own("served-base")
+
     def _own(self, *names: str) -> Path:
         """A path in the run directory, none of whose parts is a link: what lies elsewhere is somebody else's."""
         path = self.output_dir
@@ -184,6 +189,7 @@ class IterationStore:
         for path in self.output_dir.iterdir():
             if _NUMBERED.fullmatch(path.name) and (path.is_dir() or path.is_symlink()):
                 remove(path)
+        remove(self.served_base)
         self.clear_temporary()
         for name in ("self_play.json", "invalid_rows.jsonl"):
             (self.output_dir / name).unlink(missing_ok=True)

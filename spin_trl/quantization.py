@@ -1,0 +1,93 @@
+"""Is the policy's base model quantized, and what does a server play then? Knows nothing of servers and tensors."""
+
+import importlib.util
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from transformers import PretrainedConfig
+
+from .spin_config import SPINConfig
+
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import BitsAndBytesConfig, PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """
+    How the base model is quantized.
+
+    Args:
+        method (`str`): As transformers names it, such as `"bitsandbytes"`.
+        is_4bit (`bool`): Whether it is bitsandbytes with 4 bits, whose weights stand for numbers that can be written
+            down: a model of those computes the same.
+        settings (`dict[str, Any]`): All of the configuration.
+        of_checkpoint (`bool`): Whether the checkpoint is quantized itself, so that a server loads the same numbers.
+    """
+
+    method: str
+    is_4bit: bool
+    of_checkpoint: bool
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+def find_quantization(
+    model: "str | PreTrainedModel | PeftModel",
+    args: SPINConfig,
+    quantization_config: "BitsAndBytesConfig | dict[str, Any] | None",
+    model_config: PretrainedConfig,
+) -> Quantization | None:
+    """
+    Args:
+        quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*): As passed to the trainer.
+        model_config ([`~transformers.PretrainedConfig`]): The model's.
+
+    Raises:
+        `ValueError`: if it needs a package that is not installed.
+    """
+    asked = quantization_config or (args.model_init_kwargs or {}).get("quantization_config")
+    found = getattr(model_config, "quantization_config", None)
+    if asked is None and found is None:
+        return None
+    settings = asked or found
+    settings = settings if isinstance(settings, dict) else settings.to_dict()
+    quantizer = getattr(model, "hf_quantizer", None)
+    quantization = Quantization(
+        method=str(getattr(settings.get("quant_method"), "value", settings.get("quant_method"))),
+        is_4bit=bool(settings.get("load_in_4bit") or settings.get("_load_in_4bit")),
+        of_checkpoint=found is not None if quantizer is None else quantizer.pre_quantized,
+        settings=settings,
+    )
+    if quantization.method == "bitsandbytes" and importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError(
+            "The model is to be quantized by bitsandbytes, which is not installed. Install it: "
+            "`pip install spin_trl[qlora]`."
+        )
+    return quantization
+
+
+def check_trains_adapter(quantization: Quantization | None, has_adapter: bool) -> None:
+    """
+    Raises:
+        `ValueError`: if the quantized weights themselves would be trained.
+    """
+    if quantization is not None and not has_adapter:
+        raise ValueError(
+            f"The model is quantized ({quantization.method}), and quantized weights cannot be trained: only an adapter "
+            "to them can. Pass a `peft_config` such as `LoraConfig(r=16, target_modules='all-linear')` (with "
+            "recipes/spin.py: `use_peft: true`), or leave the quantization out."
+        )
+
+
+def serves_dequantized(quantization: Quantization | None, mode: str, sharding: str | None) -> bool:
+    """Whether this run's own server is given the numbers that the 4-bit weights stand for, so that it plays exactly."""
+    return quantization is not None and quantization.is_4bit and mode == "managed" and sharding is None
+
+
+def differs_on_server(quantization: Quantization | None, mode: str, sharding: str | None) -> bool:
+    """Whether a server computes with other base weights than the policy: those before quantization."""
+    if quantization is None or quantization.of_checkpoint or mode == "in-process":
+        return False
+    return not serves_dequantized(quantization, mode, sharding)
