@@ -1,9 +1,13 @@
-"""Is the policy's base model quantized, and what does a server play then? Knows nothing of servers and tensors."""
+"""Is the policy's base model quantized, what does a server play then, and what does bitsandbytes need for training?
+
+Knows nothing of servers.
+"""
 
 import importlib.util
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
 from transformers import PretrainedConfig
 
 from .spin_config import SPINConfig
@@ -91,3 +95,21 @@ def differs_on_server(quantization: Quantization | None, mode: str, sharding: st
     if quantization is None or quantization.of_checkpoint or mode == "in-process":
         return False
     return not serves_dequantized(quantization, mode, sharding)
+
+
+def keep_weights_as_quantized(model: nn.Module) -> None:
+    """
+    Keep bitsandbytes from packing 4-bit weights for inference, which it does on some CPUs in the first forward pass in
+    evaluation mode. They never become trainable again: gradients then silently stop at them.
+
+    Raises:
+        `ValueError`: if it has done so already.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+            if getattr(module.weight.quant_state, "packing_format_for_cpu", False):
+                raise ValueError(
+                    "bitsandbytes has packed the model's 4-bit weights for inference, because the model was run in "
+                    "evaluation mode: no gradient would pass them. Load the model anew, and pass it before it is run."
+                )

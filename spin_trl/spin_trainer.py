@@ -26,6 +26,7 @@ from .iteration_store import IterationStore
 from .iterative_trainer import IterativeTrainer
 from .losses import SPIN_LOSSES, LossParameters
 from .merging import check_can_be_merged, fold_scaling, save_merged
+from .quantization import keep_weights_as_quantized
 from .ranks import failing_together, on_main_process
 from .resume import Place, RunStart, start_run
 from .run_setup import SelfPlaySetup
@@ -152,6 +153,8 @@ class SPINTrainer(IterativeTrainer):
             peft_config=peft_config,
         )
         check_trainable(self.model, None)
+        if self.self_play_setup.quantization is not None:
+            keep_weights_as_quantized(self.model)
         if self.self_play_setup.publication.kind == "merged":
             check_can_be_merged(self.model)
         # Errors name rows of the user's data, so they travel with each batch. The collator sees what it always saw.
