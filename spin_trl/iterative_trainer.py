@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import ProgressCallback
@@ -112,6 +113,14 @@ class IterativeTrainer(DPOTrainer):
             self.state.max_steps = self.state.global_step
             return int(self.args.num_train_epochs), 0
         return self.start.epochs_trained, self.start.steps_in_epoch * self.args.gradient_accumulation_steps
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """As Trainer's, which leaves an adapter to a quantized model in another precision than it was trained in."""
+        dtypes = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad and parameter.dtype != dtypes[name]:
+                parameter.data = parameter.data.to(dtypes[name])
 
     def _run_epoch(self, **kwargs) -> None:
         loader = self.get_train_dataloader()
