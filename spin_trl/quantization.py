@@ -57,6 +57,8 @@ def find_quantization(
         return None
     settings = asked or found
     settings = settings if isinstance(settings, dict) else settings.to_dict()
+    if settings.get("dequantize"):  # as it is loaded
+        return None
     quantizer = getattr(model, "hf_quantizer", None)
     quantization = Quantization(
         method=str(getattr(settings.get("quant_method"), "value", settings.get("quant_method"))),
@@ -77,10 +79,10 @@ def check_trains_adapter(quantization: Quantization | None, has_adapter: bool) -
     Raises:
         `ValueError`: if the quantized weights themselves would be trained.
     """
-    if quantization is not None and not has_adapter:
+    if quantization is not None and quantization.method == "bitsandbytes" and not has_adapter:
         raise ValueError(
-            f"The model is quantized ({quantization.method}), and quantized weights cannot be trained: only an adapter "
-            "to them can. Pass a `peft_config` such as `LoraConfig(r=16, target_modules='all-linear')` (with "
+            "The model is quantized by bitsandbytes, and quantized weights cannot be trained: only an adapter to them "
+            "can. Pass a `peft_config` such as `LoraConfig(r=16, target_modules='all-linear')` (with "
             "recipes/spin.py: `use_peft: true`), or leave the quantization out."
         )
 

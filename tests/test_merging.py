@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from spin_trl.adapters import starts_as_base
+from spin_trl.footprint import estimate_footprint, weights_of
 from spin_trl.merging import check_can_be_merged, fold_scaling, save_merged
 from spin_trl.publication import MERGED_TYPES
 
@@ -47,7 +48,7 @@ def make_base(**options) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**settings, num_attention_heads=2, attention_bias=True, **options)).eval()
 
 
-def make_config(kind: str):
+def make_config_of(kind: str):
     if kind in LORAS:
         return LoraConfig(**{"r": 4, **TARGETS, "task_type": "CAUSAL_LM", **LORAS[kind]})
     config_class = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)]
@@ -72,7 +73,7 @@ def logits(model) -> torch.Tensor:
 @pytest.mark.parametrize("kind", [*LORAS, *sorted(MERGED_TYPES)])
 def test_merged_files_compute_what_the_policy_does_and_leave_it_as_it_was(kind, tmp_path):
     base = make_base()
-    policy = make_policy(base, make_config(kind))
+    policy = make_policy(base, make_config_of(kind))
     before = {name: value.clone() for name, value in policy.state_dict().items()}
     computed = logits(policy)
     save_merged(policy, str(tmp_path))
@@ -89,7 +90,7 @@ def test_merged_files_compute_what_the_policy_does_and_leave_it_as_it_was(kind, 
 @pytest.mark.parametrize("kind", [*LORAS, *sorted(MERGED_TYPES)])
 def test_new_adapter_of_each_kind_is_taken_for_the_base_model_only_if_it_changes_nothing(kind):
     base = make_base()
-    config = make_config(kind)
+    config = make_config_of(kind)
     torch.manual_seed(2)
     policy = get_peft_model(copy.deepcopy(base), config).eval()
     if starts_as_base(config):
@@ -149,3 +150,17 @@ def test_plain_adapter_is_left_as_it_was_saved(tmp_path):
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     fold_scaling(str(tmp_path))
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("kind", ["dora", "head", "IA3", "LN_TUNING"])
+def test_disk_estimate_counts_merged_opponents_as_whole_models(kind, tmp_path, tokenizer, make_config, train_dataset):
+    policy = make_policy(make_base(), make_config_of(kind))
+    save_merged(policy, str(tmp_path / "merged"))
+    weights = weights_of(policy, tokenizer, merged=True)
+    written = (tmp_path / "merged" / "model.safetensors").stat().st_size
+    assert written == pytest.approx(weights.published, rel=0.05)
+
+    rows = train_dataset.map(lambda row: {"prompt_ids": [1] * 4, "chosen_ids": [1] * 6})
+    footprint = estimate_footprint(make_config(num_iterations=3), weights, rows, None, True, True)
+    assert footprint.opponents == 2 * (weights.published + weights.tokenizer)
+    assert footprint.lower_bound == 2 * weights.published

@@ -4,11 +4,14 @@ import json
 
 import pytest
 import torch
+from conftest import load_recipe, read_rows
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
 from transformers.integrations.bitsandbytes import dequantize_bnb_weight
+from trl import ModelConfig, TrlParser
 
-from spin_trl import SPINTrainer
+from spin_trl import SPINConfig, SPINTrainer
+from spin_trl.footprint import size_of_base
 from spin_trl.merging import save_base
 from spin_trl.publish_check import allow_for_quantization
 from spin_trl.quantization import keep_weights_as_quantized
@@ -35,6 +38,8 @@ def test_base_is_written_out_as_the_numbers_that_its_4_bits_stand_for(tiny_model
     written = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
     assert (logits(written, ids) - logits(policy, ids)).abs().max() < 1e-5
+    (file,) = tmp_path.glob("*.safetensors")
+    assert size_of_base(policy) == pytest.approx(file.stat().st_size, rel=0.05)
     unquantized = AutoModelForCausalLM.from_pretrained(tiny_model)
     assert (logits(unquantized, ids) - logits(policy, ids)).abs().max() > 1e-2
 
@@ -165,3 +170,17 @@ class TestRefusedBeforeTheModelIsLoaded:
                 quantization_config=NF4,
                 peft_config=LoraConfig(**LORA),
             )
+
+
+def test_recipe_trains_an_adapter_to_4_bits(tiny_model, tmp_path):
+    train_file = tmp_path / "train.jsonl"
+    train_file.write_text("".join(f"{json.dumps(row)}\n" for row in read_rows("accent_train.jsonl", 16)))
+    spin = load_recipe("spin")
+    parser = TrlParser((spin.SPINScriptArguments, SPINConfig, ModelConfig))
+    arguments = ["--model_name_or_path", tiny_model, "--train_file", str(train_file), "--load_in_4bit", "--use_peft"]
+    arguments += ["--output_dir", str(tmp_path / "run"), "--use_vllm", "false", "--num_iterations", "1"]
+    arguments += ["--use_cpu", "--bf16", "false", "--report_to", "none", "--max_completion_length", "8"]
+    spin.main(*parser.parse_args_and_config(arguments))
+    assert (tmp_path / "run" / "adapter_model.safetensors").exists()
+    with pytest.raises(ValueError, match="`load_in_4bit` .* got `dtype='auto'`"):
+        spin.main(*parser.parse_args_and_config([*arguments, "--dtype", "auto"]))
