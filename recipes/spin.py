@@ -137,6 +137,10 @@ def load_function(location: str | None) -> Callable | None:
 
 
 def main(script_args: SPINScriptArguments, training_args: SPINConfig, model_args: ModelConfig) -> None:
+    if model_args.load_in_4bit and model_args.dtype == "auto":
+        raise ValueError(
+            "`load_in_4bit` needs to know what to compute in, got `dtype='auto'`. Set `dtype: bfloat16` (or float32)."
+        )
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,

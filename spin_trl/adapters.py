@@ -1,8 +1,10 @@
-"""What a PEFT configuration means for publishing an opponent. Knows nothing of servers."""
+"""What is trained of an adapter, and what the policy is without it. Knows nothing of servers and of publishing."""
 
 from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import is_peft_model
+
+from .publication import adapter_config
 
 
 if TYPE_CHECKING:
@@ -11,54 +13,31 @@ if TYPE_CHECKING:
 
 # Initialisations of LoRA that leave the model as it was.
 _NEUTRAL_INITIALISATIONS = (True, "gaussian", "orthogonal")
-
-
-def lora_rank_to_serve(
-    model: "str | PreTrainedModel | PeftModel", peft_config: "PeftConfig | None", served: bool
-) -> int | None:
-    """
-    Rank of the adapters that a server will be given, or `None` for full fine-tuning.
-
-    Args:
-        served (`bool`): Whether a server is to load the adapters, which has to be able to.
-
-    Raises:
-        `ValueError`: if vLLM cannot serve adapters of this kind.
-    """
-    if peft_config is None and not isinstance(model, str) and is_peft_model(model):
-        if "default" not in model.peft_config:
-            raise ValueError(
-                f"The model's adapter is named {list(model.peft_config)}, but the one that is trained must be named "
-                "'default'. Load it with `PeftModel.from_pretrained(..., adapter_name='default')`."
-            )
-        peft_config = model.peft_config["default"]
-    if peft_config is None:
-        return None
-    if not served:
-        return getattr(peft_config, "r", None)
-    problems = []
-    if peft_config.peft_type != "LORA":
-        problems.append(f"`peft_type={peft_config.peft_type.value}`")
-    for name, harmless in (("modules_to_save", None), ("use_dora", False), ("bias", "none")):
-        if getattr(peft_config, name, harmless) not in (harmless, []):
-            problems.append(f"`{name}={getattr(peft_config, name)!r}`")
-    if problems:
-        raise ValueError(
-            f"A vLLM server cannot load adapters with {' and '.join(problems)}. Use a plain `LoraConfig`, or set "
-            "`use_vllm=False` to generate in-process."
-        )
-    return max([peft_config.r, *(peft_config.rank_pattern or {}).values()])
+# Other types that do so, and the field of their configuration that says whether they were initialised thus.
+_NEUTRAL_TYPES = {
+    "ADALORA": "init_lora_weights",
+    "BOFT": "init_weights",
+    "DELORA": "init_weights",
+    "GRALORA": "init_weights",
+    "IA3": "init_ia3_weights",
+    "LOHA": "init_weights",
+    "LOKR": "init_weights",
+    "MISS": "init_weights",
+    "OFT": "init_weights",
+    "RANDLORA": "init_weights",
+    "VERA": "init_weights",
+    "WAVEFT": "init_weights",
+}
 
 
 def describe_adapter(
     model: "str | PreTrainedModel | PeftModel", peft_config: "PeftConfig | None"
 ) -> dict[str, Any] | None:
     """The configuration of the adapter that is trained, in an order that does not change; `None` without one."""
-    if peft_config is None and not isinstance(model, str) and is_peft_model(model):
-        peft_config = model.peft_config["default"]
-    if peft_config is None:
+    config = adapter_config(model, peft_config)
+    if config is None:
         return None
-    values = peft_config.to_dict()
+    values = config.to_dict()
     return {name: sorted(value) if isinstance(value, set) else value for name, value in values.items()}
 
 
@@ -89,14 +68,37 @@ def check_fixed_reference(peft_config: "PeftConfig | None") -> None:
     Raises:
         `ValueError`: if the initial policy could not be had back by switching this new adapter off.
     """
-    if not starts_as_base(peft_config):
+    if getattr(peft_config, "bias", "none") not in ("none", False):
         raise ValueError(
             "`opponent_reference='fixed'` takes the initial policy's log-probs with the adapter switched off, but with "
-            f"`init_lora_weights={peft_config.init_lora_weights!r}` the model is another one then. Use "
-            "`init_lora_weights=True`, or `opponent_reference='previous'`."
+            f"`bias={peft_config.bias!r}` the base model's own biases are trained, which that does not bring back. Use "
+            "`bias='none'`, or `opponent_reference='previous'`."
+        )
+    if not starts_as_base(peft_config):
+        field = "init_lora_weights" if hasattr(peft_config, "init_lora_weights") else "peft_type"
+        remedy = "`init_lora_weights=True`" if field == "init_lora_weights" else "a `LoraConfig`"
+        raise ValueError(
+            "`opponent_reference='fixed'` takes the initial policy's log-probs with the adapter switched off, but with "
+            f"`{field}={getattr(peft_config, field)!r}` the model is another one then. Use {remedy}, or "
+            "`opponent_reference='previous'`."
         )
 
 
 def starts_as_base(peft_config: "PeftConfig | None") -> bool:
-    """Whether a model with this new adapter (or none) still computes what the base model does."""
-    return getattr(peft_config, "init_lora_weights", True) in _NEUTRAL_INITIALISATIONS
+    """Whether a model with this new adapter (or none) still computes what the base model does, as far as is known."""
+    if peft_config is None or peft_config.peft_type == "LN_TUNING":
+        return True
+    if peft_config.peft_type == "LORA":
+        return peft_config.init_lora_weights in _NEUTRAL_INITIALISATIONS and not peft_config.layer_replication
+    field = _NEUTRAL_TYPES.get(peft_config.peft_type.value)
+    return field is not None and getattr(peft_config, field) is True
+
+
+def complete_reference_adapter(model: "PeftModel") -> None:
+    """
+    Copy into the adapter "ref", DPOTrainer's copy of one that came trained, what DPOTrainer leaves out: the parameters
+    whose names end in the adapter's, which are those of LoRA for embeddings and of most other types.
+    """
+    for name, parameter in model.named_parameters():
+        if name.endswith(".default"):
+            model.get_parameter(f"{name.removesuffix('default')}ref").data.copy_(parameter.data)

@@ -52,11 +52,15 @@ class Weights:
         saved (`int`): Bytes of one copy: the adapter's, or the model's.
         trained (`int`): Bytes of the numbers that are trained.
         tokenizer (`int`): Bytes of the tokenizer that lies with every copy.
+        published (`int`, *optional*): Bytes of an opponent, where that is not what is saved: the merged model's.
+        base (`int`): Bytes of the base model.
     """
 
     saved: int
     trained: int
     tokenizer: int = 0
+    published: int | None = None
+    base: int = 0
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,7 @@ def estimate_footprint(
     eval_dataset: Dataset | None,
     saves_opponents: bool,
     base_is_opponent: bool,
+    writes_base: bool = False,
 ) -> Footprint:
     """
     Args:
@@ -104,6 +109,7 @@ def estimate_footprint(
         train_dataset, eval_dataset ([`~datasets.Dataset`]): With `prompt_ids` and `chosen_ids`.
         saves_opponents (`bool`): Whether the sampler reads opponents from disk.
         base_is_opponent (`bool`): Whether the first opponent need not be saved.
+        writes_base (`bool`): Whether a base model is written for the server.
     """
     iterations = range(args.num_iterations)
     chosen_tokens = _num_tokens(train_dataset)
@@ -125,6 +131,8 @@ def estimate_footprint(
     pairs = sum(own_pairs * (1 + min(i, args.num_history_iterations)) + _FILE_BYTES for i in iterations)
     num_opponents = _num_opponents(args, saves_opponents, base_is_opponent, eval_dataset is not None)
     num_checkpoints = _num_checkpoints(args, num_answers)
+    opponent = weights.saved if weights.published is None else weights.published
+    written_base = weights.base if writes_base else 0
     checkpoint = weights.saved + weights.tokenizer + _CHECKPOINT_BYTES
     if not args.save_only_model:
         checkpoint += 2 * weights.trained
@@ -132,9 +140,10 @@ def estimate_footprint(
         completions=completions,
         data=num_bytes_of(train_dataset) + _FILE_BYTES,
         pairs=pairs,
-        opponents=num_opponents * (weights.saved + weights.tokenizer),
+        opponents=num_opponents * (opponent + weights.tokenizer) + written_base,
         checkpoints=num_checkpoints * checkpoint,
-        lower_bound=0 if args.max_steps > 0 else weights.saved * (num_opponents + _num_kept(args)),
+        lower_bound=written_base
+        + (0 if args.max_steps > 0 else opponent * num_opponents + weights.saved * _num_kept(args)),
     )
 
 
@@ -172,16 +181,28 @@ def size_of_weights(model: nn.Module) -> int:
     return _num_bytes(p for p in model.parameters() if p.requires_grad or not is_adapter)
 
 
+def size_of_base(model: nn.Module) -> int:
+    """Bytes of the model below an adapter, which are those of the model that the adapter is merged into."""
+    return sum(_num_elements(p) for p in model.parameters() if not p.requires_grad) * _element_size(model)
+
+
 def size_of_checkpoint(model: nn.Module, args: SPINConfig) -> int:
     """Bytes of a checkpoint: what `save_model` writes and, unless it is left out, two moments for what is trained."""
     moments = 0 if args.save_only_model else 2 * _num_bytes(p for p in model.parameters() if p.requires_grad)
     return size_of_weights(model) + moments
 
 
-def weights_of(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Weights:
-    """Of a model that is loaded, or on the `meta` device."""
+def weights_of(model: nn.Module, tokenizer: PreTrainedTokenizerBase, merged: bool = False) -> Weights:
+    """Of a model that is loaded, or on the `meta` device. `merged`: its opponents are published as full weights."""
     trained = _num_bytes(p for p in model.parameters() if p.requires_grad)
-    return Weights(size_of_weights(model), trained, _size_of_tokenizer(tokenizer))
+    base = size_of_base(model)
+    return Weights(
+        saved=size_of_weights(model),
+        trained=trained,
+        tokenizer=_size_of_tokenizer(tokenizer),
+        published=base if merged else None,
+        base=base,
+    )
 
 
 def empty_policy(config: PretrainedConfig, args: SPINConfig, peft_config: "PeftConfig | None") -> nn.Module:
@@ -216,6 +237,17 @@ def _of_this_process_alone() -> Iterator[None]:
 
 def _num_bytes(parameters: Iterable[nn.Parameter]) -> int:
     return sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in parameters)
+
+
+def _num_elements(parameter: nn.Parameter) -> int:
+    quantized_shape = getattr(getattr(parameter, "quant_state", None), "shape", None)  # two of 4 bits in a byte
+    return getattr(parameter, "ds_numel", parameter.numel()) if quantized_shape is None else quantized_shape.numel()
+
+
+def _element_size(model: nn.Module) -> int:
+    """Bytes of a number in the model's own precision."""
+    dtype = getattr(model, "dtype", None) or next(model.parameters()).dtype
+    return torch.empty(0, dtype=dtype).element_size()
 
 
 def _num_tokens(dataset: Dataset) -> int:

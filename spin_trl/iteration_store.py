@@ -69,6 +69,11 @@ class IterationStore:
     def server_log(self) -> Path:
         return self._own("vllm-server.log")
 
+    @property
+    def served_base(self) -> Path:
+        """The base model as a managed server is to have it, where that is not the one that was passed."""
+        return self._own("served-base")
+
     def _own(self, *names: str) -> Path:
         return own_path(self.output_dir, *names)
 
@@ -144,6 +149,7 @@ class IterationStore:
         for path in self.output_dir.iterdir():
             if is_numbered(path) and (path.is_dir() or path.is_symlink()):
                 remove(path)
+        remove(self.served_base)
         self.clear_temporary()
         data = self.output_dir / "train_data"
         if data.is_symlink() or arrow_checksum(data) is not None:

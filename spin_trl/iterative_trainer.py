@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import ProgressCallback
@@ -130,6 +131,14 @@ class IterativeTrainer(DPOTrainer):
             pair_lengths(pairs, self.args.max_length) if strategy == "group_by_length" else None,
             self.args.dataloader_drop_last,
         ).tolist()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """As Trainer's, which leaves an adapter to a quantized model in another precision than it was trained in."""
+        dtypes = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad and parameter.dtype != dtypes[name]:
+                parameter.data = parameter.data.to(dtypes[name])
 
     def _run_epoch(self, **kwargs) -> None:
         self.epoch = kwargs["epoch"]

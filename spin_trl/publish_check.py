@@ -5,6 +5,10 @@ from dataclasses import dataclass
 from .generation.sampler import Completion, SamplerError
 
 
+_MOST_BY_QUANTIZATION = 0.5  # nats a token; another model differs by more
+_HEADROOM = 1.5
+
+
 @dataclass(frozen=True)
 class PublishCheck:
     """
@@ -57,3 +61,15 @@ def compare_logps(completions: list[Completion], policy_logps: list[list[float]]
     ]
     mean = sum(differences) / len(differences)
     return PublishCheck(mean, len(differences), len(completions))
+
+
+def allow_for_quantization(tolerance: float, first_difference: float | None) -> float:
+    """
+    The tolerance where the policy alone is quantized: what the run's first opponent, with which nothing is stale yet,
+    differed by, and half as much again. A stale opponent differs by more than that.
+
+    Args:
+        tolerance (`float`): `publish_check_tolerance`, which is the least.
+        first_difference (`float`, *optional*): Measured on the first opponent; `None` where that is measured now.
+    """
+    return max(tolerance, _MOST_BY_QUANTIZATION if first_difference is None else _HEADROOM * first_difference)

@@ -53,13 +53,14 @@ def differences(stored: dict[str, Any], present: dict[str, Any]) -> list[str]:
     What keeps the present run from continuing a stored one.
 
     Args:
-        stored, present (`dict[str, Any]`): Descriptions as in `self_play.json`, with `model`, `adapter`, `training`,
-            `config` and `data`.
+        stored, present (`dict[str, Any]`): Descriptions as in `self_play.json`, with `model`, `adapter`,
+            `quantization`, `training`, `config` and `data`.
 
     Returns:
         `list[str]`: one entry for each field that differs, with both values.
     """
-    found = _compare("", _only(stored, ("model", "adapter")), _only(present, ("model", "adapter")))
+    names = ("model", "adapter", "quantization")
+    found = _compare("", _only(stored, names), _only(present, names))
     for part in ("training", "data"):
         found += _compare(f"{part}.", stored.get(part, {}), present.get(part, {}))
     return found + _compare("", _binding(stored.get("config", {})), _binding(present.get("config", {})))

@@ -28,7 +28,8 @@ from transformers import (
 from trl.trainer.utils import get_config_model_id
 
 from . import __version__
-from .adapters import check_trainable, describe_adapter, lora_rank_to_serve, starts_as_base
+from .adapters import check_trainable, describe_adapter, starts_as_base
+from .atomic_files import remove, write_directory
 from .data import check_dataset
 from .disk import check_writable
 from .footprint import check_footprint, empty_policy, estimate_footprint, weights_of
@@ -42,14 +43,19 @@ from .generation.vllm_api import VLLMServer
 from .generation.vllm_sampler import VLLMSampler
 from .inputs import check_generation_kwargs, check_model, check_peft_config, check_tokenizer, explained
 from .iteration_store import IterationStore
+from .merging import save_base
 from .preparation import dataset_checksum, drop_long_prompts, percentile_length, prepare_data
+from .publication import Publication, adapter_config, plan_publication
+from .quantization import check_trains_adapter, differs_on_server, find_quantization, serves_dequantized
 from .ranks import main_process_first, on_every_process, on_main_process
 from .resume import check_same_run
+from .sharding import spread_by
 from .spin_config import SPINConfig
 
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
+    from transformers import BitsAndBytesConfig
 
 logger = get_logger(__name__)
 
@@ -70,14 +76,17 @@ class SelfPlaySetup:
         train_dataset, eval_dataset ([`~datasets.Dataset`]): Token ids, see [`rendering.TokenizedData`].
         params ([`SamplingParams`]): How the opponent answers.
         choice ([`SamplerChoice`]): Which sampler, and why.
-        lora_rank (`int`, *optional*): Rank of the adapters to publish; `None` for full weights.
+        publication ([`Publication`]): In which form opponents are published.
         context_length (`int`): Tokens that the model can hold.
         vocab_size (`int`, *optional*): Number of token ids that the model has, where its configuration says so.
         base_is_opponent (`bool`): Whether the first opponent is the base model as the server has it.
         api_key (`str`, *optional*): The server's.
         adapter (`dict[str, Any]`, *optional*): Configuration of the adapter that is trained.
+        quantization (`dict[str, Any]`, *optional*): Configuration of the base model's.
         data_report (`dict[str, Any]`): The training data's format, and how many rows were left out for which reason.
         invalid_rows (`list[dict]`): Which rows were left out as invalid, and why.
+        serves_dequantized (`bool`): Whether the managed server gets the policy's base, its 4-bit weights written out.
+        is_quantized_on_its_own (`bool`): Whether a server plays on base weights that the policy has quantized only.
     """
 
     args: SPINConfig
@@ -87,15 +96,18 @@ class SelfPlaySetup:
     eval_dataset: Dataset | None
     params: SamplingParams
     choice: SamplerChoice
-    lora_rank: int | None
+    publication: Publication
     context_length: int
     vocab_size: int | None
     base_is_opponent: bool
     api_key: str | None = field(repr=False)
     adapter: dict[str, Any] | None = None
+    quantization: dict[str, Any] | None = None
     data_report: dict[str, Any] = field(default_factory=dict)
     invalid_rows: list[dict[str, Any]] = field(default_factory=list)
     num_dropped: int = 0
+    serves_dequantized: bool = False
+    is_quantized_on_its_own: bool = False
     managed_server: ManagedServer | None = None
 
     @classmethod
@@ -107,6 +119,7 @@ class SelfPlaySetup:
         eval_dataset: Dataset | None,
         processing_class: PreTrainedTokenizerBase | ProcessorMixin | None,
         peft_config: "PeftConfig | None",
+        quantization_config: "BitsAndBytesConfig | None" = None,
     ) -> "SelfPlaySetup":
         """Check and settle everything; see [`SPINTrainer`] for the arguments and errors."""
         check_model(model)
@@ -123,15 +136,22 @@ class SelfPlaySetup:
         PartialState().print(f"Opponents are sampled {_DESCRIPTIONS[choice.mode]}: {choice.reason}.")
         if choice.mode == "in-process":
             check_generation_kwargs(args.generation_kwargs)
-        lora_rank = lora_rank_to_serve(model, peft_config, served=choice.mode != "in-process")
+        config = _model_config(model, args, whole=True)
+        sharding = spread_by(args)
+        quantization = find_quantization(model, args, quantization_config, config)
+        check_trains_adapter(quantization, adapter_config(model, peft_config) is not None)
+        publication = plan_publication(
+            model, peft_config, choice.mode != "in-process", quantization is not None, sharding
+        )
         if choice.mode == "managed":
-            serve_command(model_name, lora_rank=lora_rank)  # refuses now what it would refuse then
-        if choice.mode == "managed" and not isinstance(model, str) and not os.path.isdir(model_name):
+            serve_command(model_name, lora_rank=publication.lora_rank)  # refuses now what it would refuse then
+        writes_base = serves_dequantized(quantization, choice.mode, sharding)
+        if choice.mode == "managed" and not (writes_base or isinstance(model, str) or os.path.isdir(model_name)):
             raise ValueError(
                 f"A managed server loads the base model itself, but the model passed comes from {model_name!r}, which "
                 "is no folder here. Save it with `model.save_pretrained(folder)` and pass `model=folder`."
             )
-        config = _model_config(model, args)
+        config = config.get_text_config()
         context_length = getattr(config, "max_position_embeddings", None) or _NO_LIMIT
         tokenizer = _load_tokenizer(processing_class, model_name, args)
         end_token_ids = _end_token_ids(model, tokenizer, args)
@@ -146,15 +166,19 @@ class SelfPlaySetup:
             eval_dataset=data.eval,
             params=_sampling_params(args, end_token_ids),
             choice=choice,
-            lora_rank=lora_rank,
+            publication=publication,
             context_length=context_length,
             vocab_size=getattr(config, "vocab_size", None),
             base_is_opponent=isinstance(model, str) and starts_as_base(peft_config),
             api_key=_take_api_key(args),
             adapter=describe_adapter(model, peft_config),
+            quantization=None if quantization is None else quantization.settings,
             data_report=data.report,
             invalid_rows=data.invalid_rows,
+            serves_dequantized=writes_base,
+            is_quantized_on_its_own=differs_on_server(quantization, choice.mode, sharding),
         )
+        setup._tell()
         setup._fit_to_context(setup.context_length, "the model's context")
         if choice.mode == "server":
             setup._fit_to_server()
@@ -173,10 +197,12 @@ class SelfPlaySetup:
             return PolicySampler(open_policy, self.tokenizer.pad_token_id, batch_size)
         return self._server_sampler(self.vocab_size)
 
-    def open_sampler(self, sampler: OpponentSampler, store: IterationStore) -> None:
+    def open_sampler(self, sampler: OpponentSampler, store: IterationStore, policy: PreTrainedModel) -> None:
         """Start the managed server, if there is one, and connect every process to the server."""
         if not isinstance(sampler, VLLMSampler | ReplicatedSampler):
             return
+        if self.serves_dequantized:
+            on_main_process(lambda: write_directory(self._served_base, lambda path: self._write_base(policy, path)))
         run_name = on_main_process(lambda: f"spin-{os.urandom(4).hex()}")
         if self.choice.mode == "managed":
             server = self._connection(*on_main_process(lambda: self._start_server(store)))
@@ -189,6 +215,27 @@ class SelfPlaySetup:
         if self.managed_server is not None:
             self.managed_server.stop()
             self.managed_server = None
+            if self.serves_dequantized:
+                remove(self._served_base)
+
+    @property
+    def _served_base(self) -> Path:
+        return IterationStore(self.args.output_dir).served_base
+
+    def _write_base(self, policy: PreTrainedModel, path: Path) -> None:
+        save_base(policy, str(path))
+        self.tokenizer.save_pretrained(path)
+
+    def _tell(self) -> None:
+        if message := str(self.publication):
+            PartialState().print(message)
+        if self.is_quantized_on_its_own:
+            logger.warning(
+                "The policy's base model is quantized, the server's is not (unless you quantize it alike): opponents "
+                "answer with slightly other probabilities than the policy has. The check of each opponent allows for "
+                "the difference that the first one shows. With `vllm_mode='managed'` and 4 bits, the server gets the "
+                "very numbers that the policy computes with."
+            )
 
     def describe(self) -> dict[str, Any]:
         """What this run depends on, for `self_play.json`. Holds no secret."""
@@ -196,6 +243,7 @@ class SelfPlaySetup:
         return {
             "model": self.model_name,
             "adapter": self.adapter,
+            "quantization": self.quantization,
             "sampler": {"mode": self.choice.mode, "reason": self.choice.reason},
             "config": args.to_dict(),
             "training": {
@@ -217,7 +265,7 @@ class SelfPlaySetup:
         try:
             if isinstance(model, str) or peft_config is not None:
                 model = empty_policy(_model_config(model, self.args, whole=True), self.args, peft_config)
-            weights = weights_of(model, self.tokenizer)
+            weights = weights_of(model, self.tokenizer, merged=self.publication.kind == "merged")
         except Exception as error:  # a model that cannot be made empty must not keep the run from being played
             logger.warning(f"How much the run will write is not known: {type(error).__name__}: {error}")
             return
@@ -228,6 +276,7 @@ class SelfPlaySetup:
             self.eval_dataset,
             saves_opponents=self.choice.mode != "in-process",
             base_is_opponent=self.base_is_opponent,
+            writes_base=self.serves_dequantized,
         )
         check_footprint(footprint, Path(self.args.output_dir).absolute(), PartialState().print, logger.warning)
 
@@ -237,8 +286,8 @@ class SelfPlaySetup:
             log_path=store.server_log,
             timeout=self.args.vllm_server_timeout,
             max_restarts=self.args.vllm_max_restarts,
-            model=self.model_name,
-            lora_rank=self.lora_rank,
+            model=str(self._served_base) if self.serves_dequantized else self.model_name,
+            lora_rank=self.publication.lora_rank,
             max_model_length=self.args.vllm_max_model_length or self._longest_sequence(),
             dtype="bfloat16" if self.args.bf16 else "float16" if self.args.fp16 else "float32",
             gpu_memory_utilization=self.args.vllm_gpu_memory_utilization,
@@ -251,7 +300,8 @@ class SelfPlaySetup:
         return self.managed_server.base_url, self.managed_server.api_key, self.managed_server.death_notice
 
     def _server_sampler(self, vocab_size: int | None = None) -> VLLMSampler | ReplicatedSampler:
-        names = self.model_name, self.lora_rank, self.args.vllm_server_model
+        served_model = str(self._served_base) if self.serves_dequantized else self.args.vllm_server_model
+        names = self.model_name, self.publication.lora_rank, served_model
         replicas = [VLLMSampler(*names, vocab_size) for _ in self.args.vllm_server_base_urls or [None]]
         return replicas[0] if len(replicas) == 1 else ReplicatedSampler(replicas)
 

@@ -19,7 +19,6 @@ from transformers.trainer_utils import SaveStrategy
 from .completions import GenerationJob, Share
 from .evaluation import GenerationMetrics, ScoreTable, generation_metrics
 from .finite import require_finite_scores
-from .footprint import size_of_weights
 from .generation.sampler import Completion, CompletionRequest, OpponentSampler, SamplingParams
 from .iteration_store import IterationStore
 from .pair_dataset import PairDataset
@@ -32,7 +31,7 @@ from .pairs import (
     keeps_identical_pairs,
     make_answers,
 )
-from .publish_check import compare_logps
+from .publish_check import allow_for_quantization, compare_logps
 from .random_state import preserved_random_state
 from .ranks import on_every_process, on_main_process
 from .resume import RunStart
@@ -63,6 +62,7 @@ class SelfPlayCallback(TrainerCallback):
         compute_generation_metrics (`Callable`, *optional*): The user's metrics.
         base_is_opponent (`bool`): Whether the first opponent is the base model as the sampler already has it.
         base_model (`str`): Hub id or folder of the base model.
+        is_quantized_on_its_own (`bool`): Whether the sampler's base weights are not quantized, as the policy's are.
     """
 
     def __init__(
@@ -76,6 +76,7 @@ class SelfPlayCallback(TrainerCallback):
         compute_generation_metrics: GenerationMetrics | None = None,
         base_is_opponent: bool = True,
         base_model: str = "",
+        is_quantized_on_its_own: bool = False,
     ):
         self.trainer = trainer
         self.sampler = sampler
@@ -86,6 +87,7 @@ class SelfPlayCallback(TrainerCallback):
         self.compute_generation_metrics = compute_generation_metrics
         self.base_is_opponent = base_is_opponent
         self.base_model = base_model
+        self.is_quantized_on_its_own = is_quantized_on_its_own
         self.started_as_base = base_is_opponent
         self.start = RunStart("")
         self.iteration: int | None = None
@@ -168,7 +170,7 @@ class SelfPlayCallback(TrainerCallback):
                 iteration,
                 self.trainer.save_opponent,
                 self.trainer.is_world_process_zero(),
-                num_bytes=size_of_weights(self.trainer.model),
+                num_bytes=self.trainer.size_of_opponent(),
             )
 
         return on_every_process(save)
@@ -191,11 +193,15 @@ class SelfPlayCallback(TrainerCallback):
 
         prompt_ids = {request.key: request.prompt_ids for request in requests}
         opponent = "the base model" if iteration == 0 and self.base_is_opponent else f"iteration {iteration}'s opponent"
+        tolerance = self.trainer.args.publish_check_tolerance
+        if self.is_quantized_on_its_own:
+            first = self.store.read_metrics(0).get("publish_check_difference") if iteration > 0 else None
+            tolerance = allow_for_quantization(tolerance, first)
         differences = []
         for address, completions in on_main_process(sample).items():
             rows = [{"prompt_ids": prompt_ids[c.key], "completion_ids": c.token_ids} for c in completions]
             check = compare_logps(completions, completion_logps(self.trainer, rows))
-            check.require(self.trainer.args.publish_check_tolerance, opponent, address)
+            check.require(tolerance, opponent, address)
             differences.append(check.mean_difference)
         self._record(iteration, {"publish_check_difference": max(differences)})
 

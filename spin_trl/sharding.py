@@ -18,7 +18,7 @@ from trl.trainer.utils import add_fused_lm_head, create_model_from_path
 
 
 if TYPE_CHECKING:
-    from trl import DPOTrainer
+    from trl import DPOConfig, DPOTrainer
 
 
 def check_can_generate() -> None:
@@ -31,6 +31,15 @@ def check_can_generate() -> None:
             "In-process generation is not possible with version 1 of FSDP, where every process would have to generate "
             "in lockstep. Use `fsdp_version: 2` (see recipes/accelerate/fsdp2.yaml), or a vLLM server."
         )
+
+
+def spread_by(args: "DPOConfig") -> str | None:
+    """What will spread the weights over the processes; `None` if each holds all of them."""
+    plugin = args.deepspeed_plugin
+    if plugin is not None and plugin.zero_stage == 3:
+        return "DeepSpeed ZeRO-3"
+    uses_fsdp = bool(args.fsdp) or str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false"))
+    return "FSDP" if uses_fsdp else None
 
 
 @contextmanager

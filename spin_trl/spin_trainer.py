@@ -16,14 +16,17 @@ from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase,
 from transformers.trainer_utils import EvalPrediction, TrainOutput
 from trl import DPOTrainer
 
-from .adapters import check_fixed_reference, check_trainable
+from .adapters import check_fixed_reference, check_trainable, complete_reference_adapter
 from .compiler_locks import warn_of_old_locks
 from .evaluation import GenerationMetrics
 from .finite import ORIGIN_COLUMNS, OriginCollator, StepNumbers, take_origins
+from .footprint import size_of_base, size_of_weights
 from .inputs import check_generation_metrics, check_optimizers
 from .iteration_store import IterationStore
 from .iterative_trainer import IterativeTrainer
 from .losses import SPIN_LOSSES, LossParameters
+from .merging import check_can_be_merged, fold_scaling, save_merged
+from .quantization import keep_weights_as_quantized
 from .ranks import failing_together, on_main_process
 from .resume import Place, RunStart, start_run
 from .run_setup import SelfPlaySetup
@@ -129,7 +132,7 @@ class SPINTrainer(IterativeTrainer):
         check_optimizers(optimizers)
         check_generation_metrics(compute_generation_metrics, eval_dataset)
         self.self_play_setup = SelfPlaySetup.prepare(
-            model, args, train_dataset, eval_dataset, processing_class, peft_config
+            model, args, train_dataset, eval_dataset, processing_class, peft_config, quantization_config
         )
         args = self.self_play_setup.args
         check_schedule(args, *optimizers)
@@ -150,12 +153,19 @@ class SPINTrainer(IterativeTrainer):
             peft_config=peft_config,
         )
         check_trainable(self.model, None)
+        if self.self_play_setup.quantization is not None:
+            keep_weights_as_quantized(self.model)
+        if self.self_play_setup.publication.kind == "merged":
+            check_can_be_merged(self.model)
         # Errors name rows of the user's data, so they travel with each batch. The collator sees what it always saw.
         hidden = ORIGIN_COLUMNS if args.remove_unused_columns else []
         self.data_collator = OriginCollator(self.data_collator, hidden)
         self._split_losses()
-        if is_peft_model(self.model) and "ref" in self.model.peft_config and args.opponent_reference == "previous":
-            self.model.delete_adapter("ref")  # DPOTrainer's copy of a trained adapter; the reference moves here
+        if is_peft_model(self.model) and "ref" in self.model.peft_config:
+            if args.opponent_reference == "previous":
+                self.model.delete_adapter("ref")  # DPOTrainer's copy of a trained adapter; the reference moves here
+            else:
+                complete_reference_adapter(self.model)
         self.store = IterationStore(args.output_dir)
         self.sampler = self.self_play_setup.build_sampler(self.open_policy)
         self.self_play = SelfPlayCallback(
@@ -168,6 +178,7 @@ class SPINTrainer(IterativeTrainer):
             compute_generation_metrics=compute_generation_metrics,
             base_is_opponent=self.self_play_setup.base_is_opponent,
             base_model=self.self_play_setup.model_name,
+            is_quantized_on_its_own=self.self_play_setup.is_quantized_on_its_own,
         )
         self.add_callback(self.self_play)
         self.stop_signal = StopOnSigterm()
@@ -236,8 +247,21 @@ class SPINTrainer(IterativeTrainer):
     # What the callback asks of the policy
 
     def save_opponent(self, directory: str) -> None:
-        """Save the policy as it stands, adapter or full weights, gathered if it is sharded. Every process calls it."""
+        """Save the policy as it stands, in the form to publish, gathered if it is sharded. Every process calls it."""
+        publication = self.self_play_setup.publication
+        if publication.kind == "merged":
+            if self.args.should_save:
+                save_merged(self.accelerator.unwrap_model(self.model), directory)
+                self.processing_class.save_pretrained(directory)
+            return
         self.save_model(directory, _internal_call=True)
+        if publication.lora_rank is not None and self.args.should_save:
+            fold_scaling(directory)
+
+    def size_of_opponent(self) -> int:
+        """Bytes of what `save_opponent` writes."""
+        is_merged = self.self_play_setup.publication.kind == "merged"
+        return size_of_base(self.model) if is_merged else size_of_weights(self.model)
 
     def open_policy(self) -> AbstractContextManager[PreTrainedModel]:
         """The policy, unwrapped and gathered, to generate with. Every process calls it."""
@@ -281,7 +305,7 @@ class SPINTrainer(IterativeTrainer):
             stack.enter_context(self.stop_signal.listening())
             if not self.start.is_finished:
                 stack.callback(self.self_play_setup.close_sampler, self.sampler)
-                self.self_play_setup.open_sampler(self.sampler, self.store)
+                self.self_play_setup.open_sampler(self.sampler, self.store, self.model)
             checkpoint = None if self.start.checkpoint is None else str(self.start.checkpoint)
             output = super().train(checkpoint, *args, **kwargs)
             if self.stop_signal.has_stopped:

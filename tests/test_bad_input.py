@@ -11,7 +11,7 @@ import pytest
 from conftest import load_recipe, read_rows
 from datasets import Dataset, DatasetDict
 from fault_server import FakeVLLM, FaultyServer
-from peft import IA3Config, LoraConfig, PromptTuningConfig
+from peft import LoraConfig, PromptTuningConfig
 from tiny_tokenizers import byte_tokenizer, letter_tokenizer
 from torch.optim import SGD, Adagrad
 from torch.optim.lr_scheduler import ConstantLR
@@ -443,16 +443,16 @@ RUNS = {
         Refusal("`inference_mode=True`", "is what is to be trained", "Set `inference_mode=False`"),
     ),
     "adapter that a server cannot play": (
-        {"config": SERVER, "peft_config": IA3Config()},
-        Refusal("`peft_type=IA3`", "Use a plain `LoraConfig`", "set `use_vllm=False`"),
+        {"config": SERVER, "peft_config": LoraConfig(alora_invocation_tokens=[1])},
+        Refusal("`alora_invocation_tokens=[1]`", "Use a plain `LoraConfig`", "set `use_vllm=False`"),
     ),
     "prompt tuning with a server": (
         {"config": SERVER, "peft_config": PromptTuningConfig(num_virtual_tokens=4)},
         Refusal("`peft_type=PROMPT_TUNING`", "Use a plain `LoraConfig`", "set `use_vllm=False`"),
     ),
-    "whole modules beside the adapter": (
-        {"config": SERVER, "peft_config": LoraConfig(modules_to_save=["lm_head"])},
-        Refusal("`modules_to_save=['lm_head']`", "Use a plain `LoraConfig`", "set `use_vllm=False`"),
+    "layers that the adapter repeats": (
+        {"config": SERVER, "peft_config": LoraConfig(layer_replication=[[0, 2]])},
+        Refusal("`layer_replication=[[0, 2]]`", "Use a plain `LoraConfig`", "set `use_vllm=False`"),
     ),
     "adapter of too high a rank": (
         {"config": MANAGED, "peft_config": LoraConfig(r=600)},

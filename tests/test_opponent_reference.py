@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoHaConfig, LoraConfig, PeftConfig, PeftModel, VBLoRAConfig, get_peft_model
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from spin_trl import SPINTrainer
@@ -11,12 +11,12 @@ from spin_trl import SPINTrainer
 LORA = {"r": 8, "target_modules": "all-linear", "init_lora_weights": True}
 
 
-def trained_adapter(tiny_model) -> PeftModel:
+def trained_adapter(tiny_model, config: PeftConfig | None = None) -> PeftModel:
     torch.manual_seed(0)
-    model = PeftModel(AutoModelForCausalLM.from_pretrained(tiny_model), LoraConfig(**LORA))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), config or LoraConfig(**LORA))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(torch.randn_like(parameter) * 0.05)
     return model
 
 
@@ -35,6 +35,9 @@ POLICIES = {
     "full-object": lambda path: (changed_model(path), {}),
     "lora": lambda path: (path, {"peft_config": LoraConfig(**LORA)}),
     "trained-lora": lambda path: (trained_adapter(path), {}),
+    # Of its parameters, and of LoRA's for embeddings, DPOTrainer's copy for the reference takes none.
+    "trained-loha": lambda path: (trained_adapter(path, LoHaConfig(r=4, target_modules=["q_proj", "up_proj"])), {}),
+    "trained-embeddings": lambda path: (trained_adapter(path, LoraConfig(r=4, target_modules=["embed_tokens"])), {}),
 }
 
 
@@ -80,7 +83,7 @@ def test_stored_reference_is_the_opponents_or_the_initial_models(
     assert watch.opponent != pytest.approx(of_initial, abs=1e-2)
     assert stored == pytest.approx(of_initial if opponent_reference == "fixed" else watch.opponent, abs=1e-4)
     assert trainer.ref_model is None
-    if policy.endswith("lora"):
+    if policy.endswith("lora") or policy.startswith("trained"):
         assert trainer.model.active_adapters == ["default"]
 
 
@@ -89,3 +92,17 @@ def test_adapter_that_changes_the_base_model_is_refused(tiny_model, train_datase
     config = make_config(opponent_reference="fixed")
     with pytest.raises(ValueError, match="`init_lora_weights='pissa'`.*`opponent_reference='previous'`"):
         SPINTrainer(tiny_model, config, train_dataset=train_dataset, peft_config=lora)
+
+
+def test_adapter_that_trains_the_base_models_biases_is_refused(tiny_model, train_dataset, make_config):
+    lora = LoraConfig(**LORA, bias="all")
+    config = make_config(opponent_reference="fixed")
+    with pytest.raises(ValueError, match="`bias='all'`.*does not bring back.*`opponent_reference='previous'`"):
+        SPINTrainer(tiny_model, config, train_dataset=train_dataset, peft_config=lora)
+
+
+def test_adapter_of_a_type_that_changes_the_base_model_is_refused(tiny_model, train_dataset, make_config):
+    config = make_config(opponent_reference="fixed")
+    with pytest.raises(ValueError, match="`peft_type=.*VBLORA.*the model is another one then"):
+        vblora = VBLoRAConfig(target_modules=["q_proj"], vector_length=16, num_vectors=32)
+        SPINTrainer(tiny_model, config, train_dataset=train_dataset, peft_config=vblora)

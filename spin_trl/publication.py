@@ -1,0 +1,203 @@
+"""In which form the opponents of a run get onto a server. Knows nothing of servers, files and tensors.
+
+| what is trained | published as |
+| --- | --- |
+| all weights | full weights |
+| LoRA, rsLoRA, other ranks or alphas for some modules | the adapter alone |
+| LoRA with DoRA, `modules_to_save`, `bias`, an initialisation that changes the base model, ... | merged |
+| other types that PEFT merges exactly: IA3, LoHa, LoKr, OFT, VeRA, ... | merged |
+| prompt learning, types that PEFT does not merge, what would be merged into a quantized base | not: in-process only |
+
+Merged means that a copy of the policy with the adapter in its weights is published as full weights are.
+"""
+
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Literal
+
+from accelerate.utils import is_peft_model
+
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+    from transformers import PreTrainedModel
+
+# Fields of `LoraConfig` that vLLM reads, or that say nothing about a trained adapter's weights.
+_SERVED_LORA_FIELDS = {
+    "alpha_pattern",  # vLLM ignores it, and `rank_pattern`: `merging.fold_scaling`
+    "corda_config",
+    "ensure_weight_tying",
+    "eva_config",
+    "exclude_modules",
+    "fan_in_fan_out",
+    "layers_pattern",
+    "layers_to_transform",
+    "loftq_config",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_ga_config",
+    "megatron_config",
+    "megatron_core",
+    "qalora_group_size",
+    "r",
+    "rank_pattern",
+    "runtime_config",
+    "target_modules",
+    "use_rslora",
+}
+_MERGED_LORA_FIELDS = {
+    "bias",
+    "init_lora_weights",
+    "lora_bias",
+    "modules_to_save",
+    "trainable_token_indices",
+    "use_dora",
+}
+# The others move a part of the base weights into the adapter, which alone is not the policy then.
+_INITIALISATIONS_BESIDE_THE_BASE = (True, False, "gaussian", "orthogonal", "eva", "mica")
+# Types whose merged weights compute what the adapter did: tests/test_merging.py sees to it for each.
+MERGED_TYPES = {
+    "ADALORA",
+    "BOFT",
+    "C3A",
+    "DELORA",
+    "FOURIERFT",
+    "GRALORA",
+    "HIRA",
+    "HRA",
+    "IA3",
+    "LN_TUNING",
+    "LOHA",
+    "LOKR",
+    "MISS",
+    "OFT",
+    "RANDLORA",
+    "VBLORA",
+    "VERA",
+    "WAVEFT",
+}
+
+
+@dataclass(frozen=True)
+class Publication:
+    """
+    How opponents are published.
+
+    Args:
+        kind (`str`): `"weights"`, `"adapter"` or `"merged"`.
+        lora_rank (`int`, *optional*): Largest rank of the adapters that a server is given; `None` for weights.
+        reason (`str`): Why they are merged.
+    """
+
+    kind: Literal["weights", "adapter", "merged"]
+    lora_rank: int | None = None
+    reason: str = ""
+
+    def __str__(self) -> str:
+        """What the user should know about it; empty for what they would expect."""
+        if self.kind != "merged":
+            return ""
+        return (
+            f"Opponents are published as full weights, with the adapter merged into a copy: vLLM cannot load adapters "
+            f"with {self.reason}. Each iteration saves a whole model; a plain `LoraConfig` would be published alone, "
+            "which is several times quicker."
+        )
+
+
+def plan_publication(
+    model: "str | PreTrainedModel | PeftModel",
+    peft_config: "PeftConfig | None",
+    served: bool,
+    quantized: bool = False,
+    sharding: str | None = None,
+) -> Publication:
+    """
+    Args:
+        served (`bool`): Whether a server is to play the opponents. In-process everything that trains can play.
+        quantized (`bool`): Whether the base model is.
+        sharding (`str`, *optional*): What will spread the weights over the processes, if anything does.
+
+    Raises:
+        `ValueError`: if the opponents can be had on a server in no way.
+    """
+    config = adapter_config(model, peft_config)
+    if config is None:
+        return Publication("weights")
+    if not served:
+        return Publication("adapter")
+    problems = _not_served(config)
+    if not problems:
+        return Publication("adapter", max([config.r, *(config.rank_pattern or {}).values()]))
+    reason = " and ".join(f"`{problem}`" for problem in problems)
+    if (obstacle := _obstacle_to_merging(config, problems, quantized, sharding)) is not None:
+        raise ValueError(
+            f"A vLLM server cannot load adapters with {reason}, and {obstacle}. Use a plain `LoraConfig`, or set "
+            "`use_vllm=False` to generate in-process."
+        )
+    return Publication("merged", reason=reason)
+
+
+def adapter_config(model: "str | PreTrainedModel | PeftModel", peft_config: "PeftConfig | None") -> "PeftConfig | None":
+    """
+    The configuration of the adapter that is trained, whether it is new or the model brings it.
+
+    Raises:
+        `ValueError`: if the model brings adapters, of which DPOTrainer would train others than it saves.
+    """
+    if peft_config is not None or isinstance(model, str) or not is_peft_model(model):
+        return peft_config
+    names, active = list(model.peft_config), list(_active_adapters(model))
+    if "default" not in names:
+        raise ValueError(
+            f"The model's adapter is named {names}, but the one that is trained must be named 'default'. Load it with "
+            "`PeftModel.from_pretrained(..., adapter_name='default')`."
+        )
+    if active != ["default"]:
+        raise ValueError(
+            f"Of the model's adapters {names}, {active} are active, but trained and published is 'default'. Call "
+            "`model.set_adapter('default')`, or load the adapter to train under that name."
+        )
+    return model.peft_config["default"]
+
+
+def _active_adapters(model: "PeftModel") -> list[str]:
+    active = model.active_adapters
+    return active() if callable(active) else active
+
+
+def _not_served(config: "PeftConfig") -> list[str]:
+    """The settings of a configuration with which vLLM cannot load its adapters."""
+    if config.peft_type != "LORA":
+        return [f"peft_type={config.peft_type.value}"]
+    return [f"{name}={value!r}" for name, value in _unusual_lora_fields(config).items()]
+
+
+def _unusual_lora_fields(config: "PeftConfig") -> dict[str, Any]:
+    from peft import LoraConfig, PeftConfig
+
+    unusual = {}
+    inherited = {field.name for field in fields(PeftConfig)} | {"base_model_name_or_path", "task_type", "revision"}
+    for field in fields(LoraConfig):
+        value = getattr(config, field.name, None)
+        if field.name == "init_lora_weights":
+            is_usual = value in _INITIALISATIONS_BESIDE_THE_BASE
+        else:
+            is_usual = field.name in _SERVED_LORA_FIELDS | inherited or not value or value == "none"
+        if not is_usual:
+            unusual[field.name] = value
+    return unusual
+
+
+def _obstacle_to_merging(
+    config: "PeftConfig", problems: list[str], quantized: bool, sharding: str | None
+) -> str | None:
+    """Why the adapter cannot be merged into the weights either, in words."""
+    if config.is_prompt_learning:
+        return "a learned prompt is no part of the weights, so it cannot be merged into them"
+    unmerged = [problem for problem in problems if problem.partition("=")[0] not in {*_MERGED_LORA_FIELDS, "peft_type"}]
+    if unmerged or (config.peft_type != "LORA" and config.peft_type.value not in MERGED_TYPES):
+        return "PEFT is not known to merge them into the weights exactly"
+    if quantized:
+        return "into a quantized base they cannot be merged without loss"
+    if sharding is not None:
+        return f"they are merged only where each process has all weights, which {sharding} spreads"
+    return None

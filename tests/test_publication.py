@@ -1,0 +1,133 @@
+"""In which form opponents are published, and what can be published in none."""
+
+from types import SimpleNamespace
+
+import pytest
+from peft import AdaptionPromptConfig, IA3Config, LoHaConfig, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from torch import nn
+
+from spin_trl.publication import Publication, plan_publication
+
+
+def lora(**options) -> LoraConfig:
+    return LoraConfig(**{"r": 4, "target_modules": ["linear"], **options})
+
+
+IA3 = IA3Config(target_modules=["linear"], feedforward_modules=[])
+
+
+def plan(model="model", config=None, **options) -> Publication:
+    return plan_publication(model, config, **{"served": True, **options})
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.config = SimpleNamespace(model_type="net")
+        self.linear = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 8)
+
+
+@pytest.mark.parametrize("served", [True, False])
+@pytest.mark.parametrize("model", ["model", Net()], ids=["name", "object"])
+def test_full_fine_tuning_publishes_weights(model, served):
+    assert plan(model, served=served) == Publication("weights")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"use_rslora": True},
+        {"modules_to_save": []},
+        {"lora_dropout": 0.1, "layers_to_transform": [0]},
+        {"alpha_pattern": {"q_proj": 3}},
+        {"init_lora_weights": "gaussian"},
+        {"init_lora_weights": False},
+        {"task_type": "CAUSAL_LM", "base_model_name_or_path": "org/base", "inference_mode": False},
+    ],
+    ids=str,
+)
+def test_adapter_that_vllm_loads_is_published_alone(options):
+    publication = plan(config=lora(**options))
+    assert publication == Publication("adapter", lora_rank=4)
+    assert str(publication) == ""
+
+
+def test_rank_to_serve_is_the_largest_of_any_module():
+    assert plan(config=lora(r=8, rank_pattern={"q_proj": 32, "k_proj": 2})).lora_rank == 32
+    assert plan(config=lora(r=8, rank_pattern={"q_proj": 2})).lora_rank == 8
+
+
+def test_adapter_that_the_model_brings_is_found():
+    assert plan(get_peft_model(Net(), lora(r=6))) == Publication("adapter", lora_rank=6)
+    assert plan(get_peft_model(Net(), lora(modules_to_save=["head"]))).kind == "merged"
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (lora(use_dora=True), "`use_dora=True`"),
+        (lora(bias="all"), "`bias='all'`"),
+        (lora(modules_to_save=["head"]), "`modules_to_save=['head']`"),
+        (lora(trainable_token_indices=[1]), "`trainable_token_indices=[1]`"),
+        (lora(init_lora_weights="pissa"), "`init_lora_weights='pissa'`"),
+        (lora(init_lora_weights="olora"), "`init_lora_weights='olora'`"),
+        (IA3, "`peft_type=IA3`"),
+        (LoHaConfig(target_modules=["linear"]), "`peft_type=LOHA`"),
+        (lora(use_dora=True, bias="all"), "`bias='all'` and `use_dora=True`"),
+    ],
+    ids=["dora", "bias", "modules to save", "tokens", "pissa", "olora", "ia3", "loha", "two"],
+)
+def test_adapter_that_vllm_cannot_load_is_merged_and_the_user_told_why(config, reason):
+    publication = plan(config=config)
+    assert publication == Publication("merged", lora_rank=None, reason=reason)
+    assert f"vLLM cannot load adapters with {reason}. Each iteration saves a whole model" in str(publication)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (PromptTuningConfig(num_virtual_tokens=4), "a learned prompt is no part of the weights"),
+        (AdaptionPromptConfig(adapter_len=4, adapter_layers=1), "`peft_type=ADAPTION_PROMPT`.*not known to merge"),
+        (lora(alora_invocation_tokens=[1]), r"`alora_invocation_tokens=\[1\]`, and PEFT is not known to merge"),
+        (lora(layer_replication=[(0, 2), (0, 2)]), "`layer_replication=.*not known to merge"),
+    ],
+    ids=["prompt tuning", "adaption prompt", "alora", "layer replication"],
+)
+def test_adapter_that_can_be_neither_loaded_nor_merged_is_refused(config, message):
+    with pytest.raises(ValueError, match=f"{message}.*`use_vllm=False`"):
+        plan(config=config)
+
+
+@pytest.mark.parametrize("config", [lora(use_dora=True), IA3], ids=["dora", "ia3"])
+def test_merging_into_a_quantized_or_a_sharded_base_is_refused(config):
+    with pytest.raises(ValueError, match="into a quantized base they cannot be merged without loss.*`use_vllm=False`"):
+        plan(config=config, quantized=True)
+    with pytest.raises(ValueError, match="which DeepSpeed ZeRO-3 spreads.*plain `LoraConfig`"):
+        plan(config=config, sharding="DeepSpeed ZeRO-3")
+
+
+def test_plain_adapter_to_a_quantized_or_a_sharded_base_is_published_alone():
+    assert plan(config=lora(), quantized=True, sharding="FSDP") == Publication("adapter", lora_rank=4)
+
+
+@pytest.mark.parametrize(
+    "config", [lora(use_dora=True), IA3, PromptTuningConfig(num_virtual_tokens=4)], ids=["dora", "ia3", "prompt"]
+)
+def test_in_process_plays_adapters_of_every_kind_as_they_are(config):
+    assert plan(config=config, served=False, quantized=True, sharding="FSDP") == Publication("adapter")
+
+
+def test_adapter_of_another_name_than_dpo_trainer_trains_is_refused_by_its_name():
+    with pytest.raises(ValueError, match="sft.*default|default.*sft"):
+        plan(PeftModel(Net(), lora(r=6), adapter_name="sft"))
+
+
+def test_other_adapter_than_the_one_that_is_published_must_not_be_active():
+    model = get_peft_model(Net(), lora())
+    model.add_adapter("other", lora())
+    assert plan(model).kind == "adapter"
+    model.set_adapter("other")
+    with pytest.raises(ValueError, match=r"\['other'\] are active.*`model.set_adapter\('default'\)`"):
+        plan(model)

@@ -1,0 +1,186 @@
+"""LoRA on a base model of 4 bits, quantized by bitsandbytes, which runs on the CPU too."""
+
+import json
+
+import pytest
+import torch
+from conftest import load_recipe, read_rows
+from peft import LoraConfig, PeftModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
+from transformers.integrations.bitsandbytes import dequantize_bnb_weight
+from trl import ModelConfig, TrlParser
+
+from spin_trl import SPINConfig, SPINTrainer
+from spin_trl.footprint import size_of_base
+from spin_trl.merging import save_base
+from spin_trl.publish_check import allow_for_quantization
+from spin_trl.quantization import keep_weights_as_quantized
+
+
+NF4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+LORA = {"r": 8, "target_modules": "all-linear"}
+
+
+def quantized(tiny_model):
+    return AutoModelForCausalLM.from_pretrained(tiny_model, quantization_config=NF4)
+
+
+def logits(model, ids) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(ids).logits
+
+
+def test_base_is_written_out_as_the_numbers_that_its_4_bits_stand_for(tiny_model, tmp_path):
+    ids = torch.arange(3, 11)[None]
+    policy = PeftModel(quantized(tiny_model), LoraConfig(**LORA))
+    keep_weights_as_quantized(policy)
+    save_base(policy, str(tmp_path))
+    written = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    assert (logits(written, ids) - logits(policy, ids)).abs().max() < 1e-5
+    (file,) = tmp_path.glob("*.safetensors")
+    assert size_of_base(policy) == pytest.approx(file.stat().st_size, rel=0.05)
+    unquantized = AutoModelForCausalLM.from_pretrained(tiny_model)
+    assert (logits(unquantized, ids) - logits(policy, ids)).abs().max() > 1e-2
+
+
+class StopAfter(TrainerCallback):
+    def __init__(self, num_steps: int):
+        self.num_steps = num_steps
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.num_steps:
+            raise KeyboardInterrupt
+
+
+def test_plays_in_process_and_continues_a_stopped_run(tiny_model, train_dataset, make_config, tmp_path):
+    def make(name: str, **more) -> SPINTrainer:
+        config = make_config(output_dir=str(tmp_path / name), num_iterations=2, save_strategy="epoch", resume="auto")
+        arguments = {"quantization_config": NF4, "peft_config": LoraConfig(**LORA)}
+        return SPINTrainer(tiny_model, config, train_dataset=train_dataset, **arguments, **more)
+
+    whole = make("whole")
+    whole.train()
+    losses = [entry["loss"] for entry in whole.state.log_history if "loss" in entry]
+    assert len(losses) == 6 + 12
+    # The policy is its own reference, quantized as it is.
+    assert losses[0] == losses[6] == pytest.approx(0.6931, abs=1e-4)
+
+    with pytest.raises(KeyboardInterrupt):
+        make("stopped", callbacks=[StopAfter(8)]).train()
+    resumed = make("stopped")
+    resumed.train()
+    assert [entry["loss"] for entry in resumed.state.log_history if "loss" in entry] == losses
+
+
+def test_gradients_pass_quantized_weights_after_the_model_has_answered(tiny_model):
+    """On some CPUs bitsandbytes packs the weights in the first evaluation, and no gradient passes them any more."""
+    policy = PeftModel(quantized(tiny_model), LoraConfig(**LORA))
+    keep_weights_as_quantized(policy)
+    logits(policy, torch.tensor([[3, 4]]))
+    embeddings = policy.get_input_embeddings()(torch.tensor([[3, 4]])).detach().requires_grad_()
+    policy.train()(inputs_embeds=embeddings).logits[0, -1, 5].backward()
+    expected = embeddings.grad.clone()
+
+    written = AutoModelForCausalLM.from_pretrained(tiny_model)
+    plain = PeftModel(written, LoraConfig(**LORA))
+    for name, module in policy.named_modules():
+        if type(module).__name__ == "Linear4bit" and name.endswith("base_layer"):
+            plain.get_submodule(name).weight.data = dequantize_bnb_weight(module.weight)
+    embeddings.grad = None
+    plain.train()(inputs_embeds=embeddings).logits[0, -1, 5].backward()
+    assert expected.abs().max() > 0 and torch.allclose(embeddings.grad, expected, atol=1e-6)
+
+
+def test_model_whose_weights_were_packed_already_is_refused(tiny_model):
+    policy = PeftModel(quantized(tiny_model), LoraConfig(**LORA))
+    layer = policy.get_base_model().model.layers[0].mlp.up_proj.base_layer
+    layer.weight.quant_state.packing_format_for_cpu = True
+    with pytest.raises(ValueError, match="packed the model's 4-bit weights.*Load the model anew"):
+        keep_weights_as_quantized(policy)
+
+
+@pytest.mark.slow
+def test_managed_server_plays_the_quantized_policy_as_it_is(tiny_model, train_dataset, make_config):
+    """Up to the adapter: DPOTrainer keeps one of a quantized model in bfloat16, the server computes in float32."""
+    config = make_config(num_iterations=2, vllm_mode="managed", learning_rate=1e-2)
+    trainer = SPINTrainer(
+        tiny_model, config, train_dataset=train_dataset, quantization_config=NF4, peft_config=LoraConfig(**LORA)
+    )
+    trainer.train()
+    differences = [trainer.store.read_metrics(i)["publish_check_difference"] for i in range(2)]
+    assert differences[0] < 1e-5 and differences[1] < 2e-3
+    assert (trainer.store.path(1, "opponent") / "adapter_model.safetensors").exists()
+    assert not trainer.store.served_base.exists()
+
+
+def test_server_of_the_unquantized_base_is_allowed_the_difference_that_quantization_makes(
+    lora_server, tiny_model, train_dataset, make_config, caplog
+):
+    fields = {"vllm_server_base_url": lora_server.base_url, "vllm_api_key": lora_server.api_key}
+    config = make_config(num_iterations=2, publish_check_tolerance=1e-5, learning_rate=1e-2, **fields)
+    trainer = SPINTrainer(
+        tiny_model, config, train_dataset=train_dataset, quantization_config=NF4, peft_config=LoraConfig(**LORA)
+    )
+    trainer.train()
+    assert "The policy's base model is quantized, the server's is not" in caplog.text
+    first, second = (trainer.store.read_metrics(i)["publish_check_difference"] for i in range(2))
+    assert 1e-3 < first and second < 1.5 * first
+
+
+def test_tolerance_is_widened_by_what_the_first_opponent_differs_and_never_narrowed():
+    assert allow_for_quantization(0.05, first_difference=0.1) == pytest.approx(0.15)
+    assert allow_for_quantization(0.05, first_difference=0.01) == 0.05
+    assert allow_for_quantization(0.05, None) == 0.5
+    assert allow_for_quantization(0.8, None) == 0.8
+
+
+class TestRefusedBeforeTheModelIsLoaded:
+    @pytest.fixture(autouse=True)
+    def no_model(self, monkeypatch):
+        def fail(*args, **kwargs):
+            raise AssertionError("the model was loaded")
+
+        monkeypatch.setattr("trl.trainer.dpo_trainer.create_model_from_path", fail)
+
+    @pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
+    def test_training_quantized_weights_themselves(self, tiny_model, train_dataset, make_config, bits):
+        quantization = BitsAndBytesConfig(**{bits: True})
+        with pytest.raises(ValueError, match="quantized weights cannot be trained.*`peft_config`"):
+            SPINTrainer(tiny_model, make_config(), train_dataset=train_dataset, quantization_config=quantization)
+
+    def test_quantization_in_model_init_kwargs_is_seen(self, tiny_model, train_dataset, make_config):
+        config = make_config(model_init_kwargs={"quantization_config": {"load_in_4bit": True}})
+        with pytest.raises(ValueError, match="quantized weights cannot be trained"):
+            SPINTrainer(tiny_model, config, train_dataset=train_dataset)
+
+    def test_merging_into_quantized_weights(self, tiny_model, train_dataset, make_config):
+        lora = LoraConfig(**LORA, use_dora=True)
+        config = make_config(vllm_mode="managed")
+        with pytest.raises(ValueError, match="`use_dora=True`, and into a quantized base they cannot be merged"):
+            SPINTrainer(tiny_model, config, train_dataset=train_dataset, quantization_config=NF4, peft_config=lora)
+
+    def test_missing_package(self, tiny_model, train_dataset, make_config, monkeypatch):
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+        with pytest.raises(ValueError, match=r"not installed.*pip install spin_trl\[qlora\]"):
+            SPINTrainer(
+                tiny_model,
+                make_config(),
+                train_dataset=train_dataset,
+                quantization_config=NF4,
+                peft_config=LoraConfig(**LORA),
+            )
+
+
+def test_recipe_trains_an_adapter_to_4_bits(tiny_model, tmp_path):
+    train_file = tmp_path / "train.jsonl"
+    train_file.write_text("".join(f"{json.dumps(row)}\n" for row in read_rows("accent_train.jsonl", 16)))
+    spin = load_recipe("spin")
+    parser = TrlParser((spin.SPINScriptArguments, SPINConfig, ModelConfig))
+    arguments = ["--model_name_or_path", tiny_model, "--train_file", str(train_file), "--load_in_4bit", "--use_peft"]
+    arguments += ["--output_dir", str(tmp_path / "run"), "--use_vllm", "false", "--num_iterations", "1"]
+    arguments += ["--use_cpu", "--bf16", "false", "--report_to", "none", "--max_completion_length", "8"]
+    spin.main(*parser.parse_args_and_config(arguments))
+    assert (tmp_path / "run" / "adapter_model.safetensors").exists()
+    with pytest.raises(ValueError, match="`load_in_4bit` .* got `dtype='auto'`"):
+        spin.main(*parser.parse_args_and_config([*arguments, "--dtype", "auto"]))
