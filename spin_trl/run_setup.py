@@ -37,6 +37,7 @@ from .generation.managed_server import ManagedServer
 from .generation.policy_sampler import PolicySampler
 from .generation.sampler import OpponentSampler, SamplingParams
 from .generation.serve_command import serve_command
+from .generation.server_rest import ServerRest
 from .generation.vllm_api import VLLMServer
 from .generation.vllm_sampler import VLLMSampler
 from .inputs import check_generation_kwargs, check_model, check_peft_config, check_tokenizer, explained
@@ -45,6 +46,7 @@ from .preparation import dataset_checksum, drop_long_prompts, percentile_length,
 from .ranks import main_process_first, on_every_process, on_main_process
 from .resume import check_same_run
 from .spin_config import SPINConfig
+from .turns import check_turns
 
 
 if TYPE_CHECKING:
@@ -120,6 +122,7 @@ class SelfPlaySetup:
             check_dataset(eval_dataset, "eval_dataset", args.prompt_column, args.completion_column)
         choice = choose_sampler(args.use_vllm, args.vllm_mode, args.vllm_server_base_url)
         PartialState().print(f"Opponents are sampled {_DESCRIPTIONS[choice.mode]}: {choice.reason}.")
+        check_turns(args, choice.mode, _sharding(), _is_quantized(model, args))
         if choice.mode == "in-process":
             check_generation_kwargs(args.generation_kwargs)
         lora_rank = lora_rank_to_serve(model, peft_config, served=choice.mode != "in-process")
@@ -183,6 +186,12 @@ class SelfPlaySetup:
             server = self._connection(self.args.vllm_server_base_url, self.api_key)
         on_every_process(lambda: sampler.connect(server, run_name, self._min_context_length()))
 
+    def server_rest(self, sampler: OpponentSampler) -> ServerRest | None:
+        """How the managed server rests, on the process that has started it."""
+        if self.managed_server is None or not self.args.vllm_sleep:
+            return None
+        return ServerRest(self.managed_server, sampler.server, needs_base_weights=self.lora_rank is not None)
+
     def close_sampler(self, sampler: OpponentSampler) -> None:
         sampler.close()
         if self.managed_server is not None:
@@ -244,6 +253,7 @@ class SelfPlaySetup:
             tensor_parallel_size=self.args.vllm_tensor_parallel_size,
             revision=None if os.path.isdir(self.model_name) else model_init_kwargs.get("revision"),
             trust_remote_code=self.args.trust_remote_code,
+            sleep_mode=self.args.vllm_sleep,
             extra=shlex.split(self.args.vllm_server_args or ""),
         )
         self.managed_server.start()
@@ -334,6 +344,13 @@ def _sharding() -> str | None:
         if str_to_bool(os.environ.get(f"ACCELERATE_USE_{name.upper()}", "false")):
             return name
     return None
+
+
+def _is_quantized(model: "str | PreTrainedModel | PeftModel", args: SPINConfig) -> bool:
+    """Whether the policy is, or is to be loaded, quantized."""
+    if not isinstance(model, str):
+        return bool(getattr(model, "is_quantized", False))
+    return bool((args.model_init_kwargs or {}).get("quantization_config"))
 
 
 def _take_api_key(args: SPINConfig) -> str | None:

@@ -97,6 +97,8 @@ class SelfPlayCallback(TrainerCallback):
         with self.trainer.stop_signal.between_steps(), self._phase("evaluate", iteration):
             self._publish(iteration)
             self._evaluate(iteration)
+            self.trainer.turns.give_to_policy()
+        self._record_costs(iteration)
 
     def begin_run(self, start: RunStart) -> None:
         """
@@ -124,6 +126,8 @@ class SelfPlayCallback(TrainerCallback):
         with self.trainer.stop_signal.between_steps(), preserved_random_state():
             if not self.store.has_pairs(iteration):
                 self._make_pairs(iteration)
+                self._record_costs(iteration)
+            self.trainer.turns.give_to_policy()  # as it is by now, unless the pairs were there already
             self.iteration = iteration
             self.trainer.begin_iteration(iteration, self.store.read_pairs(iteration))
 
@@ -146,6 +150,7 @@ class SelfPlayCallback(TrainerCallback):
         is_reference = iteration == 0 and self.trainer.args.opponent_reference == "fixed"
         if (self.sampler.reads_checkpoints or is_reference) and not is_base:
             checkpoint = self._save_opponent(iteration)
+        self.trainer.turns.give_to_server()
         on_main_process(lambda: self.sampler.publish(iteration, checkpoint))
         self.sampler.select(iteration, checkpoint)
         if self.sampler.reads_checkpoints and self.trainer.args.publish_check_samples > 0:
@@ -179,6 +184,7 @@ class SelfPlayCallback(TrainerCallback):
             return list(self.sampler.sample(requests, params, logprobs=True))
 
         completions = on_main_process(sample)
+        self.trainer.turns.give_to_policy(briefly=True)
         prompt_ids = {request.key: request.prompt_ids for request in requests}
         rows = [{"prompt_ids": prompt_ids[c.key], "completion_ids": c.token_ids} for c in completions]
         check = compare_logps(completions, completion_logps(self.trainer, rows))
@@ -187,9 +193,11 @@ class SelfPlayCallback(TrainerCallback):
         self._record(iteration, {"publish_check_difference": check.mean_difference})
 
     def _evaluate(self, iteration: int) -> None:
+        # The policy first: after the publish check it has its turn already.
+        self.trainer.turns.give_to_policy(briefly=True)
+        nll = negative_log_likelihood(self.trainer, self.eval_dataset)
         greedy_or_not = replace(self.params, temperature=self.trainer.args.eval_temperature)
         self._complete(iteration, "evaluation", self.eval_dataset, greedy_or_not, num_samples=1)
-        nll = negative_log_likelihood(self.trainer, self.eval_dataset)
 
         def measure() -> dict[str, float]:
             scores = {"nll": nll}
@@ -213,10 +221,12 @@ class SelfPlayCallback(TrainerCallback):
         job = GenerationJob(self.store, iteration, kind, params, num_samples, args.generation_part_size, args.seed)
         share = Share(args.process_index, args.world_size)
         missing_rows = on_main_process(lambda: job.missing_rows(dataset))
+        self.trainer.turns.give_to_server()
         on_every_process(lambda: job.run(self.sampler, dataset, share, missing_rows))
 
     def _pair_and_score(self, iteration: int) -> None:
         args = self.trainer.args
+        self.trainer.turns.give_to_policy()
         completions = self.store.read_completions(iteration, "generations")
         own = make_pairs(self.dataset, completions, iteration)
         description = describe_pairs(own, completions, args.max_length)
@@ -248,6 +258,12 @@ class SelfPlayCallback(TrainerCallback):
         name = f"seconds_{name}"
         earlier = self.store.read_metrics(iteration).get(name, 0.0)  # of a run that was stopped in this phase, or later
         self._record(iteration, {name: earlier + time.monotonic() - started})
+
+    def _record_costs(self, iteration: int) -> None:
+        """What it cost and brought to have server and policy take turns."""
+        if costs := on_main_process(self.trainer.turns.take_costs):
+            self._record(iteration, costs)
+            self.trainer.log_self_play({f"self_play/{name}": value for name, value in costs.items()})
 
     def _show_earlier_scores(self) -> None:
         """The rows of the table that a resumed run does not compute again."""

@@ -24,6 +24,7 @@ from .inputs import check_generation_metrics, check_optimizers
 from .iteration_store import IterationStore
 from .iterative_trainer import IterativeTrainer
 from .losses import SPIN_LOSSES, LossParameters
+from .offload import Offloader, training_tensors
 from .ranks import failing_together, on_main_process
 from .resume import Place, RunStart, start_run
 from .run_setup import SelfPlaySetup
@@ -32,6 +33,7 @@ from .self_play import SelfPlayCallback
 from .sharding import check_can_generate, whole_policy
 from .spin_config import SPINConfig
 from .stop_signal import EXIT_STATUS, StopOnSigterm
+from .turns import Turns, check_turns
 
 
 if TYPE_CHECKING:
@@ -133,6 +135,7 @@ class SPINTrainer(IterativeTrainer):
         )
         args = self.self_play_setup.args
         check_schedule(args, *optimizers)
+        self._check_turns(quantization_config is not None)
         if self.self_play_setup.choice.mode == "in-process":
             check_can_generate()
         if args.opponent_reference == "fixed":
@@ -150,6 +153,7 @@ class SPINTrainer(IterativeTrainer):
             peft_config=peft_config,
         )
         check_trainable(self.model, None)
+        self._check_turns(getattr(self.model, "is_quantized", False))  # its folder may say so
         # Errors name rows of the user's data, so they travel with each batch. The collator sees what it always saw.
         hidden = ORIGIN_COLUMNS if args.remove_unused_columns else []
         self.data_collator = OriginCollator(self.data_collator, hidden)
@@ -169,6 +173,7 @@ class SPINTrainer(IterativeTrainer):
             base_is_opponent=self.self_play_setup.base_is_opponent,
             base_model=self.self_play_setup.model_name,
         )
+        self.turns = Turns(args.vllm_sleep, self._offloader() if args.offload_policy_during_generation else None)
         self.add_callback(self.self_play)
         self.stop_signal = StopOnSigterm()
         self.add_callback(self.stop_signal)
@@ -239,6 +244,12 @@ class SPINTrainer(IterativeTrainer):
         """Save the policy as it stands, adapter or full weights, gathered if it is sharded. Every process calls it."""
         self.save_model(directory, _internal_call=True)
 
+    def _check_turns(self, is_quantized: bool) -> None:
+        check_turns(self.self_play_setup.args, self.self_play_setup.choice.mode, None, is_quantized)
+
+    def _offloader(self) -> Offloader:
+        return Offloader(lambda: training_tensors(self.model, self.optimizer, self.accelerator.device))
+
     def open_policy(self) -> AbstractContextManager[PreTrainedModel]:
         """The policy, unwrapped and gathered, to generate with. Every process calls it."""
         return whole_policy(self)
@@ -280,8 +291,9 @@ class SPINTrainer(IterativeTrainer):
             self.self_play.begin_run(self.start)
             stack.enter_context(self.stop_signal.listening())
             if not self.start.is_finished:
+                stack.callback(self.turns.end)  # when the server is gone
                 stack.callback(self.self_play_setup.close_sampler, self.sampler)
-                self.self_play_setup.open_sampler(self.sampler, self.store)
+                self._start_sampler()
             checkpoint = None if self.start.checkpoint is None else str(self.start.checkpoint)
             output = super().train(checkpoint, *args, **kwargs)
             if self.stop_signal.has_stopped:
@@ -296,6 +308,12 @@ class SPINTrainer(IterativeTrainer):
             tqdm.write(str(start))
         self.store.write_invalid_rows(self.self_play_setup.invalid_rows)
         return start
+
+    def _start_sampler(self) -> None:
+        self.turns.give_to_server()  # it takes its memory when it starts
+        self.self_play_setup.open_sampler(self.sampler, self.store)
+        self.turns.begin(self.self_play_setup.server_rest(self.sampler))
+        self.turns.give_to_policy(briefly=True)
 
     def _place(self) -> Place:
         return Place(
