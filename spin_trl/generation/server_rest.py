@@ -1,7 +1,7 @@
 """`ServerRest`: a managed server that gives its memory back while nobody asks it anything.
 
-On a GPU it sleeps: vLLM frees the weights and the cache, but keeps its process, its compiled code and its address. Where
-vLLM cannot (a CPU), it is ended, and started again for its next turn. Knows nothing of opponents and of the policy.
+On a GPU it sleeps: vLLM frees the weights and the cache, and keeps its process and what it has compiled. Where vLLM
+cannot (a CPU), it is ended, and started again for its next turn. Knows nothing of opponents and of the policy.
 """
 
 import logging
