@@ -42,7 +42,7 @@ class Turns:
         self._server: ServerRest | None = None  # on the main process, once there is one
 
     def begin(self, server: ServerRest | None) -> None:
-        """The server, if there is one that can rest, has been started, and from now on takes turns. It has the first."""
+        """The server, if there is one that can rest, has been started, and has the first turn."""
         self._server = server
         if server is not None:
             PartialState().print(f"While the policy trains, the vLLM server {server}.")
@@ -132,9 +132,7 @@ def check_turns(args: SPINConfig, mode: str, sharding: str | None, is_quantized:
         `ValueError`: naming the setting and what it contradicts.
     """
     if args.vllm_sleep and mode != "managed":
-        found = (
-            "no server generates" if mode == "in-process" else "the server at `vllm_server_base_url` is not the run's"
-        )
+        found = "no server generates" if mode == "in-process" else "`vllm_server_base_url` names one that runs already"
         raise ValueError(
             f"`vllm_sleep=True` puts a server to sleep that the run has started itself, but {found}. Set "
             "`vllm_mode='managed'`, without `vllm_server_base_url`, or leave `vllm_sleep` unset."
@@ -155,6 +153,6 @@ def check_turns(args: SPINConfig, mode: str, sharding: str | None, is_quantized:
         )
     if is_quantized:
         raise ValueError(
-            f"{name} moves plain tensors, but the policy is quantized: its weights carry a state of their own. Leave it "
-            "unset, and lower `vllm_gpu_memory_utilization` until both fit."
+            f"{name} moves plain tensors, but the policy is quantized: its weights carry a state of their own. Leave "
+            "it unset, and lower `vllm_gpu_memory_utilization` until both fit."
         )
