@@ -122,7 +122,7 @@ class SelfPlaySetup:
             check_dataset(eval_dataset, "eval_dataset", args.prompt_column, args.completion_column)
         choice = choose_sampler(args.use_vllm, args.vllm_mode, args.vllm_server_base_url)
         PartialState().print(f"Opponents are sampled {_DESCRIPTIONS[choice.mode]}: {choice.reason}.")
-        check_turns(args, choice.mode, _sharding(), _is_quantized(model, args))
+        check_turns(args, choice.mode, _sharding(), _quantization_config(model, args))
         if choice.mode == "in-process":
             check_generation_kwargs(args.generation_kwargs)
         lora_rank = lora_rank_to_serve(model, peft_config, served=choice.mode != "in-process")
@@ -346,11 +346,11 @@ def _sharding() -> str | None:
     return None
 
 
-def _is_quantized(model: "str | PreTrainedModel | PeftModel", args: SPINConfig) -> bool:
-    """Whether the policy is, or is to be loaded, quantized."""
-    if not isinstance(model, str):
-        return bool(getattr(model, "is_quantized", False))
-    return bool((args.model_init_kwargs or {}).get("quantization_config"))
+def _quantization_config(model: "str | PreTrainedModel | PeftModel", args: SPINConfig) -> Any:
+    """How the policy is, or is asked to be, quantized."""
+    if isinstance(model, str):
+        return (args.model_init_kwargs or {}).get("quantization_config")
+    return getattr(model.config, "quantization_config", None)
 
 
 def _take_api_key(args: SPINConfig) -> str | None:

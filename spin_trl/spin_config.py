@@ -202,7 +202,7 @@ class SPINConfig(DPOConfig):
             iteration. Where vLLM cannot sleep (on a CPU) it is ended, and started again for the next iteration.
         offload_policy_during_generation (`bool`, *optional*, defaults to `False`):
             Whether weights, gradients and optimizer state move to host memory while a server generates, and back to
-            score and train. Not for policies that are sharded or quantized.
+            score and train. Not for policies that are sharded, nor for quantized ones but bitsandbytes' with 4 bits.
         vllm_tensor_parallel_size (`int`, *optional*, defaults to `1`):
             Number of GPUs over which a managed server splits the model.
         vllm_server_args (`str`, *optional*):

@@ -4,7 +4,7 @@ import textwrap
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import is_peft_model
@@ -135,7 +135,7 @@ class SPINTrainer(IterativeTrainer):
         )
         args = self.self_play_setup.args
         check_schedule(args, *optimizers)
-        self._check_turns(quantization_config is not None)
+        self._check_turns(quantization_config)
         if self.self_play_setup.choice.mode == "in-process":
             check_can_generate()
         if args.opponent_reference == "fixed":
@@ -153,7 +153,7 @@ class SPINTrainer(IterativeTrainer):
             peft_config=peft_config,
         )
         check_trainable(self.model, None)
-        self._check_turns(getattr(self.model, "is_quantized", False))  # its folder may say so
+        self._check_turns(getattr(self.model.config, "quantization_config", None))  # which its folder may have
         # Errors name rows of the user's data, so they travel with each batch. The collator sees what it always saw.
         hidden = ORIGIN_COLUMNS if args.remove_unused_columns else []
         self.data_collator = OriginCollator(self.data_collator, hidden)
@@ -244,8 +244,8 @@ class SPINTrainer(IterativeTrainer):
         """Save the policy as it stands, adapter or full weights, gathered if it is sharded. Every process calls it."""
         self.save_model(directory, _internal_call=True)
 
-    def _check_turns(self, is_quantized: bool) -> None:
-        check_turns(self.self_play_setup.args, self.self_play_setup.choice.mode, None, is_quantized)
+    def _check_turns(self, quantization_config: Any) -> None:
+        check_turns(self.self_play_setup.args, self.self_play_setup.choice.mode, None, quantization_config)
 
     def _offloader(self) -> Offloader:
         return Offloader(lambda: training_tensors(self.model, self.optimizer, self.accelerator.device))

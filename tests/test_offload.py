@@ -9,7 +9,7 @@ import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from spin_trl.offload import Offloader, training_tensors
 
@@ -92,6 +92,21 @@ def test_every_tensor_stays_the_object_it_is_and_keeps_its_value():
     assert all(torch.equal(found[key], value) for key, value in objects.items())
     assert [parameter.requires_grad for parameter in model.parameters()] == requires_grad
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+
+
+def test_weights_of_four_bits_are_moved_too(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes)).save_pretrained(tmp_path)
+    model = LlamaForCausalLM.from_pretrained(tmp_path, quantization_config=BitsAndBytesConfig(load_in_4bit=True))
+    with torch.no_grad():
+        before = model(input_ids=torch.arange(8)[None]).logits
+    storages = [StorageWeakRef(parameter.untyped_storage()) for parameter in model.parameters()]
+    offloader = Offloader(lambda: training_tensors(model, None, CPU))
+    offloader.offload()
+    assert all(storage.expired() for storage in storages)
+    offloader.reload()
+    assert torch.equal(model(input_ids=torch.arange(8)[None]).logits, before)
 
 
 def test_tensors_that_share_memory_share_it_afterwards_in_the_same_shape():
