@@ -1,4 +1,4 @@
-"""When server and policy change turns in a run. The server is a stand-in; that real ones follow is in `test_one_gpu.py`."""
+"""When server and policy change turns in a run. The server pretends; that real ones follow is in `test_one_gpu.py`."""
 
 import pytest
 from fault_server import FakeVLLM
