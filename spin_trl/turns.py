@@ -113,8 +113,8 @@ class Turns:
 
 
 def _gpu_memory_in_use() -> int:
-    """Bytes of the present GPU that any process uses; 0 without one."""
-    if not torch.cuda.is_available():
+    """Bytes of this process's GPU that any process uses; 0 without one."""
+    if PartialState().device.type != "cuda":
         return 0
     free, total = torch.cuda.mem_get_info()
     return total - free

@@ -17,6 +17,7 @@ from spin_trl.generation import managed_server
 from spin_trl.generation.managed_server import ManagedServer
 
 
+SLOW_STARTS = [pytest.mark.slow, pytest.mark.timeout(1800)]  # a server that is ended is started for every turn
 TAKING_TURNS = {"vllm_sleep": True, "offload_policy_during_generation": True}
 
 
@@ -68,7 +69,6 @@ def how_it_rests(server: ManagedServer) -> str:
 def play(kind: str, folder, tiny_model, train_dataset, eval_dataset, make_config, **settings) -> Observer:
     config = make_config(
         output_dir=str(folder),
-        num_iterations=3,
         vllm_max_concurrent_requests=1,  # what is computed together varies otherwise, and with it the last digits
         **settings,
     )
@@ -85,35 +85,37 @@ def play(kind: str, folder, tiny_model, train_dataset, eval_dataset, make_config
 
 
 @pytest.mark.parametrize(
-    ("kind", "way"),
+    ("kind", "way", "num_iterations"),
     [
-        ("full", "asleep"),
-        pytest.param("lora", "asleep", marks=pytest.mark.slow),
-        pytest.param("full", "ended", marks=pytest.mark.slow),
-        pytest.param("lora", "ended", marks=pytest.mark.slow),
+        ("full", "asleep", 3),
+        pytest.param("lora", "asleep", 3, marks=pytest.mark.slow),
+        pytest.param("full", "ended", 2, marks=SLOW_STARTS),
+        pytest.param("lora", "ended", 2, marks=SLOW_STARTS),
     ],
 )
 def test_taking_turns_changes_no_pair_and_no_loss(
-    kind, way, request, tiny_model, train_dataset, eval_dataset, make_config, tmp_path
+    kind, way, num_iterations, request, tiny_model, train_dataset, eval_dataset, make_config, tmp_path
 ):
     parts = (tiny_model, train_dataset, eval_dataset, make_config)
     server = request.getfixturevalue(f"{kind}_server")
+    length = {"num_iterations": num_iterations}
     address = {"vllm_server_base_url": server.base_url, "vllm_api_key": server.api_key}
-    together = play(kind, tmp_path / "together", *parts, **address)
+    together = play(kind, tmp_path / "together", *parts, **length, **address)
     if way == "asleep":
         request.getfixturevalue("sleeping_in_earnest")
-    in_turn = play(kind, tmp_path / "in-turn", *parts, vllm_mode="managed", **TAKING_TURNS)
+    in_turn = play(kind, tmp_path / "in-turn", *parts, vllm_mode="managed", **length, **TAKING_TURNS)
 
-    assert in_turn.rests_at_steps == [way] * 10
+    num_steps = sum([2, 4, 4][:num_iterations])
+    assert in_turn.rests_at_steps == [way] * num_steps
     assert all(in_turn.sampled_without_policy) and not any(together.sampled_without_policy)
-    assert in_turn.losses == together.losses and len(in_turn.losses) == 2 + 4 + 4
-    for iteration in range(3):
+    assert in_turn.losses == together.losses and len(in_turn.losses) == num_steps
+    for iteration in range(num_iterations):
         pairs, expected = (o.trainer.store.read_pairs(iteration) for o in (in_turn, together))
         assert pairs.to_dict() == expected.to_dict()
         metrics = in_turn.trainer.store.read_metrics(iteration)
         assert metrics["publish_check_difference"] < 1e-4
         assert metrics["gigabytes_freed_by_policy"] > 0
         assert {f"seconds_{what}" for what in ("offload", "reload", "sleep")} <= metrics.keys()
-    evaluations = [o.trainer.store.read_metrics(3)["evaluation"] for o in (in_turn, together)]
+    evaluations = [o.trainer.store.read_metrics(num_iterations)["evaluation"] for o in (in_turn, together)]
     assert evaluations[0] == evaluations[1]
     assert all(parameter.numel() > 0 for parameter in in_turn.trainer.model.parameters())
