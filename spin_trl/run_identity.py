@@ -28,6 +28,7 @@ _FREE_FIELDS = {
     "gradient_checkpointing_kwargs",
     "local_rank",
     "num_train_epochs",
+    "offload_policy_during_generation",
     "output_dir",
     "overwrite_output_dir",
     "per_device_eval_batch_size",

@@ -39,6 +39,7 @@ from .generation.policy_sampler import PolicySampler
 from .generation.replicas import ReplicatedSampler
 from .generation.sampler import OpponentSampler, SamplingParams
 from .generation.serve_command import serve_command
+from .generation.server_rest import ServerRest
 from .generation.vllm_api import VLLMServer
 from .generation.vllm_sampler import VLLMSampler
 from .inputs import check_generation_kwargs, check_model, check_peft_config, check_tokenizer, explained
@@ -51,6 +52,7 @@ from .ranks import main_process_first, on_every_process, on_main_process
 from .resume import check_same_run
 from .sharding import spread_by
 from .spin_config import SPINConfig
+from .turns import check_turns
 
 
 if TYPE_CHECKING:
@@ -134,6 +136,7 @@ class SelfPlaySetup:
             check_dataset(eval_dataset, "eval_dataset", args.prompt_column, args.completion_column)
         choice = choose_sampler(args.use_vllm, args.vllm_mode, args.vllm_server_base_url)
         PartialState().print(f"Opponents are sampled {_DESCRIPTIONS[choice.mode]}: {choice.reason}.")
+        check_turns(args, choice.mode, _sharding(), _quantization_config(model, args))
         if choice.mode == "in-process":
             check_generation_kwargs(args.generation_kwargs)
         config = _model_config(model, args, whole=True)
@@ -197,18 +200,29 @@ class SelfPlaySetup:
             return PolicySampler(open_policy, self.tokenizer.pad_token_id, batch_size)
         return self._server_sampler(self.vocab_size)
 
-    def open_sampler(self, sampler: OpponentSampler, store: IterationStore, policy: PreTrainedModel) -> None:
+    def write_served_base(self, policy: PreTrainedModel) -> None:
+        """Write the quantized policy's base model in plain numbers, where a managed server is to serve it so."""
+        if self.serves_dequantized:
+            on_main_process(lambda: write_directory(self._served_base, lambda path: self._write_base(policy, path)))
+
+    def open_sampler(self, sampler: OpponentSampler, store: IterationStore) -> None:
         """Start the managed server, if there is one, and connect every process to the server."""
         if not isinstance(sampler, VLLMSampler | ReplicatedSampler):
             return
-        if self.serves_dequantized:
-            on_main_process(lambda: write_directory(self._served_base, lambda path: self._write_base(policy, path)))
         run_name = on_main_process(lambda: f"spin-{os.urandom(4).hex()}")
         if self.choice.mode == "managed":
             server = self._connection(*on_main_process(lambda: self._start_server(store)))
             on_every_process(lambda: sampler.connect(server, run_name, self._min_context_length()))
         else:
             on_every_process(lambda: self._connect(sampler, run_name))
+
+    def server_rest(self, sampler: OpponentSampler) -> ServerRest | None:
+        """How the managed server rests, on the process that has started it."""
+        if self.managed_server is None or not self.args.vllm_sleep:
+            return None
+        return ServerRest(
+            self.managed_server, sampler.server, needs_base_weights=self.publication.lora_rank is not None
+        )
 
     def close_sampler(self, sampler: OpponentSampler) -> None:
         sampler.close()
@@ -294,6 +308,7 @@ class SelfPlaySetup:
             tensor_parallel_size=self.args.vllm_tensor_parallel_size,
             revision=None if os.path.isdir(self.model_name) else model_init_kwargs.get("revision"),
             trust_remote_code=self.args.trust_remote_code,
+            sleep_mode=self.args.vllm_sleep,
             extra=shlex.split(self.args.vllm_server_args or ""),
         )
         self.managed_server.start()
@@ -393,6 +408,13 @@ def _sharding() -> str | None:
         if str_to_bool(os.environ.get(f"ACCELERATE_USE_{name.upper()}", "false")):
             return name
     return None
+
+
+def _quantization_config(model: "str | PreTrainedModel | PeftModel", args: SPINConfig) -> Any:
+    """How the policy is, or is asked to be, quantized."""
+    if isinstance(model, str):
+        return (args.model_init_kwargs or {}).get("quantization_config")
+    return getattr(model.config, "quantization_config", None)
 
 
 def _take_api_key(args: SPINConfig) -> str | None:

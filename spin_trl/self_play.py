@@ -19,7 +19,7 @@ from transformers.trainer_utils import SaveStrategy
 from .completions import GenerationJob, Share
 from .evaluation import GenerationMetrics, ScoreTable, generation_metrics
 from .finite import require_finite_scores
-from .generation.sampler import Completion, CompletionRequest, OpponentSampler, SamplingParams
+from .generation.sampler import CompletionRequest, OpponentSampler, SamplingParams
 from .iteration_store import IterationStore
 from .pair_dataset import PairDataset
 from .pairs import (
@@ -109,6 +109,8 @@ class SelfPlayCallback(TrainerCallback):
         with self.trainer.stop_signal.between_steps(), self._phase("evaluate", iteration):
             self._publish(iteration)
             self._evaluate(iteration)
+            self.trainer.turns.give_to_policy()
+        self._record_costs(iteration)
 
     def begin_run(self, start: RunStart) -> None:
         """
@@ -137,6 +139,8 @@ class SelfPlayCallback(TrainerCallback):
         with self.trainer.stop_signal.between_steps(), preserved_random_state():
             if not self.store.has_pairs(iteration):
                 self._make_pairs(iteration)
+                self._record_costs(iteration)
+            self.trainer.turns.give_to_policy()  # as it is by now, unless the pairs were there already
             self.iteration = iteration
             self.trainer.begin_iteration(iteration, self.store.read_pairs(iteration))
 
@@ -159,6 +163,7 @@ class SelfPlayCallback(TrainerCallback):
         is_reference = iteration == 0 and self.trainer.args.opponent_reference == "fixed"
         if (self.sampler.reads_checkpoints or is_reference) and not is_base:
             checkpoint = self._save_opponent(iteration)
+        self.trainer.turns.give_to_server()
         on_main_process(lambda: self.sampler.publish(iteration, checkpoint))
         self.sampler.select(iteration, checkpoint)
         if self.sampler.reads_checkpoints and self.trainer.args.publish_check_samples > 0:
@@ -188,9 +193,8 @@ class SelfPlayCallback(TrainerCallback):
             room = self.trainer.args.max_length - max(len(request.prompt_ids) for request in requests)
             params = replace(params, max_completion_length=min(params.max_completion_length, room))
 
-        def sample() -> dict[str, list[Completion]]:
-            return self.sampler.sample_each(requests, params, logprobs=True)
-
+        sampled = on_main_process(lambda: self.sampler.sample_each(requests, params, logprobs=True))
+        self.trainer.turns.give_to_policy(briefly=True)
         prompt_ids = {request.key: request.prompt_ids for request in requests}
         opponent = "the base model" if iteration == 0 and self.base_is_opponent else f"iteration {iteration}'s opponent"
         tolerance = self.trainer.args.publish_check_tolerance
@@ -198,7 +202,7 @@ class SelfPlayCallback(TrainerCallback):
             first = self.store.read_metrics(0).get("publish_check_difference") if iteration > 0 else None
             tolerance = allow_for_quantization(tolerance, first)
         differences = []
-        for address, completions in on_main_process(sample).items():
+        for address, completions in sampled.items():
             rows = [{"prompt_ids": prompt_ids[c.key], "completion_ids": c.token_ids} for c in completions]
             check = compare_logps(completions, completion_logps(self.trainer, rows))
             check.require(tolerance, opponent, address)
@@ -206,9 +210,11 @@ class SelfPlayCallback(TrainerCallback):
         self._record(iteration, {"publish_check_difference": max(differences)})
 
     def _evaluate(self, iteration: int) -> None:
+        # The policy first: after the publish check it has its turn already.
+        self.trainer.turns.give_to_policy(briefly=True)
+        nll = negative_log_likelihood(self.trainer, self.eval_dataset)
         greedy_or_not = replace(self.params, temperature=self.trainer.args.eval_temperature)
         self._complete(iteration, "evaluation", self.eval_dataset, greedy_or_not, num_samples=1)
-        nll = negative_log_likelihood(self.trainer, self.eval_dataset)
 
         def measure() -> dict[str, float]:
             scores = {"nll": nll}
@@ -232,6 +238,7 @@ class SelfPlayCallback(TrainerCallback):
         job = GenerationJob(self.store, iteration, kind, params, num_samples, args.generation_part_size, args.seed)
         share = Share(args.process_index, args.world_size)
         missing_rows = on_main_process(lambda: job.missing_rows(dataset))
+        self.trainer.turns.give_to_server()
         on_every_process(lambda: job.run(self.sampler, dataset, share, missing_rows))
 
     def _pair_and_score(self, iteration: int) -> None:
@@ -255,6 +262,7 @@ class SelfPlayCallback(TrainerCallback):
     def _select_pairs(self, iteration: int, pairs: PairDataset) -> PairDataset:
         """Describe the pairs, leave out what cannot be learned from, and add what older opponents made."""
         args = self.trainer.args
+        self.trainer.turns.give_to_policy()
         is_identical = find_identical_pairs(pairs)
         cut_off_share = self.store.completions(iteration, "generations").cut_off_share()
         description = describe_pairs(pairs, is_identical, cut_off_share, args.max_length)
@@ -280,6 +288,12 @@ class SelfPlayCallback(TrainerCallback):
         name = f"seconds_{name}"
         earlier = self.store.read_metrics(iteration).get(name, 0.0)  # of a run that was stopped in this phase, or later
         self._record(iteration, {name: earlier + time.monotonic() - started})
+
+    def _record_costs(self, iteration: int) -> None:
+        """What it cost and brought to have server and policy take turns."""
+        if costs := on_main_process(self.trainer.turns.take_costs):
+            self._record(iteration, costs)
+            self.trainer.log_self_play({f"self_play/{name}": value for name, value in costs.items()})
 
     def _show_earlier_scores(self) -> None:
         """The rows of the table that a resumed run does not compute again."""

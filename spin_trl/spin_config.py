@@ -198,7 +198,14 @@ class SPINConfig(DPOConfig):
         vllm_max_model_length (`int`, *optional*):
             Context length of a managed server. Defaults to the longest prompt plus `max_completion_length`.
         vllm_gpu_memory_utilization (`float`, *optional*, defaults to `0.3`):
-            Share of the GPU's memory for a managed server. It has to leave room for the policy on the same GPU.
+            Share of the GPU's memory for a managed server. It has to leave room for the policy on the same GPU. With
+            `vllm_sleep` and `offload_policy_during_generation` the server has the GPU to itself: set 0.85.
+        vllm_sleep (`bool`, *optional*, defaults to `False`):
+            Whether a managed server frees its memory while the policy trains, and takes it again for the next
+            iteration. Where vLLM cannot sleep (on a CPU) it is ended, and started again for the next iteration.
+        offload_policy_during_generation (`bool`, *optional*, defaults to `False`):
+            Whether weights, gradients and optimizer state move to host memory while a server generates, and back to
+            score and train. Not for policies that are sharded, nor for quantized ones but bitsandbytes' with 4 bits.
         vllm_tensor_parallel_size (`int`, *optional*, defaults to `1`):
             Number of GPUs over which a managed server splits the model.
         vllm_server_args (`str`, *optional*):
@@ -433,6 +440,15 @@ class SPINConfig(DPOConfig):
     )
     vllm_gpu_memory_utilization: float = field(
         default=0.3, metadata={"help": "Share of the GPU's memory for a managed server."}
+    )
+    vllm_sleep: bool = field(
+        default=False, metadata={"help": "Whether a managed server frees its memory while the policy trains."}
+    )
+    offload_policy_during_generation: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether weights, gradients and optimizer state move to host memory while a server generates."
+        },
     )
     vllm_tensor_parallel_size: int = field(
         default=1, metadata={"help": "Number of GPUs over which a managed server splits the model."}

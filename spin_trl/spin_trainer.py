@@ -4,7 +4,7 @@ import textwrap
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import is_peft_model
@@ -26,6 +26,7 @@ from .iteration_store import IterationStore
 from .iterative_trainer import IterativeTrainer
 from .losses import SPIN_LOSSES, LossParameters
 from .merging import check_can_be_merged, fold_scaling, save_merged
+from .offload import Offloader, training_tensors
 from .quantization import keep_weights_as_quantized
 from .ranks import failing_together, on_main_process
 from .resume import Place, RunStart, start_run
@@ -35,6 +36,7 @@ from .self_play import SelfPlayCallback
 from .sharding import check_can_generate, whole_policy
 from .spin_config import SPINConfig
 from .stop_signal import EXIT_STATUS, StopOnSigterm
+from .turns import Turns, check_turns
 
 
 if TYPE_CHECKING:
@@ -136,6 +138,7 @@ class SPINTrainer(IterativeTrainer):
         )
         args = self.self_play_setup.args
         check_schedule(args, *optimizers)
+        self._check_turns(quantization_config)
         if self.self_play_setup.choice.mode == "in-process":
             check_can_generate()
         if args.opponent_reference == "fixed":
@@ -157,6 +160,7 @@ class SPINTrainer(IterativeTrainer):
             keep_weights_as_quantized(self.model)
         if self.self_play_setup.publication.kind == "merged":
             check_can_be_merged(self.model)
+        self._check_turns(getattr(self.model.config, "quantization_config", None))  # which its folder may have
         # Errors name rows of the user's data, so they travel with each batch. The collator sees what it always saw.
         hidden = ORIGIN_COLUMNS if args.remove_unused_columns else []
         self.data_collator = OriginCollator(self.data_collator, hidden)
@@ -180,6 +184,7 @@ class SPINTrainer(IterativeTrainer):
             base_model=self.self_play_setup.model_name,
             is_quantized_on_its_own=self.self_play_setup.is_quantized_on_its_own,
         )
+        self.turns = Turns(args.vllm_sleep, self._offloader() if args.offload_policy_during_generation else None)
         self.add_callback(self.self_play)
         self.stop_signal = StopOnSigterm()
         self.add_callback(self.stop_signal)
@@ -263,6 +268,12 @@ class SPINTrainer(IterativeTrainer):
         is_merged = self.self_play_setup.publication.kind == "merged"
         return size_of_base(self.model) if is_merged else size_of_weights(self.model)
 
+    def _check_turns(self, quantization_config: Any) -> None:
+        check_turns(self.self_play_setup.args, self.self_play_setup.choice.mode, None, quantization_config)
+
+    def _offloader(self) -> Offloader:
+        return Offloader(lambda: training_tensors(self.model, self.optimizer, self.accelerator.device))
+
     def open_policy(self) -> AbstractContextManager[PreTrainedModel]:
         """The policy, unwrapped and gathered, to generate with. Every process calls it."""
         return whole_policy(self)
@@ -304,8 +315,9 @@ class SPINTrainer(IterativeTrainer):
             self.self_play.begin_run(self.start)
             stack.enter_context(self.stop_signal.listening())
             if not self.start.is_finished:
+                stack.callback(self.turns.end)  # when the server is gone
                 stack.callback(self.self_play_setup.close_sampler, self.sampler)
-                self.self_play_setup.open_sampler(self.sampler, self.store, self.model)
+                self._start_sampler()
             checkpoint = None if self.start.checkpoint is None else str(self.start.checkpoint)
             output = super().train(checkpoint, *args, **kwargs)
             if self.stop_signal.has_stopped:
@@ -323,6 +335,13 @@ class SPINTrainer(IterativeTrainer):
         if not start.is_resumed or not self.store.has_whole_data():
             self.store.write_data(self.self_play_setup.train_dataset)
         return start
+
+    def _start_sampler(self) -> None:
+        self.self_play_setup.write_served_base(self.model)
+        self.turns.give_to_server()  # it takes its memory when it starts
+        self.self_play_setup.open_sampler(self.sampler, self.store)
+        self.turns.begin(self.self_play_setup.server_rest(self.sampler))
+        self.turns.give_to_policy(briefly=True)
 
     def _place(self) -> Place:
         return Place(

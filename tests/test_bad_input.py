@@ -15,7 +15,7 @@ from peft import LoraConfig, PromptTuningConfig
 from tiny_tokenizers import byte_tokenizer, letter_tokenizer
 from torch.optim import SGD, Adagrad
 from torch.optim.lr_scheduler import ConstantLR
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 from trl import DPOConfig, ModelConfig, TrlParser
 
 from spin_trl import SPINConfig, SPINTrainer
@@ -361,6 +361,7 @@ def test_refusal_names_the_dataset_it_is_about(play, name):
 # The rest of a run
 
 CONVERSATIONS = rows({"messages": [USER, ASSISTANT]})
+QUANTIZED = BitsAndBytesConfig(load_in_8bit=True)
 PARAMETER = LlamaForCausalLM(
     LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
 )
@@ -485,7 +486,43 @@ RUNS = {
         {"optimizers": (Adagrad(PARAMETER.parameters()), None)},
         Refusal("`torch.optim.Adagrad`", "its moments cannot be emptied", "Set `reset_optimizer=False`"),
     ),
+    "sleep for a server that others use": (
+        {"config": {**SERVER, "vllm_sleep": True}},
+        Refusal("`vllm_server_base_url` names one that runs already", "the run has started itself", "Set `vllm_mode="),
+    ),
+    "sleep without a server": (
+        {"config": {"vllm_sleep": True}},
+        Refusal("no server generates", "the run has started itself", "Set `vllm_mode='managed'`"),
+    ),
+    "policy that makes way for itself": (
+        {"config": {"offload_policy_during_generation": True}},
+        Refusal("in-process generation", "the policy itself answers", "Use a vLLM server, or leave it unset"),
+    ),
+    "quantized policy that makes way": (
+        {"config": {**MANAGED, "offload_policy_during_generation": True}, "quantization_config": QUANTIZED},
+        Refusal("quantized otherwise", "quantized to 4 bits by bitsandbytes", "lower `vllm_gpu_memory_utilization`"),
+    ),
+    "policy that is quantized when it is loaded and makes way": (
+        {
+            "config": {
+                **MANAGED,
+                "offload_policy_during_generation": True,
+                "model_init_kwargs": {"quantization_config": QUANTIZED},
+            }
+        },
+        Refusal("quantized otherwise", "quantized to 4 bits by bitsandbytes", "lower `vllm_gpu_memory_utilization`"),
+    ),
 }
+
+
+@pytest.mark.parametrize(
+    ("launcher", "remedy"),
+    [("DEEPSPEED", "DeepSpeed's own `offload_optimizer`"), ("FSDP", "FSDP's own `offload_params`")],
+)
+def test_sharded_policy_that_makes_way_is_refused(play, make_config, monkeypatch, launcher, remedy):
+    args = make_config(**MANAGED, offload_policy_during_generation=True)
+    monkeypatch.setenv(f"ACCELERATE_USE_{launcher}", "true")
+    refused(Refusal(f"{launcher.lower()} holds", "moves whole tensors", remedy), play, args=args)
 
 
 @catalogue(RUNS)

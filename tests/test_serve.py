@@ -131,6 +131,21 @@ def test_cpu_build_is_started_as_a_module_without_flags_for_a_gpu(capsys, cpu_bu
     assert "--gpu-memory-utilization" not in words
 
 
+@pytest.mark.parametrize("lora_rank", [None, 8])
+def test_server_that_is_to_sleep_is_started_such_that_it_can(gpu_build, lora_rank):
+    command = serve_command.serve_command("m", lora_rank=lora_rank, sleep_mode=True)
+    assert command.can_sleep and command.argv.count("--enable-sleep-mode") == 1
+    assert command.env["VLLM_SERVER_DEV_MODE"] == "1"  # for /sleep, with adapters too
+    awake = serve_command.serve_command("m", lora_rank=lora_rank)
+    assert not awake.can_sleep and "--enable-sleep-mode" not in awake.argv
+
+
+def test_cpu_build_which_would_not_start_then_is_not_asked_to_sleep(cpu_build):
+    command = serve_command.serve_command("m", lora_rank=8, sleep_mode=True)
+    assert not command.can_sleep and "--enable-sleep-mode" not in command.argv
+    assert "VLLM_SERVER_DEV_MODE" not in command.env
+
+
 @pytest.mark.parametrize(("rank", "served"), [(1, 1), (2, 8), (8, 8), (9, 16), (100, 128), (257, 320), (512, 512)])
 def test_rank_is_rounded_up_to_one_that_vllm_serves(capsys, rank, served):
     assert value_of(printed(capsys, "m", "--lora-rank", str(rank)), "--max-lora-rank") == str(served)

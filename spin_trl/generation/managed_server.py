@@ -56,6 +56,7 @@ class ManagedServer:
         self._command: ServeCommand | None = None
         self._process: subprocess.Popen | None = None
         self._watcher: threading.Thread | None = None
+        self._held_port: socket.socket | None = None
         self._stopping = threading.Event()
         self._launching = threading.Lock()  # no launch while stopping, and the other way round
 
@@ -79,6 +80,56 @@ class ManagedServer:
         write_text(self.log_path, f"{self._command}\n")
         self.death_notice.unlink(missing_ok=True)
         self._launch()
+        self._attend(show_progress)
+
+    def stop(self) -> None:
+        """End the server and everything that it started. Does nothing if it is not running."""
+        self._stopping.set()
+        self._end()
+        self.unwatch()
+        self._release_port()
+
+    @property
+    def can_sleep(self) -> bool:
+        """Whether `POST /sleep` makes the server free its memory."""
+        return self._command is not None and self._command.can_sleep
+
+    # A server that nobody needs for a while
+
+    def unwatch(self) -> None:
+        """Until `resume`, do not start the server again if it ends: nobody needs it, and it would take memory."""
+        self._stopping.set()
+        if self._watcher is not None:
+            self._watcher.join()
+            self._watcher = None
+
+    def suspend(self) -> None:
+        """End the server until `resume`. Its address and key stay."""
+        self.stop()
+        self._hold_port()
+
+    def resume(self) -> None:
+        """
+        Watch the server again. One that was suspended is started; so is one that ended while nobody watched, which
+        counts as a restart.
+
+        Raises:
+            `SamplerError`: as `start`, or if there are no restarts left.
+        """
+        self._stopping.clear()
+        status = self._exit_status()
+        if status is not None:
+            try:
+                self._restart(status)
+            except BaseException:
+                self.stop()
+                raise
+        elif self._process is None:
+            self._launch(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} The vLLM server is started for the next turn\n")
+        self._attend(show_progress=False)
+
+    def _attend(self, show_progress: bool) -> None:
+        """Wait until the server answers, and watch it from then on."""
         try:
             self._wait_until_ready(show_progress)
         except BaseException:
@@ -87,13 +138,19 @@ class ManagedServer:
         self._watcher = threading.Thread(target=self._watch, name="vllm-server-watcher", daemon=True)
         self._watcher.start()
 
-    def stop(self) -> None:
-        """End the server and everything that it started. Does nothing if it is not running."""
-        self._stopping.set()
-        self._end()
-        if self._watcher is not None:
-            self._watcher.join()
-            self._watcher = None
+    def _hold_port(self) -> None:
+        """Let no other program take the server's port while it is suspended."""
+        self._held_port = socket.socket()
+        self._held_port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # the server has only just left it
+        try:
+            self._held_port.bind(("127.0.0.1", int(self.base_url.rpartition(":")[2])))
+        except OSError as error:
+            logger.warning(f"The port of the suspended vLLM server is not kept free for it: {error}")
+
+    def _release_port(self) -> None:
+        if self._held_port is not None:
+            self._held_port.close()
+            self._held_port = None
 
     def _launch(self, log_line: str = "") -> None:
         env = {**self._command.env, **_clean_environment(), "VLLM_API_KEY": self.api_key}
@@ -104,6 +161,7 @@ class ManagedServer:
                 self._process.stdin.close()
             log.write(log_line)
             log.flush()
+            self._release_port()
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "spin_trl.generation.supervise", *self._command.argv],
                 stdin=subprocess.PIPE,

@@ -14,10 +14,19 @@ _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 @dataclass(frozen=True)
 class ServeCommand:
-    """A command line and the environment variables to set for it."""
+    """
+    A command line and the environment variables to set for it.
+
+    Args:
+        argv (`list[str]`): The command line.
+        env (`dict[str, str]`): The variables.
+        can_sleep (`bool`): Whether `POST /sleep` makes the server free its memory. The answer to it does not tell: a
+            server that was not started for it, and the CPU build, say 200 and free nothing.
+    """
 
     argv: list[str]
     env: dict[str, str]
+    can_sleep: bool = False
 
     def __str__(self) -> str:
         """The command as one would type it in a shell."""
@@ -36,6 +45,7 @@ def serve_command(
     tensor_parallel_size: int = 1,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    sleep_mode: bool = False,
     extra: list[str] | None = None,
 ) -> ServeCommand:
     """
@@ -52,6 +62,7 @@ def serve_command(
         tensor_parallel_size (`int`): Number of GPUs to split the model over.
         revision (`str`, *optional*): Revision of a model from the hub.
         trust_remote_code (`bool`): Whether code that comes with the model is run.
+        sleep_mode (`bool`): Whether the server is to free its memory when it is told to, where vLLM can.
         extra (`list[str]`, *optional*): Further arguments for `vllm serve`.
 
     Returns:
@@ -86,7 +97,11 @@ def serve_command(
     if on_cpu:
         argv += ["--enforce-eager"]  # there may be no compiler
         env["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GiB
-    return ServeCommand(argv + list(extra or []), env)
+    can_sleep = sleep_mode and not on_cpu
+    if can_sleep:  # where the platform cannot, as a CPU, vLLM refuses to start with this
+        argv += ["--enable-sleep-mode"]
+        env["VLLM_SERVER_DEV_MODE"] = "1"  # for `/sleep`
+    return ServeCommand(argv + list(extra or []), env, can_sleep)
 
 
 def _has_flag(arguments: list[str] | None, *names: str) -> bool:

@@ -34,6 +34,9 @@ _BUSY_STATUS = (408, 429, 503)
 # Seconds for an answer that takes a healthy server none to speak of. Later is as bad as never, and tried again.
 _PROMPT_ANSWER = 30.0
 _FAREWELL = 5.0  # seconds for what is nice to have at the end
+# Seconds for which falling asleep and waking up are tried again: more than a connection that went stale needs. While a
+# server rests nobody restarts it.
+_BUDGET_OF_SLEEP = 5.0
 _LONGEST_SLEEP = 1.0  # seconds between two looks at whether the server is gone for good
 
 _MARK = "spin_trl:"
@@ -182,6 +185,14 @@ class VLLMServer:
         status, text = self._run(self._send("POST", path, None, retried=_BUSY_STATUS))
         if status != 200 or "false" in text:
             raise refusal(self.base_url, "POST", path, status, text)
+
+    def sleep(self, level: int) -> None:
+        """Free the GPU's memory: level 1 keeps the weights in host memory, level 2 keeps nothing."""
+        self._call("POST", f"/sleep?level={level}", read=False, attempts=Attempts(_BUDGET_OF_SLEEP))
+
+    def wake_up(self) -> None:
+        """Take the GPU's memory again, with the weights if they were kept."""
+        self._call("POST", "/wake_up", read=False, attempts=Attempts(_BUDGET_OF_SLEEP))
 
     # Marks: what distinguishes a server from the same one restarted, which has lost what was loaded into it. They are
     # attributes of the objects that hold the weights, so they are there exactly as long as those.
