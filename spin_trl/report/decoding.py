@@ -23,7 +23,11 @@ def find_decoder(run_directory: Path, model: str | None) -> tuple[Decode, str | 
     Returns:
         `Decode` and, where there is no tokenizer and ids are shown as numbers, a line that says so.
     """
-    candidates = [run_directory, *_newest(run_directory, "checkpoint-*"), *_newest(run_directory, "iteration-*/opponent")]
+    candidates = [
+        run_directory,
+        *_newest(run_directory, "checkpoint-*"),
+        *_newest(run_directory, "iteration-*/opponent"),
+    ]
     folders = [path for path in candidates if path.is_dir()]
     if model is not None and Path(model).is_dir():
         folders.append(Path(model))

@@ -194,7 +194,9 @@ def _read_rows(run: RunData, rows: RunRows, decode: Decode, max_prompts: int, se
 def _truth_lengths(rows: RunRows) -> dict[int, int]:
     lengths = {}
     for table in rows.truths(["chosen_ids"]):
-        lengths.update(zip(table["row"].to_pylist(), pc.list_value_length(table["chosen_ids"]).to_pylist(), strict=True))
+        lengths.update(
+            zip(table["row"].to_pylist(), pc.list_value_length(table["chosen_ids"]).to_pylist(), strict=True)
+        )
     return lengths
 
 
