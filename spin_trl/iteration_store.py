@@ -3,6 +3,8 @@
     output_dir/
       self_play.json                what was run: config, data, versions, and each start
       .lock                         held by the process that runs
+      log.jsonl                     what was logged, one entry a line, as the run goes
+      report.html, report/          the run on one page, and its pictures; see `report`
       invalid_rows.jsonl            rows of the user's data that were left out: dataset, row, reason
       vllm-server.log               of a managed server; `.ended` beside it says why that will not come back
       iteration-0/
@@ -95,6 +97,10 @@ class IterationStore:
     def server_log(self) -> Path:
         return self._own("vllm-server.log")
 
+    @property
+    def log_file(self) -> Path:
+        return self._own("log.jsonl")
+
     def _own(self, *names: str) -> Path:
         """A path in the run directory, none of whose parts is a link: what lies elsewhere is somebody else's."""
         path = self.output_dir
@@ -185,7 +191,7 @@ class IterationStore:
             if _NUMBERED.fullmatch(path.name) and (path.is_dir() or path.is_symlink()):
                 remove(path)
         self.clear_temporary()
-        for name in ("self_play.json", "invalid_rows.jsonl"):
+        for name in ("self_play.json", "invalid_rows.jsonl", "log.jsonl", "report.html"):
             (self.output_dir / name).unlink(missing_ok=True)
 
     def clear_temporary(self) -> None:

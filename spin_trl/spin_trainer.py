@@ -18,11 +18,13 @@ from trl import DPOTrainer
 
 from .adapters import check_fixed_reference, check_trainable
 from .compiler_locks import warn_of_old_locks
+from .end_report import write_end_report
 from .evaluation import GenerationMetrics
 from .finite import ORIGIN_COLUMNS, OriginCollator, StepNumbers, take_origins
 from .inputs import check_generation_metrics, check_optimizers
 from .iteration_store import IterationStore
 from .iterative_trainer import IterativeTrainer
+from .log_file import LogFileCallback
 from .losses import SPIN_LOSSES, LossParameters
 from .ranks import failing_together, on_main_process
 from .resume import Place, RunStart, start_run
@@ -170,6 +172,7 @@ class SPINTrainer(IterativeTrainer):
             base_model=self.self_play_setup.model_name,
         )
         self.add_callback(self.self_play)
+        self.add_callback(LogFileCallback(self, self.store))
         self.stop_signal = StopOnSigterm()
         self.add_callback(self.stop_signal)
 
@@ -288,6 +291,8 @@ class SPINTrainer(IterativeTrainer):
                 self.accelerator.print(f"Stopped by SIGTERM after step {self.state.global_step}.")
                 raise SystemExit(EXIT_STATUS)
             on_main_process(self.store.mark_finished)
+            if self.args.report and not self.start.is_finished:
+                on_main_process(lambda: write_end_report(self.store.output_dir))
             return output
 
     def _start_run(self, requested: str | bool | None) -> RunStart:

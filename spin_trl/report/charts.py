@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 
 WIDTH, HEIGHT = 360, 210  # of the view box: at its natural size on a phone, a little larger on a desktop
-_LEFT, _RIGHT, _TOP, _BOTTOM = 48, 10, 18, 36
+_LEFT, _RIGHT, _TOP, _BOTTOM = 48, 10, 24, 36
 _MAX_POINTS = 240  # a curve of more is averaged: the screen has no more pixels for them
 _MAX_TABLE_ROWS = 60
 
@@ -73,9 +73,9 @@ def line_chart(axes: Axes, x: Sequence[float], series: list[Series]) -> Markup:
     if not x or not known:
         return Markup("")
     y_ticks = nice_ticks(min(known), max(known))
-    x_ticks = list(range(len(x))) if axes.x_names else [t for t in nice_ticks(x[0], x[-1], 5) if x[0] <= t <= x[-1]]
+    x_ticks = list(range(len(x))) if axes.x_names else [t for t in nice_ticks(x[0], x[-1], 6) if x[0] <= t <= x[-1]]
     if axes.x_names:
-        x_ticks = x_ticks[:: max(1, math.ceil(len(x) / 8))]
+        x_ticks = x_ticks[:: _label_step(axes.x_names)]
     low, high = (x[0], x[-1]) if x[-1] > x[0] else (x[0] - 1, x[0] + 1)
     to_x, to_y = _scale(low, high, _LEFT, WIDTH - _RIGHT), _scale(y_ticks[0], y_ticks[-1], HEIGHT - _BOTTOM, _TOP)
     body = _axes(axes, [(to_x(t), _name_of(axes, t)) for t in x_ticks], [(to_y(t), t) for t in y_ticks])
@@ -89,10 +89,7 @@ def line_chart(axes: Axes, x: Sequence[float], series: list[Series]) -> Markup:
         [_r(to_x(at)), _readout(_x_text(axes, at), [(one.name, one.values[i]) for one in series], axes.percent)]
         for i, at in enumerate(x)
     ]
-    rows = [
-        [_name_of(axes, at), *(format_number(one.values[i], axes.percent) for one in series)] for i, at in enumerate(x)
-    ]
-    return _figure(axes, body, series, hover, [axes.x_label, *(one.name for one in series)], rows)
+    return _figure(axes, body, series, hover, [_name_of(axes, at) for at in x])
 
 
 def bar_chart(axes: Axes, names: list[str], series: list[Series]) -> Markup:
@@ -104,7 +101,7 @@ def bar_chart(axes: Axes, names: list[str], series: list[Series]) -> Markup:
     to_y = _scale(0, y_ticks[-1], HEIGHT - _BOTTOM, _TOP)
     group = (WIDTH - _LEFT - _RIGHT) / len(names)
     bar = 0.86 * group / len(series)
-    step = max(1, math.ceil(len(names) / 8))
+    step = _label_step(names)
     centres = [_LEFT + (i + 0.5) * group for i in range(len(names))]
     body = _axes(axes, list(zip(centres, names, strict=True))[::step], [(to_y(t), t) for t in y_ticks])
     for number, one in enumerate(series):
@@ -121,8 +118,7 @@ def bar_chart(axes: Axes, names: list[str], series: list[Series]) -> Markup:
         [_r(centre), _readout(f"{axes.x_label} {name}", [(one.name, one.values[i]) for one in series], axes.percent)]
         for i, (centre, name) in enumerate(zip(centres, names, strict=True))
     ]
-    rows = [[name, *(format_number(one.values[i], axes.percent) for one in series)] for i, name in enumerate(names)]
-    return _figure(axes, body, series, hover, [axes.x_label, *(one.name for one in series)], rows)
+    return _figure(axes, body, series, hover, names)
 
 
 def stacked_chart(axes: Axes, names: list[str], series: list[Series]) -> Markup:
@@ -134,7 +130,7 @@ def stacked_chart(axes: Axes, names: list[str], series: list[Series]) -> Markup:
     to_y = _scale(0, y_ticks[-1], HEIGHT - _BOTTOM, _TOP)
     group = (WIDTH - _LEFT - _RIGHT) / len(names)
     centres = [_LEFT + (i + 0.5) * group for i in range(len(names))]
-    step = max(1, math.ceil(len(names) / 8))
+    step = _label_step(names)
     body = _axes(axes, list(zip(centres, names, strict=True))[::step], [(to_y(t), t) for t in y_ticks])
     heights = [0.0] * len(names)
     for one in series:
@@ -152,8 +148,7 @@ def stacked_chart(axes: Axes, names: list[str], series: list[Series]) -> Markup:
         [_r(centre), _readout(f"{axes.x_label} {names[i]}", [(s.name, s.values[i]) for s in series], axes.percent)]
         for i, centre in enumerate(centres)
     ]
-    rows = [[name, *(format_number(one.values[i]) for one in series)] for i, name in enumerate(names)]
-    return _figure(axes, body, series, hover, [axes.x_label, *(one.name for one in series)], rows)
+    return _figure(axes, body, series, hover, names)
 
 
 def table(header: list[str], rows: list[list[str]]) -> Markup:
@@ -174,7 +169,7 @@ def table(header: list[str], rows: list[list[str]]) -> Markup:
 def nice_ticks(low: float, high: float, number: int = 4) -> list[float]:
     """Round numbers that enclose `low` and `high`, about so many."""
     if high - low < 1e-12 * max(1.0, abs(high)):
-        low, high = low - (abs(low) / 2 or 0.5), high + (abs(high) / 2 or 0.5)
+        low, high = (low - abs(low) / 2, high + abs(high) / 2) if high else (0.0, 1.0)
     rough = (high - low) / number
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * (1 - 1e-9))
@@ -194,6 +189,12 @@ def _thinned(x: list[float], series: list[Series]) -> tuple[list[float], list[Se
 def _mean(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return float(np.mean(known)) if known else None
+
+
+def _label_step(names: list[str]) -> int:
+    """Every how many-th name has room below the chart."""
+    room = 8 if max(map(len, names)) <= 5 else 5
+    return max(1, math.ceil(len(names) / room))
 
 
 def _scale(low: float, high: float, start: float, end: float):
@@ -225,7 +226,7 @@ def _axes(axes: Axes, x_ticks: list[tuple[float, str]], y_ticks: list[tuple[floa
     for x, name in x_ticks:
         body += Markup('<text class="x" x="{}" y="{}">{}</text>').format(_r(x), HEIGHT - _BOTTOM + 15, name)
     body += Markup('<text class="x" x="{}" y="{}">{}</text>').format((WIDTH + _LEFT) / 2, HEIGHT - 5, axes.x_label)
-    return body + Markup('<text class="unit" x="2" y="10">{}</text>').format(axes.y_label)
+    return body + Markup('<text class="unit" x="2" y="9">{}</text>').format(axes.y_label)
 
 
 def _tick(value: float) -> str:
@@ -251,9 +252,8 @@ def _curve(series: Series, x: list[float], to_x, to_y) -> Markup:
     return curve
 
 
-def _figure(
-    axes: Axes, body: Markup, series: list[Series], hover: list[list[str]], header: list[str], rows: list[list[str]]
-) -> Markup:
+def _figure(axes: Axes, body: Markup, series: list[Series], hover: list[list[str]], names: list[str]) -> Markup:
+    rows = [[name, *(format_number(one.values[i], axes.percent) for one in series)] for i, name in enumerate(names)]
     legend = Markup("")
     if len(series) > 1:
         items = (Markup('<li class="key-{}">{}</li>').format(one.tone, one.name) for one in series)
@@ -275,7 +275,7 @@ def _figure(
         body=body,
         top=_TOP,
         bottom=HEIGHT - _BOTTOM,
-        table=table(header, _few(rows)),
+        table=table([axes.x_label, *(one.name for one in series)], _few(rows)),
     )
 
 

@@ -1,7 +1,8 @@
 """What is known of a run -> one HTML page that needs nothing else: no server, no network.
 
 All text from data passes through Jinja's escaping or into a JSON block in which no tag can begin; the page's script
-makes text nodes of it. The content security policy allows this style and this script, by their hashes, and nothing else.
+makes text nodes of it. The content security policy allows this style and this script, by their hashes, and nothing
+else.
 """
 
 import base64

@@ -47,7 +47,8 @@ class RunData:
         metrics (`dict[int, dict[str, float]]`): Iteration -> every number of `metrics.json`; names of nested ones are
             joined by "/".
         log (`list[dict]`): What was logged, in order.
-        chosen_lengths, rejected_lengths (`dict[int, np.ndarray]`): Iteration -> how many sides have 0, 1, 2, ... tokens.
+        chosen_lengths, rejected_lengths (`dict[int, np.ndarray]`): Iteration -> how many sides have 0, 1, 2,
+            ... tokens.
         sample ([`Sample`]): The completions to look at.
         problems (`list[str]`): What could not be read.
     """

@@ -40,7 +40,7 @@ def score_charts(run: RunData) -> list[Markup]:
 
 
 def iteration_charts(run: RunData) -> list[Markup]:
-    """The numbers of `metrics.json`, those that nobody has heard of included."""
+    """The numbers of `metrics.json` that differ between iterations, those that nobody has heard of included."""
     names = list(dict.fromkeys(name for metrics in run.metrics.values() for name in metrics))
     names = [name for name in names if not name.startswith(("evaluation/", "seconds_"))]
     charts = []
@@ -53,7 +53,7 @@ def iteration_charts(run: RunData) -> list[Markup]:
     if shares:
         charts.append(_by_iteration(run, "Shares of the opponent's answers", "", shares, True))
     for name in names:
-        if name not in shares:
+        if name not in shares and len(set(_values(run, name).values())) > 1:
             charts.append(_by_iteration(run, name, "", {name: "accent"}, False))
     return [chart for chart in charts if chart]
 

@@ -61,10 +61,12 @@ def tiles_of(run: RunData) -> list[Tile]:
 
 
 def _score_tile(name: str, values: dict[int, float]) -> Tile:
-    tile = _change_tile("nll" if name == "nll" else name, values)
+    tile = _change_tile(name, values)
     if name == "nll" and len(values) > 1:  # of the user's own scores nobody knows whether more is better
         best = min(values, key=values.get)
-        return Tile("nll (lower is better)", tile.value, f"best: {format_number(values[best])}, {_after(best)}")
+        return Tile(
+            "nll, nats per token (lower is better)", tile.value, f"best: {format_number(values[best])}, {_after(best)}"
+        )
     return tile
 
 
