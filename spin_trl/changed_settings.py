@@ -35,4 +35,4 @@ def _default_of(field) -> Any:
 def _is_default(value: Any, default: Any) -> bool:
     if hasattr(default, "value"):  # an enumeration, as `to_dict` writes it
         default = default.value
-    return value == default or value == [default] or (not value and not default and value is not False)
+    return value in (default, [default]) or [value] == default or (not value and not default and value is not False)

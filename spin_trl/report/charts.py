@@ -172,7 +172,7 @@ def nice_ticks(low: float, high: float, number: int = 4) -> list[float]:
         low, high = (low - abs(low) / 2, high + abs(high) / 2) if high else (0.0, 1.0)
     rough = (high - low) / number
     power = 10.0 ** math.floor(math.log10(rough))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * (1 - 1e-9))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= 0.8 * rough)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [round(i * step, 12) for i in range(first, last + 1)]
 

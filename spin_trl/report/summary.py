@@ -23,12 +23,12 @@ def state_of(run: RunData) -> str:
     """Whether the run is complete, in words."""
     total = run.num_iterations
     if run.is_finished:
-        return f"complete, {total} iterations" if total is not None else "complete"
+        return f"complete, {total} iteration{'s' * (total != 1)}" if total is not None else "complete"
     begun = max(run.metrics, default=None)
     if begun is None:
         return "begun"
     if total is not None and begun >= total:
-        return f"all {total} iterations trained, not yet marked complete"
+        return f"iterations 0 to {total - 1} trained, not yet complete"
     return f"in iteration {begun}" + (f" of 0 to {total - 1}" if total is not None else "") + ", or stopped there"
 
 
