@@ -53,20 +53,19 @@ class RunRows:
         Args:
             columns (`list[str]`): Of `row`, `source_row`, `prompt`, `prompt_ids` and `chosen_ids`. Those that the run
                 does not keep are left out.
-            rows (`np.ndarray`, *optional*): Only these, ascending.
+            rows (`np.ndarray`, *optional*): Only these.
         """
-        seen = np.empty(0, np.int64)
+        wanted = None if rows is None else set(rows.tolist())
+        seen: set[int] = set()  # history repeats rows
         for path in self._truth_files():
             for table in self._arrow_batches(path, ["row", *(name for name in columns if name != "row")]):
-                numbers = table["row"].to_numpy()
-                wanted = ~np.isin(numbers, seen)
-                if rows is not None:
-                    wanted &= np.isin(numbers, rows)
-                positions = np.flatnonzero(wanted)
-                numbers, first = np.unique(numbers[positions], return_index=True)  # history repeats rows
-                if len(numbers):
-                    seen = np.union1d(seen, numbers)
-                    yield table.take(positions[first])
+                positions = []
+                for position, row in enumerate(table["row"].to_pylist()):
+                    if row not in seen and (wanted is None or row in wanted):
+                        seen.add(row)
+                        positions.append(position)
+                if positions:
+                    yield table.take(positions)
 
     def completions(self, iteration: int, columns: list[str], rows: np.ndarray | None = None) -> Iterator[pa.Table]:
         """

@@ -64,7 +64,8 @@ class RunData:
 
     @property
     def config(self) -> dict[str, Any]:
-        return self.description.get("config") or {}
+        config = self.description.get("config")
+        return config if isinstance(config, dict) else {}
 
     @property
     def is_finished(self) -> bool:
@@ -72,7 +73,8 @@ class RunData:
 
     @property
     def num_iterations(self) -> int | None:
-        return self.config.get("num_iterations")
+        number = self.config.get("num_iterations")
+        return number if isinstance(number, int) else None
 
 
 def read_run(directory: str | Path, max_prompts: int = 2000, seed: int = 0) -> RunData:
@@ -175,21 +177,21 @@ def _read_log_lines(run: RunData, path: Path) -> list[dict[str, Any]]:
 
 
 def _read_rows(run: RunData, rows: RunRows, decode: Decode, max_prompts: int, seed: int) -> None:
-    played = [iteration for iteration in rows.iterations() if rows.has_completions(iteration)]
     truth_lengths = _truth_lengths(rows)
-    numbers = set(truth_lengths)
-    for iteration in played:
-        counts, answered = np.zeros(1, np.int64), set()
-        for table in rows.completions(iteration, ["completion_ids"]):
-            counts = _add_counts(counts, pc.list_value_length(table["completion_ids"]).to_numpy())
-            answered.update(table["row"].to_pylist())
-        if answered:
-            run.rejected_lengths[iteration] = counts
-            known = [truth_lengths[row] for row in answered if row in truth_lengths]
+    answered = {i: _answered_rows(rows, i) for i in rows.iterations() if rows.has_completions(i)}
+    numbers = sorted(set(truth_lengths).union(*answered.values()))
+    sampled = _sample(numbers, max_prompts, seed)
+    prompts = _read_prompts(rows, decode, sampled)
+    for iteration, found in answered.items():
+        if found:
+            known = [truth_lengths[row] for row in found if row in truth_lengths]
             run.chosen_lengths[iteration] = _add_counts(np.zeros(1, np.int64), np.array(known, np.int64))
-        numbers |= answered
-    sampled = _sample(sorted(numbers), max_prompts, seed)
-    run.sample = Sample(_read_prompts(rows, decode, sampled, played), len(numbers))
+            run.rejected_lengths[iteration] = _read_answers(rows, decode, iteration, prompts)
+    run.sample = Sample(list(prompts.values()), len(numbers))
+
+
+def _answered_rows(rows: RunRows, iteration: int) -> set[int]:
+    return {row for table in rows.completions(iteration, ["row"]) for row in table["row"].to_pylist()}
 
 
 def _truth_lengths(rows: RunRows) -> dict[int, int]:
@@ -216,25 +218,27 @@ def _sample(rows: list[int], size: int, seed: int) -> np.ndarray:
     return np.sort(np.random.default_rng(seed).choice(rows, size, replace=False))
 
 
-def _read_prompts(rows: RunRows, decode: Decode, sampled: np.ndarray, played: list[int]) -> list[dict[str, Any]]:
+def _read_prompts(rows: RunRows, decode: Decode, sampled: np.ndarray) -> dict[int, dict[str, Any]]:
     prompts = {row: {"row": row, "prompt": [], "truth": None, "answers": {}} for row in sampled.tolist()}
     for table in rows.truths(["source_row", "prompt", "prompt_ids", "chosen_ids"], sampled):
-        for row in _dicts(table):
+        for row in table.to_pylist():
             prompts[row["row"]] |= {
                 "source_row": row.get("source_row"),
                 "prompt": messages_of(row["prompt"]) if row.get("prompt") else [("", decode(row["prompt_ids"], False))],
                 "truth": decode(row["chosen_ids"], True),
             }
-    for iteration in played:
-        for table in rows.completions(iteration, ["sample", "completion_ids", "finish_reason"], sampled):
-            for row in sorted(_dicts(table), key=lambda row: row["sample"]):
-                answer = {"text": decode(row["completion_ids"], True), "cut_off": row["finish_reason"] == "length"}
-                prompts[row["row"]]["answers"].setdefault(iteration, []).append(answer)
-    return list(prompts.values())
+    return prompts
 
 
-def _dicts(table: pa.Table) -> list[dict[str, Any]]:
-    return table.to_pylist()
+def _read_answers(rows: RunRows, decode: Decode, iteration: int, prompts: dict[int, dict[str, Any]]) -> np.ndarray:
+    """Add an iteration's answers to the prompts that are shown. Returns how many of all answers have each length."""
+    counts, shown = np.zeros(1, np.int64), pa.array(list(prompts), pa.int64())
+    for table in rows.completions(iteration, ["sample", "completion_ids", "finish_reason"]):
+        counts = _add_counts(counts, pc.list_value_length(table["completion_ids"]).to_numpy())
+        for row in table.filter(pc.is_in(table["row"], shown)).sort_by("sample").to_pylist():
+            answer = {"text": decode(row["completion_ids"], True), "cut_off": row["finish_reason"] == "length"}
+            prompts[row["row"]]["answers"].setdefault(iteration, []).append(answer)
+    return counts
 
 
 def _note_missing(run: RunData, rows: RunRows) -> None:
