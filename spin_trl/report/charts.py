@@ -231,7 +231,7 @@ def _axes(axes: Axes, x_ticks: list[tuple[float, str]], y_ticks: list[tuple[floa
 
 def _tick(value: float) -> str:
     if value and (abs(value) < 1e-3 or abs(value) >= 1e5):
-        return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
+        return f"{value:.2g}".replace("e-0", "e-").replace("e+0", "e")
     return f"{value:,g}"
 
 

@@ -46,7 +46,7 @@ def iteration_charts(run: RunData) -> list[Markup]:
     charts = []
     for title, unit, chosen, rejected in _PAIRS.values():
         sides = {chosen: "chosen", rejected: "rejected"}
-        if any(_values(run, name) for name in sides):
+        if any(value for name in sides for value in _values(run, name).values()):
             charts.append(_by_iteration(run, title, unit, sides, chosen.endswith("_share")))
         names = [name for name in names if name not in sides]
     shares = {name: str(number % 6) for number, name in enumerate(n for n in names if n.endswith("_share"))}
