@@ -21,6 +21,7 @@ def write_run(
     answers: dict[int, list[str]] = ANSWERS,
     finished: bool = True,
     config: dict | None = None,
+    model: str = "org/base-model",
 ) -> IterationStore:
     """
     A run: prompts with their ground truths, what each iteration's opponent answered, numbers, and a log.
@@ -32,7 +33,7 @@ def write_run(
     end = tokenizer.eos_token_id
     store.write_run(
         {
-            "model": "org/base-model",
+            "model": model,
             "config": {**CONFIG, **(config or {})},
             "changed_settings": ["beta"],
             "versions": {"spin_trl": "0.1.0"},

@@ -72,8 +72,9 @@ def test_it_marks_what_differs_from_the_ground_truth_word_by_word(open_report):
     assert answers.nth(2).locator("ins, del").count() == 0
 
 
-def test_it_marks_characters_where_there_are_no_spaces(open_report):
-    page = open_report(games=[("法国的首都?", "法国的首都是巴黎。")], answers={0: ["法国的首都是伦敦。"]})
+@pytest.mark.parametrize("before", ["", "Paris, capital of France: "])
+def test_it_marks_characters_where_a_script_writes_no_spaces(open_report, before):
+    page = open_report(games=[("法国的首都?", before + "首都是巴黎。")], answers={0: [before + "首都是伦敦。"]})
     side = page.locator(".side").nth(1)
     assert side.locator("ins").all_inner_texts() == ["伦敦"] and side.locator("del").all_inner_texts() == ["巴黎"]
 
@@ -84,7 +85,7 @@ def test_search_filters_and_pages(open_report):
     assert page.locator("#page").inner_text() == "Page 1 of 3"
     page.get_by_role("button", name="Next").click()
     assert page.locator(".prompt h3").first.inner_text() == "Prompt of row 20"
-    page.get_by_label("Search").fill("NUMBER 17.")
+    page.get_by_label("Search").fill("IT IS THE NUMBER 17.")
     assert page.locator(".prompt").count() == 1 and page.locator("#count").inner_text() == "1 of 25 prompts"
     assert page.get_by_role("button", name="Next").is_disabled()
     page.get_by_label("Search").fill("nowhere")
@@ -114,7 +115,8 @@ def test_the_values_of_a_chart_are_shown_under_the_pointer_and_by_keys(open_repo
 @pytest.mark.parametrize("width", [320, 1280])
 def test_no_page_is_wider_than_the_screen(open_report, width):
     long_word = "Donaudampfschifffahrtsgesellschaftskapitän" * 4
-    page = open_report(width, games=[(long_word, long_word)], answers={i: [long_word[::-1]] for i in range(6)})
+    answers = {i: [long_word[::-1]] for i in range(6)}
+    page = open_report(width, games=[(long_word, long_word)], answers=answers, model=long_word)
     page.evaluate("document.querySelectorAll('details').forEach((details) => details.open = true)")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
 
