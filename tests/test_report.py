@@ -152,6 +152,14 @@ def test_without_a_tokenizer_token_ids_are_shown(store):
     assert re.fullmatch(r"\d+( \d+)*", run.sample.prompts[0]["truth"])
 
 
+def test_the_tokenizer_may_be_the_models(store, tmp_path):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (store.output_dir / name).unlink()
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    store.write_run({**store.read_run(), "model": str(tmp_path / "model")})
+    assert read_run(store.output_dir).sample.prompts[0]["truth"] == GAMES[0][1]
+
+
 # What is made of it
 
 

@@ -23,23 +23,13 @@ def find_decoder(run_directory: Path, model: str | None) -> tuple[Decode, str | 
     Returns:
         `Decode` and, where there is no tokenizer and ids are shown as numbers, a line that says so.
     """
-    candidates = [
-        run_directory,
-        *_newest(run_directory, "checkpoint-*"),
-        *_newest(run_directory, "iteration-*/opponent"),
-    ]
-    folders = [path for path in candidates if path.is_dir()]
-    if model is not None and Path(model).is_dir():
-        folders.append(Path(model))
-    tried = []
+    checkpoints, opponents = (_newest(run_directory, pattern) for pattern in ("checkpoint-*", "iteration-*/opponent"))
+    named = [] if model is None else [Path(model) if Path(model).is_dir() else model]
     for load in (_load_file, _load_any):
-        for source in [*folders, model] if load is _load_any else folders:
-            if source is None:
-                continue
+        for source in (run_directory, *checkpoints, *opponents, *named):
             try:
                 decode = load(source)
-            except Exception as error:  # each library and format fails in its own way; the next one may do
-                tried.append(f"{source}: {type(error).__name__}")
+            except Exception:  # each library and format fails in its own way; another source may do
                 continue
             if decode is not None:
                 return decode, None
@@ -51,8 +41,8 @@ def _newest(directory: Path, pattern: str) -> list[Path]:
     return sorted(directory.glob(pattern), key=lambda path: (len(str(path)), path), reverse=True)
 
 
-def _load_file(folder: Path) -> Decode | None:
-    path = folder / "tokenizer.json"
+def _load_file(source: Path | str) -> Decode | None:
+    path = Path(source) / "tokenizer.json"
     if not path.exists():
         return None
     from tokenizers import Tokenizer
