@@ -3,6 +3,8 @@
     output_dir/
       self_play.json                what was run: config, data, versions, and each start
       .lock                         held by the process that runs
+      log.jsonl                     what was logged, one entry a line, as the run goes
+      report.html, report/          the run on one page, and its pictures; see `report`
       invalid_rows.jsonl            rows of the user's data that were left out: dataset, row, reason
       train_data/                   what is trained on: row, source_row, prompt, prompt_ids, chosen_ids, an Arrow file
       vllm-server.log               of a managed server; `.ended` beside it says why that will not come back
@@ -73,6 +75,10 @@ class IterationStore:
     def served_base(self) -> Path:
         """The base model as a managed server is to have it, where that is not the one that was passed."""
         return self._own("served-base")
+
+    @property
+    def log_file(self) -> Path:
+        return self._own("log.jsonl")
 
     def _own(self, *names: str) -> Path:
         return own_path(self.output_dir, *names)
@@ -154,7 +160,7 @@ class IterationStore:
         data = self.output_dir / "train_data"
         if data.is_symlink() or arrow_checksum(data) is not None:
             remove(data)
-        for name in ("self_play.json", "invalid_rows.jsonl"):
+        for name in ("self_play.json", "invalid_rows.jsonl", "log.jsonl", "report.html"):
             (self.output_dir / name).unlink(missing_ok=True)
 
     def clear_temporary(self) -> None:

@@ -30,6 +30,7 @@ from trl.trainer.utils import get_config_model_id
 from . import __version__
 from .adapters import check_trainable, describe_adapter, starts_as_base
 from .atomic_files import remove, write_directory
+from .changed_settings import changed_settings
 from .data import check_dataset
 from .disk import check_writable
 from .footprint import check_footprint, empty_policy, estimate_footprint, weights_of
@@ -260,6 +261,7 @@ class SelfPlaySetup:
             "quantization": self.quantization,
             "sampler": {"mode": self.choice.mode, "reason": self.choice.reason},
             "config": args.to_dict(),
+            "changed_settings": changed_settings(args),
             "training": {
                 "total_train_batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
                 "sharding": _sharding(),

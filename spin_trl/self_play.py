@@ -16,6 +16,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import SaveStrategy
 
+from .completion_table import log_completions
 from .completions import GenerationJob, Share
 from .evaluation import GenerationMetrics, ScoreTable, generation_metrics
 from .finite import require_finite_scores
@@ -152,6 +153,8 @@ class SelfPlayCallback(TrainerCallback):
                 self._evaluate(iteration)
         with self._phase("generate", iteration):
             self._generate(iteration)
+        if self.trainer.args.log_completions:
+            on_main_process(lambda: log_completions(self.trainer, self.store, self.dataset, iteration))
         with self._phase("score", iteration):
             self._pair_and_score(iteration)
 

@@ -50,6 +50,8 @@ _NUMBERS = {
     "vllm_max_restarts": at_least(0),
     "publish_check_samples": at_least(0),
     "publish_check_tolerance": positive(remedy="To switch the check off, set `publish_check_samples=0`."),
+    # what is shown
+    "num_completions_to_print": at_least(1),
     # TRL's and transformers', which let these pass and fail on them late, or never
     "per_device_train_batch_size": at_least(1),
     "per_device_eval_batch_size": at_least(1),
@@ -232,6 +234,17 @@ class SPINConfig(DPOConfig):
             start where there is none. `"never"`: refuse; [`SPINTrainer.train`] can still be told to resume.
         overwrite_output_dir (`bool`, *optional*, defaults to `False`):
             Whether a self-play run that already lies in `output_dir` is deleted. Wins over `resume`.
+
+        > Parameters that control what is shown
+
+        report (`bool`, *optional*, defaults to `True`):
+            Whether `report.html` is written into `output_dir` when the run is over: scores, curves and completions on
+            one page. `python -m spin_trl.report` writes it at any time.
+        log_completions (`bool`, *optional*, defaults to `False`):
+            Whether to print a few prompts with their ground truth and the answers of every opponent so far, once in
+            each iteration, and to log them as a table to trackio and Weights & Biases where `report_to` names these.
+        num_completions_to_print (`int`, *optional*, defaults to `5`):
+            Number of prompts that `log_completions` shows, the same ones in each iteration.
 
     > [!NOTE]
     > These parameters have default values different from [`~trl.DPOConfig`]:
@@ -485,6 +498,21 @@ class SPINConfig(DPOConfig):
     )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Whether a self-play run that already lies in `output_dir` is deleted."}
+    )
+
+    # Parameters that control what is shown
+    report: bool = field(
+        default=True, metadata={"help": "Whether `report.html` is written into `output_dir` when the run is over."}
+    )
+    log_completions: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether to print a few prompts with their ground truth and the answers of every opponent so far, "
+            "once in each iteration, and to log them to trackio and Weights & Biases."
+        },
+    )
+    num_completions_to_print: int = field(
+        default=5, metadata={"help": "Number of prompts that `log_completions` shows."}
     )
 
     def __post_init__(self):

@@ -18,12 +18,14 @@ from trl import DPOTrainer
 
 from .adapters import check_fixed_reference, check_trainable, complete_reference_adapter
 from .compiler_locks import warn_of_old_locks
+from .end_report import write_end_report
 from .evaluation import GenerationMetrics
 from .finite import ORIGIN_COLUMNS, OriginCollator, StepNumbers, take_origins
 from .footprint import size_of_base, size_of_weights
 from .inputs import check_generation_metrics, check_optimizers
 from .iteration_store import IterationStore
 from .iterative_trainer import IterativeTrainer
+from .log_file import LogFileCallback
 from .losses import SPIN_LOSSES, LossParameters
 from .merging import check_can_be_merged, fold_scaling, save_merged
 from .offload import Offloader, training_tensors
@@ -186,6 +188,7 @@ class SPINTrainer(IterativeTrainer):
         )
         self.turns = Turns(args.vllm_sleep, self._offloader() if args.offload_policy_during_generation else None)
         self.add_callback(self.self_play)
+        self.add_callback(LogFileCallback(self, self.store))
         self.stop_signal = StopOnSigterm()
         self.add_callback(self.stop_signal)
 
@@ -324,6 +327,8 @@ class SPINTrainer(IterativeTrainer):
                 self.accelerator.print(f"Stopped by SIGTERM after step {self.state.global_step}.")
                 raise SystemExit(EXIT_STATUS)
             on_main_process(self.store.mark_finished)
+            if self.args.report and not self.start.is_finished:
+                on_main_process(lambda: write_end_report(self.store.output_dir))
             return output
 
     def _start_run(self, requested: str | bool | None) -> RunStart:

@@ -110,6 +110,7 @@ def make_config(tmp_path):
             "bf16": False,
             "gradient_checkpointing": False,
             "report_to": "none",
+            "report": False,
             "save_strategy": "no",
             "disable_tqdm": True,
             "logging_steps": 1,

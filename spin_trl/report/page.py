@@ -1,0 +1,146 @@
+"""What is known of a run -> one HTML page that needs nothing else: no server, no network.
+
+All text from data passes through Jinja's escaping or into a JSON block in which no tag can begin; the page's script
+makes text nodes of it. The content security policy allows this style and this script, by their hashes, and nothing
+else.
+"""
+
+import base64
+import hashlib
+import json
+import time
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from ..atomic_files import write_text
+from . import sections, summary
+from .charts import table
+from .pictures import write_pictures
+from .run_data import RunData, read_run
+
+
+FILE_NAME = "report.html"
+_CONTENTS = {
+    "scores": "Scores",
+    "completions": "Completions",
+    "training": "Within iterations",
+    "answers": "Answers",
+    "time": "Time",
+    "run": "What was run",
+}
+
+
+def write_report(
+    run_directory: str | Path,
+    output: str | Path | None = None,
+    max_completions: int = 2000,
+    seed: int = 0,
+    pictures: bool | None = None,
+) -> Path:
+    """
+    Write the report of a run, also of one that is still going on.
+
+    Args:
+        run_directory (`str` or `Path`): The run's `output_dir`.
+        output (`str` or `Path`, *optional*): Where to write it. By default `report.html` in the run directory.
+        max_completions (`int`): Number of prompts whose completions are embedded, at most.
+        seed (`int`): Of the choice of these prompts.
+        pictures (`bool`, *optional*): Whether to write the main charts as PNG files into the folder `report` beside the
+            page, which needs matplotlib. By default where that is installed.
+
+    Returns:
+        `Path`: of the page.
+
+    Raises:
+        [`run_data.NotARunError`]: if there is no run.
+        `ImportError`: if pictures are asked for and matplotlib is missing.
+    """
+    run = read_run(run_directory, max_completions, seed)
+    path = Path(run_directory, FILE_NAME) if output is None else Path(output)
+    write_text(path.absolute(), render(run, seed))
+    write_pictures(run, path.absolute().parent / "report", pictures)
+    return path
+
+
+def render(run: RunData, seed: int = 0) -> str:
+    """The page as text."""
+    style, script = _resource("page.css"), _resource("page.js")
+    steps, more_steps = sections.step_charts(run)
+    settings_title, settings = _settings(run)
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    return environment.from_string(_resource("page.html")).render(
+        name=run.directory.absolute().name,
+        model=run.description.get("model"),
+        directory=run.directory.absolute(),
+        state=summary.state_of(run),
+        now=time.strftime("%Y-%m-%d %H:%M %Z"),
+        tiles=summary.tiles_of(run),
+        remarks=summary.remarks_of(run),
+        problems=run.problems,
+        contents=list(_CONTENTS.items()),
+        scores=sections.score_charts(run),
+        steps=steps,
+        more_steps=more_steps,
+        lengths=sections.length_charts(run),
+        iterations=sections.iteration_charts(run),
+        time=sections.time_chart(run),
+        metrics=sections.metrics_table(run),
+        facts=_facts(run),
+        settings_title=settings_title,
+        settings=settings,
+        num_shown=len(run.sample.prompts),
+        num_prompts=run.sample.num_prompts,
+        seed=seed,
+        style=Markup(style),
+        script=Markup(script),
+        style_hash=Markup(_hash_of(style)),
+        script_hash=Markup(_hash_of(script)),
+        data=_json_block({"iterations": list(run.rejected_lengths), "prompts": run.sample.prompts}),
+    )
+
+
+def _resource(name: str) -> str:
+    return files(__package__).joinpath(name).read_text(encoding="utf-8")
+
+
+def _hash_of(text: str) -> str:
+    """As a content security policy names what it allows."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def _json_block(value: Any) -> Markup:
+    """JSON in which no tag can begin and none can end."""
+    text = json.dumps(value, ensure_ascii=True)
+    return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
+
+
+def _facts(run: RunData) -> list[tuple[str, str]]:
+    description = run.description
+    facts = [
+        ("Model", description.get("model")),
+        ("Adapter", description.get("adapter")),
+        ("Generation", description.get("sampler")),
+        ("Training", description.get("training")),
+        ("Data", description.get("data")),
+        ("Versions", description.get("versions")),
+    ]
+    facts += [(f"Start {n}", start) for n, start in enumerate(description.get("starts") or [], 1)]
+    return [(name, _text_of(value)) for name, value in facts if value]
+
+
+def _text_of(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name}: {_text_of(inner)}" for name, inner in value.items() if inner is not None)
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _settings(run: RunData) -> tuple[str, Markup]:
+    """The settings that differ from the defaults, where the run says which do; else all."""
+    changed = run.description.get("changed_settings")
+    names = sorted(run.config) if changed is None else [name for name in changed if name in run.config]
+    title = "All settings" if changed is None else f"{len(names)} settings that differ from the defaults"
+    return title, table(["setting", "value"], [[name, _text_of(run.config[name])] for name in names])

@@ -1,0 +1,76 @@
+"""The main charts of a run as PNG files, for a model card. Needs matplotlib, the extra `report`."""
+
+import importlib.util
+from pathlib import Path
+
+from .run_data import RunData
+from .summary import label, scores_of
+
+
+_CHOSEN, _REJECTED, _ACCENT = "#0b6a6a", "#ad4a17", "#3f4fb0"  # as on the page
+
+
+def write_pictures(run: RunData, folder: Path, wanted: bool | None = None) -> list[Path]:
+    """
+    Args:
+        run ([`RunData`]): The run.
+        folder (`Path`): Where they go: `scores.png`, `rewards.png` and `lengths.png`, those for which there is data.
+        wanted (`bool`, *optional*): By default where matplotlib is installed.
+
+    Raises:
+        `ImportError`: if they are wanted and matplotlib is missing.
+    """
+    is_installed = importlib.util.find_spec("matplotlib") is not None
+    if wanted and not is_installed:
+        raise ImportError("Pictures need matplotlib, which is not installed: pip install 'spin_trl[report]'.")
+    if wanted is False or not is_installed:
+        return []
+    from matplotlib.figure import Figure  # without pyplot: no window, no state
+
+    written = []
+    for name, draw in (("scores", _scores), ("rewards", _rewards), ("lengths", _lengths)):
+        figure = Figure(layout="constrained", dpi=144)
+        if draw(run, figure):
+            folder.mkdir(parents=True, exist_ok=True)
+            written.append(folder / f"{name}.png")
+            figure.savefig(written[-1], metadata={"Software": None})
+    return written
+
+
+def _scores(run: RunData, figure) -> bool:
+    scores = scores_of(run)
+    figure.set_size_inches(4 * max(1, len(scores)), 3)
+    for number, (name, values) in enumerate(scores.items(), 1):
+        axes = figure.add_subplot(1, len(scores), number)
+        iterations = sorted(values)
+        axes.plot([label(i) for i in iterations], [values[i] for i in iterations], marker="o", color=_ACCENT)
+        axes.set(title=name, xlabel="after iteration", ylabel="nats per token" if name == "nll" else "")
+        axes.grid(alpha=0.3)
+    return bool(scores)
+
+
+def _rewards(run: RunData, figure) -> bool:
+    figure.set_size_inches(6, 3)
+    axes = figure.add_subplot()
+    for name, colour, style in (("rewards/chosen", _CHOSEN, "-"), ("rewards/rejected", _REJECTED, "--")):
+        entries = [entry for entry in run.log if name in entry and "step" in entry]
+        axes.plot([e["step"] for e in entries], [e[name] for e in entries], style, color=colour, label=name)
+    axes.set(xlabel="step", ylabel="reward")
+    axes.legend(frameon=False)
+    axes.grid(alpha=0.3)
+    return any("rewards/chosen" in entry for entry in run.log)
+
+
+def _lengths(run: RunData, figure) -> bool:
+    iterations = list(run.rejected_lengths)
+    figure.set_size_inches(4 * max(1, len(iterations)), 3)
+    for number, iteration in enumerate(iterations, 1):
+        axes = figure.add_subplot(1, len(iterations), number)
+        for name, counts, colour in (
+            ("chosen", run.chosen_lengths[iteration], _CHOSEN),
+            ("rejected", run.rejected_lengths[iteration], _REJECTED),
+        ):
+            axes.stairs(counts, color=colour, label=name, linestyle="-" if name == "chosen" else "--")
+        axes.set(title=f"iteration {iteration}", xlabel="tokens", ylabel="answers")
+        axes.legend(frameon=False)
+    return bool(iterations)

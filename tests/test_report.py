@@ -1,0 +1,260 @@
+"""Reading a run directory, whole or not, and the page that is made of it."""
+
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from small_run import ANSWERS, GAMES, write_run
+from tiny_tokenizers import byte_tokenizer
+
+from spin_trl.report import write_report
+from spin_trl.report.charts import Axes, Series, bar_chart, format_number, line_chart, nice_ticks, stacked_chart
+from spin_trl.report.page import render
+from spin_trl.report.run_data import NotARunError, read_run
+from spin_trl.report.sections import iteration_starts
+from spin_trl.report.summary import remarks_of, scores_of, state_of, tiles_of
+
+
+@pytest.fixture
+def store(tmp_path):
+    return write_run(tmp_path / "run")
+
+
+# Reading
+
+
+def test_reads_prompts_ground_truths_and_the_answers_of_every_iteration(store):
+    run = read_run(store.output_dir)
+    assert run.problems == []
+    assert run.sample.num_prompts == 2
+    first, second = run.sample.prompts
+    assert first["prompt"] == [("", GAMES[0][0])] and first["truth"] == GAMES[0][1] and first["source_row"] == 10
+    assert first["answers"] == {i: [{"text": ANSWERS[i][0], "cut_off": True}] for i in (0, 1)}
+    assert second["answers"][1] == [{"text": "It is 4.", "cut_off": False}]
+
+
+def test_counts_the_lengths_of_both_sides(store):
+    run = read_run(store.output_dir)
+    # "It is Paris." and "It is 4." with their end tokens: 13 and 9. The opponent's "It is London.": 14.
+    assert {int(n): int(run.chosen_lengths[0][n]) for n in np.flatnonzero(run.chosen_lengths[0])} == {9: 1, 13: 1}
+    assert {int(n): int(run.rejected_lengths[0][n]) for n in np.flatnonzero(run.rejected_lengths[0])} == {9: 1, 14: 1}
+
+
+def test_reads_every_number_whatever_its_name(store):
+    metrics = read_run(store.output_dir).metrics
+    assert metrics[1]["never_heard_of"] == 8.5 and metrics[1]["percentiles/chosen[1]"] == 2.0
+    assert scores_of(read_run(store.output_dir)) == {"nll": {0: 1.0, 1: 0.5, 2: 1 / 3}, "accuracy": {0: 0.5, 1: 0.6}}
+
+
+def test_prompts_are_those_of_the_runs_data_where_it_keeps_them(store):
+    tokenizer = byte_tokenizer()
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Capital of France?"}]
+    columns = {"row": [0], "prompt": [messages], "prompt_ids": [[1]], "chosen_ids": [tokenizer("Paris")["input_ids"]]}
+    table = pa.table(columns)
+    (store.output_dir / "train_data").mkdir()
+    with pa.ipc.new_stream(store.output_dir / "train_data" / "rows.arrow", table.schema) as writer:
+        writer.write_table(table)
+    first, second = read_run(store.output_dir).sample.prompts
+    assert first["prompt"] == [("system", "Be brief."), ("user", "Capital of France?")] and first["truth"] == "Paris"
+    assert second["truth"] is None
+
+
+def test_a_sample_is_bounded_and_repeatable(tmp_path):
+    games = [(f"{number}?", "yes") for number in range(50)]
+    store = write_run(tmp_path / "run", games, {0: ["no"] * 50})
+    rows = [[prompt["row"] for prompt in read_run(store.output_dir, 7, seed).sample.prompts] for seed in (3, 3, 4)]
+    assert len(rows[0]) == 7 and rows[0] == rows[1] != rows[2]
+    assert read_run(store.output_dir, 7).sample.num_prompts == 50
+    assert "7 of 50 prompts, drawn at random with seed 3" in render(read_run(store.output_dir, 7, 3), 3)
+
+
+def test_pairs_without_some_rows_still_show_all_answers(tmp_path):
+    # As with `identical_pairs: drop`: the second prompt's answer equals its ground truth in both iterations.
+    store = write_run(tmp_path / "run")
+    for iteration in (0, 1):
+        pairs = store.read_pairs(iteration).select([0])
+        store.write_pairs(iteration, pairs.map(lambda row: row, keep_in_memory=True))
+    run = read_run(store.output_dir)
+    assert [prompt["truth"] for prompt in run.sample.prompts] == ["It is Paris.", None]
+    assert any("1 of the prompts" in line for line in run.problems)
+
+
+# What is missing or damaged
+
+
+def test_a_directory_that_holds_no_run_is_refused(tmp_path):
+    with pytest.raises(NotARunError, match=r"holds no self-play run: neither self_play.json nor iteration-0"):
+        read_run(tmp_path)
+    with pytest.raises(NotARunError, match="is no directory"):
+        read_run(tmp_path / "none")
+
+
+def test_a_damaged_part_is_left_out_and_the_rest_shown(store):
+    part = next((store.output_dir / "iteration-0" / "generations").iterdir())
+    content = bytearray(part.read_bytes())
+    content[len(content) // 2] ^= 1
+    part.write_bytes(content)
+    run = read_run(store.output_dir)
+    assert any("damaged" in line and part.name in line for line in run.problems)
+    assert len(run.problems) == 1
+    assert list(run.sample.prompts[0]["answers"]) == [1]
+    part.write_bytes(content[:-10])
+    assert any("torn" in line for line in read_run(store.output_dir).problems)
+
+
+def test_an_unreadable_description_and_missing_numbers_are_said_and_the_rest_shown(store):
+    (store.output_dir / "self_play.json").write_text('{"model": ')
+    (store.output_dir / "iteration-1" / "metrics.json").unlink()
+    run = read_run(store.output_dir)
+    assert any(line.startswith("self_play.json is left out: it cannot be read") for line in run.problems)
+    assert any(line.startswith("iteration-1/metrics.json is left out: it is not there") for line in run.problems)
+    assert run.metrics[0] and run.sample.prompts[0]["answers"][1]
+    assert "an unknown model" in render(run)
+
+
+def test_a_run_that_has_only_begun_is_shown(tmp_path):
+    store = write_run(tmp_path / "run", answers={}, finished=False)
+    (store.output_dir / "iteration-0" / "generations").mkdir(parents=True)
+    (store.output_dir / "log.jsonl").unlink()
+    run = read_run(store.output_dir)
+    assert "Iteration 0 has no completions (yet)." in run.problems
+    assert state_of(run) == "in iteration 0 of 0 to 1, or stopped there"
+    page = render(run)
+    assert "Nothing has been logged yet." in page and "Nothing has been answered yet." in page
+
+
+def test_a_line_of_the_log_that_is_being_written_is_left_out(store):
+    with store.log_file.open("a") as file:
+        file.write('{"step": 9, "lo')
+    run = read_run(store.output_dir)
+    assert run.log[-1]["step"] == 8
+    assert any(line.startswith("1 line(s) of log.jsonl are left out") for line in run.problems)
+
+
+def test_without_a_log_file_the_newest_checkpoint_is_read(store):
+    store.log_file.unlink()
+    for step in (9, 10):
+        checkpoint = store.output_dir / f"checkpoint-{step}"
+        checkpoint.mkdir()
+        (checkpoint / "trainer_state.json").write_text(json.dumps({"log_history": [{"step": step, "loss": 1.0}]}))
+    assert read_run(store.output_dir).log == [{"step": 10, "loss": 1.0}]
+
+
+def test_without_a_tokenizer_token_ids_are_shown(store):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (store.output_dir / name).unlink()
+    run = read_run(store.output_dir)
+    assert any("token ids are shown" in line for line in run.problems)
+    assert re.fullmatch(r"\d+( \d+)*", run.sample.prompts[0]["truth"])
+
+
+def test_the_tokenizer_may_be_the_models(store, tmp_path):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (store.output_dir / name).unlink()
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    store.write_run({**store.read_run(), "model": str(tmp_path / "model")})
+    assert read_run(store.output_dir).sample.prompts[0]["truth"] == GAMES[0][1]
+
+
+# What is made of it
+
+
+def test_iterations_begin_where_the_log_says_or_the_epochs_do(store):
+    run = read_run(store.output_dir)
+    assert iteration_starts(run) == {1: 4}
+    run.log = [entry for entry in run.log if "self_play/num_pairs" not in entry]
+    assert iteration_starts(run) == {1: 4}
+
+
+def test_the_numbers_at_the_top_and_what_stands_out(store):
+    run = read_run(store.output_dir)
+    tiles = {tile.name: (tile.value, tile.detail) for tile in tiles_of(run)}
+    assert tiles["nll, nats per token (lower is better)"] == ("1 → 0.3333", "best: 0.3333, after iteration 1")
+    assert tiles["accuracy"] == ("0.5 → 0.6", "start to after iteration 0")
+    assert tiles["Answers equal to the ground truth"][0] == "25.0 % → 50.0 %"
+    assert tiles["Time between trainings"][0] == "2 min 11 s"  # 60 + 61 + 2 * 5
+    assert state_of(run) == "complete, 2 iterations"
+    assert any("fell from 1 to 0.3333" in remark for remark in remarks_of(run))
+    assert any("50.0 % of the last answers ran into" in remark for remark in remarks_of(run))
+
+
+@pytest.mark.parametrize(
+    "low, high, expected",
+    [
+        (0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]),
+        (0.44, 0.97, [0.4, 0.6, 0.8, 1]),
+        (3, 3, [1, 2, 3, 4, 5]),
+        (0, 0, [0, 0.2, 0.4, 0.6, 0.8, 1]),
+        (-7, 5, [-10, -5, 0, 5]),
+    ],
+)
+def test_ticks_are_round_and_enclose_the_values(low, high, expected):
+    assert nice_ticks(low, high) == expected
+
+
+def test_numbers_are_written_alike_everywhere():
+    written = [format_number(value) for value in (1000, 0.4462951, 4.4e-7, 12345.6, None, float("nan"))]
+    assert written == ["1,000", "0.4463", "4.40e-07", "12,346", "–", "–"]
+    assert format_number(0.2345, percent=True) == "23.4 %"
+
+
+def test_a_curve_has_gaps_and_marks_and_a_table():
+    axes = Axes("Loss & more", "step", marks={2.0: "iteration 1"})
+    chart = line_chart(axes, [1, 2, 3, 4], [Series("a", [1.0, None, 2.0, 3.0]), Series("b", [0.0] * 4, "rejected")])
+    assert "Loss &amp; more" in chart and "<title>iteration 1</title>" in chart
+    assert re.search(r'class="line-accent" d="M[\d.]+ [\d.]+M[\d.]+ [\d.]+L', chart)
+    assert '<tr><th scope="row">2</th><td>–</td><td>0</td></tr>' in chart
+
+
+def test_long_curves_are_averaged():
+    chart = line_chart(Axes("Loss", "step"), list(range(1, 2401)), [Series("loss", [1.0, 3.0] * 1200)])
+    hover = json.loads(re.search(r'data-hover="(.*?)"', chart)[1].replace("&#34;", '"'))
+    assert len(hover) == 240 and hover[0][1] == "step 10: loss 2"
+
+
+@pytest.mark.parametrize("draw", [bar_chart, stacked_chart])
+def test_bars_of_nothing_are_no_chart(draw):
+    assert draw(Axes("", "x"), [], []) == ""
+    assert draw(Axes("", "x"), ["0"], [Series("a", [None])]) == ""
+
+
+# The command
+
+
+def test_the_command_writes_the_page_and_its_pictures_without_torch(store, tmp_path):
+    code = (
+        "import sys; from spin_trl.report.__main__ import main; sys.exit(main(sys.argv[1:]) or 'torch' in sys.modules)"
+    )
+    output = tmp_path / "out" / "page.html"
+    command = [sys.executable, "-c", code, str(store.output_dir), "--output", str(output), "--pictures"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == str(output)
+    assert "It is London." in output.read_text()
+    pictures = sorted(path.name for path in (tmp_path / "out" / "report").iterdir())
+    assert pictures == ["lengths.png", "rewards.png", "scores.png"]
+
+
+def test_the_command_says_what_is_wrong(tmp_path, capsys):
+    from spin_trl.report.__main__ import main
+
+    assert main([str(tmp_path)]) == 1
+    assert "holds no self-play run" in capsys.readouterr().err
+
+
+def test_pictures_without_matplotlib_are_refused_if_asked_for(store, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"pip install 'spin_trl\[report\]'"):
+        write_report(store.output_dir, pictures=True)
+    write_report(store.output_dir)
+    assert not (store.output_dir / "report").exists()
+
+
+def test_the_page_names_nothing_outside_itself(store):
+    page = write_report(store.output_dir, pictures=False).read_text()
+    assert "default-src 'none'" in page
+    assert not re.search(r"""(?:src|href)\s*=\s*["'](?!#)|url\(|@import|https?://""", page)
