@@ -12,7 +12,10 @@
         evaluation/part-*.parquet   the same for the evaluation prompts
         pairs/                      the iteration's training set, an Arrow dataset with the opponent's log-probs
         metrics.json
+        pushed.json                 where on the hub the model that the iteration made is
       iteration-1/ ...
+      unpushed/iteration-0/         that model, where it could not be pushed
+      merged/                       the final adapter merged into its base
       checkpoint-*/                 Trainer's own, and `self_play.json`: the place in the run, see `checkpoints`
 
 Everything is written under a temporary name and renamed when it is whole: what carries its final name is complete.
@@ -185,8 +188,8 @@ class IterationStore:
             if _NUMBERED.fullmatch(path.name) and (path.is_dir() or path.is_symlink()):
                 remove(path)
         self.clear_temporary()
-        for name in ("self_play.json", "invalid_rows.jsonl"):
-            (self.output_dir / name).unlink(missing_ok=True)
+        for name in ("self_play.json", "invalid_rows.jsonl", "merged", "unpushed"):
+            remove(self.output_dir / name)
 
     def clear_temporary(self) -> None:
         """Delete what an earlier process did not write to its end."""

@@ -27,6 +27,7 @@ _FREE_FIELDS = {
     "gradient_checkpointing",
     "gradient_checkpointing_kwargs",
     "local_rank",
+    "merge_adapter_at_end",
     "num_train_epochs",
     "output_dir",
     "overwrite_output_dir",
