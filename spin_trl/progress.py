@@ -214,7 +214,7 @@ class RunProgress(ProgressCallback):
             for name in ("loss", "rewards/accuracies", "rewards/margins"):
                 numbers += [f"{name} {self.logs[name]:.4g}"] if name in self.logs else []
         left = self._seconds_left(share=1.0)
-        if left is not None:
+        if left is not None and self.iteration < self.num_iterations:
             numbers.append(f"about {_duration(left)} left")
         return "".join(f", {text}" for text in numbers)
 

@@ -1,0 +1,107 @@
+"""What TensorBoard, W&B (offline) and trackio hold after a real run, read back from their own files."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+
+# Two iterations of two steps: self-play's metrics come before an iteration's first step, DPOTrainer's at every step,
+# and an evaluation before each iteration and after the last.
+STEPS = {
+    "train/self_play/rejected_length": [0, 2],
+    "eval/nll": [0, 2, 4],
+    "train/loss": [1, 2, 3, 4],
+    "train/rewards/margins": [1, 2, 3, 4],
+}
+
+
+@pytest.fixture
+def run(tiny_model, tmp_path):
+    def play(report_to: str, fail_at: int = -1, **environment: str) -> None:
+        settings = {
+            "output_dir": str(tmp_path / "run"),
+            "report_to": report_to,
+            "save_strategy": "steps",
+            "save_steps": 1,
+            "disable_tqdm": True,
+        }
+        tests = Path(__file__).parent
+        done = subprocess.run(
+            [sys.executable, str(tests / "play_short.py"), json.dumps(job_of(tiny_model, settings, fail_at))],
+            env={**os.environ, "PYTHONPATH": path_for(tests), **environment},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert (done.returncode == 0) == (fail_at < 0), done.stdout + done.stderr
+
+    return play
+
+
+def job_of(model: str, settings: dict, fail_at: int) -> dict:
+    return {"model": model, "config": settings, "fail_at": fail_at}
+
+
+def path_for(tests: Path) -> str:
+    """What this process finds modules by, ours first."""
+    return os.pathsep.join([str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")])
+
+
+def steps_of(entries: list[tuple[str, int]], name: str) -> list[int]:
+    return sorted(step for found, step in entries if found == name)
+
+
+def require_expected(entries: list[tuple[str, int]]) -> None:
+    assert {name: steps_of(entries, name) for name in STEPS} == STEPS
+    assert max(Counter(entries).values()) == 1
+
+
+def test_tensorboard_has_every_metric_at_its_step_once_also_after_a_resume(run, tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run("tensorboard", fail_at=3)  # its checkpoint is step 2's: step 3 is taken again
+    run("tensorboard")
+    entries = []
+    for folder in {path.parent for path in (tmp_path / "run" / "runs").rglob("events.*")}:
+        events = accumulator.EventAccumulator(str(folder))
+        events.Reload()
+        entries += [(tag, event.step) for tag in events.Tags()["scalars"] for event in events.Scalars(tag)]
+    require_expected(entries)
+
+
+def test_wandb_offline_has_every_metric_at_its_step_once(run, tmp_path):
+    pytest.importorskip("wandb")
+    from wandb.proto import wandb_internal_pb2
+    from wandb.sdk.internal.datastore import DataStore
+
+    run("wandb", WANDB_MODE="offline", WANDB_DIR=str(tmp_path), WANDB_SILENT="true")
+    entries = []
+    for path in tmp_path.rglob("*.wandb"):
+        store = DataStore()
+        store.open_for_scan(str(path))
+        while (data := store.scan_data()) is not None:
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(data)
+            items = {"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item}
+            step = items.get("train/global_step")
+            entries += [(name, step) for name in items if name.startswith(("train/", "eval/"))]
+    require_expected([entry for entry in entries if entry[0] in STEPS])
+
+
+def test_trackio_has_every_metric_at_its_step_once(run, tmp_path):
+    pytest.importorskip("trackio", reason="trackio is not installed: it wants an older pillow than vLLM brings")
+    folder = tmp_path / "trackio"
+    run("trackio", TRACKIO_DIR=str(folder))
+    import sqlite3
+
+    entries = []
+    for path in folder.rglob("*.db"):
+        for step, metrics in sqlite3.connect(path).execute("select step, metrics from metrics"):
+            values = json.loads(metrics)
+            entries += [(name, values.get("train/global_step", step)) for name in values if name in STEPS]
+    require_expected(entries)
