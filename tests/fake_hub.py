@@ -1,4 +1,4 @@
-"""A hub on loopback: as much of its HTTP API as creating a repository, branches and commits needs, large files included."""
+"""A hub on loopback: as much of its HTTP API as repositories, branches and commits need, large files included."""
 
 import base64
 import hashlib

@@ -1,4 +1,4 @@
-"""A short self-play run in a process of its own: `python play_short.py '{"model": ..., "lora": true, "config": {...}}'`."""
+"""A short self-play run in a process of its own: `python play_short.py '{"model": ..., "config": {...}}'`."""
 
 import json
 import sys

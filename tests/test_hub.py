@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import safetensors.torch
 from fake_hub import FakeHub
 
+from spin_trl import SPINConfig
 from spin_trl.hub import model_files
 
 
@@ -105,3 +107,27 @@ def test_failed_push_is_a_warning_and_a_resumed_run_pushes_what_is_missing_once(
     done = list(hub.commits)
     run()  # a finished run
     assert hub.commits == done
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"hub_iteration_revisions": True}, "but `push_to_hub` is False"),
+        ({"hub_iteration_revisions": True, "push_to_hub": True, "save_strategy": "no"}, "`save_strategy='no'`"),
+        (
+            {"hub_iteration_revisions": True, "push_to_hub": True, "hub_revision": "iteration-0"},
+            "gives revisions of that form",
+        ),
+        ({"push_to_hub": True, "hub_strategy": "all_checkpoints"}, "pushes the optimizer's state"),
+    ],
+)
+def test_contradicting_settings_are_refused(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        SPINConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, **settings)
+
+
+def test_pickled_arguments_hold_no_token(tmp_path):
+    args = SPINConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, hub_token=TOKEN, vllm_api_key="key-of-mine")
+    content = pickle.dumps(args)
+    assert TOKEN.encode() not in content and b"key-of-mine" not in content
+    assert args.hub_token == TOKEN  # and the run still has it
