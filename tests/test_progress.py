@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import TrainerState
 
-from spin_trl.progress import TimeLeft
+from spin_trl.progress import RunProgress, TimeLeft, begin_phase
 
 
 PHASES = ("publish", "evaluate", "generate", "score")
@@ -86,3 +87,15 @@ def test_time_left_is_not_known_before_every_phase_has_been_seen():
     assert left.estimate(0, "generate", 5.0, 0.5, 3) is None
     left.seconds["score"] = 2.0
     assert left.estimate(0, "generate", 5.0, 0.5, 3) == 5.0 + 2.0 + 3.0
+
+
+def test_processes_but_the_first_show_nothing(capfd):
+    progress = RunProgress(num_iterations=2, evaluates=True)
+    state = TrainerState(max_steps=4, is_world_process_zero=False)
+    progress.on_train_begin(None, state, None)
+    begin_phase("generate", 0)
+    state.global_step = 1
+    progress.on_step_end(None, state, None)
+    progress.on_log(None, state, None, logs={"loss": 0.5})
+    progress.on_train_end(None, state, None)
+    assert capfd.readouterr() == ("", "")
