@@ -6,6 +6,7 @@ import pty
 import re
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,7 @@ def test_pipe_gets_one_line_a_phase_with_numbers_and_none_a_step(command):
 def read_terminal(command: list[str]) -> str:
     """What a command writes to a terminal that is its standard output and error."""
     leader, follower = pty.openpty()
+    termios.tcsetwinsize(follower, (24, 200))
     process = subprocess.Popen(command, env=environment(), stdout=follower, stderr=follower)
     os.close(follower)
     content = b""
