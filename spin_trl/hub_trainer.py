@@ -24,6 +24,9 @@ class HubTrainer(IterativeTrainer):
     def create_model_card(self, *args, **kwargs) -> None:
         """As [`~trl.DPOTrainer`]'s, with scores and answers by iteration and the settings. Needs no hub."""
         super().create_model_card(*args, **kwargs)
+        self._in_step(self._complete_card)
+
+    def _complete_card(self) -> None:
         if self.is_world_process_zero():
             self._write_card()
 
