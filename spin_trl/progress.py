@@ -5,11 +5,13 @@ Only the first process shows anything. Parts of a phase report through `progress
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import datasets
 from tqdm import tqdm
 from transformers import ProgressCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging as transformers_logging
 
 
 _SECONDS_BETWEEN_LINES = 10.0
@@ -142,12 +144,14 @@ class RunProgress(ProgressCallback):
         self.logs: dict[str, float] = {}
         self.first_step = self.step = 0
         self._looked = 0.0
+        self._restore: list[Callable[[], None]] = []
 
     # What Trainer tells
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         global _shown
         self.current_step = self.step = state.global_step
+        self._quieten_libraries()
         if state.is_world_process_zero:
             self.training_bar = tqdm(
                 total=state.max_steps,
@@ -176,10 +180,21 @@ class RunProgress(ProgressCallback):
     def stop(self) -> None:
         """Take the bar away, also when the run fails."""
         global _shown
+        while self._restore:
+            self._restore.pop()()
         if self.training_bar is not None:
             self._end_phase()
             self.training_bar.close()
             self.training_bar, _shown = None, None
+
+    def _quieten_libraries(self) -> None:
+        """A second bar, of a dataset or a model being written, would be shown over this one."""
+        if not datasets.are_progress_bars_disabled():
+            datasets.disable_progress_bars()
+            self._restore.append(datasets.enable_progress_bars)
+        if transformers_logging.is_progress_bar_enabled():
+            transformers_logging.disable_progress_bar()
+            self._restore.append(transformers_logging.enable_progress_bar)
 
     # What the self-play tells
 
