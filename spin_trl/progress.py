@@ -203,6 +203,7 @@ class RunProgress(ProgressCallback):
         self.phase, self.iteration, self.started = phase, iteration, time.monotonic()
         self.first_step, self.parts, self.logs = self.step, [], {}
         self._show("")
+        self._looked = 0.0  # the first part is shown at once
 
     def show_part(self, part: PhaseProgress) -> None:
         share = part.n / part.total if part.total else 0.0
