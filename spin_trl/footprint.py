@@ -209,7 +209,7 @@ def empty_policy(config: PretrainedConfig, args: SPINConfig, peft_config: "PeftC
     """The policy without its numbers: shapes and types alone, on the `meta` device."""
     dtype = (args.model_init_kwargs or {}).get("dtype") or "float32"  # DPOTrainer's default
     dtype = getattr(config, "dtype", None) or "float32" if dtype == "auto" else dtype
-    with _of_this_process_alone(), torch.device("meta"):
+    with of_this_process_alone(), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=args.trust_remote_code)
         model = model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
         if peft_config is not None:
@@ -223,7 +223,7 @@ def empty_policy(config: PretrainedConfig, args: SPINConfig, peft_config: "PeftC
 
 
 @contextmanager
-def _of_this_process_alone() -> Iterator[None]:
+def of_this_process_alone() -> Iterator[None]:
     """Under ZeRO-3 transformers spreads every model that is made over all processes, and waits for them to make it."""
     reference = deepspeed._hf_deepspeed_config_weak_ref
     config = None if reference is None else reference()

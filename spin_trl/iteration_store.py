@@ -15,7 +15,10 @@
         pairs/                      what the iteration adds to `train_data`, an Arrow file: iteration, row, source_row,
                                     sample, rejected_ids and the opponent's log-probs
         metrics.json
+        pushed.json                 where on the hub the model that the iteration made is
       iteration-1/ ...
+      unpushed/iteration-0/         that model, where it could not be pushed
+      merged/                       the final adapter merged into its base
       checkpoint-*/                 Trainer's own, and `self_play.json`: the place in the run, see `checkpoints`
 
 Everything is written under a temporary name and renamed when it is whole: what carries its final name is complete.
@@ -160,8 +163,16 @@ class IterationStore:
         data = self.output_dir / "train_data"
         if data.is_symlink() or arrow_checksum(data) is not None:
             remove(data)
-        for name in ("self_play.json", "invalid_rows.jsonl", "log.jsonl", "report.html"):
-            (self.output_dir / name).unlink(missing_ok=True)
+        for name in (
+            "self_play.json",
+            "invalid_rows.jsonl",
+            "log.jsonl",
+            "report.html",
+            "report",
+            "merged",
+            "unpushed",
+        ):
+            remove(self.output_dir / name)
 
     def clear_temporary(self) -> None:
         """Delete what an earlier process did not write to its end."""

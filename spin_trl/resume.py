@@ -104,6 +104,11 @@ class RunStart:
     is_trained: bool = False
     is_finished: bool = False
 
+    @property
+    def next_iteration(self) -> int:
+        """Number of the iteration whose opponent the policy is, or is to become once `iteration` is trained."""
+        return self.iteration + (self.is_trained and self.num_steps > 0)
+
     def __str__(self) -> str:
         source = "the initial model" if self.checkpoint is None else self.checkpoint.name
         if self.is_finished:

@@ -27,6 +27,7 @@ _FREE_FIELDS = {
     "gradient_checkpointing",
     "gradient_checkpointing_kwargs",
     "local_rank",
+    "merge_adapter_at_end",
     "num_completions_to_print",
     "num_train_epochs",
     "offload_policy_during_generation",

@@ -32,6 +32,7 @@ from .pairs import (
     keeps_identical_pairs,
     make_answers,
 )
+from .progress import begin_phase
 from .publish_check import allow_for_quantization, compare_logps
 from .random_state import preserved_random_state
 from .ranks import on_every_process, on_main_process
@@ -104,14 +105,16 @@ class SelfPlayCallback(TrainerCallback):
             control.should_save = control.should_save or not self.trainer.has_checkpoint
 
     def on_train_end(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
-        if self.eval_dataset is None or self.start.is_finished or self.trainer.stop_signal.has_stopped:
+        if self.trainer.stop_signal.has_stopped:
             return
-        iteration = self.start.iteration if self.iteration is None else self.iteration + 1
-        with self.trainer.stop_signal.between_steps(), self._phase("evaluate", iteration):
-            self._publish(iteration)
-            self._evaluate(iteration)
-            self.trainer.turns.give_to_policy()
-        self._record_costs(iteration)
+        iteration = self.start.next_iteration if self.iteration is None else self.iteration + 1
+        if self.eval_dataset is not None and not self.start.is_finished:
+            with self.trainer.stop_signal.between_steps(), self._phase("evaluate", iteration):
+                self._publish(iteration)
+                self._evaluate(iteration)
+                self.trainer.turns.give_to_policy()
+            self._record_costs(iteration)
+        self.trainer.push_results(iteration, is_end=True)
 
     def begin_run(self, start: RunStart) -> None:
         """
@@ -142,8 +145,10 @@ class SelfPlayCallback(TrainerCallback):
                 self._make_pairs(iteration)
                 self._record_costs(iteration)
             self.trainer.turns.give_to_policy()  # as it is by now, unless the pairs were there already
+            self.trainer.push_results(iteration)
             self.iteration = iteration
             self.trainer.begin_iteration(iteration, self.store.read_pairs(iteration))
+            begin_phase("train", iteration)
 
     def _make_pairs(self, iteration: int) -> None:
         with self._phase("publish", iteration):
@@ -286,6 +291,7 @@ class SelfPlayCallback(TrainerCallback):
 
     @contextmanager
     def _phase(self, name: str, iteration: int) -> Iterator[None]:
+        begin_phase(name, iteration)
         started = time.monotonic()
         yield
         name = f"seconds_{name}"

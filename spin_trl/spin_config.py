@@ -246,6 +246,15 @@ class SPINConfig(DPOConfig):
         num_completions_to_print (`int`, *optional*, defaults to `5`):
             Number of prompts that `log_completions` shows, the same ones in each iteration.
 
+        > Parameters that control what becomes of the result
+
+        hub_iteration_revisions (`bool`, *optional*, defaults to `False`):
+            Whether the model that each iteration made is pushed as a revision of its own, `iteration-0` and so on.
+            Goes with `push_to_hub`, which pushes the newest one to the main revision at the end of each iteration.
+        merge_adapter_at_end (`bool`, *optional*, defaults to `False`):
+            Whether the trained adapter is also saved merged into its base model, in `output_dir/merged`, to be served
+            or trained on without PEFT. The main process loads the base once more for that, in its own memory.
+
     > [!NOTE]
     > These parameters have default values different from [`~trl.DPOConfig`]:
     > - `learning_rate`: Defaults to `5e-7` instead of `1e-6`, the paper's. One number, or a list with one for each
@@ -515,10 +524,21 @@ class SPINConfig(DPOConfig):
         default=5, metadata={"help": "Number of prompts that `log_completions` shows."}
     )
 
+    # Parameters that control what becomes of the result
+    hub_iteration_revisions: bool = field(
+        default=False,
+        metadata={"help": "Whether the model that each iteration made is pushed as a revision of its own."},
+    )
+    merge_adapter_at_end: bool = field(
+        default=False,
+        metadata={"help": "Whether the adapter is also saved merged into its base model, in `output_dir/merged`."},
+    )
+
     def __post_init__(self):
         check_numbers(self, _NUMBERS)
         check_mappings(self, ("chat_template_kwargs", "generation_kwargs", "model_init_kwargs"))
         self._check_run_directory()
+        self._check_hub()
         self._check_data()
         self._check_self_play()
         self._check_generation()
@@ -710,6 +730,33 @@ class SPINConfig(DPOConfig):
                 "`enable_jit_checkpoint=True` would save at different steps on different processes. Leave it unset: "
                 "SIGTERM saves a checkpoint and ends the run anyway."
             )
+
+    def _check_hub(self):
+        if self.hub_iteration_revisions and not self.push_to_hub:
+            raise ValueError(
+                "`hub_iteration_revisions=True` pushes each iteration's model, but `push_to_hub` is False. Set both, "
+                "or neither."
+            )
+        if self.hub_iteration_revisions and self.save_strategy == "no":
+            raise ValueError(
+                "`hub_iteration_revisions=True` pushes the checkpoint in which an iteration ends, but with "
+                "`save_strategy='no'` there is none. Set `save_strategy` to 'steps' or 'epoch'."
+            )
+        if self.hub_iteration_revisions and str(self.hub_revision or "").startswith("iteration-"):
+            raise ValueError(
+                f"`hub_revision={self.hub_revision!r}` is for the newest model, but `hub_iteration_revisions=True` "
+                "gives revisions of that form to the iterations. Choose another name, or leave it unset for 'main'."
+            )
+        if self.push_to_hub and self.hub_strategy in ("checkpoint", "all_checkpoints"):
+            raise ValueError(
+                f"`hub_strategy={str(self.hub_strategy)!r}` pushes the optimizer's state and the pickled arguments; a "
+                "run is resumed from its `output_dir` only. Use 'every_save' (the end of each iteration) or 'end'; "
+                "`hub_iteration_revisions=True` keeps each iteration's model."
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Trainer pickles its arguments beside every model: without what is secret."""
+        return {**self.__dict__, "hub_token": None, "vllm_api_key": None}
 
     def __str__(self) -> str:
         shown = super().__str__()

@@ -12,7 +12,7 @@ from datasets import Dataset
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
-from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import EvalPrediction, TrainOutput
 from trl import DPOTrainer
 
@@ -22,13 +22,15 @@ from .end_report import write_end_report
 from .evaluation import GenerationMetrics
 from .finite import ORIGIN_COLUMNS, OriginCollator, StepNumbers, take_origins
 from .footprint import size_of_base, size_of_weights
+from .hub_trainer import HubTrainer
 from .inputs import check_generation_metrics, check_optimizers
 from .iteration_store import IterationStore
-from .iterative_trainer import IterativeTrainer
 from .log_file import LogFileCallback
 from .losses import SPIN_LOSSES, LossParameters
+from .merged import check_can_merge, save_merged_model
 from .merging import check_can_be_merged, fold_scaling, save_merged
 from .offload import Offloader, training_tensors
+from .progress import RunProgress
 from .quantization import keep_weights_as_quantized
 from .ranks import failing_together, on_main_process
 from .resume import Place, RunStart, start_run
@@ -46,7 +48,7 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
 
 
-class SPINTrainer(IterativeTrainer):
+class SPINTrainer(HubTrainer):
     """
     Trainer for Self-Play Fine-Tuning (SPIN).
 
@@ -145,6 +147,8 @@ class SPINTrainer(IterativeTrainer):
             check_can_generate()
         if args.opponent_reference == "fixed":
             check_fixed_reference(peft_config)
+        if args.merge_adapter_at_end:
+            check_can_merge(model, peft_config, self.self_play_setup.model_name, args)
         super().__init__(
             model=model,
             args=args,
@@ -187,8 +191,10 @@ class SPINTrainer(IterativeTrainer):
             is_quantized_on_its_own=self.self_play_setup.is_quantized_on_its_own,
         )
         self.turns = Turns(args.vllm_sleep, self._offloader() if args.offload_policy_during_generation else None)
-        self.add_callback(self.self_play)
+        # First of all, so that trackers and the progress bar are still open when the final policy is evaluated.
+        self.callback_handler.callbacks.insert(0, self.self_play)
         self.add_callback(LogFileCallback(self, self.store))
+        self._show_progress()
         self.stop_signal = StopOnSigterm()
         self.add_callback(self.stop_signal)
 
@@ -316,6 +322,8 @@ class SPINTrainer(IterativeTrainer):
             self.start = on_main_process(lambda: self._start_run(requested))
             self.store.run_id = self.start.run_id
             self.self_play.begin_run(self.start)
+            self._begin_pushes()
+            stack.callback(self._stop_progress)
             stack.enter_context(self.stop_signal.listening())
             if not self.start.is_finished:
                 stack.callback(self.turns.end)  # when the server is gone
@@ -327,9 +335,27 @@ class SPINTrainer(IterativeTrainer):
                 self.accelerator.print(f"Stopped by SIGTERM after step {self.state.global_step}.")
                 raise SystemExit(EXIT_STATUS)
             on_main_process(self.store.mark_finished)
+            self.create_model_card(model_name=Path(self.args.output_dir).name)
+            self._save_merged()
             if self.args.report and not self.start.is_finished:
                 on_main_process(lambda: write_end_report(self.store.output_dir))
             return output
+
+    def _save_merged(self) -> None:
+        directory = self.store.output_dir / "merged"
+        is_there = on_main_process(lambda: self.start.is_finished and directory.is_dir())
+        if self.args.merge_adapter_at_end and not is_there:
+            save_merged_model(self, self.self_play_setup.model_name, directory)
+
+    def _show_progress(self) -> None:
+        """One bar for the whole run. Where the bar is not Trainer's usual one (a notebook's, or none), it stays."""
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(RunProgress(self.args.num_iterations, self.self_play.eval_dataset is not None))
+
+    def _stop_progress(self) -> None:
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, RunProgress):
+                callback.stop()
 
     def _start_run(self, requested: str | bool | None) -> RunStart:
         start = start_run(self.store, self.args, self.self_play_setup.describe(), requested)

@@ -1,0 +1,133 @@
+"""What is pushed where, against a hub on loopback, by runs in processes of their own."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+from fake_hub import FakeHub
+
+from spin_trl import SPINConfig
+from spin_trl.hub import model_files
+
+
+TOKEN = "hf_secretsecretsecretsecretsecretsecr"
+
+
+@pytest.fixture
+def hub():
+    hub = FakeHub()
+    yield hub
+    hub.close()
+
+
+@pytest.fixture
+def run(hub, tiny_model, tmp_path):
+    """Plays a run of two iterations of two steps in a process, and gives what it printed."""
+
+    def play(succeeds: bool = True, lora: bool = True, fail_at: int = -1, push: bool = False, **config) -> str:
+        settings = {
+            "output_dir": str(tmp_path / "run"),
+            "push_to_hub": True,
+            "hub_iteration_revisions": True,
+            "hub_token": TOKEN,
+            "save_strategy": "epoch",
+            "save_total_limit": 1,
+            "disable_tqdm": True,
+            **config,
+        }
+        job = {"model": tiny_model, "lora": lora, "fail_at": fail_at, "push": push, "config": settings}
+        tests = Path(__file__).parent
+        done = subprocess.run(
+            [sys.executable, str(tests / "play_short.py"), json.dumps(job)],
+            env={
+                **{name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"},
+                "HF_ENDPOINT": hub.url,
+                "HF_HUB_DISABLE_XET": "1",
+                "HF_HOME": str(tmp_path / "home"),
+                "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)]),
+            },
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        output = done.stdout + done.stderr
+        assert (done.returncode == 0) == succeeds, output
+        return output
+
+    return play
+
+
+def weights(content: bytes) -> dict:
+    return safetensors.torch.load(content)
+
+
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+def test_each_iteration_is_a_revision_and_the_final_model_the_main_one(hub, run, tmp_path, lora):
+    output = run(lora=lora, push=True)
+    name = "adapter_model.safetensors" if lora else "model.safetensors"
+    assert set(hub.branches) == {"main", "iteration-0", "iteration-1"}
+    own = {branch: hub.branches[branch][name] for branch in hub.branches}
+    assert own["main"] == own["iteration-1"] != own["iteration-0"]
+    assert own["main"] == (tmp_path / "run" / name).read_bytes()
+    for branch, files in hub.branches.items():
+        assert "config.json" in files or "adapter_config.json" in files
+        assert "tokenizer.json" in files
+        card = files["README.md"].decode()
+        assert "SPIN" in card and "chen2024self" in card and "| start |" in card
+        # An iteration's card shows its own evaluation and nothing later.
+        assert ("| iteration 1 |" in card) == (branch != "iteration-0")
+        unwanted = ("training_args", "optimizer", "scheduler", "rng", "iteration-", "checkpoint-", "self_play", ".log")
+        assert not [path for path in files if any(word in path for word in unwanted)]
+    assert hub.tokens == {TOKEN}
+    assert TOKEN not in output
+    for path in (tmp_path / "run").rglob("*"):
+        assert not path.is_file() or TOKEN.encode() not in path.read_bytes(), path
+
+
+def test_failed_push_is_a_warning_and_a_resumed_run_pushes_what_is_missing_once(hub, run, tmp_path):
+    hub.refuses = lambda branch: branch in ("iteration-0", "main")
+    output = run(fail_at=3, succeeds=False)  # in iteration 1, after iteration 0 could not be pushed
+    assert "stopped by the test" in output
+    kept = tmp_path / "run" / "unpushed" / "iteration-0"
+    assert f"hf upload me/run {kept} --revision iteration-0" in output
+    assert "iteration 0 made could not be pushed" in output
+    assert "adapter_model.safetensors" in model_files(kept)
+    expected = (kept / "adapter_model.safetensors").read_bytes()
+    assert hub.commits == []
+    hub.refuses = lambda branch: False
+    run()
+    assert hub.branches["iteration-0"]["adapter_model.safetensors"] == expected
+    assert sorted(branch for branch, _ in hub.commits) == ["iteration-0", "iteration-1", "main", "main"]
+    assert not kept.exists()
+    done = list(hub.commits)
+    run()  # a finished run
+    assert hub.commits == done
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"hub_iteration_revisions": True}, "but `push_to_hub` is False"),
+        ({"hub_iteration_revisions": True, "push_to_hub": True, "save_strategy": "no"}, "`save_strategy='no'`"),
+        (
+            {"hub_iteration_revisions": True, "push_to_hub": True, "hub_revision": "iteration-0"},
+            "gives revisions of that form",
+        ),
+        ({"push_to_hub": True, "hub_strategy": "all_checkpoints"}, "pushes the optimizer's state"),
+    ],
+)
+def test_contradicting_settings_are_refused(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        SPINConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, **settings)
+
+
+def test_pickled_arguments_hold_no_token(tmp_path):
+    args = SPINConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, hub_token=TOKEN, vllm_api_key="key-of-mine")
+    content = pickle.dumps(args)
+    assert TOKEN.encode() not in content and b"key-of-mine" not in content
+    assert args.hub_token == TOKEN  # and the run still has it

@@ -1,0 +1,33 @@
+"""What the model card says, without any hub."""
+
+from spin_trl import SPINTrainer
+from spin_trl.model_card import self_play_section, with_section
+
+
+def test_card_says_spin_with_its_paper_the_table_by_iteration_and_the_settings(
+    tiny_model, train_dataset, eval_dataset, make_config, tmp_path
+):
+    config = make_config(num_iterations=2, beta=[0.1, 0.3])
+    trainer = SPINTrainer(tiny_model, config, train_dataset=train_dataset.select(range(16)), eval_dataset=eval_dataset)
+    trainer.train()
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "trained with SPIN" in card and "2401.01335" in card and "chen2024self" in card
+    for label, iteration in (("start", 0), ("iteration 0", 1), ("iteration 1", 2)):
+        nll = trainer.store.read_metrics(iteration)["evaluation"]["nll"]
+        assert f"| {label} | {nll:.4g} |" in card
+    rejected = trainer.store.read_metrics(1)["rejected_length"]
+    assert f"{rejected:.4g}" in next(line for line in card.splitlines() if line.startswith("| iteration 1 | 16 |"))
+    assert "| `beta` | `[0.1, 0.3]` |" in card
+    assert "None" not in card
+    trainer.create_model_card(model_name="mine", dataset_name="me/data")
+    again = (tmp_path / "run" / "README.md").read_text()
+    assert again.count("### Self-play") == 1 and "me/data" in again
+
+
+def test_section_replaces_an_older_one_and_stands_before_the_versions(make_config):
+    metrics = [(0, {"evaluation": {"nll": 2.0}, "cut_off_share": 0.25, "seconds_score": 3.0})]
+    section = self_play_section(metrics, make_config())
+    assert "| start | 2 |" in section and "| iteration 0 | 0.25 |" in section and "seconds" not in section
+    card = with_section("# Card\n\n### Framework versions\n- TRL\n", section)
+    assert card.index("### Self-play") < card.index("### Framework versions")
+    assert with_section(card, section) == card
