@@ -44,6 +44,7 @@ from .pair_dataset import PairDataset
 from .run_paths import RunDirectoryError, is_numbered, numbered, own_path
 
 
+_FILES_OF_A_RUN = ("self_play.json", "invalid_rows.jsonl", "log.jsonl", "report.html", "report", "merged", "unpushed")
 _KINDS = ("generations", "evaluation")
 
 
