@@ -10,6 +10,7 @@
         generations/part-*.parquet  completions: row, sample, completion_ids, finish_reason; the name holds the first
                                     row, the size in bytes and the checksum
         evaluation/part-*.parquet   the same for the evaluation prompts
+        evaluation-pairs.parquet    these answers and the ground truths, with the opponent's log-probs
         pairs/                      the iteration's training set, an Arrow dataset with the opponent's log-probs
         metrics.json
       iteration-1/ ...
@@ -156,9 +157,9 @@ class IterationStore:
     def has_run(self) -> bool:
         return (self.output_dir / "self_play.json").exists()
 
-    def mark_finished(self) -> None:
-        """Note that nothing of the run is left to do."""
-        self.write_run({**self.read_run(), "finished": True})
+    def mark_finished(self, **outcome: Any) -> None:
+        """Note that nothing of the run is left to do, and what came of it."""
+        self.write_run({**self.read_run(), **outcome, "finished": True})
 
     def read_run(self) -> dict[str, Any]:
         path = self.output_dir / "self_play.json"
@@ -332,6 +333,17 @@ class IterationStore:
         """Whether an iteration's pairs are there and as they were written."""
         path = self.path(iteration, "pairs")
         return path.is_dir() and self.pairs_checksum(iteration) == checksum(path, without=_NOT_PAIRS)
+
+    # Evaluation
+
+    def write_evaluation_pairs(self, iteration: int, pairs: pa.Table) -> None:
+        path = self.path(iteration, "evaluation-pairs.parquet")
+        write_file(path, lambda temporary: pq.write_table(pairs, temporary), num_bytes=pairs.nbytes)
+
+    def read_evaluation_pairs(self, iteration: int) -> pa.Table | None:
+        """The held-out pairs of an iteration's opponent, with its log-probs; `None` where there are none."""
+        path = self.path(iteration, "evaluation-pairs.parquet")
+        return pq.read_table(path) if path.exists() else None
 
     # Metrics
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from datasets import Dataset
 from torch import nn
@@ -16,18 +16,23 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import SaveStrategy
 
+from .best_iteration import label
 from .completions import GenerationJob, Share
-from .evaluation import GenerationMetrics, ScoreTable, generation_metrics
+from .evaluation import GenerationMetrics, ScoreTable
 from .finite import require_finite_scores
 from .footprint import size_of_weights
 from .generation.sampler import Completion, CompletionRequest, OpponentSampler, SamplingParams
+from .held_out import HeldOutEvaluation
+from .iteration_log import IterationLog
+from .iteration_metrics import describe_generations, describe_scores, generation_rates
 from .iteration_store import IterationStore, RunDirectoryError
+from .metric_names import EVALUATION
 from .pairs import add_history, describe_pairs, drop_identical_pairs, keeps_identical_pairs, make_pairs
 from .publish_check import compare_logps
 from .random_state import preserved_random_state
 from .ranks import on_every_process, on_main_process
 from .resume import RunStart
-from .scoring import completion_logps, initial_policy_as_reference, negative_log_likelihood, score_pairs
+from .scoring import completion_logps, initial_policy_as_reference, score_pairs
 from .spin_config import SPINConfig
 
 
@@ -73,17 +78,27 @@ class SelfPlayCallback(TrainerCallback):
         self.dataset = dataset
         self.params = params
         self.eval_dataset = eval_dataset
-        self.compute_generation_metrics = compute_generation_metrics
+        self.log = IterationLog(trainer, store)
+        self.evaluation = HeldOutEvaluation(trainer, store, eval_dataset, compute_generation_metrics)
         self.base_is_opponent = base_is_opponent
         self.base_model = base_model
         self.started_as_base = base_is_opponent
         self.start = RunStart("")
         self.iteration: int | None = None
+        self._training_since: float | None = None
 
     def on_epoch_begin(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
         iteration = int(state.epoch + 1e-6) // args.epochs_per_iteration
         if iteration != self.iteration:
             self.play(iteration)
+
+    def on_step_end(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
+        if self.trainer.is_iteration_done:
+            self._end_training()
+
+    def on_save(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
+        if self._training_since is not None:  # a run that goes on from here has these seconds behind it
+            self._record_training_seconds()
 
     def on_epoch_end(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
         """The policy at the end of an iteration is the next opponent: a stopped run must be able to have it back."""
@@ -91,12 +106,15 @@ class SelfPlayCallback(TrainerCallback):
             control.should_save = control.should_save or not self.trainer.has_checkpoint
 
     def on_train_end(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
-        if self.eval_dataset is None or self.start.is_finished or self.trainer.stop_signal.has_stopped:
+        if self.start.is_finished or self.trainer.stop_signal.has_stopped:
             return
+        self._end_training()
         iteration = self.start.iteration if self.iteration is None else self.iteration + 1
-        with self.trainer.stop_signal.between_steps(), self._phase("evaluate", iteration):
-            self._publish(iteration)
-            self._evaluate(iteration)
+        if self.eval_dataset is not None:
+            with self.trainer.stop_signal.between_steps(), self._phase("evaluate", iteration):
+                self._publish(iteration)
+                self._evaluate(iteration)
+        self._log_recorded(iteration)
 
     def begin_run(self, start: RunStart) -> None:
         """
@@ -116,7 +134,7 @@ class SelfPlayCallback(TrainerCallback):
         else:
             self.base_is_opponent = self.base_is_opponent and not has_trained
         self.start = start
-        self.iteration = None
+        self.iteration = self._training_since = None
         self._show_earlier_scores()
 
     def play(self, iteration: int) -> None:
@@ -125,7 +143,9 @@ class SelfPlayCallback(TrainerCallback):
             if not self.store.has_pairs(iteration):
                 self._make_pairs(iteration)
             self.iteration = iteration
+            self._log_recorded(iteration)
             self.trainer.begin_iteration(iteration, self.store.read_pairs(iteration))
+        self._training_since = time.monotonic()
 
     def _make_pairs(self, iteration: int) -> None:
         with self._phase("publish", iteration):
@@ -144,8 +164,10 @@ class SelfPlayCallback(TrainerCallback):
         checkpoint = None
         is_base = iteration == 0 and self.base_is_opponent
         is_reference = iteration == 0 and self.trainer.args.opponent_reference == "fixed"
-        if (self.sampler.reads_checkpoints or is_reference) and not is_base:
-            checkpoint = self._save_opponent(iteration)
+        is_needed = (self.sampler.reads_checkpoints or is_reference) and not is_base
+        if is_needed or self.trainer.args.load_best_iteration_at_end:
+            saved = self._save_opponent(iteration)
+            checkpoint = saved if is_needed else None
         on_main_process(lambda: self.sampler.publish(iteration, checkpoint))
         self.sampler.select(iteration, checkpoint)
         if self.sampler.reads_checkpoints and self.trainer.args.publish_check_samples > 0:
@@ -184,53 +206,54 @@ class SelfPlayCallback(TrainerCallback):
         check = compare_logps(completions, completion_logps(self.trainer, rows))
         opponent = "the base model" if iteration == 0 and self.base_is_opponent else f"iteration {iteration}'s opponent"
         check.require(self.trainer.args.publish_check_tolerance, opponent)
-        self._record(iteration, {"publish_check_difference": check.mean_difference})
+        self.log.record(iteration, {"publish_check_difference": check.mean_difference})
 
     def _evaluate(self, iteration: int) -> None:
         greedy_or_not = replace(self.params, temperature=self.trainer.args.eval_temperature)
         self._complete(iteration, "evaluation", self.eval_dataset, greedy_or_not, num_samples=1)
-        nll = negative_log_likelihood(self.trainer, self.eval_dataset)
-
-        def measure() -> dict[str, float]:
-            scores = {"nll": nll}
-            if self.compute_generation_metrics is not None:
-                completions = self.store.read_completions(iteration, "evaluation")
-                scores |= generation_metrics(
-                    self.compute_generation_metrics, self.eval_dataset, completions, self.trainer.processing_class
-                )
-            self.table.add(_label(iteration), scores)
-            return scores
-
-        scores = on_main_process(measure)
-        self._record(iteration, {"evaluation": scores})
-        self.trainer.log_self_play({f"eval_{name}": value for name, value in scores.items()})
+        scores = self.evaluation.scores(iteration)
+        self.log.record(iteration, {EVALUATION: scores})
+        on_main_process(lambda: self.table.add(label(iteration), scores))
+        self.log.log(iteration, {f"eval_{name}": value for name, value in scores.items()})
 
     def _generate(self, iteration: int) -> None:
-        self._complete(iteration, "generations", self.dataset, self.params, self.trainer.args.num_generations)
+        started = time.monotonic()
+        rows = self._complete(iteration, "generations", self.dataset, self.params, self.trainer.args.num_generations)
+        seconds = time.monotonic() - started
 
-    def _complete(self, iteration: int, kind: str, dataset: Dataset, params: SamplingParams, num_samples: int) -> None:
+        def measure() -> dict[str, float]:
+            return generation_rates(self.store.read_completions(iteration, "generations"), rows, seconds)
+
+        self.log.record(iteration, on_main_process(measure))
+
+    def _complete(
+        self, iteration: int, kind: str, dataset: Dataset, params: SamplingParams, num_samples: int
+    ) -> list[int]:
+        """Returns the rows that were not on disk yet."""
         args = self.trainer.args
         job = GenerationJob(self.store, iteration, kind, params, num_samples, args.generation_part_size, args.seed)
         share = Share(args.process_index, args.world_size)
         missing_rows = on_main_process(lambda: job.missing_rows(dataset))
         on_every_process(lambda: job.run(self.sampler, dataset, share, missing_rows))
+        return missing_rows
 
     def _pair_and_score(self, iteration: int) -> None:
         args = self.trainer.args
         completions = self.store.read_completions(iteration, "generations")
         own = make_pairs(self.dataset, completions, iteration)
         description = describe_pairs(own, completions, args.max_length)
-        self._record(iteration, description)
-        self.trainer.log_self_play({f"self_play/{name}": value for name, value in description.items()})
+        self.log.record(iteration, description | describe_generations(own, completions, args.seed))
         if not keeps_identical_pairs(args.identical_pairs, args.loss_type):
             own = drop_identical_pairs(own)
+        num_identical_dropped = description["num_pairs"] - len(own)
         first = max(0, iteration - args.num_history_iterations)
         pairs = add_history(own, [(i, self.store.read_pairs(i)) for i in range(first, iteration)])
         scores = score_pairs(self.trainer, pairs, self._reference(iteration))
         require_finite_scores(pairs, scores, iteration)
         for name, logps in scores.items():
             pairs = pairs.add_column(name, logps)
-        self._record(iteration, {"num_training_pairs": len(pairs)})
+        opinion = describe_scores(pairs, iteration, num_identical_dropped, args.max_length, args.truncation_mode)
+        self.log.record(iteration, {"num_training_pairs": len(pairs), **opinion})
         on_main_process(lambda: self.store.write_pairs(iteration, pairs))
 
     def _reference(self, iteration: int) -> AbstractContextManager[nn.Module] | None:
@@ -247,7 +270,7 @@ class SelfPlayCallback(TrainerCallback):
         yield
         name = f"seconds_{name}"
         earlier = self.store.read_metrics(iteration).get(name, 0.0)  # of a run that was stopped in this phase, or later
-        self._record(iteration, {name: earlier + time.monotonic() - started})
+        self.log.record(iteration, {name: earlier + time.monotonic() - started})
 
     def _show_earlier_scores(self) -> None:
         """The rows of the table that a resumed run does not compute again."""
@@ -255,12 +278,23 @@ class SelfPlayCallback(TrainerCallback):
         if self.start.is_resumed and self.trainer.is_world_process_zero():
             for iteration, metrics in self.store.all_metrics():
                 if "evaluation" in metrics and (self.store.has_pairs(iteration) or self.start.is_finished):
-                    self.table.add(_label(iteration), metrics["evaluation"])
+                    self.table.add(label(iteration), metrics["evaluation"])
 
-    def _record(self, iteration: int, metrics: dict[str, Any]) -> None:
-        on_main_process(lambda: self.store.write_metrics(iteration, metrics))
+    def _log_recorded(self, iteration: int) -> None:
+        """Log what is on disk and has not been logged: of this iteration, and of earlier ones where a run stopped."""
+        for earlier in range(iteration):
+            self.log.log_recorded(earlier)
+        self.log.log_recorded(iteration, without=("self_play/seconds_train",))  # there may be those of an earlier start
 
+    def _end_training(self) -> None:
+        """The last step of an iteration, or of the run, has been taken."""
+        if self._training_since is not None:
+            self._record_training_seconds()
+            self._training_since = None
+            self.log.log_recorded(self.iteration)
 
-def _label(iteration: int) -> str:
-    """What the evaluation of an iteration's opponent is called: the opponent is what the iteration before it made."""
-    return "start" if iteration == 0 else f"iteration {iteration - 1}"
+    def _record_training_seconds(self) -> None:
+        earlier = self.store.read_metrics(self.iteration).get("seconds_train", 0.0)
+        now = time.monotonic()
+        self.log.record(self.iteration, {"seconds_train": earlier + now - self._training_since})
+        self._training_since = now

@@ -4,7 +4,7 @@ import textwrap
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import is_peft_model
@@ -17,6 +17,7 @@ from transformers.trainer_utils import EvalPrediction, TrainOutput
 from trl import DPOTrainer
 
 from .adapters import check_fixed_reference, check_trainable
+from .best_iteration import check_best_iteration, find_best, take_best
 from .compiler_locks import warn_of_old_locks
 from .evaluation import GenerationMetrics
 from .finite import ORIGIN_COLUMNS, OriginCollator, StepNumbers, take_origins
@@ -133,6 +134,7 @@ class SPINTrainer(IterativeTrainer):
         )
         args = self.self_play_setup.args
         check_schedule(args, *optimizers)
+        check_best_iteration(args, eval_dataset is not None, compute_generation_metrics is not None)
         if self.self_play_setup.choice.mode == "in-process":
             check_can_generate()
         if args.opponent_reference == "fixed":
@@ -245,7 +247,9 @@ class SPINTrainer(IterativeTrainer):
 
     def log_self_play(self, metrics: dict[str, float]) -> None:
         """Log an iteration's metrics, without those of training steps that have not been logged yet."""
+        is_step_to_log = self.control.should_log
         super(DPOTrainer, self).log(dict(metrics))
+        self.control.should_log = is_step_to_log  # any log would count as that of the step
 
     # The run
 
@@ -287,8 +291,17 @@ class SPINTrainer(IterativeTrainer):
             if self.stop_signal.has_stopped:
                 self.accelerator.print(f"Stopped by SIGTERM after step {self.state.global_step}.")
                 raise SystemExit(EXIT_STATUS)
-            on_main_process(self.store.mark_finished)
+            outcome = self._take_best()
+            on_main_process(lambda: self.store.mark_finished(**outcome))
             return output
+
+    def _take_best(self) -> dict[str, Any]:
+        """Find the best iteration, and load its policy, as asked. Returns what `self_play.json` says of it."""
+        if self.args.metric_for_best_iteration is None:
+            return {}
+        best = on_main_process(lambda: find_best(self.store.all_metrics(), self.args))
+        take_best(self, best, self.accelerator.print)
+        return {} if best is None else {"best_iteration": best.describe()}
 
     def _start_run(self, requested: str | bool | None) -> RunStart:
         start = start_run(self.store, self.args, self.self_play_setup.describe(), requested)
