@@ -114,6 +114,8 @@ class IterativeTrainer(DPOTrainer):
         return self.start.epochs_trained, self.start.steps_in_epoch * self.args.gradient_accumulation_steps
 
     def _run_epoch(self, **kwargs) -> None:
+        if self.control.should_training_stop:  # before its first step
+            return
         loader = self.get_train_dataloader()
         kwargs["train_dataloader"] = loader
         kwargs["steps_in_epoch"] = len(loader)

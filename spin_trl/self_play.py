@@ -18,6 +18,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from .best_iteration import label
 from .completions import GenerationJob, Share
+from .convergence import Converged, check_evaluation, check_identical_share
 from .evaluation import GenerationMetrics, ScoreTable
 from .finite import require_finite_scores
 from .footprint import size_of_weights
@@ -85,12 +86,17 @@ class SelfPlayCallback(TrainerCallback):
         self.started_as_base = base_is_opponent
         self.start = RunStart("")
         self.iteration: int | None = None
+        self.converged: Converged | None = None
         self._training_since: float | None = None
 
     def on_epoch_begin(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
         iteration = int(state.epoch + 1e-6) // args.epochs_per_iteration
         if iteration != self.iteration:
-            self.play(iteration)
+            try:
+                self.play(iteration)
+            except Converged as end:
+                self._end_converged(end)
+                control.should_training_stop = True
 
     def on_step_end(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
         if self.trainer.is_iteration_done:
@@ -110,7 +116,7 @@ class SelfPlayCallback(TrainerCallback):
             return
         self._end_training()
         iteration = self.start.iteration if self.iteration is None else self.iteration + 1
-        if self.eval_dataset is not None:
+        if self.eval_dataset is not None and self.converged is None:
             with self.trainer.stop_signal.between_steps(), self._phase("evaluate", iteration):
                 self._publish(iteration)
                 self._evaluate(iteration)
@@ -134,7 +140,7 @@ class SelfPlayCallback(TrainerCallback):
         else:
             self.base_is_opponent = self.base_is_opponent and not has_trained
         self.start = start
-        self.iteration = self._training_since = None
+        self.iteration = self._training_since = self.converged = None
         self._show_earlier_scores()
 
     def play(self, iteration: int) -> None:
@@ -152,7 +158,8 @@ class SelfPlayCallback(TrainerCallback):
             self._publish(iteration)
         if self.eval_dataset is not None:
             with self._phase("evaluate", iteration):
-                self._evaluate(iteration)
+                scores = self._evaluate(iteration)
+            check_evaluation(iteration, scores, self.trainer.args)
         with self._phase("generate", iteration):
             self._generate(iteration)
         with self._phase("score", iteration):
@@ -208,13 +215,14 @@ class SelfPlayCallback(TrainerCallback):
         check.require(self.trainer.args.publish_check_tolerance, opponent)
         self.log.record(iteration, {"publish_check_difference": check.mean_difference})
 
-    def _evaluate(self, iteration: int) -> None:
+    def _evaluate(self, iteration: int) -> dict[str, float]:
         greedy_or_not = replace(self.params, temperature=self.trainer.args.eval_temperature)
         self._complete(iteration, "evaluation", self.eval_dataset, greedy_or_not, num_samples=1)
         scores = self.evaluation.scores(iteration)
         self.log.record(iteration, {EVALUATION: scores})
         on_main_process(lambda: self.table.add(label(iteration), scores))
         self.log.log(iteration, {f"eval_{name}": value for name, value in scores.items()})
+        return scores
 
     def _generate(self, iteration: int) -> None:
         started = time.monotonic()
@@ -243,6 +251,7 @@ class SelfPlayCallback(TrainerCallback):
         own = make_pairs(self.dataset, completions, iteration)
         description = describe_pairs(own, completions, args.max_length)
         self.log.record(iteration, description | describe_generations(own, completions, args.seed))
+        check_identical_share(iteration, description["identical_share"], args)
         if not keeps_identical_pairs(args.identical_pairs, args.loss_type):
             own = drop_identical_pairs(own)
         num_identical_dropped = description["num_pairs"] - len(own)
@@ -285,6 +294,12 @@ class SelfPlayCallback(TrainerCallback):
         for earlier in range(iteration):
             self.log.log_recorded(earlier)
         self.log.log_recorded(iteration, without=("self_play/seconds_train",))  # there may be those of an earlier start
+
+    def _end_converged(self, end: Converged) -> None:
+        """There is nothing left to train on: the policy, which is this opponent, is the run's result."""
+        self.converged = end
+        self._log_recorded(end.iteration)
+        self.trainer.accelerator.print(str(end))
 
     def _end_training(self) -> None:
         """The last step of an iteration, or of the run, has been taken."""

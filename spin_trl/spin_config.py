@@ -28,6 +28,7 @@ _NUMBERS = {
     "num_history_iterations": at_least(0),
     "num_generations": at_least(1),
     "space_mu": positive(),
+    "convergence_tolerance": NumberRule("in (0, 0.5)", lambda value: 0 < value < 0.5),
     # generation
     "max_completion_length": at_least(1, optional=True),
     "per_device_generation_batch_size": at_least(1),
@@ -140,6 +141,13 @@ class SPINConfig(DPOConfig):
             policy while an iteration's pairs are scored, and frees it before the first step.
         space_mu (`float`, *optional*, defaults to `1.0`):
             Ratio of generated to real data that `loss_type="space"` assumes.
+        stop_when_converged (`bool`, *optional*, defaults to `False`):
+            Whether the run ends before `num_iterations` when the opponent cannot be told from the data: the held-out
+            accuracy (`eval_rewards/accuracies`) of an iteration is back at a half, or nearly all answers equal the
+            ground truth.
+        convergence_tolerance (`float`, *optional*, defaults to `0.02`):
+            How near to a half that accuracy, and to 1 the share of identical pairs has to be. With few evaluation rows
+            chance alone is further away: about `1 / sqrt(rows)`.
 
         > Parameters that control the opponent's generation
 
@@ -335,6 +343,15 @@ class SPINConfig(DPOConfig):
     )
     space_mu: float = field(
         default=1.0, metadata={"help": "Ratio of generated to real data that `loss_type='space'` assumes."}
+    )
+
+    stop_when_converged: bool = field(
+        default=False,
+        metadata={"help": "Whether the run ends early when the opponent cannot be told from the data."},
+    )
+    convergence_tolerance: float = field(
+        default=0.02,
+        metadata={"help": "How near to a half the held-out accuracy, and to 1 the share of identical pairs has to be."},
     )
 
     # Parameters that control the opponent's generation

@@ -292,6 +292,8 @@ class SPINTrainer(IterativeTrainer):
                 self.accelerator.print(f"Stopped by SIGTERM after step {self.state.global_step}.")
                 raise SystemExit(EXIT_STATUS)
             outcome = self._take_best()
+            if self.self_play.converged is not None:
+                outcome["converged"] = self.self_play.converged.describe()
             on_main_process(lambda: self.store.mark_finished(**outcome))
             return output
 
