@@ -81,9 +81,13 @@ def settings(output_dir: str, **overrides) -> dict:
 
 def play(model: str, data: str, config: SPINConfig) -> dict:
     record = Record()
-    rows = [json.loads(line) for line in Path(data).read_text().splitlines()[:30]]
+    rows = [json.loads(line) for line in Path(data).read_text().splitlines()[:39]]
     trainer = SPINTrainer(
-        model, config, train_dataset=Dataset.from_list(rows), callbacks=[record, Terminate(config.process_index)]
+        model,
+        config,
+        train_dataset=Dataset.from_list(rows[:30]),
+        eval_dataset=None if config.metric_for_best_iteration is None else Dataset.from_list(rows[30:]),
+        callbacks=[record, Terminate(config.process_index)],
     )
     trainer.train()
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -95,6 +99,8 @@ def play(model: str, data: str, config: SPINConfig) -> dict:
         "beta": trainer.beta,
         "begins": record.begins,
         "ends": record.ends,
+        "logged": [entry for entry in trainer.state.log_history if "self_play/iteration" in entry],
+        "policy": {name: p.double().sum().item() for name, p in trainer.model.named_parameters()},
     }
 
 
