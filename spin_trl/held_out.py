@@ -32,37 +32,36 @@ class HeldOutEvaluation:
     Args:
         trainer ([`SPINTrainer`]): Holds the policy.
         store ([`IterationStore`]): The run directory, with the answers.
-        dataset ([`~datasets.Dataset`]): The run's `eval_dataset`, with `prompt` and token ids.
         compute ([`GenerationMetrics`], *optional*): The user's metrics.
     """
 
-    def __init__(
-        self, trainer: "SPINTrainer", store: IterationStore, dataset: Dataset, compute: GenerationMetrics | None = None
-    ):
+    def __init__(self, trainer: "SPINTrainer", store: IterationStore, compute: GenerationMetrics | None = None):
         self.trainer = trainer
         self.store = store
-        self.dataset = dataset
         self.compute = compute
 
-    def scores(self, iteration: int) -> dict[str, float]:
+    def scores(self, iteration: int, dataset: Dataset) -> dict[str, float]:
         """
         Metrics of the opponent of `iteration`, which the policy is and whose answers are on disk. Every process calls.
+
+        Args:
+            dataset ([`~datasets.Dataset`]): The run's `eval_dataset`, with `prompt` and token ids.
 
         Returns:
             `dict[str, float]`: `nll`, the user's, and, except for the first opponent, DPOTrainer's `rewards/` of the
             iteration that has made it.
         """
         rewards = self._rewards(iteration - 1) if iteration > 0 else {}
-        self._keep_pairs(iteration)
-        nll = negative_log_likelihood(self.trainer, self.dataset)
-        return {"nll": nll, **on_main_process(lambda: self._users_metrics(iteration)), **rewards}
+        self._keep_pairs(iteration, dataset)
+        nll = negative_log_likelihood(self.trainer, dataset)
+        return {"nll": nll, **on_main_process(lambda: self._users_metrics(iteration, dataset)), **rewards}
 
-    def _keep_pairs(self, iteration: int) -> None:
+    def _keep_pairs(self, iteration: int, dataset: Dataset) -> None:
         """
         The opponent's answers with its own log-probs of both sides. When it is time to see whether the next policy
         tells them apart, the opponent is gone.
         """
-        pairs = make_pairs(self.dataset, self.store.read_completions(iteration, "evaluation"), iteration)
+        pairs = make_pairs(dataset, self.store.read_completions(iteration, "evaluation"), iteration)
         for name, logps in score_pairs(self.trainer, pairs).items():
             pairs = pairs.add_column(name, logps)
         table = pairs.with_format("arrow")[:]
@@ -84,12 +83,12 @@ class HeldOutEvaluation:
             logratios["chosen"], logratios["rejected"], identical, self.trainer.args.beta_at(iteration)
         )
 
-    def _users_metrics(self, iteration: int) -> dict[str, float]:
+    def _users_metrics(self, iteration: int, dataset: Dataset) -> dict[str, float]:
         if self.compute is None:
             return {}
         completions = self.store.read_completions(iteration, "evaluation")
         try:
-            found = generation_metrics(self.compute, self.dataset, completions, self.trainer.processing_class)
+            found = generation_metrics(self.compute, dataset, completions, self.trainer.processing_class)
             _check_names(found)
         except Exception as error:
             if self.trainer.args.eval_on_error == "warn":

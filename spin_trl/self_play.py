@@ -80,7 +80,7 @@ class SelfPlayCallback(TrainerCallback):
         self.params = params
         self.eval_dataset = eval_dataset
         self.log = IterationLog(trainer, store)
-        self.evaluation = HeldOutEvaluation(trainer, store, eval_dataset, compute_generation_metrics)
+        self.evaluation = HeldOutEvaluation(trainer, store, compute_generation_metrics)
         self.base_is_opponent = base_is_opponent
         self.base_model = base_model
         self.started_as_base = base_is_opponent
@@ -218,7 +218,7 @@ class SelfPlayCallback(TrainerCallback):
     def _evaluate(self, iteration: int) -> dict[str, float]:
         greedy_or_not = replace(self.params, temperature=self.trainer.args.eval_temperature)
         self._complete(iteration, "evaluation", self.eval_dataset, greedy_or_not, num_samples=1)
-        scores = self.evaluation.scores(iteration)
+        scores = self.evaluation.scores(iteration, self.eval_dataset)
         self.log.record(iteration, {EVALUATION: scores})
         on_main_process(lambda: self.table.add(label(iteration), scores))
         self.log.log(iteration, {f"eval_{name}": value for name, value in scores.items()})

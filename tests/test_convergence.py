@@ -115,7 +115,7 @@ def test_held_out_accuracy_ends_the_run_after_the_evaluation_and_the_best_iterat
     trainer = SPINTrainer(tiny_model, make_config(**settings), train_dataset=train_dataset, eval_dataset=eval_dataset)
     evaluated = []
 
-    def scores(iteration):
+    def scores(iteration, dataset):
         evaluated.append(iteration)
         return {"nll": 2.0 - iteration, **({"rewards/accuracies": 0.51} if iteration else {})}
 

@@ -142,10 +142,10 @@ def test_rewards_survive_a_stop_between_any_two_phases(tiny_model, train_dataset
     stopped = make("stopped")
     evaluate = stopped.self_play.evaluation.scores
 
-    def stop(iteration):
+    def stop(iteration, dataset):
         if iteration == 1:
             raise ZeroDivisionError
-        return evaluate(iteration)
+        return evaluate(iteration, dataset)
 
     stopped.self_play.evaluation.scores = stop
     with pytest.raises(ZeroDivisionError):
