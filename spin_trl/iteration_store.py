@@ -242,9 +242,7 @@ class IterationStore:
     def write_completions(self, iteration: int, kind: str, first_row: int, columns: dict[str, list]) -> None:
         """Write one part of the completions of `kind` ("generations" or "evaluation")."""
         table = pa.table(columns, schema=COMPLETION_SCHEMA.with_metadata(self._origin(iteration, kind)))
-        sink = pa.BufferOutputStream()
-        pq.write_table(table, sink)
-        content = sink.getvalue().to_pybytes()
+        content = _to_parquet(table)
 
         def write(temporary: Path) -> None:
             temporary.write_bytes(content)
@@ -337,8 +335,9 @@ class IterationStore:
     # Evaluation
 
     def write_evaluation_pairs(self, iteration: int, pairs: pa.Table) -> None:
+        content = _to_parquet(pairs)
         path = self.path(iteration, "evaluation-pairs.parquet")
-        write_file(path, lambda temporary: pq.write_table(pairs, temporary), num_bytes=pairs.nbytes)
+        write_file(path, lambda temporary: temporary.write_bytes(content), num_bytes=len(content))
 
     def read_evaluation_pairs(self, iteration: int) -> pa.Table | None:
         """The held-out pairs of an iteration's opponent, with its log-probs; `None` where there are none."""
@@ -361,6 +360,12 @@ class IterationStore:
         """The metrics of every iteration that has been begun, in order."""
         for iteration in self.iterations():
             yield iteration, self.read_metrics(iteration)
+
+
+def _to_parquet(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    return sink.getvalue().to_pybytes()
 
 
 def _size_of(pairs: Dataset) -> int:
