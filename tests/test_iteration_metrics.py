@@ -108,16 +108,16 @@ def scored(*logps: tuple[float, float]) -> dict[str, list]:
 
 
 def test_gap_is_per_token_and_of_the_iterations_own_pairs():
-    """-4/2 + 3/1 = 1 and -6/3 + 2/2 = -1; one identical pair was left out: 0 over 3. The fourth is history."""
+    """-4/2 + 3/1 = 1 and -6/3 + 6/2 = 1; one identical pair was left out: 2 over 3. The third is history."""
     pairs = pairs_of(
         ([1, 2], [1]),
         ([1, 2, 2], [3, 4]),
         ([1], [2]),
-        **scored((-4, -3), (-6, -2), (-100, -1)),
+        **scored((-4, -3), (-6, -6), (-100, -1)),
         iteration=[2, 2, 1],
     )
     described = describe_scores(pairs, 2, num_identical_dropped=1, max_length=None, truncation_mode="keep_start")
-    assert described == pytest.approx({"logps_gap": 0.0, "opponent_nll": 10 / 5})
+    assert described == pytest.approx({"logps_gap": 2 / 3, "opponent_nll": 10 / 5})
     alone = describe_scores(pairs.select([0]), 2, 0, None, "keep_start")
     assert alone == pytest.approx({"logps_gap": 1.0, "opponent_nll": 2.0})
 
