@@ -260,6 +260,8 @@ def _num_parts(dataset: Dataset, args: SPINConfig) -> int:
 
 
 def _num_opponents(args: SPINConfig, saves_opponents: bool, base_is_opponent: bool, evaluates: bool) -> int:
+    if args.load_best_iteration_at_end:
+        return args.num_iterations + 1
     if not saves_opponents:
         return int(args.opponent_reference == "fixed" and not base_is_opponent)
     return args.num_iterations + evaluates - base_is_opponent

@@ -12,6 +12,7 @@
         opponent/                   adapter or model as published; absent where it is the base model
         generations/part-*.parquet  completions: row, sample, completion_ids, finish_reason
         evaluation/part-*.parquet   the same for the evaluation prompts
+        evaluation-pairs.parquet    these answers and the ground truths, with the opponent's log-probs
         pairs/                      what the iteration adds to `train_data`, an Arrow file: iteration, row, source_row,
                                     sample, rejected_ids and the opponent's log-probs
         metrics.json
@@ -32,11 +33,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from datasets import Dataset
 from filelock import FileLock, Timeout
 
 from .arrow_directory import arrow_checksum, arrow_metadata, is_whole_arrow, read_arrow, write_arrow
-from .atomic_files import finish_directory, is_temporary, make_directory, remove, temporary_path, write_text
+from .atomic_files import finish_directory, is_temporary, make_directory, remove, temporary_path, write_file, write_text
 from .columns import BATCH_SIZE, batches, num_bytes_of, write_rows
 from .completion_parts import COMPLETION_SCHEMA, CompletionParts
 from .disk import writing
@@ -131,9 +133,9 @@ class IterationStore:
     def has_run(self) -> bool:
         return (self.output_dir / "self_play.json").exists()
 
-    def mark_finished(self) -> None:
-        """Note that nothing of the run is left to do."""
-        self.write_run({**self.read_run(), "finished": True})
+    def mark_finished(self, **outcome: Any) -> None:
+        """Note that nothing of the run is left to do, and what came of it."""
+        self.write_run({**self.read_run(), **outcome, "finished": True})
 
     def read_run(self) -> dict[str, Any]:
         path = self.output_dir / "self_play.json"
@@ -333,6 +335,18 @@ class IterationStore:
         """Whether an iteration's pairs are there and as they were written."""
         return is_whole_arrow(self.path(iteration, "pairs"))
 
+    # Evaluation
+
+    def write_evaluation_pairs(self, iteration: int, pairs: pa.Table) -> None:
+        content = _to_parquet(pairs)
+        path = self.path(iteration, "evaluation-pairs.parquet")
+        write_file(path, lambda temporary: temporary.write_bytes(content), num_bytes=len(content))
+
+    def read_evaluation_pairs(self, iteration: int) -> pa.Table | None:
+        """The held-out pairs of an iteration's opponent, with its log-probs; `None` where there are none."""
+        path = self.path(iteration, "evaluation-pairs.parquet")
+        return pq.read_table(path) if path.exists() else None
+
     # Metrics
 
     def write_metrics(self, iteration: int, metrics: dict[str, Any]) -> None:
@@ -357,6 +371,12 @@ def _with_columns(dataset: Dataset, columns: Mapping[str, np.ndarray]) -> Iterat
         for name, values in columns.items():
             batch = batch.append_column(name, pa.array(values[rows]))
         yield batch
+
+
+def _to_parquet(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    return sink.getvalue().to_pybytes()
 
 
 def to_json(value: Any) -> str:

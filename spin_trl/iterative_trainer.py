@@ -141,6 +141,8 @@ class IterativeTrainer(DPOTrainer):
                 parameter.data = parameter.data.to(dtypes[name])
 
     def _run_epoch(self, **kwargs) -> None:
+        if self.control.should_training_stop:  # before its first step
+            return
         self.epoch = kwargs["epoch"]
         loader = self.get_train_dataloader()
         kwargs["train_dataloader"] = loader

@@ -91,6 +91,7 @@ class RunStart:
         steps_in_epoch (`int`): Steps of the next epoch that are done.
         is_trained (`bool`): Whether all training is done.
         is_finished (`bool`): Whether nothing at all is left to do.
+        converged (`str`, *optional*): Why it was over before its last iteration, if it was.
     """
 
     run_id: str
@@ -103,6 +104,7 @@ class RunStart:
     steps_in_epoch: int = 0
     is_trained: bool = False
     is_finished: bool = False
+    converged: str | None = None
 
     @property
     def next_iteration(self) -> int:
@@ -111,6 +113,11 @@ class RunStart:
 
     def __str__(self) -> str:
         source = "the initial model" if self.checkpoint is None else self.checkpoint.name
+        if self.converged is not None:
+            return (
+                f"The run in `output_dir` is complete; its final policy is {source}. {self.converged} To play on all "
+                "the same, set `stop_when_converged=False`."
+            )
         if self.is_finished:
             return (
                 f"The run in `output_dir` is complete; its final policy is {source}. To play it again, set "
@@ -201,7 +208,11 @@ def _resume(
     start = _start_at(store, args, run_id, checkpoint)
     if start.is_trained and stored.get("finished") and not _plays_on(stored, description):
         return replace(start, is_finished=True)
-    if checkpoint is None and stored.get("finished"):
+    converged = stored.get("converged") if args.stop_when_converged else None
+    if converged and checkpoint is not None and start.iteration == converged["iteration"] and start.num_steps == 0:
+        return replace(start, is_trained=True, is_finished=True, converged=converged["message"])
+    was_trained = (stored.get("converged") or {}).get("iteration") != 0
+    if checkpoint is None and stored.get("finished") and was_trained:
         raise RunDirectoryError(
             f"The run in `output_dir` ({args.output_dir}) is complete, but left no checkpoint to load its policy from. "
             "Set `overwrite_output_dir=True` to play it again, or choose another `output_dir`."

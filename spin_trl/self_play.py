@@ -8,20 +8,28 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+import numpy as np
 from datasets import Dataset
 from torch import nn
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import SaveStrategy
 
+from .best_iteration import label
+from .columns import numbers
 from .completion_table import log_completions
 from .completions import GenerationJob, Share
-from .evaluation import GenerationMetrics, ScoreTable, generation_metrics
+from .convergence import Converged, check_evaluation, check_identical_share
+from .evaluation import GenerationMetrics, ScoreTable
 from .finite import require_finite_scores
 from .generation.sampler import CompletionRequest, OpponentSampler, SamplingParams
+from .held_out import HeldOutEvaluation
+from .iteration_log import IterationLog
+from .iteration_metrics import describe_generations, describe_scores, generation_rates
 from .iteration_store import IterationStore
+from .metric_names import EVALUATION
 from .pair_dataset import PairDataset
 from .pairs import (
     ANSWER_SCHEMA,
@@ -38,7 +46,7 @@ from .random_state import preserved_random_state
 from .ranks import on_every_process, on_main_process
 from .resume import RunStart
 from .run_paths import RunDirectoryError
-from .scoring import completion_logps, initial_policy_as_reference, negative_log_likelihood, score_pairs
+from .scoring import completion_logps, initial_policy_as_reference, score_pairs
 from .spin_config import SPINConfig
 
 
@@ -86,18 +94,33 @@ class SelfPlayCallback(TrainerCallback):
         self.dataset = dataset
         self.params = params
         self.eval_dataset = eval_dataset
-        self.compute_generation_metrics = compute_generation_metrics
+        self.log = IterationLog(trainer, store)
+        self.evaluation = HeldOutEvaluation(trainer, store, compute_generation_metrics)
         self.base_is_opponent = base_is_opponent
         self.base_model = base_model
         self.is_quantized_on_its_own = is_quantized_on_its_own
         self.started_as_base = base_is_opponent
         self.start = RunStart("")
         self.iteration: int | None = None
+        self.converged: Converged | None = None
+        self._training_since: float | None = None
 
     def on_epoch_begin(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
         iteration = int(state.epoch + 1e-6) // args.epochs_per_iteration
         if iteration != self.iteration:
-            self.play(iteration)
+            try:
+                self.play(iteration)
+            except Converged as end:
+                self._end_converged(end)
+                control.should_training_stop = True
+
+    def on_step_end(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
+        if self.trainer.is_iteration_done:
+            self._end_training()
+
+    def on_save(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
+        if self._training_since is not None:  # a run that goes on from here has these seconds behind it
+            self._record_training_seconds()
 
     def on_epoch_end(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
         """The policy at the end of an iteration is the next opponent: a stopped run must be able to have it back."""
@@ -107,13 +130,16 @@ class SelfPlayCallback(TrainerCallback):
     def on_train_end(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
         if self.trainer.stop_signal.has_stopped:
             return
+        self._end_training()
         iteration = self.start.next_iteration if self.iteration is None else self.iteration + 1
-        if self.eval_dataset is not None and not self.start.is_finished:
-            with self.trainer.stop_signal.between_steps(), self._phase("evaluate", iteration):
-                self._publish(iteration)
-                self._evaluate(iteration)
-                self.trainer.turns.give_to_policy()
-            self._record_costs(iteration)
+        if not self.start.is_finished:
+            if self.eval_dataset is not None and self.converged is None:
+                with self.trainer.stop_signal.between_steps(), self._phase("evaluate", iteration):
+                    self._publish(iteration)
+                    self._evaluate(iteration)
+                    self.trainer.turns.give_to_policy()
+                self._record_costs(iteration)
+            self._log_recorded(iteration)
         self.trainer.push_results(iteration, is_end=True)
 
     def begin_run(self, start: RunStart) -> None:
@@ -134,8 +160,8 @@ class SelfPlayCallback(TrainerCallback):
         else:
             self.base_is_opponent = self.base_is_opponent and not has_trained
         self.start = start
-        self.iteration = None
         self.dataset = self.store.read_data()
+        self.iteration = self._training_since = self.converged = None
         self._show_earlier_scores()
 
     def play(self, iteration: int) -> None:
@@ -147,15 +173,18 @@ class SelfPlayCallback(TrainerCallback):
             self.trainer.turns.give_to_policy()  # as it is by now, unless the pairs were there already
             self.trainer.push_results(iteration)
             self.iteration = iteration
+            self._log_recorded(iteration)
             self.trainer.begin_iteration(iteration, self.store.read_pairs(iteration))
             begin_phase("train", iteration)
+        self._training_since = time.monotonic()
 
     def _make_pairs(self, iteration: int) -> None:
         with self._phase("publish", iteration):
             self._publish(iteration)
         if self.eval_dataset is not None:
             with self._phase("evaluate", iteration):
-                self._evaluate(iteration)
+                scores = self._evaluate(iteration)
+            check_evaluation(iteration, scores, self.trainer.args)
         with self._phase("generate", iteration):
             self._generate(iteration)
         if self.trainer.args.log_completions:
@@ -169,8 +198,10 @@ class SelfPlayCallback(TrainerCallback):
         checkpoint = None
         is_base = iteration == 0 and self.base_is_opponent
         is_reference = iteration == 0 and self.trainer.args.opponent_reference == "fixed"
-        if (self.sampler.reads_checkpoints or is_reference) and not is_base:
-            checkpoint = self._save_opponent(iteration)
+        is_needed = (self.sampler.reads_checkpoints or is_reference) and not is_base
+        if is_needed or self.trainer.args.load_best_iteration_at_end:
+            saved = self._save_opponent(iteration)
+            checkpoint = saved if is_needed else None
         self.trainer.turns.give_to_server()
         on_main_process(lambda: self.sampler.publish(iteration, checkpoint))
         self.sampler.select(iteration, checkpoint)
@@ -215,39 +246,39 @@ class SelfPlayCallback(TrainerCallback):
             check = compare_logps(completions, completion_logps(self.trainer, rows))
             check.require(tolerance, opponent, address)
             differences.append(check.mean_difference)
-        self._record(iteration, {"publish_check_difference": max(differences)})
+        self.log.record(iteration, {"publish_check_difference": max(differences)})
 
-    def _evaluate(self, iteration: int) -> None:
-        # The policy first: after the publish check it has its turn already.
-        self.trainer.turns.give_to_policy(briefly=True)
-        nll = negative_log_likelihood(self.trainer, self.eval_dataset)
+    def _evaluate(self, iteration: int) -> dict[str, float]:
         greedy_or_not = replace(self.params, temperature=self.trainer.args.eval_temperature)
         self._complete(iteration, "evaluation", self.eval_dataset, greedy_or_not, num_samples=1)
-
-        def measure() -> dict[str, float]:
-            scores = {"nll": nll}
-            if self.compute_generation_metrics is not None:
-                completions = self.store.completions(iteration, "evaluation").batches()
-                scores |= generation_metrics(
-                    self.compute_generation_metrics, self.eval_dataset, completions, self.trainer.processing_class
-                )
-            self.table.add(_label(iteration), scores)
-            return scores
-
-        scores = on_main_process(measure)
-        self._record(iteration, {"evaluation": scores})
-        self.trainer.log_self_play({f"eval_{name}": value for name, value in scores.items()})
+        self.trainer.turns.give_to_policy(briefly=True)
+        scores = self.evaluation.scores(iteration, self.eval_dataset)
+        self.log.record(iteration, {EVALUATION: scores})
+        on_main_process(lambda: self.table.add(label(iteration), scores))
+        self.log.log(iteration, {f"eval_{name}": value for name, value in scores.items()})
+        return scores
 
     def _generate(self, iteration: int) -> None:
-        self._complete(iteration, "generations", self.dataset, self.params, self.trainer.args.num_generations)
+        started = time.monotonic()
+        rows = self._complete(iteration, "generations", self.dataset, self.params, self.trainer.args.num_generations)
+        seconds = time.monotonic() - started
 
-    def _complete(self, iteration: int, kind: str, dataset: Dataset, params: SamplingParams, num_samples: int) -> None:
+        def measure() -> dict[str, float]:
+            return generation_rates(self.store.completions(iteration, "generations").batches(), rows, seconds)
+
+        self.log.record(iteration, on_main_process(measure))
+
+    def _complete(
+        self, iteration: int, kind: str, dataset: Dataset, params: SamplingParams, num_samples: int
+    ) -> np.ndarray:
+        """Returns the rows that were not on disk yet."""
         args = self.trainer.args
         job = GenerationJob(self.store, iteration, kind, params, num_samples, args.generation_part_size, args.seed)
         share = Share(args.process_index, args.world_size)
         missing_rows = on_main_process(lambda: job.missing_rows(dataset))
         self.trainer.turns.give_to_server()
         on_every_process(lambda: job.run(self.sampler, dataset, share, missing_rows))
+        return missing_rows
 
     def _pair_and_score(self, iteration: int) -> None:
         try:
@@ -255,11 +286,18 @@ class SelfPlayCallback(TrainerCallback):
             pairs = self._select_pairs(iteration, PairDataset.join(self.dataset, self.store.read_answers(iteration)))
             scores = score_pairs(self.trainer, pairs, self._reference(iteration))
             require_finite_scores(pairs, scores, iteration)
-            self._record(iteration, {"num_training_pairs": len(pairs)})
+            self._describe_scores(iteration, pairs, scores)
             on_main_process(lambda: self.store.write_pairs(iteration, pairs.answers, scores))
         finally:
             if self.trainer.is_world_process_zero():
                 self.store.remove_answers(iteration)
+
+    def _describe_scores(self, iteration: int, pairs: PairDataset, scores: dict[str, np.ndarray]) -> None:
+        args = self.trainer.args
+        num_own = int((numbers(pairs.answers, "iteration") == iteration).sum())
+        num_dropped = on_main_process(lambda: self.store.read_metrics(iteration)["num_pairs"]) - num_own
+        opinion = describe_scores(pairs, scores, iteration, num_dropped, args.max_length, args.truncation_mode)
+        self.log.record(iteration, {"num_training_pairs": len(pairs), **opinion})
 
     def _write_answers(self, iteration: int) -> None:
         parts = self.store.completions(iteration, "generations")
@@ -272,10 +310,10 @@ class SelfPlayCallback(TrainerCallback):
         args = self.trainer.args
         self.trainer.turns.give_to_policy()
         is_identical = find_identical_pairs(pairs)
-        cut_off_share = self.store.completions(iteration, "generations").cut_off_share()
-        description = describe_pairs(pairs, is_identical, cut_off_share, args.max_length)
-        self._record(iteration, description)
-        self.trainer.log_self_play({f"self_play/{name}": value for name, value in description.items()})
+        parts = self.store.completions(iteration, "generations")
+        description = describe_pairs(pairs, is_identical, parts.cut_off_share(), args.max_length)
+        self.log.record(iteration, description | describe_generations(pairs, parts.batches(), args.seed))
+        check_identical_share(iteration, description["identical_share"], args)
         if not keeps_identical_pairs(args.identical_pairs, args.loss_type):
             pairs = drop_identical_pairs(pairs, is_identical)
         first = max(0, iteration - args.num_history_iterations)
@@ -296,13 +334,12 @@ class SelfPlayCallback(TrainerCallback):
         yield
         name = f"seconds_{name}"
         earlier = self.store.read_metrics(iteration).get(name, 0.0)  # of a run that was stopped in this phase, or later
-        self._record(iteration, {name: earlier + time.monotonic() - started})
+        self.log.record(iteration, {name: earlier + time.monotonic() - started})
 
     def _record_costs(self, iteration: int) -> None:
         """What it cost and brought to have server and policy take turns."""
         if costs := on_main_process(self.trainer.turns.take_costs):
-            self._record(iteration, costs)
-            self.trainer.log_self_play({f"self_play/{name}": value for name, value in costs.items()})
+            self.log.record(iteration, costs)
 
     def _show_earlier_scores(self) -> None:
         """The rows of the table that a resumed run does not compute again."""
@@ -310,12 +347,29 @@ class SelfPlayCallback(TrainerCallback):
         if self.start.is_resumed and self.trainer.is_world_process_zero():
             for iteration, metrics in self.store.all_metrics():
                 if "evaluation" in metrics and (self.store.has_pairs(iteration) or self.start.is_finished):
-                    self.table.add(_label(iteration), metrics["evaluation"])
+                    self.table.add(label(iteration), metrics["evaluation"])
 
-    def _record(self, iteration: int, metrics: dict[str, Any]) -> None:
-        on_main_process(lambda: self.store.write_metrics(iteration, metrics))
+    def _log_recorded(self, iteration: int) -> None:
+        """Log what is on disk and has not been logged: of this iteration, and of earlier ones where a run stopped."""
+        for earlier in range(iteration):
+            self.log.log_recorded(earlier)
+        self.log.log_recorded(iteration, without=("self_play/seconds_train",))  # there may be those of an earlier start
 
+    def _end_converged(self, end: Converged) -> None:
+        """There is nothing left to train on: the policy, which is this opponent, is the run's result."""
+        self.converged = end
+        self._log_recorded(end.iteration)
+        self.trainer.accelerator.print(str(end))
 
-def _label(iteration: int) -> str:
-    """What the evaluation of an iteration's opponent is called: the opponent is what the iteration before it made."""
-    return "start" if iteration == 0 else f"iteration {iteration - 1}"
+    def _end_training(self) -> None:
+        """The last step of an iteration, or of the run, has been taken."""
+        if self._training_since is not None:
+            self._record_training_seconds()
+            self._training_since = None
+            self.log.log_recorded(self.iteration)
+
+    def _record_training_seconds(self) -> None:
+        earlier = self.store.read_metrics(self.iteration).get("seconds_train", 0.0)
+        now = time.monotonic()
+        self.log.record(self.iteration, {"seconds_train": earlier + now - self._training_since})
+        self._training_since = now

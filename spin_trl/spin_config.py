@@ -29,6 +29,7 @@ _NUMBERS = {
     "num_history_iterations": at_least(0),
     "num_generations": at_least(1),
     "space_mu": positive(),
+    "convergence_tolerance": NumberRule("in (0, 0.5)", lambda value: 0 < value < 0.5),
     # generation
     "max_completion_length": at_least(1, optional=True),
     "per_device_generation_batch_size": at_least(1),
@@ -144,6 +145,13 @@ class SPINConfig(DPOConfig):
             policy while an iteration's pairs are scored, and frees it before the first step.
         space_mu (`float`, *optional*, defaults to `1.0`):
             Ratio of generated to real data that `loss_type="space"` assumes.
+        stop_when_converged (`bool`, *optional*, defaults to `False`):
+            Whether the run ends before `num_iterations` when the opponent cannot be told from the data: the held-out
+            accuracy (`eval_rewards/accuracies`) of an iteration is back at a half, or nearly all answers equal the
+            ground truth.
+        convergence_tolerance (`float`, *optional*, defaults to `0.02`):
+            How near to a half that accuracy, and to 1 the share of identical pairs has to be. With few evaluation rows
+            chance alone is further away: about `1 / sqrt(rows)`.
 
         > Parameters that control the opponent's generation
 
@@ -226,6 +234,18 @@ class SPINConfig(DPOConfig):
 
         eval_temperature (`float`, *optional*, defaults to `0.0`):
             Sampling temperature for the answers to the prompts of `eval_dataset`. 0.0 is greedy decoding.
+        eval_on_error (`str`, *optional*, defaults to `'raise'`):
+            What happens if `compute_generation_metrics` fails. `"raise"`: the run ends with its error. `"warn"`: the
+            error is logged, and the run goes on without these metrics.
+        metric_for_best_iteration (`str`, *optional*):
+            Evaluation metric by which the best iteration is told, with or without `eval_`: `"nll"`,
+            `"rewards/accuracies"`, ..., or one of `compute_generation_metrics`. The start is compared too.
+        greater_is_better_iteration (`bool`, *optional*):
+            Whether the greater value of that metric is the better one. By default known for the run's own metrics; for
+            yours yes, unless the name ends in `loss` or `nll`.
+        load_best_iteration_at_end (`bool`, *optional*, defaults to `False`):
+            Whether the policy is the best iteration's at the end of `train()`, in place of the last one's. Every
+            opponent, the start and the final policy are saved for that. Not possible under ZeRO-3 and FSDP.
 
         > Parameters that control the run directory
 
@@ -369,6 +389,15 @@ class SPINConfig(DPOConfig):
         default=1.0, metadata={"help": "Ratio of generated to real data that `loss_type='space'` assumes."}
     )
 
+    stop_when_converged: bool = field(
+        default=False,
+        metadata={"help": "Whether the run ends early when the opponent cannot be told from the data."},
+    )
+    convergence_tolerance: float = field(
+        default=0.02,
+        metadata={"help": "How near to a half the held-out accuracy, and to 1 the share of identical pairs has to be."},
+    )
+
     # Parameters that control the opponent's generation
     max_completion_length: int | None = field(
         default=None,
@@ -496,6 +525,26 @@ class SPINConfig(DPOConfig):
         default=0.0,
         metadata={"help": "Sampling temperature for the answers to `eval_dataset`. 0.0 is greedy decoding."},
     )
+    eval_on_error: str = field(
+        default="raise",
+        metadata={
+            "help": "What happens if `compute_generation_metrics` fails: 'raise' ends the run, 'warn' goes on without.",
+            "choices": ["raise", "warn"],
+        },
+    )
+    metric_for_best_iteration: str | None = field(
+        default=None, metadata={"help": "Evaluation metric by which the best iteration is told, such as 'nll'."}
+    )
+    greater_is_better_iteration: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Whether the greater value of `metric_for_best_iteration` is better. Unset: known for the run's "
+            "own metrics; for yours yes, unless the name ends in 'loss' or 'nll'."
+        },
+    )
+    load_best_iteration_at_end: bool = field(
+        default=False, metadata={"help": "Whether the policy is the best iteration's at the end of training."}
+    )
 
     # Parameters that control the run directory
     resume: str = field(
@@ -540,6 +589,7 @@ class SPINConfig(DPOConfig):
         self._check_run_directory()
         self._check_hub()
         self._check_data()
+        self._check_evaluation()
         self._check_self_play()
         self._check_generation()
         self._check_server()
@@ -628,6 +678,18 @@ class SPINConfig(DPOConfig):
                 raise ValueError(f"`{name}` must be the name of a column, got ''. Name one, or leave both unset.")
         check_choices(self, {"train_on_turns": ("last", "all"), "identical_pairs": (None, "drop", "keep")})
 
+    def _check_evaluation(self):
+        check_choices(self, {"eval_on_error": ("raise", "warn"), "greater_is_better_iteration": (None, True, False)})
+        if self.metric_for_best_iteration is not None:
+            return
+        for name, neutral in (("load_best_iteration_at_end", False), ("greater_is_better_iteration", None)):
+            if getattr(self, name) != neutral:
+                raise ValueError(
+                    f"`{name}={getattr(self, name)!r}` needs a metric by which iterations are compared, but "
+                    "`metric_for_best_iteration` is unset. Set it, for example to 'nll', or leave "
+                    f"`{name}` unset."
+                )
+
     def _check_self_play(self):
         if self.train_sampling_strategy not in ("group_by_length", "random", "sequential"):
             raise ValueError(
@@ -713,8 +775,8 @@ class SPINConfig(DPOConfig):
         if self.load_best_model_at_end:
             raise ValueError(
                 "`load_best_model_at_end=True` needs an evaluation at every checkpoint, but opponents are evaluated "
-                "between iterations. Leave it unset, and choose among the checkpoints by `metrics.json` of each "
-                "iteration."
+                "between iterations. Leave it unset, and set `load_best_iteration_at_end=True` and "
+                "`metric_for_best_iteration`."
             )
         if self.resume not in ("auto", "never"):
             raise ValueError(

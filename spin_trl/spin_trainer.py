@@ -17,6 +17,7 @@ from transformers.trainer_utils import EvalPrediction, TrainOutput
 from trl import DPOTrainer
 
 from .adapters import check_fixed_reference, check_trainable, complete_reference_adapter
+from .best_iteration import check_best_iteration, find_best, take_best
 from .compiler_locks import warn_of_old_locks
 from .end_report import write_end_report
 from .evaluation import GenerationMetrics
@@ -143,6 +144,7 @@ class SPINTrainer(HubTrainer):
         args = self.self_play_setup.args
         check_schedule(args, *optimizers)
         self._check_turns(quantization_config)
+        check_best_iteration(args, eval_dataset is not None, compute_generation_metrics is not None)
         if self.self_play_setup.choice.mode == "in-process":
             check_can_generate()
         if args.opponent_reference == "fixed":
@@ -289,7 +291,9 @@ class SPINTrainer(HubTrainer):
 
     def log_self_play(self, metrics: dict[str, float]) -> None:
         """Log an iteration's metrics, without those of training steps that have not been logged yet."""
+        is_step_to_log = self.control.should_log
         super(DPOTrainer, self).log(dict(metrics))
+        self.control.should_log = is_step_to_log  # any log would count as that of the step
 
     # The run
 
@@ -334,12 +338,23 @@ class SPINTrainer(HubTrainer):
             if self.stop_signal.has_stopped:
                 self.accelerator.print(f"Stopped by SIGTERM after step {self.state.global_step}.")
                 raise SystemExit(EXIT_STATUS)
-            on_main_process(self.store.mark_finished)
+            outcome = self._take_best()
+            if self.self_play.converged is not None:
+                outcome["converged"] = self.self_play.converged.describe()
+            on_main_process(lambda: self.store.mark_finished(**outcome))
             self.create_model_card(model_name=Path(self.args.output_dir).name)
             self._save_merged()
             if self.args.report and not self.start.is_finished:
                 on_main_process(lambda: write_end_report(self.store.output_dir))
             return output
+
+    def _take_best(self) -> dict[str, Any]:
+        """Find the best iteration, and load its policy, as asked. Returns what `self_play.json` says of it."""
+        if self.args.metric_for_best_iteration is None:
+            return {}
+        best = on_main_process(lambda: find_best(self.store.all_metrics(), self.args))
+        take_best(self, best, self.accelerator.print)
+        return {} if best is None else {"best_iteration": best.describe()}
 
     def _save_merged(self) -> None:
         directory = self.store.output_dir / "merged"

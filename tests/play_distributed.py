@@ -92,11 +92,12 @@ def settings(output_dir: str, **overrides) -> dict:
 
 def play(model: str, data: str, config: SPINConfig, adapter: str | None = None) -> dict:
     record = Record()
-    rows = [json.loads(line) for line in Path(data).read_text().splitlines()[:30]]
+    rows = [json.loads(line) for line in Path(data).read_text().splitlines()[:39]]
     trainer = SPINTrainer(
         model,
         config,
-        train_dataset=Dataset.from_list(rows),
+        train_dataset=Dataset.from_list(rows[:30]),
+        eval_dataset=None if config.metric_for_best_iteration is None else Dataset.from_list(rows[30:]),
         callbacks=[record, Terminate(config.process_index)],
         peft_config=LoraConfig(r=4, target_modules="all-linear") if adapter == "lora" else None,
     )
@@ -113,6 +114,8 @@ def play(model: str, data: str, config: SPINConfig, adapter: str | None = None) 
         "begins": record.begins,
         "ends": record.ends,
         "live": record.live,
+        "logged": [entry for entry in trainer.state.log_history if "self_play/iteration" in entry],
+        "policy": {name: p.double().sum().item() for name, p in trainer.model.named_parameters()},
     }
 
 

@@ -1,0 +1,58 @@
+"""When self-play is over: the opponent can no longer be told from the data.
+
+SPIN (arXiv 2401.01335), theorem 5.2: where the opponent is the data's distribution, it is the best reply to itself, so
+that no further iteration moves it. Knows nothing of how the numbers come about.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from .spin_config import SPINConfig
+
+
+class Converged(Exception):
+    """Self-play is over before its last iteration. The message says which rule says so, and by which numbers."""
+
+    def __init__(self, iteration: int, rule: str, reason: str, **numbers: float):
+        super().__init__(f"Self-play has converged before iteration {iteration}: {reason}")
+        self.iteration = iteration
+        self.rule = rule
+        self.numbers = numbers
+
+    def describe(self) -> dict[str, Any]:
+        """For `self_play.json`."""
+        return {"iteration": self.iteration, "rule": self.rule, **self.numbers, "message": str(self)}
+
+
+def check_evaluation(iteration: int, scores: Mapping[str, float], args: SPINConfig) -> None:
+    """
+    Raises:
+        [`Converged`]: if that is asked for and what an iteration has taught the policy no longer tells held-out ground
+            truths from its opponent's answers.
+    """
+    accuracy = scores.get("rewards/accuracies")
+    if args.stop_when_converged and accuracy is not None and abs(accuracy - 0.5) <= args.convergence_tolerance:
+        raise Converged(
+            iteration,
+            "held-out accuracy",
+            f"on `eval_dataset` the policy after iteration {iteration - 1} tells the ground truth from its opponent's "
+            f"answer in {accuracy:.1%} of the pairs, within {args.convergence_tolerance:.1%} of a coin's toss.",
+            accuracy=accuracy,
+            tolerance=args.convergence_tolerance,
+        )
+
+
+def check_identical_share(iteration: int, identical_share: float, args: SPINConfig) -> None:
+    """
+    Raises:
+        [`Converged`]: if that is asked for and nearly all of the opponent's answers equal the ground truth.
+    """
+    if args.stop_when_converged and identical_share >= 1 - args.convergence_tolerance:
+        raise Converged(
+            iteration,
+            "identical pairs",
+            f"its opponent reproduces the ground truth in {identical_share:.1%} of the pairs, at least "
+            f"{1 - args.convergence_tolerance:.1%}.",
+            identical_share=identical_share,
+            tolerance=args.convergence_tolerance,
+        )

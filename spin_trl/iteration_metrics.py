@@ -1,0 +1,173 @@
+"""Numbers by which one sees what an opponent said and what it thinks of the data. Knows nothing of models and files.
+
+Datasets are read in batches of Arrow memory, so that an iteration of any size takes the memory of one batch.
+"""
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset
+
+from .pair_dataset import PairDataset
+
+
+_BATCH_SIZE = 1024
+_NUM_DISTINCT_SAMPLED = 2000  # pairs: distinct-n falls as texts are added, so it always looks at as many
+_PERCENTILES = (10, 50, 90)
+
+
+def describe_generations(
+    pairs: PairDataset, completions: Iterable[pa.Table], seed: int
+) -> dict[str, float | dict[str, float]]:
+    """
+    What the opponent said, beside what the data says.
+
+    Args:
+        pairs ([`PairDataset`]): With `chosen_ids` and `rejected_ids`, as made, the identical ones included.
+        completions (`Iterable[pyarrow.Table]`): The opponent's, with `completion_ids` and `finish_reason`.
+        seed (`int`): Of the sample over which distinct-n is taken. The same pairs are looked at in every iteration.
+
+    Returns:
+        `dict`: `empty_share`; `distinct_1`, `distinct_2` of the answers and `chosen_distinct_1`, `chosen_distinct_2` of
+        the ground truths; `chosen_lengths` and `rejected_lengths`, each a dict of percentiles, in tokens.
+    """
+    described = {"empty_share": empty_share(completions)}
+    sampled = pairs.select(_sample(len(pairs), seed))
+    for column, prefix in (("rejected_ids", ""), ("chosen_ids", "chosen_")):
+        token_ids = pa.concat_arrays([_one_array(batch[column]) for batch in _batches(sampled, [column])])
+        described |= {f"{prefix}distinct_{n}": distinct(token_ids, n) for n in (1, 2)}
+    for side in ("chosen", "rejected"):
+        column = f"{side}_ids"
+        lengths = np.concatenate([_lengths(batch[column]) for batch in _batches(pairs, [column])])
+        values = np.percentile(lengths, _PERCENTILES)
+        described[f"{side}_lengths"] = {f"p{p}": float(v) for p, v in zip(_PERCENTILES, values, strict=True)}
+    return described
+
+
+def describe_scores(
+    pairs: PairDataset,
+    scores: Mapping[str, np.ndarray],
+    iteration: int,
+    num_identical_dropped: int,
+    max_length: int | None,
+    truncation_mode: str,
+) -> dict[str, float]:
+    """
+    What the reference, which is the opponent, thinks of both sides of an iteration's own pairs.
+
+    Args:
+        pairs ([`PairDataset`]): Token ids, and `iteration`.
+        scores (`Mapping[str, np.ndarray]`): `ref_chosen_logps` and `ref_rejected_logps`, each of shape `(len(pairs),)`.
+        iteration (`int`): Of these pairs, those that were made in it count.
+        num_identical_dropped (`int`): Pairs of equal sides that were left out. Their gap is 0.
+        max_length (`int`, *optional*), truncation_mode (`str`): As DPOTrainer's collator truncated before scoring.
+
+    Returns:
+        `dict`: `logps_gap`, the mean of `log p(y)/|y| - log p(y')/|y'|`, and `opponent_nll`, the mean of `-log p(y)`
+        over all tokens of the ground truths. Both in nats per token. A side of no tokens has no mean: such a pair does
+        not count in the gap.
+    """
+    gap, num_gaps, chosen_logps, num_tokens, start = 0.0, num_identical_dropped, 0.0, 0, 0
+    for batch in _batches(pairs, ["iteration", "prompt_ids", "chosen_ids", "rejected_ids"]):
+        own = pc.equal(batch["iteration"], iteration)
+        ref_chosen, ref_rejected = (
+            scores[f"ref_{side}_logps"][start : start + len(batch)][own.to_numpy()] for side in ("chosen", "rejected")
+        )
+        start += len(batch)
+        batch = batch.filter(own)
+        prompts = _lengths(batch["prompt_ids"])
+        chosen, rejected = (
+            _scored_lengths(prompts, _lengths(batch[name]), max_length, truncation_mode)
+            for name in ("chosen_ids", "rejected_ids")
+        )
+        both = (chosen > 0) & (rejected > 0)
+        gap += float(np.sum(ref_chosen[both] / chosen[both] - ref_rejected[both] / rejected[both]))
+        num_gaps += int(both.sum())
+        chosen_logps += float(np.sum(ref_chosen, dtype=np.float64))
+        num_tokens += int(chosen.sum())
+    described = {}
+    if num_gaps > 0:
+        described["logps_gap"] = gap / num_gaps
+    if num_tokens > 0:
+        described["opponent_nll"] = -chosen_logps / num_tokens
+    return described
+
+
+def generation_rates(
+    completions: Iterable[pa.Table], sampled_rows: Collection[int], seconds: float
+) -> dict[str, float]:
+    """
+    Completions and tokens per second, of what was sampled in this time alone: a resumed run has others on disk already.
+
+    Args:
+        completions (`Iterable[pyarrow.Table]`): All of the iteration's, with `row` and `completion_ids`.
+        sampled_rows (`Collection[int]`): Rows of the prompts that were answered in these seconds.
+    """
+    sampled_rows = pa.array(sampled_rows, pa.int64())
+    num_completions = num_tokens = 0
+    for batch in completions:
+        sampled = batch.filter(pc.is_in(batch["row"], sampled_rows))
+        num_completions += len(sampled)
+        num_tokens += int(_lengths(sampled["completion_ids"]).sum())
+    if num_completions == 0:
+        return {}
+    return {"completions_per_second": num_completions / seconds, "tokens_per_second": num_tokens / seconds}
+
+
+def empty_share(completions: Iterable[pa.Table]) -> float:
+    """Share of answers that say nothing: no token at all, or an end token alone."""
+    num_completions = num_empty = 0
+    for batch in completions:
+        lengths = _lengths(batch["completion_ids"])
+        ended = pc.equal(batch["finish_reason"], "stop").to_numpy()
+        num_completions += len(batch)
+        num_empty += int(np.sum((lengths == 0) | ((lengths == 1) & ended)))
+    return num_empty / num_completions
+
+
+def distinct(token_ids: pa.ListArray, n: int) -> float:
+    """
+    Distinct-n (Li et al., 2016): different n-grams over all n-grams, of token ids.
+
+    Args:
+        token_ids (`pyarrow.ListArray`): One list a text. No n-gram reaches over two of them.
+        n (`int`): 1 or 2.
+    """
+    tokens = token_ids.flatten().to_numpy(zero_copy_only=False).astype(np.int64)
+    text = np.repeat(np.arange(len(token_ids)), _lengths(token_ids))
+    if n == 2:
+        within = text[1:] == text[:-1]
+        tokens = (tokens[:-1] << 32 | tokens[1:])[within]
+    return len(np.unique(tokens)) / len(tokens) if len(tokens) else 0.0
+
+
+def _scored_lengths(prompts: np.ndarray, sides: np.ndarray, max_length: int | None, truncation_mode: str) -> np.ndarray:
+    """How many tokens of each side have a log-prob after the collator has truncated prompt and side together."""
+    if max_length is None:
+        return sides
+    if truncation_mode == "keep_end":
+        return np.minimum(sides, max_length - 1)  # the first token of a sequence has none
+    return np.clip(max_length - prompts, 0, sides)
+
+
+def _sample(num_pairs: int, seed: int) -> np.ndarray:
+    size = min(num_pairs, _NUM_DISTINCT_SAMPLED)
+    return np.sort(np.random.default_rng(seed).choice(num_pairs, size=size, replace=False))
+
+
+def _batches(dataset: Dataset | PairDataset, columns: list[str]) -> Iterator[pa.Table]:
+    if isinstance(dataset, PairDataset):
+        return dataset.batches(columns)
+    return dataset.select_columns(columns).with_format("arrow").iter(batch_size=_BATCH_SIZE)
+
+
+def _lengths(lists: pa.ListArray | pa.ChunkedArray) -> np.ndarray:
+    lengths = pc.list_value_length(lists)
+    return lengths.to_numpy() if isinstance(lengths, pa.ChunkedArray) else lengths.to_numpy(zero_copy_only=False)
+
+
+def _one_array(lists: pa.ChunkedArray) -> pa.ListArray:
+    array = lists.combine_chunks()
+    return pa.concat_arrays(array.chunks) if isinstance(array, pa.ChunkedArray) else array

@@ -1,0 +1,146 @@
+"""Every number that a run logs beside DPOTrainer's own: its meaning, and what a healthy run shows.
+
+The README's table is made from here. Knows nothing of how the numbers come about.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+
+ITERATION = "self_play/iteration"
+EVALUATION = "evaluation"  # key of an opponent's evaluation in an iteration's metrics.json
+
+
+@dataclass(frozen=True)
+class MetricName:
+    """
+    Args:
+        meaning (`str`): What it is.
+        healthy (`str`): What a healthy run shows.
+        greater_is_better (`bool`, *optional*): Of an evaluation metric, which way is better.
+    """
+
+    meaning: str
+    healthy: str
+    greater_is_better: bool | None = None
+
+
+METRIC_NAMES: dict[str, MetricName] = {
+    ITERATION: MetricName(
+        "Iteration that the entry is of. An `eval_` entry is of this iteration's opponent, that is of the policy after "
+        "the iteration before.",
+        "Counts from 0.",
+    ),
+    # the opponent's answers
+    "self_play/num_pairs": MetricName("Pairs that the opponent's answers make.", "Prompts times `num_generations`."),
+    "self_play/num_training_pairs": MetricName(
+        "Pairs that are trained on: identical ones left out, those of earlier iterations joined.",
+        "Not far below `num_pairs` in iteration 0; with history more than it later.",
+    ),
+    "self_play/chosen_length": MetricName("Mean length of the ground truths, in tokens.", "The same every iteration."),
+    "self_play/rejected_length": MetricName(
+        "Mean length of the opponent's answers, in tokens.",
+        "Nears `chosen_length`. Running away from it, in either direction, is a sign of collapse.",
+    ),
+    "self_play/chosen_truncated_share": MetricName(
+        "Share of ground truths that `max_length` cuts in training.", "Near 0; else raise `max_length`."
+    ),
+    "self_play/rejected_truncated_share": MetricName(
+        "Share of answers that `max_length` cuts in training.", "Near 0; else raise `max_length`."
+    ),
+    "self_play/cut_off_share": MetricName(
+        "Share of answers that ran into `max_completion_length`.",
+        "About the share of ground truths that are longer (0.01 by default), or falling to it.",
+    ),
+    "self_play/identical_share": MetricName(
+        "Share of pairs whose sides are equal, token by token.",
+        "Rises slowly. Near 1 there is nothing left to learn.",
+    ),
+    "self_play/empty_share": MetricName(
+        "Share of answers that say nothing: an end token alone, or no token.", "0. Rising means collapse."
+    ),
+    "self_play/distinct_1": MetricName(
+        "Different tokens over all tokens of the answers to 2,000 prompts, the same ones in every iteration.",
+        "Near `chosen_distinct_1`. Falling below it: the opponent repeats itself.",
+    ),
+    "self_play/distinct_2": MetricName("The same of pairs of neighbouring tokens.", "Near `chosen_distinct_2`."),
+    "self_play/chosen_distinct_1": MetricName("`distinct_1` of the ground truths.", "The same every iteration."),
+    "self_play/chosen_distinct_2": MetricName("`distinct_2` of the ground truths.", "The same every iteration."),
+    # the opponent's log-probs
+    "self_play/logps_gap": MetricName(
+        "Mean over pairs of `log p(y)/|y| - log p(y')/|y'|`, `p` being the opponent (with `opponent_reference: fixed` "
+        "the initial model), `y` the ground truth, `y'` its own answer. Nats per token.",
+        "Does not fall, and stays above 0 (below temperature 1 it starts lower). Negative although `rewards/margins` "
+        "look fine means that the policy finds its own answers likelier than the data (arXiv 2601.08198): lower "
+        "`learning_rate`, or add an SFT term.",
+    ),
+    "self_play/opponent_nll": MetricName(
+        "The opponent's negative log-likelihood of the training set's ground truths, of the pairs that it has scored, "
+        "in nats per token.",
+        "Falls. Rising: the ground truths' log-probs sink (likelihood displacement).",
+    ),
+    "self_play/publish_check_difference": MetricName(
+        "Mean absolute difference between the server's log-probs of sampled tokens and the policy's, in nats.",
+        "Below 1e-5 in float32, about 0.01 in bfloat16, and the same in every iteration.",
+    ),
+    # speed
+    "self_play/completions_per_second": MetricName(
+        "Completions generated per second, by all processes.", "Steady; it falls as answers grow longer."
+    ),
+    "self_play/tokens_per_second": MetricName("Tokens generated per second, by all processes.", "Steady."),
+    "self_play/seconds_publish": MetricName("Seconds for saving, loading and checking the opponent.", "Steady."),
+    "self_play/seconds_evaluate": MetricName("Seconds for evaluating the opponent.", "Steady."),
+    "self_play/seconds_generate": MetricName(
+        "Seconds for answering all prompts, repeated attempts included.", "Steady."
+    ),
+    "self_play/seconds_score": MetricName(
+        "Seconds for making the pairs and for the opponent's log-probs.", "With history about twice iteration 0's."
+    ),
+    "self_play/seconds_train": MetricName(
+        "Seconds from the iteration's first step to its last, checkpoints included.",
+        "With history about twice iteration 0's.",
+    ),
+    # the evaluation
+    "eval_nll": MetricName(
+        "Negative log-likelihood of the held-out ground truths under this iteration's opponent, in nats per token.",
+        "Falls. Rising while `rewards/margins` grow is likelihood displacement.",
+        greater_is_better=False,
+    ),
+    "eval_rewards/chosen": MetricName(
+        "Mean over the held-out prompts of `beta * (log p(y) - log p_t(y))`: the policy after an iteration against the "
+        "opponent `p_t` that it was trained against, with that iteration's `beta`.",
+        "Above 0: the held-out ground truths have become likelier.",
+        greater_is_better=True,
+    ),
+    "eval_rewards/rejected": MetricName(
+        "The same of the answer that `p_t` gave to the prompt.", "Below 0.", greater_is_better=False
+    ),
+    "eval_rewards/accuracies": MetricName(
+        "Share of held-out prompts whose ground truth has the larger reward. A tie, such as an answer that equals the "
+        "ground truth, counts half.",
+        "Well above 0.5 after the first iterations, then back towards 0.5 as the opponent becomes as good as the data.",
+        greater_is_better=True,
+    ),
+    "eval_rewards/margins": MetricName(
+        "Mean of the chosen reward minus the rejected one.", "Above 0, smaller each iteration.", greater_is_better=True
+    ),
+}
+
+
+def evaluation_names() -> list[str]:
+    """Names of the evaluation metrics that every run has, without `eval_`."""
+    return [name.removeprefix("eval_") for name in METRIC_NAMES if name.startswith("eval_")]
+
+
+def logged_values(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """What of an iteration's `metrics.json` is logged, under the names that it is logged by."""
+    logged = {f"self_play/{name}": value for name, value in metrics.items() if isinstance(value, Real)}
+    return logged | {f"eval_{name}": value for name, value in metrics.get(EVALUATION, {}).items()}
+
+
+def to_markdown() -> str:
+    """The README's table."""
+    rows = [f"| `{name}` | {metric.meaning} | {metric.healthy} |" for name, metric in METRIC_NAMES.items()]
+    return "\n".join(["| metric | meaning | in a healthy run |", "| --- | --- | --- |", *rows]) + "\n"

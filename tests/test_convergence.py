@@ -1,0 +1,128 @@
+"""A run that ends because the opponent cannot be told from the data any more."""
+
+import pytest
+from datasets import Dataset
+
+from spin_trl import SPINConfig, SPINTrainer
+from spin_trl.convergence import Converged, check_evaluation, check_identical_share
+from spin_trl.generation.sampler import Completion
+from spin_trl.pairs import NoPairsError
+
+
+def config(**overrides) -> SPINConfig:
+    return SPINConfig(use_cpu=True, bf16=False, report_to="none", **{"stop_when_converged": True, **overrides})
+
+
+@pytest.mark.parametrize("accuracy", [0.5, 0.47, 0.53])
+def test_accuracy_near_a_half_is_the_end(accuracy):
+    with pytest.raises(Converged, match=r"before iteration 3: .*after iteration 2 .* within 4.0%") as end:
+        check_evaluation(3, {"rewards/accuracies": accuracy}, config(convergence_tolerance=0.04))
+    described = end.value.describe()
+    assert (described["iteration"], described["rule"], described["accuracy"]) == (3, "held-out accuracy", accuracy)
+
+
+@pytest.mark.parametrize("scores", [{"rewards/accuracies": 0.55}, {"rewards/accuracies": 0.45}, {"nll": 0.5}])
+def test_other_evaluations_are_not(scores):
+    check_evaluation(3, scores, config(convergence_tolerance=0.04))
+
+
+def test_share_of_identical_pairs_within_the_tolerance_of_one_is_the_end():
+    check_identical_share(1, 0.95, config(convergence_tolerance=0.04))
+    with pytest.raises(Converged, match="reproduces the ground truth in 97.0% of the pairs, at least 96.0%"):
+        check_identical_share(1, 0.97, config(convergence_tolerance=0.04))
+
+
+def test_nothing_ends_a_run_that_is_not_to_be_ended():
+    check_evaluation(3, {"rewards/accuracies": 0.5}, config(stop_when_converged=False))
+    check_identical_share(1, 1.0, config(stop_when_converged=False))
+
+
+@pytest.mark.parametrize("tolerance", [0, 0.5, -1, float("nan")])
+def test_tolerance_out_of_range_is_refused(tolerance):
+    with pytest.raises(ValueError, match="`convergence_tolerance` must be"):
+        config(convergence_tolerance=tolerance)
+
+
+class LearnsTheTruth:
+    """Says nothing up to an iteration, and from it on the ground truth."""
+
+    reads_checkpoints = False
+
+    def __init__(self, dataset: Dataset, iteration: int):
+        self.truths = dict(zip(dataset["row"], dataset["chosen_ids"], strict=True))
+        self.learned_at = iteration
+        self.iteration = 0
+
+    def sample(self, requests, params, logprobs=False):
+        for request in requests:
+            knows = self.iteration >= self.learned_at
+            yield Completion(request.key, self.truths[request.key[0]] if knows else [params.end_token_ids[0]], "stop")
+
+    def select(self, iteration, checkpoint):
+        self.iteration = iteration
+
+    def publish(self, iteration, checkpoint): ...
+
+    def close(self): ...
+
+
+@pytest.fixture
+def make_trainer(tiny_model, train_dataset, make_config):
+    """48 rows in batches of 8: six steps in iteration 0."""
+
+    def make(learned_at: int, **overrides) -> SPINTrainer:
+        settings = {"stop_when_converged": True, "identical_pairs": None, "resume": "auto", "save_strategy": "epoch"}
+        trainer = SPINTrainer(tiny_model, make_config(**{**settings, **overrides}), train_dataset=train_dataset)
+        trainer.sampler = trainer.self_play.sampler = LearnsTheTruth(trainer.self_play.dataset, learned_at)
+        return trainer
+
+    return make
+
+
+def test_run_ends_when_all_answers_equal_the_ground_truth_and_says_so_when_it_is_started_again(make_trainer, capsys):
+    trainer = make_trainer(1)
+    trainer.train()
+    assert trainer.state.global_step == 6
+    assert not trainer.store.has_pairs(1) and not trainer.store.path(2).exists()
+    found = trainer.store.read_run()
+    assert found["finished"] and found["converged"]["rule"] == "identical pairs"
+    assert (found["converged"]["iteration"], found["converged"]["identical_share"]) == (1, 1.0)
+    reason = "before iteration 1: its opponent reproduces the ground truth in 100.0% of the pairs"
+    assert reason in capsys.readouterr().out
+    assert any(entry.get("self_play/identical_share") == 1.0 for entry in trainer.state.log_history)
+
+    again = make_trainer(1, num_iterations=5)
+    again.train()
+    assert again.state.global_step == 6
+    assert f"final policy is checkpoint-6. Self-play has converged {reason}" in capsys.readouterr().out
+
+    with pytest.raises(NoPairsError):  # the rule as it is without the option
+        make_trainer(1, stop_when_converged=False).train()
+
+
+def test_run_whose_first_opponent_knows_everything_ends_before_its_first_step(make_trainer, capsys):
+    for _ in range(2):
+        trainer = make_trainer(0)
+        trainer.train()
+        assert trainer.state.global_step == 0
+        assert "converged before iteration 0" in capsys.readouterr().out
+
+
+def test_held_out_accuracy_ends_the_run_after_the_evaluation_and_the_best_iteration_is_still_told(
+    tiny_model, train_dataset, eval_dataset, make_config
+):
+    settings = {"stop_when_converged": True, "metric_for_best_iteration": "nll", "load_best_iteration_at_end": True}
+    trainer = SPINTrainer(tiny_model, make_config(**settings), train_dataset=train_dataset, eval_dataset=eval_dataset)
+    evaluated = []
+
+    def scores(iteration, dataset):
+        evaluated.append(iteration)
+        return {"nll": 2.0 - iteration, **({"rewards/accuracies": 0.51} if iteration else {})}
+
+    trainer.self_play.evaluation.scores = scores
+    trainer.train()
+    assert evaluated == [0, 1]
+    found = trainer.store.read_run()
+    assert (found["converged"]["rule"], found["converged"]["accuracy"]) == ("held-out accuracy", 0.51)
+    assert found["best_iteration"]["after"] == "iteration 0"
+    assert not list(trainer.store.path(1).glob("generations/*"))

@@ -1,0 +1,144 @@
+"""The numbers of an iteration, by hand."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from datasets import Dataset
+
+from spin_trl import iteration_metrics
+from spin_trl.iteration_metrics import describe_generations, describe_scores, distinct, empty_share, generation_rates
+from spin_trl.iteration_store import COMPLETION_SCHEMA
+
+
+def lists(*values: list[int]) -> pa.ListArray:
+    return pa.array(values, pa.list_(pa.int32()))
+
+
+def completions(*answers: tuple[list[int], str]) -> pa.Table:
+    columns = {
+        "row": list(range(len(answers))),
+        "sample": [0] * len(answers),
+        "completion_ids": [ids for ids, _ in answers],
+        "finish_reason": [reason for _, reason in answers],
+    }
+    return pa.table(columns, schema=COMPLETION_SCHEMA)
+
+
+@pytest.mark.parametrize(
+    ("texts", "n", "expected"),
+    [
+        ([[1, 2, 1], [1]], 1, 2 / 4),
+        ([[1, 2, 1], [2, 1]], 2, 2 / 3),  # (1, 2), (2, 1) and (2, 1); no (1, 2) from one text to the next
+        ([[7, 7, 7, 7]], 2, 1 / 3),
+        ([[1], [], [2]], 2, 0.0),
+        ([[], []], 1, 0.0),
+        ([[300_000, 1], [1, 300_000]], 2, 1.0),
+    ],
+)
+def test_distinct_counts_different_ngrams_within_texts(texts, n, expected):
+    assert distinct(lists(*texts), n) == pytest.approx(expected)
+
+
+def test_distinct_of_a_slice_looks_at_the_slice_alone():
+    assert distinct(lists([1, 1, 1], [2, 3], [2, 3]).slice(1), 1) == 2 / 4
+
+
+def test_answers_that_say_nothing_are_empty_and_one_word_that_was_cut_off_is_not():
+    table = completions(([2], "stop"), ([], "length"), ([5], "length"), ([5, 2], "stop"))
+    assert empty_share(table) == 2 / 4
+
+
+def test_rates_count_what_was_sampled_in_this_time_alone():
+    """Rows 1 and 2 took four seconds and have three and one tokens; row 0 was there already."""
+    table = completions(([1] * 9, "length"), ([1, 1, 2], "stop"), ([2], "stop"))
+    assert generation_rates(table, [1, 2], 4.0) == {"completions_per_second": 0.5, "tokens_per_second": 1.0}
+    assert generation_rates(table, [], 4.0) == {}
+
+
+def pairs_of(*sides: tuple[list[int], list[int]], **columns: list) -> Dataset:
+    return Dataset.from_dict(
+        {
+            "prompt_ids": [[9, 9]] * len(sides),
+            "chosen_ids": [chosen for chosen, _ in sides],
+            "rejected_ids": [rejected for _, rejected in sides],
+            **columns,
+        }
+    )
+
+
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch):
+    monkeypatch.setattr(iteration_metrics, "_BATCH_SIZE", 2)
+
+
+def test_generations_are_described_beside_the_ground_truths():
+    """Lengths 1, 2, 3 and 5, 1, 1: percentiles between neighbours are linear."""
+    pairs = pairs_of(([1], [4, 4, 4, 4, 2]), ([1, 2], [2]), ([1, 2, 3], [2]))
+    table = completions(([4, 4, 4, 4, 2], "stop"), ([2], "stop"), ([2], "stop"))
+    assert describe_generations(pairs, table, seed=0) == {
+        "empty_share": 2 / 3,
+        "distinct_1": 2 / 7,
+        "distinct_2": 2 / 4,
+        "chosen_distinct_1": 3 / 6,
+        "chosen_distinct_2": 2 / 3,
+        "chosen_lengths": {"p10": 1.2, "p50": 2.0, "p90": 2.8},
+        "rejected_lengths": {"p10": 1.0, "p50": 1.0, "p90": 4.2},
+    }
+
+
+def test_distinct_looks_at_the_same_bounded_sample_of_pairs_in_every_iteration(monkeypatch):
+    monkeypatch.setattr(iteration_metrics, "_NUM_DISTINCT_SAMPLED", 5)
+    truths = [[row] for row in range(40)]
+    first = pairs_of(*((truth, [1]) for truth in truths))
+    later = pairs_of(*((truth, truth) for truth in truths))
+    seen = []
+    monkeypatch.setattr(iteration_metrics, "distinct", lambda ids, n: seen.append(ids.to_pylist()) or 0.0)
+    for pairs in (first, later):
+        describe_generations(pairs, completions(([1], "stop")), seed=3)
+    rejected, chosen, same, chosen_later = seen[0], seen[2], seen[4], seen[6]
+    assert len(chosen) == len(rejected) == 5
+    assert chosen == same == chosen_later
+
+
+def scored(*logps: tuple[float, float]) -> dict[str, list]:
+    return {
+        "ref_chosen_logps": [float(chosen) for chosen, _ in logps],
+        "ref_rejected_logps": [float(rejected) for _, rejected in logps],
+    }
+
+
+def test_gap_is_per_token_and_of_the_iterations_own_pairs():
+    """-4/2 + 3/1 = 1 and -6/3 + 6/2 = 1; one identical pair was left out: 2 over 3. The third is history."""
+    pairs = pairs_of(
+        ([1, 2], [1]),
+        ([1, 2, 2], [3, 4]),
+        ([1], [2]),
+        **scored((-4, -3), (-6, -6), (-100, -1)),
+        iteration=[2, 2, 1],
+    )
+    described = describe_scores(pairs, 2, num_identical_dropped=1, max_length=None, truncation_mode="keep_start")
+    assert described == pytest.approx({"logps_gap": 2 / 3, "opponent_nll": 10 / 5})
+    alone = describe_scores(pairs.select([0]), 2, 0, None, "keep_start")
+    assert alone == pytest.approx({"logps_gap": 1.0, "opponent_nll": 2.0})
+
+
+@pytest.mark.parametrize(("truncation_mode", "chosen", "rejected"), [("keep_start", 2, 1), ("keep_end", 3, 1)])
+def test_only_tokens_that_were_scored_count(truncation_mode, chosen, rejected):
+    """A prompt of 2 and four tokens in all: the start of the chosen side, or all but the first of its last four."""
+    pairs = pairs_of(([1] * 6, [1]), **scored((-6, -3)), iteration=[0])
+    described = describe_scores(pairs, 0, 0, max_length=4, truncation_mode=truncation_mode)
+    assert described == pytest.approx({"logps_gap": -6 / chosen + 3 / rejected, "opponent_nll": 6 / chosen})
+
+
+def test_side_without_tokens_has_no_gap():
+    pairs = pairs_of(([1], []), ([1, 2], [2]), **scored((-1, 0), (-2, -3)), iteration=[0, 0])
+    assert describe_scores(pairs, 0, 0, None, "keep_start") == pytest.approx({"logps_gap": 2.0, "opponent_nll": 1.0})
+    assert describe_scores(pairs.select([0]), 0, 0, None, "keep_start") == {"opponent_nll": 1.0}
+
+
+def test_float32_scores_of_many_pairs_do_not_lose_their_last_digits():
+    pairs = pairs_of(*[([1, 2], [2])] * 300).add_column("iteration", [0] * 300)
+    for name, value in (("ref_chosen_logps", -0.2), ("ref_rejected_logps", -0.3)):
+        pairs = pairs.add_column(name, np.full(300, value, np.float32))
+    described = describe_scores(pairs, 0, 0, None, "keep_start")
+    assert described == pytest.approx({"logps_gap": 0.2, "opponent_nll": 0.1}, rel=1e-6)
