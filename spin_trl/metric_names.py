@@ -1,6 +1,6 @@
 """Every number that a run logs beside DPOTrainer's own: its meaning, and what a healthy run shows.
 
-The README's table is made from here. Knows nothing of how the numbers come about.
+The table in docs/metrics.md is made from here. Knows nothing of how the numbers come about.
 """
 
 from collections.abc import Mapping
@@ -72,9 +72,9 @@ METRIC_NAMES: dict[str, MetricName] = {
     "self_play/logps_gap": MetricName(
         "Mean over pairs of `log p(y)/|y| - log p(y')/|y'|`, `p` being the opponent (with `opponent_reference: fixed` "
         "the initial model), `y` the ground truth, `y'` its own answer. Nats per token.",
-        "Does not fall, and stays above 0 (below temperature 1 it starts lower). Negative although `rewards/margins` "
-        "look fine means that the policy finds its own answers likelier than the data (arXiv 2601.08198): lower "
-        "`learning_rate`, or add an SFT term.",
+        "Rises towards 0 or above it. It may start below: a model finds its own answers likely (the demo starts at "
+        "-0.8). Falling although `rewards/margins` look fine means that the policy comes to prefer its own answers to "
+        "the data (arXiv 2601.08198): lower `learning_rate`, or add an SFT term.",
     ),
     "self_play/opponent_nll": MetricName(
         "The opponent's negative log-likelihood of the training set's ground truths, of the pairs that it has scored, "
@@ -141,6 +141,6 @@ def logged_values(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 def to_markdown() -> str:
-    """The README's table."""
+    """The table of docs/metrics.md."""
     rows = [f"| `{name}` | {metric.meaning} | {metric.healthy} |" for name, metric in METRIC_NAMES.items()]
     return "\n".join(["| metric | meaning | in a healthy run |", "| --- | --- | --- |", *rows]) + "\n"

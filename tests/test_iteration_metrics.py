@@ -14,14 +14,16 @@ def lists(*values: list[int]) -> pa.ListArray:
     return pa.array(values, pa.list_(pa.int32()))
 
 
-def completions(*answers: tuple[list[int], str]) -> pa.Table:
+def completions(*answers: tuple[list[int], str]) -> list[pa.Table]:
+    """In batches of two."""
     columns = {
         "row": list(range(len(answers))),
         "sample": [0] * len(answers),
         "completion_ids": [ids for ids, _ in answers],
         "finish_reason": [reason for _, reason in answers],
     }
-    return pa.table(columns, schema=COMPLETION_SCHEMA)
+    table = pa.table(columns, schema=COMPLETION_SCHEMA)
+    return [table.slice(start, 2) for start in range(0, len(table), 2)]
 
 
 @pytest.mark.parametrize(
@@ -100,6 +102,12 @@ def test_distinct_looks_at_the_same_bounded_sample_of_pairs_in_every_iteration(m
     assert chosen == same == chosen_later
 
 
+def describe(pairs: Dataset, *args, **kwargs) -> dict[str, float]:
+    """Of pairs that hold their scores."""
+    scores = {name: np.array(pairs[name], np.float32) for name in ("ref_chosen_logps", "ref_rejected_logps")}
+    return describe_scores(pairs, scores, *args, **kwargs)
+
+
 def scored(*logps: tuple[float, float]) -> dict[str, list]:
     return {
         "ref_chosen_logps": [float(chosen) for chosen, _ in logps],
@@ -116,9 +124,9 @@ def test_gap_is_per_token_and_of_the_iterations_own_pairs():
         **scored((-4, -3), (-6, -6), (-100, -1)),
         iteration=[2, 2, 1],
     )
-    described = describe_scores(pairs, 2, num_identical_dropped=1, max_length=None, truncation_mode="keep_start")
+    described = describe(pairs, 2, num_identical_dropped=1, max_length=None, truncation_mode="keep_start")
     assert described == pytest.approx({"logps_gap": 2 / 3, "opponent_nll": 10 / 5})
-    alone = describe_scores(pairs.select([0]), 2, 0, None, "keep_start")
+    alone = describe(pairs.select([0]), 2, 0, None, "keep_start")
     assert alone == pytest.approx({"logps_gap": 1.0, "opponent_nll": 2.0})
 
 
@@ -126,19 +134,19 @@ def test_gap_is_per_token_and_of_the_iterations_own_pairs():
 def test_only_tokens_that_were_scored_count(truncation_mode, chosen, rejected):
     """A prompt of 2 and four tokens in all: the start of the chosen side, or all but the first of its last four."""
     pairs = pairs_of(([1] * 6, [1]), **scored((-6, -3)), iteration=[0])
-    described = describe_scores(pairs, 0, 0, max_length=4, truncation_mode=truncation_mode)
+    described = describe(pairs, 0, 0, max_length=4, truncation_mode=truncation_mode)
     assert described == pytest.approx({"logps_gap": -6 / chosen + 3 / rejected, "opponent_nll": 6 / chosen})
 
 
 def test_side_without_tokens_has_no_gap():
     pairs = pairs_of(([1], []), ([1, 2], [2]), **scored((-1, 0), (-2, -3)), iteration=[0, 0])
-    assert describe_scores(pairs, 0, 0, None, "keep_start") == pytest.approx({"logps_gap": 2.0, "opponent_nll": 1.0})
-    assert describe_scores(pairs.select([0]), 0, 0, None, "keep_start") == {"opponent_nll": 1.0}
+    assert describe(pairs, 0, 0, None, "keep_start") == pytest.approx({"logps_gap": 2.0, "opponent_nll": 1.0})
+    assert describe(pairs.select([0]), 0, 0, None, "keep_start") == {"opponent_nll": 1.0}
 
 
 def test_float32_scores_of_many_pairs_do_not_lose_their_last_digits():
     pairs = pairs_of(*[([1, 2], [2])] * 300).add_column("iteration", [0] * 300)
     for name, value in (("ref_chosen_logps", -0.2), ("ref_rejected_logps", -0.3)):
         pairs = pairs.add_column(name, np.full(300, value, np.float32))
-    described = describe_scores(pairs, 0, 0, None, "keep_start")
+    described = describe(pairs, 0, 0, None, "keep_start")
     assert described == pytest.approx({"logps_gap": 0.2, "opponent_nll": 0.1}, rel=1e-6)

@@ -414,11 +414,6 @@ class TestRefusedBeforeTheModelIsLoaded:
         with pytest.raises(ValueError, match="All 2 prompts are too long: the shortest has 71 tokens"):
             SPINTrainer(tiny_model, make_config(), train_dataset=dataset)
 
-    def test_adapter_that_a_server_cannot_load(self, tiny_model, make_config, train_dataset):
-        config = make_config(vllm_server_base_url="http://127.0.0.1:9")
-        with pytest.raises(ValueError, match="cannot load adapters with `use_dora=True`"):
-            SPINTrainer(tiny_model, config, train_dataset=train_dataset, peft_config=LoraConfig(**LORA, use_dora=True))
-
 
 def test_duplicate_row_is_dropped_and_counted(tiny_model, train_dataset, make_config):
     rows = [*train_dataset, train_dataset[7]]
