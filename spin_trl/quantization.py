@@ -60,9 +60,13 @@ def find_quantization(
     if settings.get("dequantize"):  # as it is loaded
         return None
     quantizer = getattr(model, "hf_quantizer", None)
+    is_4bit = bool(settings.get("load_in_4bit") or settings.get("_load_in_4bit"))
+    method = settings.get("quant_method")
+    if method is None and (is_4bit or settings.get("load_in_8bit")):  # as transformers completes it
+        method = "bitsandbytes"
     quantization = Quantization(
-        method=str(getattr(settings.get("quant_method"), "value", settings.get("quant_method"))),
-        is_4bit=bool(settings.get("load_in_4bit") or settings.get("_load_in_4bit")),
+        method=str(getattr(method, "value", method)),
+        is_4bit=is_4bit,
         of_checkpoint=found is not None if quantizer is None else quantizer.pre_quantized,
         settings=settings,
     )

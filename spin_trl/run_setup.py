@@ -137,12 +137,12 @@ class SelfPlaySetup:
             check_dataset(eval_dataset, "eval_dataset", args.prompt_column, args.completion_column)
         choice = choose_sampler(args.use_vllm, args.vllm_mode, args.vllm_server_base_url)
         PartialState().print(f"Opponents are sampled {_DESCRIPTIONS[choice.mode]}: {choice.reason}.")
-        check_turns(args, choice.mode, _sharding(), _quantization_config(model, args))
         if choice.mode == "in-process":
             check_generation_kwargs(args.generation_kwargs)
         config = _model_config(model, args, whole=True)
         sharding = spread_by(args)
         quantization = find_quantization(model, args, quantization_config, config)
+        check_turns(args, choice.mode, _sharding(), quantization)
         check_trains_adapter(quantization, adapter_config(model, peft_config) is not None)
         publication = plan_publication(
             model, peft_config, choice.mode != "in-process", quantization is not None, sharding
@@ -410,13 +410,6 @@ def _sharding() -> str | None:
         if str_to_bool(os.environ.get(f"ACCELERATE_USE_{name.upper()}", "false")):
             return name
     return None
-
-
-def _quantization_config(model: "str | PreTrainedModel | PeftModel", args: SPINConfig) -> Any:
-    """How the policy is, or is asked to be, quantized."""
-    if isinstance(model, str):
-        return (args.model_init_kwargs or {}).get("quantization_config")
-    return getattr(model.config, "quantization_config", None)
 
 
 def _take_api_key(args: SPINConfig) -> str | None:

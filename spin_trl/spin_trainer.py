@@ -41,7 +41,7 @@ from .self_play import SelfPlayCallback
 from .sharding import check_can_generate, whole_policy
 from .spin_config import SPINConfig
 from .stop_signal import EXIT_STATUS, StopOnSigterm
-from .turns import Turns, check_turns
+from .turns import Turns
 
 
 if TYPE_CHECKING:
@@ -143,7 +143,6 @@ class SPINTrainer(HubTrainer):
         )
         args = self.self_play_setup.args
         check_schedule(args, *optimizers)
-        self._check_turns(quantization_config)
         check_best_iteration(args, eval_dataset is not None, compute_generation_metrics is not None)
         if self.self_play_setup.choice.mode == "in-process":
             check_can_generate()
@@ -168,7 +167,6 @@ class SPINTrainer(HubTrainer):
             keep_weights_as_quantized(self.model)
         if self.self_play_setup.publication.kind == "merged":
             check_can_be_merged(self.model)
-        self._check_turns(getattr(self.model.config, "quantization_config", None))  # which its folder may have
         # Errors name rows of the user's data, so they travel with each batch. The collator sees what it always saw.
         hidden = ORIGIN_COLUMNS if args.remove_unused_columns else []
         self.data_collator = OriginCollator(self.data_collator, hidden)
@@ -278,9 +276,6 @@ class SPINTrainer(HubTrainer):
         """Bytes of what `save_opponent` writes."""
         is_merged = self.self_play_setup.publication.kind == "merged"
         return size_of_base(self.model) if is_merged else size_of_weights(self.model)
-
-    def _check_turns(self, quantization_config: Any) -> None:
-        check_turns(self.self_play_setup.args, self.self_play_setup.choice.mode, None, quantization_config)
 
     def _offloader(self) -> Offloader:
         return Offloader(lambda: training_tensors(self.model, self.optimizer, self.accelerator.device))

@@ -7,7 +7,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -15,6 +14,7 @@ from accelerate.logging import get_logger
 
 from .generation.server_rest import ServerRest
 from .offload import Offloader
+from .quantization import Quantization
 from .ranks import on_every_process, on_main_process
 from .spin_config import SPINConfig
 
@@ -120,14 +120,14 @@ def _gpu_memory_in_use() -> int:
     return total - free
 
 
-def check_turns(args: SPINConfig, mode: str, sharding: str | None, quantization_config: Any) -> None:
+def check_turns(args: SPINConfig, mode: str, sharding: str | None, quantization: Quantization | None) -> None:
     """
     Refuse what could not take turns, before a model is loaded.
 
     Args:
         mode (`str`): Of the sampler, see [`SamplerChoice`].
         sharding (`str`, *optional*): What spreads the weights over processes.
-        quantization_config (dict or object, *optional*): How the policy's weights are quantized.
+        quantization ([`Quantization`], *optional*): How the policy's weights are quantized.
 
     Raises:
         `ValueError`: naming the setting and what it contradicts.
@@ -152,14 +152,9 @@ def check_turns(args: SPINConfig, mode: str, sharding: str | None, quantization_
             f"{name} moves whole tensors, but {sharding} holds the weights in shards of its own. Leave it unset, and "
             f"use {remedy} or a server on another GPU."
         )
-    if quantization_config is not None and not _is_four_bit(quantization_config):
+    if quantization is not None and not quantization.is_4bit:
         raise ValueError(
             f"{name} moves weights that are plain, or quantized to 4 bits by bitsandbytes, but these are quantized "
             "otherwise, and may be held elsewhere too. Leave it unset, and lower `vllm_gpu_memory_utilization` until "
             "both fit."
         )
-
-
-def _is_four_bit(config: Any) -> bool:
-    """Whether this is bitsandbytes' configuration of 4 bits, as an object or as a dict."""
-    return bool(config.get("load_in_4bit") if isinstance(config, dict) else getattr(config, "load_in_4bit", False))

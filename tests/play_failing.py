@@ -81,6 +81,7 @@ if __name__ == "__main__":
     model, output_dir, phase = sys.argv[1:4]
     parser = TrlParser(SPINConfig)
     overrides = {"num_iterations": 1, "learning_rate": 1e-3, "beta": 0.1, "per_device_train_batch_size": 4}
+    overrides["temperature"] = 1.0  # tells generation from evaluation
     overrides |= {"save_strategy": "steps", "save_steps": 1, "overwrite_output_dir": True}
     parser.set_defaults_with_config(**settings(output_dir, **overrides))
     (config,) = parser.parse_args_and_config(sys.argv[4:])

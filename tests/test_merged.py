@@ -18,8 +18,10 @@ NEXT_STEP = """
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
+
 def shorter_is_better(completions, **kwargs):
     return [-len(completion) for completion in completions]
+
 
 trainer = GRPOTrainer(
     model="out/merged",

@@ -6,7 +6,6 @@ That vLLM itself sleeps and wakes, and a run goes on with it, is tested in `test
 import sys
 import time
 
-import psutil
 import pytest
 from test_managed_restarts import PATIENCE, answers, kill, processes_of, wait_for
 
@@ -173,7 +172,7 @@ def test_server_that_does_not_fall_asleep_or_wake_up_is_replaced_by_one_that_is_
     make_rest, tmp_path, refused, caplog
 ):
     rest = make_rest(can_sleep=True)
-    (supervisor,) = psutil.Process().children()
+    supervisor = rest.process._process.pid
     (tmp_path / "refuse").write_text(refused)
     rest.sleep()
     if refused == "sleep":
@@ -182,7 +181,7 @@ def test_server_that_does_not_fall_asleep_or_wake_up_is_replaced_by_one_that_is_
     rest.wake()
     if refused == "wake_up":
         assert "did not wake up, so it is started again" in caplog.text
-    assert answers(rest.process) and rest.process._process.pid != supervisor.pid
+    assert answers(rest.process) and rest.process._process.pid != supervisor
 
 
 def test_server_that_ended_for_good_before_it_was_to_rest_is_an_error(make_rest):
