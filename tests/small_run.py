@@ -43,10 +43,10 @@ def write_run(
         }
     )
     tokenizer.save_pretrained(directory)
+    write_data(store, games, tokenizer)
     for iteration, texts in answers.items():
         ids = [tokenizer(text)["input_ids"] + [end] for text in texts]
         write_answers(store, iteration, ids)
-        write_pairs(store, iteration, games, ids, tokenizer)
         write_numbers(store, iteration)
     store.write_metrics(len(answers), {"evaluation": {"nll": 1 / (len(answers) + 1)}})
     write_log(store, len(answers))
@@ -59,20 +59,18 @@ def write_answers(store: IterationStore, iteration: int, ids: list[list[int]]) -
     store.write_completions(iteration, "generations", 0, columns)
 
 
-def write_pairs(store: IterationStore, iteration: int, games, ids: list[list[int]], tokenizer) -> None:
+def write_data(store: IterationStore, games: list[tuple[str, str]], tokenizer) -> None:
     rows = [
         {
             "row": row,
             "source_row": row + 10,
+            "prompt": prompt,
             "prompt_ids": tokenizer(prompt)["input_ids"],
             "chosen_ids": tokenizer(truth)["input_ids"] + [tokenizer.eos_token_id],
-            "iteration": iteration,
-            "sample": 0,
-            "rejected_ids": ids[row],
         }
         for row, (prompt, truth) in enumerate(games)
     ]
-    store.write_pairs(iteration, Dataset.from_list(rows))
+    store.write_data(Dataset.from_list(rows))
 
 
 def write_numbers(store: IterationStore, iteration: int) -> None:

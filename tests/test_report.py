@@ -6,8 +6,8 @@ import subprocess
 import sys
 
 import numpy as np
-import pyarrow as pa
 import pytest
+from datasets import Dataset
 from small_run import ANSWERS, GAMES, write_run
 from tiny_tokenizers import byte_tokenizer
 
@@ -50,14 +50,11 @@ def test_reads_every_number_whatever_its_name(store):
     assert scores_of(read_run(store.output_dir)) == {"nll": {0: 1.0, 1: 0.5, 2: 1 / 3}, "accuracy": {0: 0.5, 1: 0.6}}
 
 
-def test_prompts_are_those_of_the_runs_data_where_it_keeps_them(store):
+def test_prompts_are_shown_as_the_run_keeps_them(store):
     tokenizer = byte_tokenizer()
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Capital of France?"}]
-    columns = {"row": [0], "prompt": [messages], "prompt_ids": [[1]], "chosen_ids": [tokenizer("Paris")["input_ids"]]}
-    table = pa.table(columns)
-    (store.output_dir / "train_data").mkdir()
-    with pa.ipc.new_stream(store.output_dir / "train_data" / "rows.arrow", table.schema) as writer:
-        writer.write_table(table)
+    row = {"row": 0, "prompt": messages, "prompt_ids": [1], "chosen_ids": tokenizer("Paris")["input_ids"]}
+    store.write_data(Dataset.from_list([row]))
     first, second = read_run(store.output_dir).sample.prompts
     assert first["prompt"] == [("system", "Be brief."), ("user", "Capital of France?")] and first["truth"] == "Paris"
     assert second["truth"] is None
@@ -72,12 +69,9 @@ def test_a_sample_is_bounded_and_repeatable(tmp_path):
     assert "7 of 50 prompts, drawn at random with seed 3" in render(read_run(store.output_dir, 7, 3), 3)
 
 
-def test_pairs_without_some_rows_still_show_all_answers(tmp_path):
-    # As with `identical_pairs: drop`: the second prompt's answer equals its ground truth in both iterations.
+def test_answers_whose_prompts_are_not_in_the_data_are_shown(tmp_path):
     store = write_run(tmp_path / "run")
-    for iteration in (0, 1):
-        pairs = store.read_pairs(iteration).select([0])
-        store.write_pairs(iteration, pairs.map(lambda row: row, keep_in_memory=True))
+    store.write_data(store.read_data().select([0]))
     run = read_run(store.output_dir)
     assert [prompt["truth"] for prompt in run.sample.prompts] == ["It is Paris.", None]
     assert any("1 of the prompts" in line for line in run.problems)

@@ -3,7 +3,7 @@
 import pytest
 from fault_server import FakeVLLM
 
-from spin_trl import SPINTrainer, self_play
+from spin_trl import SPINTrainer, held_out, self_play
 from spin_trl.offload import Offloader
 from spin_trl.turns import Turns
 
@@ -46,7 +46,11 @@ class Run:
         faulty.answer = self.answer
         trainer.turns = Turns(server_sleeps=True, offloader=trainer._offloader() if offloads else None)
         trainer.self_play_setup.server_rest = lambda sampler: self.server
-        for module, name in ((self_play, "score_pairs"), (self_play, "negative_log_likelihood")):
+        for module, name in (
+            (self_play, "score_pairs"),
+            (held_out, "score_pairs"),
+            (held_out, "negative_log_likelihood"),
+        ):
             monkeypatch.setattr(module, name, self.with_policy(getattr(module, name), name))
         trainer.save_opponent = self.with_policy(trainer.save_opponent, "save")
         trainer.training_step = self.with_policy(trainer.training_step, "step")

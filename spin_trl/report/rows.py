@@ -2,9 +2,6 @@
 
 The one file of the report that knows where rows lie. It opens what the run writes whole and renames, so that reading
 beside a run that goes on is safe; what is damaged is left out with a line in `problems`.
-
-Prompts and ground truths are those of the run's data (`train_data/`) where it keeps them, or else of the iterations'
-pairs, which lack the prompts that were never trained on.
 """
 
 import re
@@ -48,24 +45,16 @@ class RunRows:
 
     def truths(self, columns: list[str], rows: np.ndarray | None = None) -> Iterator[pa.Table]:
         """
-        Prompts and ground truths, each row once.
+        Prompts and ground truths.
 
         Args:
             columns (`list[str]`): Of `row`, `source_row`, `prompt`, `prompt_ids` and `chosen_ids`. Those that the run
                 does not keep are left out.
             rows (`np.ndarray`, *optional*): Only these.
         """
-        wanted = None if rows is None else set(rows.tolist())
-        seen: set[int] = set()  # history repeats rows
-        for path in self._truth_files():
+        for path in sorted((self.directory / "train_data").glob("*.arrow")):
             for table in self._arrow_batches(path, ["row", *(name for name in columns if name != "row")]):
-                positions = []
-                for position, row in enumerate(table["row"].to_pylist()):
-                    if row not in seen and (wanted is None or row in wanted):
-                        seen.add(row)
-                        positions.append(position)
-                if positions:
-                    yield table.take(positions)
+                yield _only(table, rows)
 
     def completions(self, iteration: int, columns: list[str], rows: np.ndarray | None = None) -> Iterator[pa.Table]:
         """
@@ -81,8 +70,7 @@ class RunRows:
                 self._check_part(path)
                 file = pq.ParquetFile(path)
                 for batch in file.iter_batches(_BATCH_SIZE, columns=["row", *(c for c in columns if c != "row")]):
-                    table = pa.Table.from_batches([batch])
-                    yield table if rows is None else table.filter(pc.is_in(table["row"], pa.array(rows)))
+                    yield _only(pa.Table.from_batches([batch]), rows)
             except (OSError, ValueError, pa.ArrowException) as error:
                 self._note(path, error)
 
@@ -99,13 +87,6 @@ class RunRows:
         if checksum(path) != expected["checksum"]:
             raise ValueError("damaged: its content does not have the checksum of its name")
 
-    def _truth_files(self) -> list[Path]:
-        whole = sorted((self.directory / "train_data").glob("*.arrow"))
-        if whole:
-            return whole
-        found = [(self.directory / f"iteration-{i}" / "pairs").glob("data-*.arrow") for i in self.iterations()]
-        return [path for paths in found for path in sorted(paths)]
-
     def _arrow_batches(self, path: Path, columns: list[str]) -> Iterator[pa.Table]:
         try:
             with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as reader:
@@ -120,3 +101,7 @@ class RunRows:
         line = f"{path.relative_to(self.directory)} is left out: {reason}"
         if line not in self.problems:
             self.problems.append(line)
+
+
+def _only(table: pa.Table, rows: np.ndarray | None) -> pa.Table:
+    return table if rows is None else table.filter(pc.is_in(table["row"], pa.array(rows)))

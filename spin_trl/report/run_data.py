@@ -250,6 +250,6 @@ def _note_missing(run: RunData, rows: RunRows) -> None:
     num_unknown = sum(prompt["truth"] is None for prompt in run.sample.prompts)
     if num_unknown:
         run.problems.append(
-            f"{num_unknown} of the prompts shown have no prompt and ground truth on disk (yet): they come with the "
-            "pairs, which leave out answers that equal the ground truth."
+            f"{num_unknown} of the prompts shown are not among the run's data (`train_data/`): their ground truth is "
+            "missing."
         )
