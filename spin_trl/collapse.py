@@ -17,7 +17,7 @@ _MAX_FACTOR = 2.0  # by which lengths and variety of the answers may differ from
 
 _TOO_FAST = (
     "the steps are too large for `beta` (learning rate divided by beta is what counts). Lower `learning_rate` or raise "
-    "`beta`, add an SFT term (`loss_type: [sigmoid, sft]`), or use `loss_type: space`, which judges each side on its own"
+    "`beta`, add an SFT term (`loss_type: [sigmoid, sft]`), or use `loss_type: space`, which judges each side alone"
 )
 
 
