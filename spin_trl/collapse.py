@@ -1,0 +1,142 @@
+"""Signs that self-play makes the policy worse while its loss looks fine: numbers in, signs out. Knows nothing of runs.
+
+SPIN, like DPO, sees differences only: both sides may become unlikely as long as the generated one does so faster
+(likelihood displacement, Razin et al., 2024, https://huggingface.co/papers/2410.08847), and the opponent's answers can
+degenerate. The limits are such that a healthy run stays well below them; `tests/test_collapse.py` has both kinds.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+
+# Nats per token by which the ground truths may become less likely within an iteration, or the gap may sink between two.
+_MAX_FALL = 0.1
+_MAX_NLL_GROWTH = 0.05  # of the opponent's negative log-likelihood of the ground truths, from one iteration to the next
+_MAX_FACTOR = 2.0  # by which lengths and variety of the answers may differ from iteration 0's
+
+_TOO_FAST = (
+    "the steps are too large for `beta` (learning rate divided by beta is what counts). Lower `learning_rate` or raise "
+    "`beta`, add an SFT term (`loss_type: [sigmoid, sft]`), or use `loss_type: space`, which judges each side alone"
+)
+
+
+@dataclass(frozen=True)
+class CollapseSign:
+    """
+    One sign of collapse.
+
+    Args:
+        name (`str`): "displacement", "negative_gap", "unlikely_truths", "length" or "variety".
+        numbers (`str`): What was found, in words and numbers.
+        cause (`str`): The likely cause, and the remedy.
+    """
+
+    name: str
+    numbers: str
+    cause: str = _TOO_FAST
+
+    def __str__(self) -> str:
+        return f"{self.numbers} Likely cause and remedy: {self.cause}."
+
+
+def sign_within(steps: Sequence[Mapping[str, float]], beta: float, mean_length: float) -> CollapseSign | None:
+    """
+    Whether the ground truths' log-probs sank within an iteration while the margins grew.
+
+    Args:
+        steps (`Sequence[Mapping[str, float]]`): What was logged in the iteration's training, in order, with
+            DPOTrainer's `rewards/chosen`, `rewards/rejected` and `rewards/margins`.
+        beta (`float`): The iteration's.
+        mean_length (`float`): Mean number of tokens of the ground truths.
+    """
+    steps = [step for step in steps if "rewards/margins" in step]
+    if not steps or beta <= 0:
+        return None
+    start = {"rewards/chosen": 0.0, "rewards/rejected": 0.0, "rewards/margins": 0.0}  # policy and opponent are the same
+    quarters = [start, *_quarters(steps)]
+    best = max(quarters, key=lambda quarter: quarter["rewards/chosen"])
+    last = quarters[-1]
+    # Rewards are `beta` times the change of the log-prob since the iteration began.
+    fall = (best["rewards/chosen"] - last["rewards/chosen"]) / beta / mean_length
+    sinks_too = last["rewards/rejected"] < best["rewards/rejected"]
+    if fall <= _MAX_FALL or not sinks_too or last["rewards/margins"] <= best["rewards/margins"]:
+        return None
+    return CollapseSign(
+        "displacement",
+        f"Both sides' log-probs sink while the margins grow (likelihood displacement): the ground truths lost "
+        f"{fall:.2f} nats a token since their best in this iteration, while `rewards/margins` went from "
+        f"{best['rewards/margins']:.3g} to {last['rewards/margins']:.3g}.",
+    )
+
+
+def signs_between(
+    first: Mapping[str, float], previous: Mapping[str, float], current: Mapping[str, float]
+) -> list[CollapseSign]:
+    """
+    What an iteration's opponent shows, next to the one before and the first.
+
+    Args:
+        first, previous, current (`Mapping[str, float]`): Metrics of iteration 0, of the iteration before, and of this
+            one: `logps_gap`, `opponent_nll`, `rejected_length`, `distinct_2`. What is missing is not judged.
+    """
+    signs = [_falling_gap(previous, current), _unlikely_truths(previous, current)]
+    signs += [_length(first, current), _variety(first, current)]
+    return [sign for sign in signs if sign is not None]
+
+
+def _falling_gap(previous: Mapping[str, float], current: Mapping[str, float]) -> CollapseSign | None:
+    before, now = previous.get("logps_gap"), current.get("logps_gap")
+    if before is None or now is None or now >= 0 or before - now <= _MAX_FALL:
+        return None
+    return CollapseSign(
+        "negative_gap",
+        f"The policy prefers its own answers to the ground truths, and more so than before: `logps_gap` sank from "
+        f"{before:.2f} to {now:.2f} nats a token.",
+    )
+
+
+def _unlikely_truths(previous: Mapping[str, float], current: Mapping[str, float]) -> CollapseSign | None:
+    before, now = previous.get("opponent_nll"), current.get("opponent_nll")
+    if before is None or now is None or now <= before * (1 + _MAX_NLL_GROWTH):
+        return None
+    return CollapseSign(
+        "unlikely_truths",
+        f"An iteration made the ground truths less likely: `opponent_nll` rose from {before:.3f} to {now:.3f} nats a "
+        "token.",
+    )
+
+
+def _length(first: Mapping[str, float], current: Mapping[str, float]) -> CollapseSign | None:
+    before, now = first.get("rejected_length"), current.get("rejected_length")
+    if not before or now is None or before / _MAX_FACTOR <= now <= before * _MAX_FACTOR:
+        return None
+    return CollapseSign(
+        "length",
+        f"The answers' mean length, {now:.1f} tokens, is far from iteration 0's {before:.1f}.",
+        f"the policy found length to tell the sides apart by. See that `max_completion_length` leaves the answers the "
+        f"room that the ground truths have; otherwise {_TOO_FAST}",
+    )
+
+
+def _variety(first: Mapping[str, float], current: Mapping[str, float]) -> CollapseSign | None:
+    before, now = first.get("distinct_2"), current.get("distinct_2")
+    if not before or now is None or now >= before / _MAX_FACTOR:
+        return None
+    return CollapseSign(
+        "variety",
+        f"The answers repeat themselves: the share of distinct bigrams sank from {before:.3f} in iteration 0 to "
+        f"{now:.3f}.",
+        f"a cooled sampler, or that {_TOO_FAST}",
+    )
+
+
+def _quarters(steps: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
+    """Means over the four quarters of the logged steps; over fewer parts if there are fewer steps."""
+    num_parts = min(4, len(steps))
+    bounds = [len(steps) * part // num_parts for part in range(num_parts + 1)]
+    names = ("rewards/chosen", "rewards/rejected", "rewards/margins")
+    return [
+        {name: fmean(step[name] for step in steps[start:end]) for name in names}
+        for start, end in zip(bounds, bounds[1:], strict=False)
+    ]
