@@ -1,4 +1,7 @@
-"""Writes the tables of `docs/configuration.md` from `SPINConfig`'s docstring: `make docs`. The rest of it stays."""
+"""Writes the tables of the docs that say what the code says: `make docs`. The rest of the pages stays.
+
+`docs/configuration.md` has `SPINConfig`'s docstring, `docs/metrics.md` the metrics' meanings.
+"""
 
 import inspect
 import re
@@ -7,9 +10,12 @@ from dataclasses import fields
 from pathlib import Path
 
 from spin_trl import SPINConfig
+from spin_trl.metric_names import to_markdown
 
 
-PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
+DOCS = Path(__file__).parents[1] / "docs"
+PAGE = DOCS / "configuration.md"
+METRICS_PAGE = DOCS / "metrics.md"
 BEGIN, END = "<!-- fields: written by `make docs` -->\n", "<!-- end of fields -->\n"
 
 
@@ -50,5 +56,12 @@ def rewritten(page: str) -> str:
     return f"{before}{BEGIN}\n{tables()}\n{END}{after}"
 
 
+def with_metrics(page: str) -> str:
+    """The page on metrics with its table written anew."""
+    before, rest = page.split("| metric |", 1)
+    return f"{before}{to_markdown()}\n{rest.split(chr(10) * 2, 1)[1]}"
+
+
 if __name__ == "__main__":
+    METRICS_PAGE.write_text(with_metrics(METRICS_PAGE.read_text()))
     PAGE.write_text(rewritten(PAGE.read_text()))

@@ -4,15 +4,11 @@ Knows nothing of how the metrics come about.
 """
 
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from accelerate.utils import str_to_bool
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-
-from .iteration_store import RunDirectoryError
+from .earlier_policy import take_back
 from .metric_names import EVALUATION, METRIC_NAMES, evaluation_names
 from .spin_config import SPINConfig
 
@@ -56,7 +52,7 @@ def label(opponent: int) -> str:
 def check_best_iteration(args: SPINConfig, has_eval_dataset: bool, has_generation_metrics: bool) -> None:
     """
     Raises:
-        `ValueError`: if nothing is evaluated, no such metric can come, or the best policy could not be loaded.
+        `ValueError`: if nothing is evaluated, or no such metric can come.
     """
     metric = args.metric_for_best_iteration
     if metric is None:
@@ -70,12 +66,6 @@ def check_best_iteration(args: SPINConfig, has_eval_dataset: bool, has_generatio
         raise ValueError(
             f"`metric_for_best_iteration={metric!r}` is none of the run's metrics: {evaluation_names()}. Name one of "
             "them, or pass a `compute_generation_metrics` that returns it."
-        )
-    if args.load_best_iteration_at_end and (is_deepspeed_zero3_enabled() or _is_fsdp()):
-        raise ValueError(
-            "`load_best_iteration_at_end=True` loads weights into the policy where it lies, but under ZeRO-3 and FSDP "
-            "each process holds only shards of it. Leave it unset: every opponent is saved in "
-            "`iteration-*/opponent`, and `self_play.json` names the best iteration."
         )
 
 
@@ -129,21 +119,9 @@ def take_best(trainer: "SPINTrainer", best: BestIteration | None, say: Callable[
         say(f"No evaluation has a value of `{trainer.args.metric_for_best_iteration}`: no iteration is the best.")
         return
     say(str(best))
-    if not trainer.args.load_best_iteration_at_end:
-        return
-    path = trainer.store.path(best.opponent, "opponent")
-    if not path.is_dir():
-        raise RunDirectoryError(
-            f"{path}, the best policy, is not there. The last policy is in the newest checkpoint; to go on without the "
-            "best, leave `load_best_iteration_at_end` unset."
-        )
-    trainer._load_from_checkpoint(str(path))
-    say(f"It is loaded, from {path}.")
+    if trainer.args.load_best_iteration_at_end:
+        take_back(trainer, best.opponent)
 
 
 def _plain(metric: str) -> str:
     return metric.removeprefix("eval_")
-
-
-def _is_fsdp() -> bool:
-    return str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false")) == 1

@@ -5,23 +5,18 @@ that no further iteration moves it. Knows nothing of how the numbers come about.
 """
 
 from collections.abc import Mapping
-from typing import Any
 
+from .run_end import RunEnd
 from .spin_config import SPINConfig
 
 
-class Converged(Exception):
-    """Self-play is over before its last iteration. The message says which rule says so, and by which numbers."""
+class Converged(RunEnd):
+    """There is nothing left to learn."""
+
+    kind = "converged"
 
     def __init__(self, iteration: int, rule: str, reason: str, **numbers: float):
-        super().__init__(f"Self-play has converged before iteration {iteration}: {reason}")
-        self.iteration = iteration
-        self.rule = rule
-        self.numbers = numbers
-
-    def describe(self) -> dict[str, Any]:
-        """For `self_play.json`."""
-        return {"iteration": self.iteration, "rule": self.rule, **self.numbers, "message": str(self)}
+        super().__init__(f"Self-play has converged before iteration {iteration}: {reason}", iteration, rule, **numbers)
 
 
 def check_evaluation(iteration: int, scores: Mapping[str, float], args: SPINConfig) -> None:

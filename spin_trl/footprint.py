@@ -260,7 +260,7 @@ def _num_parts(dataset: Dataset, args: SPINConfig) -> int:
 
 
 def _num_opponents(args: SPINConfig, saves_opponents: bool, base_is_opponent: bool, evaluates: bool) -> int:
-    if args.load_best_iteration_at_end:
+    if args.takes_back_policies:
         return args.num_iterations + 1
     if not saves_opponents:
         return int(args.opponent_reference == "fixed" and not base_is_opponent)

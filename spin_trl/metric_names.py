@@ -85,6 +85,9 @@ METRIC_NAMES: dict[str, MetricName] = {
         "Mean absolute difference between the server's log-probs of sampled tokens and the policy's, in nats.",
         "Below 1e-5 in float32, about 0.01 in bfloat16, and the same in every iteration.",
     ),
+    "self_play/num_collapse_signs": MetricName(
+        "Signs that the iteration before made the policy worse; `metrics.json` has them in words.", "0."
+    ),
     # speed
     "self_play/completions_per_second": MetricName(
         "Completions generated per second, by all processes.", "Steady; it falls as answers grow longer."

@@ -91,7 +91,8 @@ class RunStart:
         steps_in_epoch (`int`): Steps of the next epoch that are done.
         is_trained (`bool`): Whether all training is done.
         is_finished (`bool`): Whether nothing at all is left to do.
-        converged (`str`, *optional*): Why it was over before its last iteration, if it was.
+        ended (`str`, *optional*): Why it was over before its last iteration, if it was, and how to play on.
+        returned_to (`int`, *optional*): Whose opponent is its final policy, if not what the checkpoint holds.
     """
 
     run_id: str
@@ -104,7 +105,8 @@ class RunStart:
     steps_in_epoch: int = 0
     is_trained: bool = False
     is_finished: bool = False
-    converged: str | None = None
+    ended: str | None = None
+    returned_to: int | None = None
 
     @property
     def next_iteration(self) -> int:
@@ -113,11 +115,10 @@ class RunStart:
 
     def __str__(self) -> str:
         source = "the initial model" if self.checkpoint is None else self.checkpoint.name
-        if self.converged is not None:
-            return (
-                f"The run in `output_dir` is complete; its final policy is {source}. {self.converged} To play on all "
-                "the same, set `stop_when_converged=False`."
-            )
+        if self.returned_to is not None:
+            source = f"the opponent of iteration {self.returned_to}"
+        if self.ended is not None:
+            return f"The run in `output_dir` is complete; its final policy is {source}. {self.ended}"
         if self.is_finished:
             return (
                 f"The run in `output_dir` is complete; its final policy is {source}. To play it again, set "
@@ -206,11 +207,10 @@ def _resume(
     run_id = stored["run"]
     checkpoint = _requested_checkpoint(store, requested) or _newest_checkpoint(store, run_id)
     start = _start_at(store, args, run_id, checkpoint)
+    if checkpoint is not None and (ended := _end_of(stored, args, start)):
+        return replace(start, is_trained=True, is_finished=True, **ended)
     if start.is_trained and stored.get("finished") and not _plays_on(stored, description):
         return replace(start, is_finished=True)
-    converged = stored.get("converged") if args.stop_when_converged else None
-    if converged and checkpoint is not None and start.iteration == converged["iteration"] and start.num_steps == 0:
-        return replace(start, is_trained=True, is_finished=True, converged=converged["message"])
     was_trained = (stored.get("converged") or {}).get("iteration") != 0
     if checkpoint is None and stored.get("finished") and was_trained:
         raise RunDirectoryError(
@@ -229,6 +229,20 @@ def _resume(
     starts = [*stored.get("starts", []), _now("the initial model" if checkpoint is None else checkpoint.name)]
     store.write_run({**description, "run": run_id, "starts": starts})
     return start
+
+
+def _end_of(stored: dict[str, Any], args: SPINConfig, start: RunStart) -> dict[str, Any] | None:
+    """How a run that was over early ended, if it is to stay so and the checkpoint is what it ended with."""
+    rules = (
+        ("converged", args.stop_when_converged, "stop_when_converged=False"),
+        ("collapsed", args.on_collapse != "warn", "on_collapse='warn'"),
+    )
+    for kind, is_on, to_play_on in rules:
+        end = stored.get(kind)
+        if end and is_on and start.iteration == end["iteration"] and start.num_steps == 0:
+            ended = f"{end['message']} To play on all the same, set `{to_play_on}`."
+            return {"ended": ended, "returned_to": end.get("returned_to")}
+    return None
 
 
 def _plays_on(stored: dict[str, Any], description: dict[str, Any]) -> bool:

@@ -35,6 +35,7 @@ _FREE_FIELDS = {
     "num_completions_to_print",
     "num_train_epochs",
     "offload_policy_during_generation",
+    "on_collapse",
     "output_dir",
     "overwrite_output_dir",
     "per_device_eval_batch_size",

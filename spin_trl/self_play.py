@@ -18,10 +18,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import SaveStrategy
 
 from .best_iteration import label
+from .collapse_guard import CollapseGuard
 from .columns import numbers
 from .completion_table import log_completions
 from .completions import GenerationJob, Share
-from .convergence import Converged, check_evaluation, check_identical_share
+from .convergence import check_evaluation, check_identical_share
 from .evaluation import GenerationMetrics, ScoreTable
 from .finite import require_finite_scores
 from .generation.sampler import CompletionRequest, OpponentSampler, SamplingParams
@@ -45,6 +46,7 @@ from .publish_check import allow_for_quantization, compare_logps
 from .random_state import preserved_random_state
 from .ranks import on_every_process, on_main_process
 from .resume import RunStart
+from .run_end import RunEnd
 from .run_paths import RunDirectoryError
 from .scoring import completion_logps, initial_policy_as_reference, score_pairs
 from .spin_config import SPINConfig
@@ -95,6 +97,7 @@ class SelfPlayCallback(TrainerCallback):
         self.params = params
         self.eval_dataset = eval_dataset
         self.log = IterationLog(trainer, store)
+        self.guard = CollapseGuard(trainer, store)
         self.evaluation = HeldOutEvaluation(trainer, store, compute_generation_metrics)
         self.base_is_opponent = base_is_opponent
         self.base_model = base_model
@@ -102,7 +105,7 @@ class SelfPlayCallback(TrainerCallback):
         self.started_as_base = base_is_opponent
         self.start = RunStart("")
         self.iteration: int | None = None
-        self.converged: Converged | None = None
+        self.end: RunEnd | None = None
         self._training_since: float | None = None
 
     def on_epoch_begin(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
@@ -110,8 +113,8 @@ class SelfPlayCallback(TrainerCallback):
         if iteration != self.iteration:
             try:
                 self.play(iteration)
-            except Converged as end:
-                self._end_converged(end)
+            except RunEnd as end:
+                self._end_early(end)
                 control.should_training_stop = True
 
     def on_step_end(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
@@ -133,14 +136,10 @@ class SelfPlayCallback(TrainerCallback):
         self._end_training()
         iteration = self.start.next_iteration if self.iteration is None else self.iteration + 1
         if not self.start.is_finished:
-            if self.eval_dataset is not None and self.converged is None:
-                with self.trainer.stop_signal.between_steps(), self._phase("evaluate", iteration):
-                    self._publish(iteration)
-                    self._evaluate(iteration)
-                    self.trainer.turns.give_to_policy()
-                self._record_costs(iteration)
+            if self.end is None:
+                self._judge_last(iteration)
             self._log_recorded(iteration)
-        self.trainer.push_results(iteration, is_end=True)
+        self.trainer.push_results(iteration if self.end is None else self.end.result, is_end=True)
 
     def begin_run(self, start: RunStart) -> None:
         """
@@ -161,7 +160,7 @@ class SelfPlayCallback(TrainerCallback):
             self.base_is_opponent = self.base_is_opponent and not has_trained
         self.start = start
         self.dataset = self.store.read_data()
-        self.iteration = self._training_since = self.converged = None
+        self.iteration = self._training_since = self.end = None
         self._show_earlier_scores()
 
     def play(self, iteration: int) -> None:
@@ -185,12 +184,26 @@ class SelfPlayCallback(TrainerCallback):
             with self._phase("evaluate", iteration):
                 scores = self._evaluate(iteration)
             check_evaluation(iteration, scores, self.trainer.args)
+        self.guard.look_at_training(iteration)
         with self._phase("generate", iteration):
             self._generate(iteration)
         if self.trainer.args.log_completions:
             on_main_process(lambda: log_completions(self.trainer, self.store, self.dataset, iteration))
         with self._phase("score", iteration):
             self._pair_and_score(iteration)
+
+    def _judge_last(self, iteration: int) -> None:
+        """The final policy is the opponent of an iteration that is not played."""
+        if self.eval_dataset is not None:
+            with self.trainer.stop_signal.between_steps(), self._phase("evaluate", iteration):
+                self._publish(iteration)
+                self._evaluate(iteration)
+                self.trainer.turns.give_to_policy()
+            self._record_costs(iteration)
+        try:
+            self.guard.look_at_training(iteration)
+        except RunEnd as end:
+            self._end_early(end)
 
     # Phases
 
@@ -199,7 +212,7 @@ class SelfPlayCallback(TrainerCallback):
         is_base = iteration == 0 and self.base_is_opponent
         is_reference = iteration == 0 and self.trainer.args.opponent_reference == "fixed"
         is_needed = (self.sampler.reads_checkpoints or is_reference) and not is_base
-        if is_needed or self.trainer.args.load_best_iteration_at_end:
+        if is_needed or self.trainer.args.takes_back_policies:
             saved = self._save_opponent(iteration)
             checkpoint = saved if is_needed else None
         self.trainer.turns.give_to_server()
@@ -287,6 +300,7 @@ class SelfPlayCallback(TrainerCallback):
             scores = score_pairs(self.trainer, pairs, self._reference(iteration))
             require_finite_scores(pairs, scores, iteration)
             self._describe_scores(iteration, pairs, scores)
+            self.guard.look_at_opponent(iteration)
             on_main_process(lambda: self.store.write_pairs(iteration, pairs.answers, scores))
         finally:
             if self.trainer.is_world_process_zero():
@@ -355,9 +369,9 @@ class SelfPlayCallback(TrainerCallback):
             self.log.log_recorded(earlier)
         self.log.log_recorded(iteration, without=("self_play/seconds_train",))  # there may be those of an earlier start
 
-    def _end_converged(self, end: Converged) -> None:
-        """There is nothing left to train on: the policy, which is this opponent, is the run's result."""
-        self.converged = end
+    def _end_early(self, end: RunEnd) -> None:
+        """There is nothing left to train on: the policy, which is this opponent, is what training has come to."""
+        self.end = end
         self._log_recorded(end.iteration)
         self.trainer.accelerator.print(str(end))
 

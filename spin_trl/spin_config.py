@@ -152,6 +152,13 @@ class SPINConfig(DPOConfig):
         convergence_tolerance (`float`, *optional*, defaults to `0.02`):
             How near to a half that accuracy, and to 1 the share of identical pairs has to be. With few evaluation rows
             chance alone is further away: about `1 / sqrt(rows)`.
+        on_collapse (`str`, *optional*, defaults to `'warn'`):
+            What happens on a sign that self-play makes the policy worse: both sides' log-probs sinking while the
+            margins grow, ground truths becoming less likely from one opponent to the next, `logps_gap` falling below 0,
+            answers whose length or variety is far from iteration 0's. They are looked for when an iteration's training
+            is over, and when its opponent's answers are scored. `"warn"`: a warning that names sign, cause and remedy.
+            `"stop"`: the run ends besides. `"rollback"`: it ends with the last opponent before the sign as the policy;
+            every opponent is saved for that. Not possible under ZeRO-3 and FSDP.
 
         > Parameters that control the opponent's generation
 
@@ -396,6 +403,14 @@ class SPINConfig(DPOConfig):
     convergence_tolerance: float = field(
         default=0.02,
         metadata={"help": "How near to a half the held-out accuracy, and to 1 the share of identical pairs has to be."},
+    )
+    on_collapse: str = field(
+        default="warn",
+        metadata={
+            "help": "What happens on a sign of collapse: 'warn' says so, 'stop' ends the run, 'rollback' ends it with "
+            "the policy of before.",
+            "choices": ["warn", "stop", "rollback"],
+        },
     )
 
     # Parameters that control the opponent's generation
@@ -679,7 +694,14 @@ class SPINConfig(DPOConfig):
         check_choices(self, {"train_on_turns": ("last", "all"), "identical_pairs": (None, "drop", "keep")})
 
     def _check_evaluation(self):
-        check_choices(self, {"eval_on_error": ("raise", "warn"), "greater_is_better_iteration": (None, True, False)})
+        check_choices(
+            self,
+            {
+                "eval_on_error": ("raise", "warn"),
+                "greater_is_better_iteration": (None, True, False),
+                "on_collapse": ("warn", "stop", "rollback"),
+            },
+        )
         if self.metric_for_best_iteration is not None:
             return
         for name, neutral in (("load_best_iteration_at_end", False), ("greater_is_better_iteration", None)):
@@ -727,6 +749,16 @@ class SPINConfig(DPOConfig):
                 raise ValueError(
                     f"`generation_kwargs` has {name!r}, which self-play sets itself. {_RESERVED_SAMPLING[name]}"
                 )
+
+    @property
+    def takes_back_policies(self) -> list[str]:
+        """The settings for which an earlier opponent may become the policy again."""
+        settings = []
+        if self.load_best_iteration_at_end:
+            settings.append("load_best_iteration_at_end=True")
+        if self.on_collapse == "rollback":
+            settings.append("on_collapse='rollback'")
+        return settings
 
     @property
     def vllm_server_base_urls(self) -> list[str]:

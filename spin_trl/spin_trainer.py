@@ -19,6 +19,7 @@ from trl import DPOTrainer
 from .adapters import check_fixed_reference, check_trainable, complete_reference_adapter
 from .best_iteration import check_best_iteration, find_best, take_best
 from .compiler_locks import warn_of_old_locks
+from .earlier_policy import check_can_take_back, take_back
 from .end_report import write_end_report
 from .evaluation import GenerationMetrics
 from .finite import ORIGIN_COLUMNS, OriginCollator, StepNumbers, take_origins
@@ -144,6 +145,8 @@ class SPINTrainer(HubTrainer):
         args = self.self_play_setup.args
         check_schedule(args, *optimizers)
         check_best_iteration(args, eval_dataset is not None, compute_generation_metrics is not None)
+        for setting in args.takes_back_policies:
+            check_can_take_back(setting, self.self_play_setup.publication, self.self_play_setup.adapter)
         if self.self_play_setup.choice.mode == "in-process":
             check_can_generate()
         if args.opponent_reference == "fixed":
@@ -334,8 +337,9 @@ class SPINTrainer(HubTrainer):
                 self.accelerator.print(f"Stopped by SIGTERM after step {self.state.global_step}.")
                 raise SystemExit(EXIT_STATUS)
             outcome = self._take_best()
-            if self.self_play.converged is not None:
-                outcome["converged"] = self.self_play.converged.describe()
+            if (end := self.self_play.end) is not None:
+                outcome[end.kind] = end.describe()
+            self._roll_back()
             on_main_process(lambda: self.store.mark_finished(**outcome))
             self.create_model_card(model_name=Path(self.args.output_dir).name)
             self._save_merged()
@@ -350,6 +354,12 @@ class SPINTrainer(HubTrainer):
         best = on_main_process(lambda: find_best(self.store.all_metrics(), self.args))
         take_best(self, best, self.accelerator.print)
         return {} if best is None else {"best_iteration": best.describe()}
+
+    def _roll_back(self) -> None:
+        """After a collapse the policy is what it was before it, unless it is the best iteration's by now."""
+        returned_to = self.start.returned_to if self.self_play.end is None else self.self_play.end.returned_to
+        if returned_to is not None and not self.args.load_best_iteration_at_end:
+            take_back(self, returned_to)
 
     def _save_merged(self) -> None:
         directory = self.store.output_dir / "merged"

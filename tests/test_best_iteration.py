@@ -97,7 +97,7 @@ class TestRefusedBeforeTheModelIsLoaded:
     def test_policy_in_shards(self, tiny_model, make_config, train_dataset, eval_dataset, monkeypatch):
         settings = {"metric_for_best_iteration": "nll", "load_best_iteration_at_end": True}
         configuration = make_config(**settings)
-        monkeypatch.setattr("spin_trl.best_iteration.is_deepspeed_zero3_enabled", lambda: True)
+        monkeypatch.setattr("spin_trl.earlier_policy.is_deepspeed_zero3_enabled", lambda: True)
         with pytest.raises(ValueError, match="under ZeRO-3 and FSDP each process holds only shards"):
             SPINTrainer(tiny_model, configuration, train_dataset=train_dataset, eval_dataset=eval_dataset)
 
@@ -170,7 +170,7 @@ def test_best_iterations_policy_is_restored_and_named(
     found = trainer.store.read_run()["best_iteration"]
     assert (found["opponent"], found["metric"], list(found["values"].values())) == (best, "score", list(scores))
     printed = capsys.readouterr().out
-    assert "is the best by `score`: start" in printed and "It is loaded, from" in printed
+    assert "is the best by `score`: start" in printed and "The policy is again the opponent of iteration" in printed
 
 
 def test_best_iteration_is_named_without_being_loaded(tiny_model, train_dataset, eval_dataset, make_config, capsys):
@@ -200,5 +200,5 @@ def test_resumed_and_finished_runs_restore_it_too(tiny_model, train_dataset, eva
     assert_is(again, 1, True, tmp_path)
     assert again.store.read_run()["best_iteration"]["values"] == {"start": 0, "iteration 0": 2, "iteration 1": 1}
     shutil.rmtree(again.store.path(1, "opponent"))
-    with pytest.raises(RunDirectoryError, match="opponent, the best policy, is not there"):
+    with pytest.raises(RunDirectoryError, match="opponent, the policy to return to, is not there"):
         start().train()

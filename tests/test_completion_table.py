@@ -102,6 +102,7 @@ def test_frame_has_a_row_for_each_prompt():
 def test_run_prints_and_logs_once_in_each_iteration(tiny_model, train_dataset, make_config, capsys, monkeypatch):
     trackio = tracker("trackio")
     monkeypatch.setitem(sys.modules, "trackio", trackio)
+    monkeypatch.setattr("trl.trainer.base_trainer.get_trackio_space_url", lambda: None)  # for the card; wants the real
     config = make_config(num_iterations=2, log_completions=True, num_completions_to_print=3)
     trainer = SPINTrainer(tiny_model, config, train_dataset=train_dataset)
     trainer.args.report_to = ["trackio"]  # its own callback, which needs the real one, is not asked for

@@ -174,6 +174,9 @@ def test_the_numbers_at_the_top_and_what_stands_out(store):
     assert state_of(run) == "complete, 2 iterations"
     assert any("fell from 1 to 0.3333" in remark for remark in remarks_of(run))
     assert any("50.0 % of the last answers ran into" in remark for remark in remarks_of(run))
+    assert not any("Sign of collapse" in remark for remark in remarks_of(run))
+    run.metrics[1]["num_collapse_signs"] = 2
+    assert any("Sign of collapse after iteration 0: " in remark for remark in remarks_of(run))
 
 
 @pytest.mark.parametrize(

@@ -46,12 +46,9 @@ class Run:
         faulty.answer = self.answer
         trainer.turns = Turns(server_sleeps=True, offloader=trainer._offloader() if offloads else None)
         trainer.self_play_setup.server_rest = lambda sampler: self.server
-        for module, name in (
-            (self_play, "score_pairs"),
-            (held_out, "score_pairs"),
-            (held_out, "negative_log_likelihood"),
-        ):
-            monkeypatch.setattr(module, name, self.with_policy(getattr(module, name), name))
+        monkeypatch.setattr(self_play, "score_pairs", self.with_policy(self_play.score_pairs, "score"))
+        for name in ("score_pairs", "negative_log_likelihood"):
+            monkeypatch.setattr(held_out, name, self.with_policy(getattr(held_out, name), "evaluate"))
         trainer.save_opponent = self.with_policy(trainer.save_opponent, "save")
         trainer.training_step = self.with_policy(trainer.training_step, "step")
 
@@ -93,9 +90,9 @@ def make_run(faulty, tiny_model, train_dataset, eval_dataset, make_config, monke
 def test_policy_makes_way_for_the_server_and_the_server_for_the_policy(make_run):
     run = make_run(offloads=True)
     run.trainer.train()
-    evaluation = ["nap", "negative_log_likelihood", "wake", "complete without policy"]
-    iteration = ["wake", *evaluation, "sleep", "score_pairs", "step"]
-    assert run.events == ["nap", *iteration, "save", *iteration, "save", "wake", *evaluation, "sleep"]
+    evaluation = ["wake", "complete without policy", "nap", "evaluate"]
+    iteration = [*evaluation, "wake", "complete without policy", "sleep", "score", "step"]
+    assert run.events == ["nap", *iteration, "save", *iteration, "save", *evaluation]
     assert run.policy_is_here()
     metrics = run.trainer.store.read_metrics(1)
     assert {"seconds_wake", "seconds_sleep", "seconds_offload", "seconds_reload"} <= metrics.keys()
@@ -106,8 +103,8 @@ def test_policy_makes_way_for_the_server_and_the_server_for_the_policy(make_run)
 def test_server_beside_which_the_policy_stays_rests_only_while_it_trains(make_run):
     run = make_run(offloads=False)
     run.trainer.train()
-    iteration = ["negative_log_likelihood", "complete", "sleep", "score_pairs", "step"]
-    assert run.events == [*iteration, "save", "wake", *iteration, "save", "wake", *iteration[:2], "sleep"]
+    iteration = ["complete", "evaluate", "complete", "sleep", "score", "step"]
+    assert run.events == [*iteration, "save", "wake", *iteration, "save", "wake", "complete", "evaluate", "sleep"]
 
 
 def test_run_that_is_continued_with_its_pairs_at_hand_lets_the_server_rest_at_once(make_run):

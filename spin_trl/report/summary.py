@@ -109,6 +109,12 @@ def remarks_of(run: RunData) -> list[str]:
         remarks.append(
             f"{format_number(last['cut_off_share'], True)} of the last answers ran into `max_completion_length`."
         )
+    for iteration, metrics in run.metrics.items():
+        if metrics.get("num_collapse_signs", 0) > 0:
+            remarks.append(
+                f"Sign of collapse {_after(iteration)}: what it is stands in `collapse_signs` of "
+                f"`iteration-{iteration}/metrics.json`. Lower `learning_rate`, or add an SFT term."
+            )
     steps = [entry["logps/chosen"] for entry in run.log if isinstance(entry.get("logps/chosen"), int | float)]
     if len(steps) > 3 and steps[-1] < steps[0]:
         remarks.append(
