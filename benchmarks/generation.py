@@ -119,9 +119,8 @@ class BareSide:
 
 class TRLSide:
     def __init__(self, server: ManagedServer, prompts: Prompts, logprobs: int | None):
-        vllm_client.is_vllm_available = lambda: (
-            True
-        )  # it looks for a distribution called `vllm`, which the CPU's is not
+        # It looks for a distribution called `vllm`; the one for CPUs has another name.
+        vllm_client.is_vllm_available = lambda: True
         self.client = vllm_client.VLLMClient.__new__(vllm_client.VLLMClient)
         post = vllm_client.requests.Session
         self.prompts, self.logprobs = prompts, logprobs
