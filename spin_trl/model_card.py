@@ -29,7 +29,16 @@ _SETTINGS = (
     "eval_temperature",
     "seed",
 )
-_NOT_SHOWN = ("seconds_", "publish_check_")
+_SHOWN_OF_ANSWERS = (
+    "num_pairs",
+    "chosen_length",
+    "rejected_length",
+    "identical_share",
+    "cut_off_share",
+    "distinct_2",
+    "logps_gap",
+    "opponent_nll",
+)
 
 
 def self_play_section(metrics: Iterable[tuple[int, dict[str, Any]]], args: SPINConfig, last: int | None = None) -> str:
@@ -52,7 +61,11 @@ def self_play_section(metrics: Iterable[tuple[int, dict[str, Any]]], args: SPINC
     if scores:
         parts += ["", "Evaluation of the model after each iteration:", "", *_table("after", scores)]
     if any(answers.values()):
-        parts += ["", "The opponent's answers beside the ground truth, in tokens and shares:", ""]
+        parts += [
+            "",
+            "The opponent's answers beside the ground truth (lengths in tokens, log-probs in nats per token):",
+            "",
+        ]
         parts += _table("", {label: values for label, values in answers.items() if values})
     config = args.to_dict()
     parts += ["", "Settings:", "", "| setting | value |", "| --- | --- |"]
@@ -87,11 +100,7 @@ def _table(corner: str, columns: dict[str, dict[str, float]]) -> list[str]:
 
 
 def _numbers(values: dict[str, Any]) -> dict[str, float]:
-    return {
-        name: value
-        for name, value in values.items()
-        if isinstance(value, int | float) and not isinstance(value, bool) and not name.startswith(_NOT_SHOWN)
-    }
+    return {name: values[name] for name in _SHOWN_OF_ANSWERS if name in values}
 
 
 def _label(iteration: int) -> str:
