@@ -61,11 +61,7 @@ def self_play_section(metrics: Iterable[tuple[int, dict[str, Any]]], args: SPINC
     if scores:
         parts += ["", "Evaluation of the model after each iteration:", "", *_table("after", scores)]
     if any(answers.values()):
-        parts += [
-            "",
-            "The opponent's answers beside the ground truth (lengths in tokens, log-probs in nats per token):",
-            "",
-        ]
+        parts += ["", "The opponent's answers beside the ground truth (in tokens, shares, and nats per token):", ""]
         parts += _table("", {label: values for label, values in answers.items() if values})
     config = args.to_dict()
     parts += ["", "Settings:", "", "| setting | value |", "| --- | --- |"]

@@ -110,12 +110,17 @@ def test_same_command_again_finds_the_run_complete(tiny_model, tmp_path):
 
 
 def test_two_processes_play_the_demo_with_pairs_for_every_prompt_once(tiny_model, tmp_path):
-    """The demo's configuration on two gloo processes against one managed vLLM server: 1,000 prompts, two iterations."""
+    """The demo's configuration on two gloo processes against one managed vLLM server: 200 prompts, two iterations."""
+    folder = ROOT / "recipes" / "data" / "pronunciation"
+    for kind, size in (("train", 200), ("test", 50)):
+        lines = (folder / f"accent_{kind}.jsonl").read_text().splitlines()[:size]
+        (tmp_path / f"{kind}.jsonl").write_text("\n".join(lines))
     command = ["torchrun", "--nproc_per_node", "2", "--master_port", "29631", "recipes/spin.py"]
     command += ["--config", "recipes/pronunciation.yaml", "--model_name_or_path", tiny_model]
+    command += ["--train_file", str(tmp_path / "train.jsonl"), "--eval_file", str(tmp_path / "test.jsonl")]
     command += ["--output_dir", str(tmp_path / "run"), "--num_iterations", "2", "--epochs_per_iteration", "1"]
-    done = run(command, tmp_path)
-    rows = list(range(1000))
+    done = run([*command, "--generation_part_size", "50"], tmp_path)
+    rows = list(range(200))
     for iteration in (0, 1):
         folder = tmp_path / "run" / f"iteration-{iteration}"
         assert sorted(load_pairs(tmp_path / "run", iteration)["row"]) == rows
