@@ -237,6 +237,27 @@ def test_completions_can_be_left_in_the_middle_and_the_next_phase_is_played(play
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("spin_trl-http")]
 
 
+def test_servers_wait_for_a_consumer_that_is_slower_than_they_are(play_two, tmp_path, monkeypatch):
+    monkeypatch.setattr(replicas_module, "_MOST_WAITING", 20)
+    sampler, _ = play_two(FakeVLLM(), FakeVLLM(), max_concurrent_requests=8)
+    publish(sampler, tmp_path)
+    taken = []
+
+    def counted():
+        for request in make_requests(2000):
+            taken.append(request)
+            yield request
+
+    completions = sampler.sample(counted(), PARAMS)
+    next(completions)
+    most = -1
+    while len(taken) > most:  # until nobody takes any more
+        most = len(taken)
+        time.sleep(0.5)
+    assert 20 <= most < 300
+    assert len(list(completions)) == 1999 and len(taken) == 2000
+
+
 def test_every_server_answers_what_the_publish_check_compares(play_two, tmp_path):
     sampler, servers = play_two(Mortal(), Mortal())
     publish(sampler, tmp_path)

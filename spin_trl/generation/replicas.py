@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 # Seconds for which a replica that does not answer is asked again before its prompts go to the others.
 _PATIENCE = 5.0
 _SECONDS_BETWEEN_LOOKS = 1.0
+_MOST_WAITING = 1024  # completions that wait for whoever writes them, before the replicas wait too
 
 
 class ReplicatedSampler:
@@ -119,7 +120,7 @@ class ReplicatedSampler:
         progress = Progress(server.progress_timeout)
         while not work.is_done:
             try:
-                result = work.results.get(timeout=min(_SECONDS_BETWEEN_LOOKS, progress.left()))
+                result = work.next_result(timeout=min(_SECONDS_BETWEEN_LOOKS, progress.left()))
             except queue.Empty:
                 if all(player.has_failed_for(server.server_timeout) for player in players):
                     raise _all_gone(
@@ -160,6 +161,7 @@ class _SharedWork:
 
     def __init__(self, requests: Iterable[CompletionRequest]):
         self.results: queue.SimpleQueue[Completion | BaseException | None] = queue.SimpleQueue()
+        self._room = threading.Semaphore(_MOST_WAITING)
         self._source = iter(requests)
         self._returned: list[CompletionRequest] = []
         self._num_unanswered = 0  # taken from the source
@@ -201,7 +203,21 @@ class _SharedWork:
             self._returned.extend(requests)
             self._changed.notify_all()
 
+    def next_result(self, timeout: float) -> Completion | BaseException | None:
+        """
+        Raises:
+            `queue.Empty`: if none came in so many seconds.
+        """
+        result = self.results.get(timeout=timeout)
+        if isinstance(result, Completion):
+            self._room.release()
+        return result
+
     def answer(self, completion: Completion) -> None:
+        """Hand a completion to the consumer, as soon as there is room for it."""
+        while not self._room.acquire(timeout=_SECONDS_BETWEEN_LOOKS):
+            if self._is_stopped:
+                return
         with self._changed:
             self.results.put(completion)
             self._num_unanswered -= 1
