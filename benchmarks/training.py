@@ -190,6 +190,7 @@ def self_play(workload: Workload, model: Path, folder: Path, device: str, dtype:
         epochs_per_iteration=workload.num_epochs,
         max_completion_length=workload.longest + 1,
         use_vllm=False,
+        report=False,  # no part of the training
     )
     rows = [{"prompt": as_text(x["prompt_ids"]), "completion": as_text(x["chosen_ids"][:-1])} for x in pairs]
     dataset = Dataset.from_list(rows)

@@ -127,7 +127,7 @@ def test_gpu_build_is_started_by_its_command(capsys, gpu_build):
 def test_cpu_build_is_started_as_a_module_without_flags_for_a_gpu(capsys, cpu_build):
     words = printed(capsys, "m", "--gpu-memory-utilization", "0.5")
     assert value_of(words, "-m") == "vllm.entrypoints.openai.api_server" and value_of(words, "--model") == "m"
-    assert "--enforce-eager" in words and "VLLM_CPU_KVCACHE_SPACE=1" in words
+    assert "--enforce-eager" in words and "--no-enable-chunked-prefill" in words and "VLLM_CPU_KVCACHE_SPACE=1" in words
     assert "--gpu-memory-utilization" not in words
 
 

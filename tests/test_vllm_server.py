@@ -13,8 +13,9 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM
 
 from spin_trl import SPINTrainer
-from spin_trl.generation.sampler import SamplerError
+from spin_trl.generation.sampler import CompletionRequest, SamplerError, SamplingParams
 from spin_trl.generation.vllm_api import VLLMServer
+from spin_trl.generation.vllm_sampler import VLLMSampler
 
 
 LORA = {"r": 8, "target_modules": "all-linear"}
@@ -46,8 +47,6 @@ def server_logps(server, model: str, prompt_ids: list[int], completion_ids: list
 
 def spy_on_the_server(monkeypatch, server, row: dict) -> list[list[float]]:
     """Ask the server for the log-probs of one fixed sequence under each opponent, as soon as it is published."""
-    from spin_trl.generation.vllm_sampler import VLLMSampler
-
     seen = []
     select = VLLMSampler.select
 
@@ -263,3 +262,17 @@ def test_adapter_of_too_high_a_rank_is_refused_with_the_servers_words(
     trainer = SPINTrainer(tiny_model, config, train_dataset=train_dataset, peft_config=lora)
     with pytest.raises(SamplerError, match=r"refused POST /v1/load_lora_adapter(.|\n)*rank"):
         trainer.train()
+
+
+def test_prompts_that_fill_more_than_one_step_of_the_engine_are_all_answered(full_server, tiny_model):
+    """Some would be read in two steps, if that were not forbidden; with a seed this ends the engine on a CPU."""
+    sampler = VLLMSampler(tiny_model, None)
+    sampler.connect(VLLMServer(full_server.base_url, full_server.api_key), "filling", min_context_length=2)
+    try:
+        sampler.publish(0, None)
+        sampler.select(0, None)
+        requests = [CompletionRequest((row, 0), [5 + row % 20] * (30 + row % 10), seed=row) for row in range(512)]
+        answers = list(sampler.sample(requests, SamplingParams(4, (2,))))
+        assert sorted(answer.key[0] for answer in answers) == list(range(512))
+    finally:
+        sampler.close()

@@ -96,6 +96,9 @@ def serve_command(
         argv += ["--trust-remote-code"]
     if on_cpu:
         argv += ["--enforce-eager"]  # there may be no compiler
+        # Every completion has a seed. Of one whose prompt is read in two steps, vLLM rewinds the generator, which a
+        # CPU's cannot: the engine dies of it ("CPU Generator does not use offset").
+        argv += ["--no-enable-chunked-prefill"]
         env["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GiB
     can_sleep = sleep_mode and not on_cpu
     if can_sleep:  # where the platform cannot, as a CPU, vLLM refuses to start with this
