@@ -69,8 +69,8 @@ def test_run_of_a_batch_loss_is_not_continued_with_its_steps_divided_otherwise(t
 @pytest.mark.parametrize("name", [pytest.param("ddp", marks=slow), pytest.param("zero3", marks=slow)])
 def test_two_processes_train_on_the_same_loss_as_one(name, tiny_model, tmp_path):
     """Each step has eight pairs, divided over the processes or not."""
-    fields = {"loss_type": ["iris", "sft"], "loss_weights": [1.0, 0.1], "iris_alpha": 2.0}
-    arguments = ["--loss_type", "iris", "sft", "--loss_weights", "1.0", "0.1", "--iris_alpha", "2.0"]
+    fields = {"loss_type": ["iris", "sigmoid"], "loss_weights": [1.0, 0.5], "iris_alpha": 2.0}
+    arguments = ["--loss_type", "iris", "sigmoid", "--loss_weights", "1.0", "0.5", "--iris_alpha", "2.0"]
     config = SPINConfig(**settings(str(tmp_path / "alone"), **fields))
     expected = play(tiny_model, str(TRAIN_FILE), config)
     done = launch(name, tmp_path, [tiny_model, str(TRAIN_FILE), str(tmp_path / "two"), *arguments])

@@ -65,7 +65,7 @@ def logistic(t: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_first_step_of_every_iteration_has_the_loss_of_its_pairs_under_the_opponent(make_trainer, adapter):
-    """A step takes all 64 pairs (16 prompts, two answers, one older iteration); iteration 0's 32 pairs fill it twice."""
+    """A step takes all 64 pairs (16 prompts, two answers, two iterations); iteration 0's 32 pairs fill it twice."""
     watch = LogProbsOfInitialAnswers()
     trainer = make_trainer(watch, adapter=adapter, per_device_train_batch_size=64, num_generations=2)
     watch.trainer = trainer
