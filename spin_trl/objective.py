@@ -30,6 +30,11 @@ _LOSS_OF_FIELD = {"space_mu": "space", "t_spin_alpha": "t_spin", "t_spin_beta": 
 _NEED_THE_OPPONENT = ("space", "iris")
 
 
+def fields_in_use(args: "SPINConfig") -> list[str]:
+    """Names of the fields that one of the run's losses reads."""
+    return [name for name, loss in _LOSS_OF_FIELD.items() if loss in args.loss_type]
+
+
 def loss_parameters(args: "SPINConfig", beta: float) -> LossParameters:
     """What the losses read, with the iteration's `beta`."""
     return LossParameters(beta, **{name: getattr(args, name) for name in _LOSS_OF_FIELD})
@@ -68,8 +73,9 @@ def _pairs_per_forward(args: "SPINConfig") -> int:
 
 def _check_fields_are_used(args: "SPINConfig") -> None:
     defaults = {field.name: field.default for field in fields(args)}
+    in_use = fields_in_use(args)
     for name, loss in _LOSS_OF_FIELD.items():
-        if loss not in args.loss_type and getattr(args, name) != defaults[name]:
+        if name not in in_use and getattr(args, name) != defaults[name]:
             raise ValueError(
                 f"`{name}={getattr(args, name)!r}` belongs to the loss '{loss}', which `loss_type` ({args.loss_type}) "
                 f"does not name. Add '{loss}' to `loss_type`, or leave `{name}` unset."

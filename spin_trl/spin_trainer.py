@@ -243,6 +243,10 @@ class SPINTrainer(HubTrainer):
             return result
         loss, *outputs = result if return_outputs else [result]
         by_side = dict(zip(sides, logps.chunk(len(sides)), strict=True))  # (B,) each
+        if initial is not None:
+            mode = "train" if self.model.training else "eval"
+            initial_logps = self.accelerator.gather(by_side["initial"].detach())
+            self._metrics[mode]["logps/initial"].append(initial_logps.mean().item())
         reference = {f"ref_{side}": inputs[f"ref_{side}_logps"] for side in ("chosen", "rejected")}
         loss = loss + self._spin_loss(LogProbs(**by_side, **reference))
         return (loss, *outputs) if return_outputs else loss
