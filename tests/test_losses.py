@@ -175,16 +175,29 @@ def test_trl_losses_are_those_that_dpo_trainer_computes():
 
 
 @pytest.mark.parametrize(
-    ("loss_type", "loss_weights"), [(["exponential"], None), (["space", "sft"], [1.0, 0.1]), ("correlation", None)]
+    ("fields", "first_loss"),
+    [
+        ({"loss_type": "exponential"}, 1.0),
+        ({"loss_type": "correlation"}, 1.0),
+        ({"loss_type": "iris"}, 0.0),
+        ({"loss_type": "space", "space_mu": 3.0, "num_generations": 3}, 2.2493),
+        ({"loss_type": ["space", "sft"], "loss_weights": [1.0, 0.1]}, None),
+    ],
+    ids=lambda value: str(value.get("loss_type")) if isinstance(value, dict) else None,
 )
-def test_whole_run_with_a_loss_that_trl_lacks(tiny_model, train_dataset, make_config, loss_type, loss_weights):
-    """At the first step of each iteration rewards are 0, whatever the loss."""
-    config = make_config(num_iterations=2, loss_type=loss_type, loss_weights=loss_weights, learning_rate=1e-4)
-    trainer = SPINTrainer(tiny_model, config, train_dataset=train_dataset)
+def test_whole_run_with_a_loss_that_trl_lacks(tiny_model, train_dataset, make_config, fields, first_loss):
+    """
+    At the first step of each iteration rewards are 0, and the loss is what it is where the policy is the opponent. 48
+    pairs are six steps; in iteration 1 the older ones join them.
+    """
+    config = make_config(num_iterations=2, learning_rate=1e-4, **fields)
+    dataset = train_dataset.select(range(48 // config.num_generations))
+    trainer = SPINTrainer(tiny_model, config, train_dataset=dataset)
     trainer.train()
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(steps) == 18
     for first in (steps[0], steps[6]):
         assert first["rewards/margins"] == pytest.approx(0, abs=1e-6)
-    if "sft" not in loss_type:
-        assert steps[0]["loss"] == pytest.approx(1, abs=1e-6)
+        if first_loss is not None:
+            assert first["loss"] == pytest.approx(first_loss, abs=1e-4)
     assert steps[5]["rewards/margins"] > 0
