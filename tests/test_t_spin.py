@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,14 +12,11 @@ from datasets import Dataset
 from kill_points import PLACES
 from peft import LoraConfig
 from test_kill_and_resume import assert_ends_the_same, choose_kill, start
-from test_resume import At, assert_same_weights, fail, stop_after, weights
+from test_resume import assert_same_weights, stop_after, weights
 from transformers import TrainerCallback
 
 from spin_trl import SPINTrainer, load_pairs
 from spin_trl.iteration_store import IterationStore, RunDirectoryError
-
-
-ADAPTERS = {"full": None, "lora": LoraConfig(r=4, target_modules="all-linear")}
 
 
 @pytest.fixture
@@ -32,7 +30,7 @@ def make_trainer(tiny_model, make_config):
             tiny_model,
             make_config(**{**fields, **overrides}),
             train_dataset=Dataset.from_list(read_rows("accent_train.jsonl", 16)),
-            peft_config=ADAPTERS[adapter],
+            peft_config=LoraConfig(r=4, target_modules="all-linear") if adapter == "lora" else None,
             callbacks=list(callbacks),
         )
 
@@ -63,7 +61,7 @@ def logistic(t: torch.Tensor) -> torch.Tensor:
     return -torch.nn.functional.logsigmoid(t)
 
 
-@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize("adapter", ["full", "lora"])
 def test_first_step_of_every_iteration_has_the_loss_of_its_pairs_under_the_opponent(make_trainer, adapter):
     """A step takes all 64 pairs (16 prompts, two answers, two iterations); iteration 0's 32 pairs fill it twice."""
     watch = LogProbsOfInitialAnswers()
@@ -127,28 +125,33 @@ def test_stopped_run_goes_on_to_the_same_policy(make_trainer, tmp_path, adapter,
 
 
 def test_initial_answers_that_are_gone_are_made_again_and_if_they_cannot_be_the_run_is_refused(make_trainer, tmp_path):
-    undisturbed = make_trainer(output_dir=str(tmp_path / "undisturbed"))
-    undisturbed.train()
-    stopped = stop_after(make_trainer, 5, save_steps=1)
+    stopped = stop_after(make_trainer, 3, save_steps=1, num_iterations=2)  # in iteration 1
     kept, generations = stopped.store.initial_answers.path, stopped.store.path(0, "generations")
+    expected = (kept / "rows.arrow").read_bytes()
     shutil.rmtree(kept)
     moved = generations.rename(tmp_path / "moved")
     with pytest.raises(RunDirectoryError, match="`loss_type='t_spin'` compares with.*generations has 0 of the 16"):
-        make_trainer(At(6, fail)).train()
+        make_trainer(num_iterations=2).train()
     moved.rename(generations)
-    resumed = make_trainer()
-    resumed.train()
-    assert kept.is_dir()
-    assert_same_weights(resumed, weights(undisturbed))
+    make_trainer(num_iterations=2).train()
+    assert (kept / "rows.arrow").read_bytes() == expected
+
+
+KILLED = {"use_vllm": False, "loss_type": "t_spin", "t_spin_beta": 0.5}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_model, tmp_path_factory) -> Path:
+    output_dir = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert start(tiny_model, output_dir, KILLED) == 0
+    return output_dir
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("phase", ["score", "generate", "train"])
-def test_killed_run_ends_as_the_undisturbed_one(tiny_model, tmp_path, phase):
-    settings = {"use_vllm": False, "loss_type": "t_spin", "t_spin_beta": 0.5}
-    assert start(tiny_model, tmp_path / "undisturbed", settings) == 0
-    places = json.loads((tmp_path / "undisturbed" / PLACES).read_text())
-    assert start(tiny_model, tmp_path / "run", settings, choose_kill(places, phase)) == -signal.SIGKILL
-    assert start(tiny_model, tmp_path / "run", settings) == 0
-    assert_ends_the_same(tmp_path / "run", tmp_path / "undisturbed")
+@pytest.mark.parametrize("phase", ["score", "train"])
+def test_killed_run_ends_as_the_undisturbed_one(tiny_model, undisturbed, tmp_path, phase):
+    kill_at = choose_kill(json.loads((undisturbed / PLACES).read_text()), phase)
+    assert start(tiny_model, tmp_path / "run", KILLED, kill_at) == -signal.SIGKILL
+    assert start(tiny_model, tmp_path / "run", KILLED) == 0
+    assert_ends_the_same(tmp_path / "run", undisturbed)
     assert IterationStore(tmp_path / "run").initial_answers.are_kept
