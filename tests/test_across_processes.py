@@ -66,18 +66,25 @@ def test_run_of_a_batch_loss_is_not_continued_with_its_steps_divided_otherwise(t
     ]
 
 
-@pytest.mark.parametrize("name", [pytest.param("ddp", marks=slow), pytest.param("zero3", marks=slow)])
-def test_two_processes_train_on_the_same_loss_as_one(name, tiny_model, tmp_path):
-    """Each step has eight pairs, divided over the processes or not."""
-    fields = {"loss_type": ["iris", "sigmoid"], "loss_weights": [1.0, 0.5], "iris_alpha": 2.0}
-    arguments = ["--loss_type", "iris", "sigmoid", "--loss_weights", "1.0", "0.5", "--iris_alpha", "2.0"]
-    config = SPINConfig(**settings(str(tmp_path / "alone"), **fields))
-    expected = play(tiny_model, str(TRAIN_FILE), config)
-    done = launch(name, tmp_path, [tiny_model, str(TRAIN_FILE), str(tmp_path / "two"), *arguments])
+IRIS = {"loss_type": ["iris", "sigmoid"], "loss_weights": [1.0, 0.5], "iris_alpha": 2.0}
+T_SPIN = {"loss_type": ["t_spin"], "t_spin_beta": 0.5}
+
+
+@slow
+@pytest.mark.parametrize(
+    ("name", "fields", "adapter"),
+    [("ddp", IRIS, "full"), ("ddp", T_SPIN, "lora"), ("zero3", IRIS, "lora"), ("zero3", T_SPIN, "full")],
+    ids=["ddp-iris", "ddp-t_spin-lora", "zero3-iris-lora", "zero3-t_spin"],
+)
+def test_two_processes_train_on_the_same_loss_as_one(name, fields, adapter, tiny_model, tmp_path):
+    """Each step has eight pairs, divided over the processes or not; in iteration 1 T-SPIN's have three sides."""
+    expected = play(tiny_model, str(TRAIN_FILE), SPINConfig(**settings(str(tmp_path / "alone"), **fields)), adapter)
+    arguments = [tiny_model, str(TRAIN_FILE), str(tmp_path / "two")]
+    for field, value in fields.items():
+        arguments += [f"--{field}", *map(str, value if isinstance(value, list) else [value])]
+    done = launch(name, tmp_path, arguments, ADAPTER=adapter)
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
     for rank in range(2):
         seen = json.loads((tmp_path / "two" / f"seen-{rank}.json").read_text())
         assert seen["num_processes"] == 2
         assert seen["loss"] == pytest.approx(expected["loss"], abs=1e-4)
-        if name == "ddp":
-            assert seen["policy"] == pytest.approx(expected["policy"], abs=1e-2)
