@@ -58,12 +58,15 @@ class StepNumbers:
     What one forward pass of the policy gave.
 
     Args:
-        logps (`torch.Tensor` of shape `(2 * B,)`): Of the chosen sides, then of the rejected ones, in nats.
+        logps (`torch.Tensor` of shape `(2 * B,)` or `(3 * B,)`): Of the chosen sides, then of the rejected ones, then
+            of the initial ones, if there are such. In nats.
         origins (`torch.Tensor` of shape `(B, 2)`, *optional*): See [`OriginCollator`].
+        sides (`tuple[str, ...]`): What the sides are called.
     """
 
     logps: torch.Tensor
     origins: torch.Tensor | None
+    sides: tuple[str, ...] = ("chosen", "rejected")
 
     def require_finite(self, loss: torch.Tensor, step: int, iteration: int | None) -> None:
         """
@@ -78,9 +81,9 @@ class StepNumbers:
         if (torch.isfinite(loss).all() & torch.isfinite(self.logps).all()).item():
             return
         origins = [] if self.origins is None else self.origins.tolist()
-        chosen, rejected = np.array_split(~np.isfinite(self.logps.float().cpu().numpy()), 2)
-        if chosen.any() or rejected.any():
-            found = _name_sides({"chosen": chosen, "rejected": rejected}, origins, iteration)
+        broken = np.array_split(~np.isfinite(self.logps.float().cpu().numpy()), len(self.sides))
+        if any(side.any() for side in broken):
+            found = _name_sides(dict(zip(self.sides, broken, strict=True)), origins, iteration)
         else:
             found = (
                 f"The policy's log-probs are finite, so the loss itself overflows: lower `beta` or take another "
@@ -131,7 +134,7 @@ def require_finite_truths(dataset: Dataset, logps: torch.Tensor) -> None:
 def _name_sides(sides: Mapping[str, np.ndarray], origins: Sequence[Sequence[int]], iteration: int | None) -> str:
     """
     Args:
-        sides (`dict[str, np.ndarray]`): For "chosen" and "rejected", which log-probs are not finite, of shape `(B,)`.
+        sides (`dict[str, np.ndarray]`): For "chosen", "rejected", ... which log-probs are not finite, of shape `(B,)`.
         origins: For each pair its `ORIGIN_COLUMNS`; empty if they are not known.
     """
     named = []

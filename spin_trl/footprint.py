@@ -28,6 +28,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from .columns import list_lengths, num_bytes_of
 from .disk import DiskError, free_bytes, readable
+from .initial_answers import needs_initial_answers
 from .spin_config import SPINConfig
 
 
@@ -129,6 +130,8 @@ def estimate_footprint(
         )
     own_pairs = num_answers * _PAIR_BYTES + args.num_generations * answer_tokens * _ANSWER_TOKEN_BYTES["pairs"]
     pairs = sum(own_pairs * (1 + min(i, args.num_history_iterations)) + _FILE_BYTES for i in iterations)
+    if needs_initial_answers(args):
+        pairs += own_pairs
     num_opponents = _num_opponents(args, saves_opponents, base_is_opponent, eval_dataset is not None)
     num_checkpoints = _num_checkpoints(args, num_answers)
     opponent = weights.saved if weights.published is None else weights.published

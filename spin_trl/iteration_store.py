@@ -11,6 +11,7 @@
       iteration-0/
         opponent/                   adapter or model as published; absent where it is the base model
         generations/part-*.parquet  completions: row, sample, completion_ids, finish_reason
+        initial_answers/            the same in one Arrow file, in iteration 0 alone, where later ones compare with them
         evaluation/part-*.parquet   the same for the evaluation prompts
         evaluation-pairs.parquet    these answers and the ground truths, with the opponent's log-probs
         pairs/                      what the iteration adds to `train_data`, an Arrow file: iteration, row, source_row,
@@ -42,6 +43,7 @@ from .atomic_files import finish_directory, is_temporary, make_directory, remove
 from .columns import BATCH_SIZE, batches, num_bytes_of, write_rows
 from .completion_parts import COMPLETION_SCHEMA, CompletionParts
 from .disk import writing
+from .initial_answers import InitialAnswers
 from .pair_dataset import PairDataset
 from .run_paths import RunDirectoryError, is_numbered, numbered, own_path
 
@@ -320,12 +322,18 @@ class IterationStore:
 
     def read_pairs(self, iteration: int) -> PairDataset:
         """
-        An iteration's training set, with the columns of the run's data.
+        An iteration's training set, with the columns of the run's data, and `initial_ids` where such are kept.
 
         Raises:
             [`RunDirectoryError`]: if it is not of these data.
         """
-        return PairDataset.join(self.read_data(), read_arrow(self.path(iteration, "pairs")))
+        pairs = PairDataset.join(self.read_data(), read_arrow(self.path(iteration, "pairs")))
+        return self.initial_answers.join(pairs) if iteration > 0 and self.initial_answers.are_kept else pairs
+
+    @property
+    def initial_answers(self) -> InitialAnswers:
+        """What the initial policy answered. Iteration 0's pairs hold that already, as their rejected side."""
+        return InitialAnswers(self.path(0, "initial_answers"), self.completions(0, "generations"), self.run_id)
 
     def pairs_checksum(self, iteration: int) -> str | None:
         """The checksum that an iteration's pairs were written with; `None` where there are none."""

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
+from .objective import fields_in_use
 from .spin_config import SPINConfig
 
 
@@ -65,7 +66,8 @@ def self_play_section(metrics: Iterable[tuple[int, dict[str, Any]]], args: SPINC
         parts += _table("", {label: values for label, values in answers.items() if values})
     config = args.to_dict()
     parts += ["", "Settings:", "", "| setting | value |", "| --- | --- |"]
-    parts += [f"| `{name}` | `{config[name]}` |" for name in _SETTINGS if config.get(name) is not None]
+    names = [*_SETTINGS, *fields_in_use(args)]
+    parts += [f"| `{name}` | `{config[name]}` |" for name in names if config.get(name) is not None]
     return "\n".join([*parts, "", _END])
 
 

@@ -3,7 +3,7 @@
 Knows nothing of files and models.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,11 +26,13 @@ class PairDataset(torch.utils.data.Dataset):
     Args:
         truths ([`~datasets.Dataset`]): For each pair its `prompt_ids` and `chosen_ids`.
         answers ([`~datasets.Dataset`]): For each pair its other columns.
+        *others ([`~datasets.Dataset`]): For each pair what else it is joined with.
     """
 
-    def __init__(self, truths: Dataset, answers: Dataset):
+    def __init__(self, truths: Dataset, answers: Dataset, *others: Dataset):
         self.truths = truths
         self.answers = answers
+        self.others = others
 
     @classmethod
     def join(cls, data: Dataset, answers: Dataset) -> "PairDataset":
@@ -53,13 +55,21 @@ class PairDataset(torch.utils.data.Dataset):
             )
         return cls(data.select_columns(TRUTH_COLUMNS).select(positions), answers)
 
+    def joined_with(self, other: Dataset) -> "PairDataset":
+        """These pairs with further columns, of which `other` has a row for each."""
+        return PairDataset(self.truths, self.answers, *self.others, other)
+
+    @property
+    def _holders(self) -> tuple[Dataset, ...]:
+        return (self.answers, self.truths, *self.others)
+
     @property
     def column_names(self) -> list[str]:
-        return [*self.answers.column_names, *self.truths.column_names]
+        return [name for holder in self._holders for name in holder.column_names]
 
     def holder_of(self, column: str) -> Dataset:
         """The dataset that a column lies in."""
-        return self.truths if column in self.truths.column_names else self.answers
+        return next((holder for holder in self._holders if column in holder.column_names), self.answers)
 
     def __len__(self) -> int:
         return len(self.answers)
@@ -68,26 +78,29 @@ class PairDataset(torch.utils.data.Dataset):
         """A row, the columns of several rows, or a column, as [`~datasets.Dataset`] has it."""
         if isinstance(key, str):
             return self.holder_of(key)[key]
-        return {**self.answers[key], **self.truths[key]}
+        return _merged(holder[key] for holder in self._holders)
 
     def __getitems__(self, keys: list[int]) -> list[dict[str, Any]]:
-        sides = zip(self.answers.__getitems__(keys), self.truths.__getitems__(keys), strict=True)
-        return [{**answer, **truth} for answer, truth in sides]
+        rows = zip(*(holder.__getitems__(keys) for holder in self._holders), strict=True)
+        return [_merged(parts) for parts in rows]
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        for answer, truth in zip(self.answers, self.truths, strict=True):
-            yield {**answer, **truth}
+        for parts in zip(*self._holders, strict=True):
+            yield _merged(parts)
 
     def select(self, indices: Sequence[int] | np.ndarray) -> "PairDataset":
         """The pairs at these positions, in this order."""
-        return PairDataset(self.truths.select(indices), self.answers.select(indices))
+        others = (other.select(indices) for other in self.others)
+        return PairDataset(self.truths.select(indices), self.answers.select(indices), *others)
 
     def batches(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """Rows of some columns, or of all, so many at a time."""
         columns = self.column_names if columns is None else columns
-        split = [
-            (side, [name for name in columns if self.holder_of(name) is side]) for side in (self.answers, self.truths)
-        ]
-        for sides in zip(*(batches(side, names) for side, names in split if names), strict=True):
-            found = {name: side[name] for side in sides for name in side.column_names}
+        split = [(holder, [name for name in columns if self.holder_of(name) is holder]) for holder in self._holders]
+        for parts in zip(*(batches(holder, names) for holder, names in split if names), strict=True):
+            found = {name: part[name] for part in parts for name in part.column_names}
             yield pa.table({name: found[name] for name in columns})
+
+
+def _merged(parts: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    return {name: value for part in parts for name, value in part.items()}

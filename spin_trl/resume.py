@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .atomic_files import remove, write_text
+from .initial_answers import needs_initial_answers
 from .iteration_store import IterationStore, to_json
 from .run_identity import differences
 from .run_paths import RunDirectoryError
@@ -226,6 +227,10 @@ def _resume(
         logger.warning(f"The pairs of iteration {start.iteration} are damaged, and made again.")
         remove(store.path(start.iteration, "pairs"))
     _require_history(store, args, start)
+    if needs_initial_answers(args) and store.has_pairs(0) and not start.is_trained:
+        IterationStore(store.output_dir, run_id).initial_answers.restore(
+            stored["data"]["num_train_rows"] * args.num_generations
+        )
     starts = [*stored.get("starts", []), _now("the initial model" if checkpoint is None else checkpoint.name)]
     store.write_run({**description, "run": run_id, "starts": starts})
     return start

@@ -46,6 +46,7 @@ from .generation.vllm_sampler import VLLMSampler
 from .inputs import check_generation_kwargs, check_model, check_peft_config, check_tokenizer, explained
 from .iteration_store import IterationStore
 from .merging import save_base
+from .objective import batch_losses_depend_on
 from .preparation import dataset_checksum, drop_long_prompts, percentile_length, prepare_data
 from .publication import Publication, adapter_config, plan_publication
 from .quantization import check_trains_adapter, differs_on_server, find_quantization, serves_dequantized
@@ -265,6 +266,7 @@ class SelfPlaySetup:
             "training": {
                 "total_train_batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
                 "sharding": _sharding(),
+                **batch_losses_depend_on(args),
             },
             "data": {
                 **self.data_report,

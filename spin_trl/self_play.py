@@ -27,6 +27,7 @@ from .evaluation import GenerationMetrics, ScoreTable
 from .finite import require_finite_scores
 from .generation.sampler import CompletionRequest, OpponentSampler, SamplingParams
 from .held_out import HeldOutEvaluation
+from .initial_answers import needs_initial_answers
 from .iteration_log import IterationLog
 from .iteration_metrics import describe_generations, describe_scores, generation_rates
 from .iteration_store import IterationStore
@@ -296,6 +297,8 @@ class SelfPlayCallback(TrainerCallback):
     def _pair_and_score(self, iteration: int) -> None:
         try:
             on_main_process(lambda: self._write_answers(iteration))
+            if iteration == 0 and needs_initial_answers(self.trainer.args):
+                on_main_process(self.store.initial_answers.keep)
             pairs = self._select_pairs(iteration, PairDataset.join(self.dataset, self.store.read_answers(iteration)))
             scores = score_pairs(self.trainer, pairs, self._reference(iteration))
             require_finite_scores(pairs, scores, iteration)

@@ -20,6 +20,7 @@ from .config_checks import (
     share,
 )
 from .losses import SPIN_LOSSES, TRL_LOSSES, check_loss_types
+from .objective import OBJECTIVE_NUMBERS, check_objective
 
 
 _NUMBERS = {
@@ -28,7 +29,7 @@ _NUMBERS = {
     "epochs_per_iteration": at_least(1),
     "num_history_iterations": at_least(0),
     "num_generations": at_least(1),
-    "space_mu": positive(),
+    **OBJECTIVE_NUMBERS,
     "convergence_tolerance": NumberRule("in (0, 0.5)", lambda value: 0 < value < 0.5),
     # generation
     "max_completion_length": at_least(1, optional=True),
@@ -99,8 +100,8 @@ class SPINConfig(DPOConfig):
     Configuration of [`SPINTrainer`]: a [`~trl.DPOConfig`] plus the self-play.
 
     Only the fields that differ from [`~trl.DPOConfig`] are listed; the others keep their meaning. `loss_type` also
-    takes `"exponential"`, `"correlation"` and `"space"`, alone or mixed with the others; SPIN's own logistic loss is
-    the default, `"sigmoid"`.
+    takes `"exponential"`, `"correlation"`, `"space"`, `"t_spin"` and `"iris"`, alone or mixed with the others; SPIN's
+    own logistic loss is the default, `"sigmoid"`.
 
     Parameters:
         > Parameters that control the data
@@ -144,7 +145,23 @@ class SPINConfig(DPOConfig):
             model's in every iteration, as in online DPO. Full fine-tuning then loads the initial model beside the
             policy while an iteration's pairs are scored, and frees it before the first step.
         space_mu (`float`, *optional*, defaults to `1.0`):
-            Ratio of generated to real data that `loss_type="space"` assumes.
+            With `loss_type="space"`, the ratio mu of generated to real data in the loss `-log sig(r(y) - log mu) -
+            mu * log sig(log mu - r(y'))`, where `r = log p - log p_t` (SPACE, arXiv 2512.07175; published). At most
+            `num_generations`. Its optimum is the data's distribution for every mu; at the first step the loss is
+            `log(1 + mu) + mu * log(1 + 1/mu)`.
+        t_spin_alpha (`float`, *optional*, defaults to `1.0`):
+            With `loss_type="t_spin"`, the scale a of the log-probs in the loss `l(a * (log p(y) - log p(y'))) +
+            b * l(a * (log p(y') - log p(y0)))`, where `l(t) = log(1 + e^-t)` and `y0` is the answer of the initial
+            policy (T-SPIN, arXiv 2601.08198; published). It has no reference; the opponent's log-probs are computed for
+            the metrics alone. Pairs whose two sides are equal count in its second term, so they are kept.
+        t_spin_beta (`float`, *optional*, defaults to `0.1`):
+            The weight b of the second term there. In iteration 0, where `y' = y0`, there is none. With 0 there never
+            is; else iteration 0's answers are kept with the run, and each adds a sequence to the forward pass.
+        iris_alpha (`float`, *optional*, defaults to `0.5`):
+            With `loss_type="iris"`, the order a in the loss `-[1/(a-1) * log E_y e^((a-1) * r(y)) - 1/a *
+            log E_y' e^(a * r(y'))]` (IRIS, arXiv 2604.20933; reconstructed from the formula, prefactors not confirmed).
+            The expectations are over all pairs of one forward pass, on all processes: at least two, the more the
+            better; over gradient accumulation the loss is averaged. Above 1 single pairs may outweigh all others.
         stop_when_converged (`bool`, *optional*, defaults to `False`):
             Whether the run ends before `num_iterations` when the opponent cannot be told from the data: the held-out
             accuracy (`eval_rewards/accuracies`) of an iteration is back at a half, or nearly all answers equal the
@@ -392,10 +409,13 @@ class SPINConfig(DPOConfig):
             "choices": ["previous", "fixed"],
         },
     )
-    space_mu: float = field(
-        default=1.0, metadata={"help": "Ratio of generated to real data that `loss_type='space'` assumes."}
+    space_mu: float = field(default=1.0, metadata={"help": "Ratio of generated to real data in `loss_type='space'`."})
+    t_spin_alpha: float = field(default=1.0, metadata={"help": "Scale of the log-probs in `loss_type='t_spin'`."})
+    t_spin_beta: float = field(
+        default=0.1,
+        metadata={"help": "Weight of the comparison with the initial policy's answers in `loss_type='t_spin'`."},
     )
-
+    iris_alpha: float = field(default=0.5, metadata={"help": "Order of the divergence in `loss_type='iris'`."})
     stop_when_converged: bool = field(
         default=False,
         metadata={"help": "Whether the run ends early when the opponent cannot be told from the data."},
@@ -649,6 +669,7 @@ class SPINConfig(DPOConfig):
 
     def _check_objective(self):
         check_loss_types(self.loss_type)
+        check_objective(self)
         own = [name for name in self.loss_type if name in SPIN_LOSSES]
         for name, neutral in (("ld_alpha", None), ("use_weighting", False), ("f_divergence_type", "reverse_kl")):
             if own and getattr(self, name) != neutral:

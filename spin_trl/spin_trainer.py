@@ -16,6 +16,7 @@ from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase,
 from transformers.trainer_utils import EvalPrediction, TrainOutput
 from trl import DPOTrainer
 
+from .across_processes import join_log_probs
 from .adapters import check_fixed_reference, check_trainable, complete_reference_adapter
 from .best_iteration import check_best_iteration, find_best, take_best
 from .compiler_locks import warn_of_old_locks
@@ -25,12 +26,15 @@ from .evaluation import GenerationMetrics
 from .finite import ORIGIN_COLUMNS, OriginCollator, StepNumbers, take_origins
 from .footprint import size_of_base, size_of_weights
 from .hub_trainer import HubTrainer
+from .initial_answers import needs_initial_answers
+from .initial_side import INITIAL_IDS, InitialSideCollator, join_initial, take_initial, without_initial
 from .inputs import check_generation_metrics, check_optimizers
 from .iteration_store import IterationStore
 from .log_file import LogFileCallback
-from .losses import SPIN_LOSSES, LossParameters
+from .losses import BATCH_LOSSES, SPIN_LOSSES, LogProbs
 from .merged import check_can_merge, save_merged_model
 from .merging import check_can_be_merged, fold_scaling, save_merged
+from .objective import loss_parameters
 from .offload import Offloader, training_tensors
 from .progress import RunProgress
 from .quantization import keep_weights_as_quantized
@@ -172,7 +176,7 @@ class SPINTrainer(HubTrainer):
             check_can_be_merged(self.model)
         # Errors name rows of the user's data, so they travel with each batch. The collator sees what it always saw.
         hidden = ORIGIN_COLUMNS if args.remove_unused_columns else []
-        self.data_collator = OriginCollator(self.data_collator, hidden)
+        self.data_collator = OriginCollator(InitialSideCollator(self.data_collator), hidden)
         self._split_losses()
         if is_peft_model(self.model) and "ref" in self.model.peft_config:
             if args.opponent_reference == "previous":
@@ -220,22 +224,31 @@ class SPINTrainer(HubTrainer):
 
     def _compute_loss(self, model, inputs, return_outputs):
         """DPOTrainer's losses and all its metrics, and the losses of `losses.py` from the same forward pass."""
-        origins = take_origins(inputs)
+        origins, initial = take_origins(inputs), take_initial(inputs)
         log_probs = []
 
         def forward(**kwargs):
-            outputs = model(**kwargs)
-            log_probs.append(outputs.log_probs if kwargs.get("fused_lm_head") else None)
-            return outputs
+            if not kwargs.get("fused_lm_head"):  # the logits that `compute_metrics` asks for
+                return model(**kwargs)
+            outputs = model(**join_initial(kwargs, initial))
+            log_probs.append(outputs.log_probs)
+            return outputs if initial is None else without_initial(outputs, len(kwargs["input_ids"]))
 
         result = super()._compute_loss(forward, inputs, return_outputs)
         num_tokens = inputs["completion_mask"].size(1) - 1  # prompt-learning PEFT puts virtual tokens before them
-        logps = log_probs[0][:, -num_tokens:].sum(dim=1)  # (2 * B,)
-        self._numbers = StepNumbers(logps.detach(), origins)
+        logps = log_probs[0][:, -num_tokens:].sum(dim=1)  # (2 * B,), or with the initial answers (3 * B,)
+        sides = ("chosen", "rejected") if initial is None else ("chosen", "rejected", "initial")
+        self._numbers = StepNumbers(logps.detach(), origins, sides)
         if not self.spin_losses:
             return result
         loss, *outputs = result if return_outputs else [result]
-        loss = loss + self._spin_loss(logps, inputs)
+        by_side = dict(zip(sides, logps.chunk(len(sides)), strict=True))  # (B,) each
+        if initial is not None:
+            mode = "train" if self.model.training else "eval"
+            initial_logps = self.accelerator.gather(by_side["initial"].detach())
+            self._metrics[mode]["logps/initial"].append(initial_logps.mean().item())
+        reference = {f"ref_{side}": inputs[f"ref_{side}_logps"] for side in ("chosen", "rejected")}
+        loss = loss + self._spin_loss(LogProbs(**by_side, **reference))
         return (loss, *outputs) if return_outputs else loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -249,17 +262,16 @@ class SPINTrainer(HubTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        self._signature_columns = list(dict.fromkeys([*self._signature_columns, *ORIGIN_COLUMNS]))
+        self._signature_columns = list(dict.fromkeys([*self._signature_columns, *ORIGIN_COLUMNS, INITIAL_IDS]))
 
-    def _spin_loss(self, logps: torch.Tensor, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        chosen_logps, rejected_logps = logps.chunk(2)  # (B,) each
-        chosen_logratios = chosen_logps - inputs["ref_chosen_logps"]
-        rejected_logratios = rejected_logps - inputs["ref_rejected_logps"]
-        parameters = LossParameters(self.beta, self.args.space_mu)
-        return sum(
-            weight * SPIN_LOSSES[name](chosen_logratios, rejected_logratios, parameters).mean()
-            for name, weight in self.spin_losses
-        )
+    def _spin_loss(self, logps: LogProbs) -> torch.Tensor:
+        assert logps.initial is not None or self.iteration == 0 or not needs_initial_answers(self.args)
+        parameters = loss_parameters(self.args, self.beta)
+        loss = torch.zeros((), device=logps.chosen.device)
+        for name, weight in self.spin_losses:
+            seen = join_log_probs(logps, self.accelerator) if name in BATCH_LOSSES else logps
+            loss = loss + weight * SPIN_LOSSES[name](seen, parameters).mean()
+        return loss
 
     # What the callback asks of the policy
 

@@ -1,10 +1,12 @@
 """The trainer's loss without a language model."""
 
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import torch
 
 from spin_trl import SPINTrainer
+from spin_trl.losses import LossParameters
 
 
 class LossProbe:
@@ -15,32 +17,42 @@ class LossProbe:
         self.num_forwards = 0
 
     def __call__(
-        self, loss_types, logps, ref_logps, beta=0.1, loss_weights=None, space_mu=1.0, label_smoothing=0.0
+        self, loss_types, logps, ref_logps, beta=0.1, loss_weights=None, label_smoothing=0.0, **fields
     ) -> torch.Tensor:
         """
         Args:
-            logps, ref_logps: Of the chosen and of the rejected side, two tensors of shape (B,) each.
+            logps: Of the chosen and of the rejected side, perhaps of the initial answers too, tensors of shape (B,).
+            ref_logps: Of the first two of these.
+            **fields: `space_mu`, `t_spin_alpha`, ...; what is not given has its default.
         """
         trainer = self.trainer
         trainer.beta, trainer.label_smoothing = beta, label_smoothing
-        trainer.args.space_mu = space_mu
+        for name, default in asdict(LossParameters(beta)).items():
+            if name != "beta":
+                setattr(trainer.args, name, fields.pop(name, default))
+        assert not fields
         trainer.loss_types = list(loss_types)
         trainer.loss_weights = loss_weights or [1.0] * len(loss_types)
         trainer._split_losses()
         log_probs = torch.cat(logps).unsqueeze(1)  # one token for each completion, chosen ones first
+        num_pairs = len(logps[0])
 
         def model(**kwargs):
             self.num_forwards += 1
+            assert len(kwargs["input_ids"]) == len(log_probs)
             is_top1 = torch.ones_like(log_probs, dtype=torch.bool)
             zeros = torch.zeros_like(log_probs)
             return SimpleNamespace(log_probs=log_probs, entropy=zeros, mean_logits=zeros, is_top1=is_top1)
 
-        input_ids = torch.ones(len(log_probs), 2, dtype=torch.long)
+        input_ids = torch.ones(2 * num_pairs, 2, dtype=torch.long)
         inputs = {
             "input_ids": input_ids,
             "attention_mask": input_ids,
-            "completion_mask": torch.tensor([[0, 1]]).expand(len(log_probs), 2),
+            "completion_mask": torch.tensor([[0, 1]]).expand(2 * num_pairs, 2),
             "ref_chosen_logps": ref_logps[0],
             "ref_rejected_logps": ref_logps[1],
         }
+        if len(logps) == 3:
+            names = ("input_ids", "attention_mask", "labels")
+            inputs["initial"] = dict.fromkeys(names, torch.ones(num_pairs, 2, dtype=torch.long))
         return trainer._compute_loss(model, inputs, return_outputs=False)

@@ -25,6 +25,8 @@ def test_length_of_a_pair_is_that_of_its_longer_sequence_as_truncated():
     assert pair_lengths(pairs.select([2, 0])).tolist() == [2, 4]
     assert pair_lengths(concatenate_datasets([pairs, pairs.select([2])])).tolist() == [4, 4, 2, 2]
     assert pair_lengths(pairs.select([])).tolist() == []
+    with_initial = pairs.add_column("initial_ids", [[8], [8], [8, 8, 8, 8]])
+    assert pair_lengths(with_initial).tolist() == [4, 4, 5]
 
 
 @pytest.mark.parametrize("is_grouped", [True, False])

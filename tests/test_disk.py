@@ -328,7 +328,11 @@ RUNS = {
     "no history": {"num_history_iterations": 0},
     "adapter": {"peft_config": LoraConfig(r=8, target_modules="all-linear")},
     "fixed reference": {"opponent_reference": "fixed", "changed": True},
+    "initial answers": {"loss_type": "t_spin"},
 }
+
+
+PAIRS_AND_THEIRS = ("pairs", "initial_answers")
 
 
 @pytest.fixture
@@ -356,7 +360,7 @@ def test_estimate_is_within_a_factor_of_two_of_what_a_run_writes(
     written = {
         "completions": sum(size_on_disk(trainer.store.path(i, "generations")) for i in range(2)),
         "data": size_on_disk(trainer.store.output_dir / "train_data"),
-        "pairs": sum(size_on_disk(trainer.store.path(i, "pairs")) for i in range(2)),
+        "pairs": sum(size_on_disk(trainer.store.path(i, name)) for i in range(2) for name in PAIRS_AND_THEIRS),
         "opponents": sum(size_on_disk(trainer.store.path(i, "opponent")) for i in range(2)),
         "checkpoints": sum(size_on_disk(path) for path in trainer.store.checkpoints()),
     }

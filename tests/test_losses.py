@@ -26,6 +26,8 @@ BY_HAND = {
     "exponential": (1.0, math.exp(-T)),
     "correlation": (1.0, 1 - T),
     "space": (2 * math.log(2), -math.log(sigmoid(2)) - math.log(sigmoid(1))),
+    "t_spin": (math.log(2), -math.log(sigmoid(3))),
+    "iris": (0.0, -3.0),  # of a single pair its exponentials and logarithms cancel
     "ipo": (25.0, (3 - 5) ** 2),
     "bco_pair": (2 * math.log(2), -math.log(sigmoid(0.2)) - math.log(sigmoid(0.1))),
     "sppo_hard": (50.0, (2 - 5) ** 2 + (-1 + 5) ** 2),
@@ -55,9 +57,68 @@ def test_space_with_mu_1_is_bco_pair_at_beta_1_whatever_its_own_beta(loss):
     assert loss(["space"], logps, ref_logps, beta=0.1).item() == pytest.approx(expected.item(), rel=1e-6)
 
 
-def random_logps(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def test_space_of_several_answers_to_a_prompt_is_the_objective_with_its_expectation_over_them(loss):
+    """mu = 3 with r(y) = 2 and three answers of r(y') = -1, 0, 1: each makes a pair with the same ground truth."""
+    ratios = torch.tensor([2.0, 2.0, 2.0]), torch.tensor([-1.0, 0.0, 1.0])
+    zeros = torch.zeros(3)
+    real = -math.log(sigmoid(2 - math.log(3)))
+    generated = [-math.log(sigmoid(math.log(3) - r)) for r in (-1, 0, 1)]
+    value = loss(["space"], ratios, (zeros, zeros), space_mu=3)
+    assert value.item() == pytest.approx(real + 3 * sum(generated) / 3, rel=1e-6)
+
+
+def test_t_spin_by_hand(loss):
+    """a = 0.5, b = 0.2; log p(y) = -1, log p(y') = -4, log p(y0) = -6. The reference has no part in it."""
+    logps = torch.tensor([-1.0]), torch.tensor([-4.0]), torch.tensor([-6.0])
+    fields = {"t_spin_alpha": 0.5, "t_spin_beta": 0.2}
+    expected = -math.log(sigmoid(0.5 * 3)) - 0.2 * math.log(sigmoid(0.5 * 2))
+    for ref_logps in ((torch.tensor([-3.0]), torch.tensor([-3.0])), random_logps(0, count=1)):
+        assert loss(["t_spin"], logps, ref_logps, **fields).item() == pytest.approx(expected, rel=1e-6)
+    assert loss(["t_spin"], logps[:2], ref_logps, **fields).item() == pytest.approx(-math.log(sigmoid(1.5)), rel=1e-6)
+
+
+def test_t_spin_of_equal_sides_still_compares_with_the_initial_answer(loss):
+    """-log sig(0) has a gradient of -1/2 each way, which cancels; the second term's does not: b * sig(-2)."""
+    both, initial = torch.tensor([-4.0], requires_grad=True), torch.tensor([-6.0], requires_grad=True)
+    loss(["t_spin"], (both, both, initial), (EQUAL[:1], EQUAL[:1])).backward()
+    assert both.grad.item() == pytest.approx(-0.1 * sigmoid(-2), rel=1e-5)
+    assert initial.grad.item() == pytest.approx(0.1 * sigmoid(-2), rel=1e-5)
+
+
+def test_t_spin_takes_one_forward_and_mixes_with_sft(loss):
+    logps = (*random_logps(10), random_logps(11)[0])
+    ref_logps, weights = random_logps(12), [0.5, 2.0]
+    alone = [loss([name], logps, ref_logps).item() for name in ("t_spin", "sft")]
+    loss.num_forwards = 0
+    mixed = loss(["t_spin", "sft"], logps, ref_logps, loss_weights=weights).item()
+    assert loss.num_forwards == 1
+    assert mixed == pytest.approx(0.5 * alone[0] + 2 * alone[1], rel=1e-5)
+    assert alone[1] == pytest.approx(-logps[0].mean().item(), rel=1e-5)  # of the chosen side, not of the third
+
+
+@pytest.mark.parametrize("alpha", [0.5, 2.0])
+def test_iris_by_hand(loss, alpha):
+    """Ratios e^r(y) = 4 and 1, e^r(y') = 1 and 1/4."""
+    logs = torch.tensor([4.0, 1.0]).log(), torch.tensor([1.0, 0.25]).log()
+    zeros = torch.zeros(2)
+    # a = 1/2: -[-2 log((1/2 + 1)/2) - 2 log((1 + 1/2)/2)]; a = 2: -[log((4 + 1)/2) - 1/2 log((1 + 1/16)/2)].
+    expected = {0.5: 4 * math.log(0.75), 2.0: -math.log(2.5) + 0.5 * math.log(17 / 32)}[alpha]
+    assert loss(["iris"], logs, (zeros, zeros), iris_alpha=alpha).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_iris_stays_finite_where_the_exponentials_overflow(loss):
+    logps = torch.tensor([300.0, -300.0], requires_grad=True), torch.tensor([400.0, -400.0])
+    zeros = torch.zeros(2)
+    value = loss(["iris"], logps, (zeros, zeros), iris_alpha=3.0)
+    value.backward()
+    # All weight is on the largest of each: -[1/2 * (600 - log 2) - 1/3 * (1200 - log 2)].
+    assert value.item() == pytest.approx(-300 + math.log(2) / 2 + 400 - math.log(2) / 3, rel=1e-5)
+    assert logps[0].grad.tolist() == pytest.approx([-1, 0])
+
+
+def random_logps(seed: int, count: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return tuple(-20 * torch.rand(2, 16, generator=generator))
+    return tuple(-20 * torch.rand(2, count, generator=generator))
 
 
 def uclaml_spin_loss(policy_real, policy_generated, opponent_real, opponent_generated, beta, loss_type):
@@ -84,7 +145,9 @@ def test_every_loss_type_has_a_gradient_where_policy_and_opponent_differ(loss, n
     assert logps[0].grad.isfinite().all() and logps[0].grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("names", [["sigmoid", "sft"], ["exponential", "sft"], ["space", "correlation", "sigmoid"]])
+@pytest.mark.parametrize(
+    "names", [["sigmoid", "sft"], ["space", "sft"], ["iris", "sft"], ["space", "correlation", "sigmoid"]]
+)
 def test_mix_is_the_weighted_sum_from_one_forward(loss, names):
     logps, ref_logps = random_logps(6), random_logps(7)
     weights = [0.5, 2.0, 0.25][: len(names)]
@@ -112,16 +175,29 @@ def test_trl_losses_are_those_that_dpo_trainer_computes():
 
 
 @pytest.mark.parametrize(
-    ("loss_type", "loss_weights"), [(["exponential"], None), (["space", "sft"], [1.0, 0.1]), ("correlation", None)]
+    ("fields", "first_loss"),
+    [
+        ({"loss_type": "exponential"}, 1.0),
+        ({"loss_type": "correlation"}, 1.0),
+        ({"loss_type": "iris"}, 0.0),
+        ({"loss_type": "space", "space_mu": 3.0, "num_generations": 3}, 2.2493),
+        ({"loss_type": ["space", "sft"], "loss_weights": [1.0, 0.1]}, None),
+    ],
+    ids=lambda value: str(value.get("loss_type")) if isinstance(value, dict) else None,
 )
-def test_whole_run_with_a_loss_that_trl_lacks(tiny_model, train_dataset, make_config, loss_type, loss_weights):
-    """At the first step of each iteration rewards are 0, whatever the loss."""
-    config = make_config(num_iterations=2, loss_type=loss_type, loss_weights=loss_weights, learning_rate=1e-4)
-    trainer = SPINTrainer(tiny_model, config, train_dataset=train_dataset)
+def test_whole_run_with_a_loss_that_trl_lacks(tiny_model, train_dataset, make_config, fields, first_loss):
+    """
+    At the first step of each iteration rewards are 0, and the loss is what it is where the policy is the opponent. 48
+    pairs are six steps; in iteration 1 the older ones join them.
+    """
+    config = make_config(num_iterations=2, learning_rate=1e-4, **fields)
+    dataset = train_dataset.select(range(48 // config.num_generations))
+    trainer = SPINTrainer(tiny_model, config, train_dataset=dataset)
     trainer.train()
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(steps) == 18
     for first in (steps[0], steps[6]):
         assert first["rewards/margins"] == pytest.approx(0, abs=1e-6)
-    if "sft" not in loss_type:
-        assert steps[0]["loss"] == pytest.approx(1, abs=1e-6)
+        if first_loss is not None:
+            assert first["loss"] == pytest.approx(first_loss, abs=1e-4)
     assert steps[5]["rewards/margins"] > 0

@@ -24,6 +24,12 @@ def test_card_says_spin_with_its_paper_the_table_by_iteration_and_the_settings(
     assert again.count("### Self-play") == 1 and "me/data" in again
 
 
+def test_fields_of_the_losses_are_shown_where_they_are_used(make_config):
+    section = self_play_section([], make_config(loss_type=["t_spin", "sft"], t_spin_beta=0.3))
+    assert "| `t_spin_alpha` | `1.0` |\n| `t_spin_beta` | `0.3` |" in section
+    assert "space_mu" not in section and "iris_alpha" not in section
+
+
 def test_section_replaces_an_older_one_and_stands_before_the_versions(make_config):
     metrics = [(0, {"evaluation": {"nll": 2.0}, "cut_off_share": 0.25, "seconds_score": 3.0})]
     section = self_play_section(metrics, make_config())

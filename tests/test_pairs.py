@@ -191,6 +191,9 @@ def test_identical_pairs_are_dropped_if_and_only_if_a_batch_is_the_same_without_
     [
         (None, ["sigmoid", "ipo"], False),
         (None, ["sigmoid", "sft"], True),
+        (None, ["space"], True),
+        (None, ["iris"], True),
+        (None, ["t_spin"], True),
         (None, ["a loss of tomorrow"], True),
         ("drop", ["sft"], False),
         ("keep", ["sigmoid"], True),

@@ -5,6 +5,7 @@ So a batch that holds every pair (y, y') in proportion to p_data(y) * p_t(y') *i
 """
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -16,24 +17,26 @@ P_DATA = torch.tensor(DATA_COUNTS, dtype=torch.float64) / sum(DATA_COUNTS)
 P_OPPONENT = torch.tensor(OPPONENT_COUNTS, dtype=torch.float64) / sum(OPPONENT_COUNTS)
 
 
-def all_pairs(chosen_counts, rejected_counts) -> torch.Tensor:
-    """Indices (N, 2) of y and y', each pair as often as the product of its counts."""
-    answers = range(len(chosen_counts))
-    pairs = itertools.product(answers, answers)
-    return torch.tensor([(y, z) for y, z in pairs for _ in range(chosen_counts[y] * rejected_counts[z])])
+def all_pairs(*counts) -> torch.Tensor:
+    """Indices (N, 2) of y and y', or (N, 3) of these and y0, each as often as the product of its counts."""
+    answers = itertools.product(*(range(len(side)) for side in counts))
+    return torch.tensor(
+        [sides for sides in answers for _ in range(math.prod(n[u] for n, u in zip(counts, sides, strict=True)))]
+    )
 
 
 def expected_loss(loss, logits, pairs, opponent, names, **parameters) -> torch.Tensor:
-    """E over y and y' of the trainer's loss, for the policy softmax(logits)."""
+    """E over y and y', perhaps over y0 too, of the trainer's loss, for the policy softmax(logits)."""
     logps, ref_logps = logits.log_softmax(0), opponent.log()
-    y, z = pairs.T
-    return loss(names, (logps[y], logps[z]), (ref_logps[y], ref_logps[z]), **parameters)
+    sides = pairs.T
+    return loss(names, tuple(logps[u] for u in sides), tuple(ref_logps[u] for u in sides[:2]), **parameters)
 
 
 def best_reply(loss, names, pairs, opponent=P_OPPONENT, **parameters) -> torch.Tensor:
     """The policy that minimises the expected loss, from the opponent on, to convergence."""
     logits = opponent.log().clone().requires_grad_()
-    optimizer = torch.optim.LBFGS([logits], max_iter=300, tolerance_grad=1e-10, line_search_fn="strong_wolfe")
+    settings = {"max_iter": 300, "tolerance_grad": 1e-10, "tolerance_change": 1e-15, "line_search_fn": "strong_wolfe"}
+    optimizer = torch.optim.LBFGS([logits], **settings)
 
     def closure():
         optimizer.zero_grad()
@@ -96,7 +99,61 @@ def test_space_lands_on_the_data_in_one_iteration(loss, mu):
     torch.testing.assert_close(reply, P_DATA, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["sigmoid", "hinge", "exponential", "correlation", "space"])
+@pytest.mark.parametrize("alpha", [0.3, 0.5, 2.0])
+def test_iris_lands_on_the_data_in_one_iteration(loss, alpha):
+    """
+    With s = e^{r(u)}, the derivative of -1/(a-1) log E_y s^(a-1) + 1/a log E_y' s^a by log s(u) is
+    -p_data(u) s^(a-1) / E_y s^(a-1) + p_t(u) s^a / E_y' s^a, zero at s = p_data / p_t, where the two expectations are
+    both Z = sum p_data^a p_t^(1-a). The value there is (1/a - 1/(a-1)) log Z, a Renyi divergence with its sign changed.
+    """
+    pairs = all_pairs(DATA_COUNTS, OPPONENT_COUNTS)
+    reply = best_reply(loss, ["iris"], pairs, iris_alpha=alpha)
+    torch.testing.assert_close(reply, P_DATA, atol=1e-5, rtol=0)
+    value = expected_loss(loss, P_DATA.log(), pairs, P_OPPONENT, ["iris"], iris_alpha=alpha).item()
+    log_z = (P_DATA**alpha * P_OPPONENT ** (1 - alpha)).sum().log().item()
+    assert value == pytest.approx(-log_z / (alpha * (alpha - 1)), rel=1e-6) and value < 0
+
+
+def test_iris_starts_along_the_gradient_of_sft(loss):
+    """At p = p_t all its weights are alike: E grad log p(y) - E grad log p(y'), of which the second is zero."""
+    logits = P_OPPONENT.log().clone().requires_grad_()
+    pairs = all_pairs(DATA_COUNTS, OPPONENT_COUNTS)
+    expected_loss(loss, logits, pairs, P_OPPONENT, ["iris"], iris_alpha=0.3).backward()
+    torch.testing.assert_close(logits.grad, P_OPPONENT - P_DATA, atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0])
+def test_t_spins_first_iteration_lands_on_the_ratio_of_data_and_opponent(loss, alpha):
+    """
+    Theorem 5.4's proof without a reference: f(u) = a * log p(u) is log(p_data(u) / p_t(u)) + c at the minimum, so
+    p ∝ (p_data / p_t)^(1/a). That is no step towards p_data, unless p_t is flat: the reference did that.
+    """
+    reply = best_reply(loss, ["t_spin"], all_pairs(DATA_COUNTS, OPPONENT_COUNTS), t_spin_alpha=alpha)
+    expected = (P_DATA / P_OPPONENT) ** (1 / alpha)
+    torch.testing.assert_close(reply, expected / expected.sum(), atol=1e-5, rtol=0)
+
+
+def test_t_spins_later_iterations_weigh_both_comparisons(loss):
+    """
+    Of two answers, with d = a * (log p(A) - log p(B)), log(1 + e^-d) has the weight
+    w = p_data(A) p_t(B) + b p_t(A) p_0(B), and log(1 + e^d) the same v with A and B exchanged: d = log(w / v).
+    """
+    data, opponent, initial, alpha, beta = (3, 1), (2, 2), (1, 4), 0.5, 0.3
+    p_data, p_t, p_0 = (torch.tensor(counts) / sum(counts) for counts in (data, opponent, initial))
+    w = p_data[0] * p_t[1] + beta * p_t[0] * p_0[1]
+    v = p_data[1] * p_t[0] + beta * p_t[1] * p_0[0]
+    reply = best_reply(
+        loss,
+        ["t_spin"],
+        all_pairs(data, opponent, initial),
+        opponent=p_t.double(),
+        t_spin_alpha=alpha,
+        t_spin_beta=beta,
+    )
+    assert (reply[0] / reply[1]).item() == pytest.approx((w / v).item() ** (1 / alpha), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "hinge", "exponential", "correlation", "space", "iris"])
 def test_opponent_that_equals_the_data_is_a_fixed_point(loss, name):
     """Theorem 5.2. Every pair (a, b) then weighs as much as (b, a), and their gradients cancel at p = p_t."""
     logits = P_DATA.log().clone().requires_grad_()

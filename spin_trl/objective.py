@@ -1,0 +1,99 @@
+"""The fields of the losses in `losses.py`: what they may be, and what they go with. Knows no files and models."""
+
+import math
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+from .config_checks import NumberRule, not_negative, positive
+from .losses import BATCH_LOSSES, REFERENCE_FREE_LOSSES, LossParameters
+
+
+if TYPE_CHECKING:
+    from .spin_config import SPINConfig
+
+
+OBJECTIVE_NUMBERS = {
+    "space_mu": positive(),
+    "t_spin_alpha": positive(),
+    "t_spin_beta": not_negative(),
+    "iris_alpha": NumberRule(
+        "positive and other than 1, where the loss is not defined",
+        lambda value: value > 0 and value != 1,
+        remedy="Take 0.5, the default, or for the limits at 0 and at 1 a number near them, such as 0.01 or 0.99.",
+    ),
+}
+
+# Field -> the loss that reads it.
+_LOSS_OF_FIELD = {"space_mu": "space", "t_spin_alpha": "t_spin", "t_spin_beta": "t_spin", "iris_alpha": "iris"}
+
+# Losses whose optimum is the data's distribution because the reference is what the answers were sampled from.
+_NEED_THE_OPPONENT = ("space", "iris")
+
+
+def fields_in_use(args: "SPINConfig") -> list[str]:
+    """Names of the fields that one of the run's losses reads."""
+    return [name for name, loss in _LOSS_OF_FIELD.items() if loss in args.loss_type]
+
+
+def loss_parameters(args: "SPINConfig", beta: float) -> LossParameters:
+    """What the losses read, with the iteration's `beta`."""
+    return LossParameters(beta, **{name: getattr(args, name) for name in _LOSS_OF_FIELD})
+
+
+def check_objective(args: "SPINConfig") -> None:
+    """
+    Raises:
+        `ValueError`: if a field is set whose loss is not used, or contradicts another.
+    """
+    _check_fields_are_used(args)
+    _check_reference(args)
+    if "space" in args.loss_type and args.space_mu > args.num_generations:
+        raise ValueError(
+            f"`space_mu={args.space_mu:g}` means so many generated answers for each real one, but `num_generations` is "
+            f"{args.num_generations}. Set `num_generations={math.ceil(args.space_mu)}`, or lower `space_mu` to at most "
+            f"{args.num_generations}."
+        )
+    if "iris" in args.loss_type and _pairs_per_forward(args) < 2:
+        raise ValueError(
+            "`loss_type='iris'` takes its expectations over the pairs of one forward pass, on all processes, but with "
+            f"`per_device_train_batch_size={args.per_device_train_batch_size}` and {args.world_size} process that is a "
+            "single pair. Raise `per_device_train_batch_size`, and lower `gradient_accumulation_steps` as much; or use "
+            "more processes."
+        )
+
+
+def batch_losses_depend_on(args: "SPINConfig") -> dict[str, Any]:
+    """What the value of a whole batch's loss depends on besides the fields: how an optimizer step is divided."""
+    return {"pairs_per_forward": _pairs_per_forward(args)} if set(BATCH_LOSSES) & set(args.loss_type) else {}
+
+
+def _pairs_per_forward(args: "SPINConfig") -> int:
+    return args.train_batch_size * args.world_size
+
+
+def _check_fields_are_used(args: "SPINConfig") -> None:
+    defaults = {field.name: field.default for field in fields(args)}
+    in_use = fields_in_use(args)
+    for name, loss in _LOSS_OF_FIELD.items():
+        if name not in in_use and getattr(args, name) != defaults[name]:
+            raise ValueError(
+                f"`{name}={getattr(args, name)!r}` belongs to the loss '{loss}', which `loss_type` ({args.loss_type}) "
+                f"does not name. Add '{loss}' to `loss_type`, or leave `{name}` unset."
+            )
+
+
+def _check_reference(args: "SPINConfig") -> None:
+    if args.opponent_reference != "fixed":
+        return
+    for name in _NEED_THE_OPPONENT:
+        if name in args.loss_type:
+            raise ValueError(
+                f"`loss_type='{name}'` contradicts `opponent_reference='fixed'`: it leads to the data's distribution "
+                "only if the reference is the opponent that the answers were sampled from. Leave `opponent_reference` "
+                f"unset, or use another loss than '{name}'."
+            )
+    if "t_spin" in args.loss_type and set(args.loss_type) <= set(REFERENCE_FREE_LOSSES):
+        raise ValueError(
+            f"`opponent_reference='fixed'` has no effect: of `loss_type` ({args.loss_type}) no loss has a reference. "
+            "Leave `opponent_reference` unset, or add a loss that has one, such as 'sigmoid'."
+        )

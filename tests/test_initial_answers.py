@@ -1,0 +1,145 @@
+"""The initial policy's answers: kept with the run, joined with later iterations' pairs, made again if they can be."""
+
+import pyarrow as pa
+import pytest
+from datasets import Dataset
+
+from spin_trl import load_pairs
+from spin_trl.iteration_store import IterationStore, RunDirectoryError
+from spin_trl.pairs import ANSWER_SCHEMA
+
+
+RUN = "0a1b2c3d"
+KEYS = [(row, sample) for row in range(3) for sample in range(2)]
+
+
+def answer(iteration: int, row: int, sample: int) -> list[int]:
+    """Tells whose answer it is; they differ in length."""
+    return [iteration, row, sample] + [2] * row
+
+
+def write_generations(store: IterationStore, iteration: int, keys: list[tuple[int, int]], part: int = 0) -> None:
+    columns = {
+        "row": [row for row, _ in keys],
+        "sample": [sample for _, sample in keys],
+        "completion_ids": [answer(iteration, *key) for key in keys],
+        "finish_reason": ["stop"] * len(keys),
+    }
+    store.write_completions(iteration, "generations", part, columns)
+
+
+def write_pairs(store: IterationStore, iteration: int, keys: list[tuple[int, int, int]]) -> None:
+    """Each key is an iteration, whose opponent answered, a row and a sample."""
+    rows = [
+        {"iteration": i, "row": row, "source_row": row, "sample": sample, "rejected_ids": answer(i, row, sample)}
+        for i, row, sample in keys
+    ]
+    store.write_pairs(iteration, Dataset(pa.Table.from_pylist(rows, schema=ANSWER_SCHEMA)), {})
+
+
+@pytest.fixture
+def store(tmp_path) -> IterationStore:
+    """Iteration 0 is played: three prompts with two answers each, in two parts, the later one written first."""
+    store = IterationStore(tmp_path, RUN)
+    store.write_run({"run": RUN})
+    rows = [{"row": row, "source_row": row, "prompt": "", "prompt_ids": [9], "chosen_ids": [8]} for row in range(3)]
+    store.write_data(Dataset.from_list(rows))
+    write_generations(store, 0, KEYS[4:], part=2)
+    write_generations(store, 0, KEYS[:4], part=0)
+    store.initial_answers.keep()
+    return store
+
+
+def test_every_pair_of_a_later_iteration_has_the_initial_answer_of_its_row_and_sample(store):
+    """Identical pairs were dropped, older ones joined, in some order of their own."""
+    keys = [(2, 2, 1), (2, 0, 0), (2, 1, 1), (1, 2, 0), (1, 0, 1), (0, 1, 1)]
+    write_pairs(store, 2, keys)
+    for pairs in (store.read_pairs(2), load_pairs(store.output_dir, 2)):
+        assert [pair["rejected_ids"] for pair in pairs] == [answer(*key) for key in keys]
+        assert [pair["initial_ids"] for pair in pairs] == [answer(0, row, sample) for _, row, sample in keys]
+
+
+def test_selection_and_batches_keep_them(store):
+    write_pairs(store, 1, [(1, 0, 0), (1, 1, 0), (1, 2, 0)])
+    pairs = store.read_pairs(1).select([2, 0])
+    expected = [answer(0, 2, 0), answer(0, 0, 0)]
+    assert pairs["initial_ids"][:] == expected == [row["initial_ids"] for row in pairs.__getitems__([0, 1])]
+    assert [row["initial_ids"] for table in pairs.batches() for row in table.to_pylist()] == expected
+    assert pairs[1]["initial_ids"] == expected[1] and pairs[1]["chosen_ids"] == [8]
+
+
+def test_iteration_0_has_none_and_neither_has_a_run_that_keeps_none(store):
+    write_pairs(store, 0, [(0, 1, 1)])
+    assert "initial_ids" not in store.read_pairs(0).column_names
+    other = IterationStore(store.output_dir / "other", RUN)
+    other.write_data(store.read_data())
+    write_pairs(other, 1, [(1, 1, 1)])
+    assert "initial_ids" not in other.read_pairs(1).column_names
+
+
+def test_pair_that_the_initial_policy_gave_no_answer_for_is_refused(store):
+    write_pairs(store, 1, [(1, 0, 0), (1, 2, 2)])
+    with pytest.raises(RunDirectoryError, match="no answer .* for row 2, sample 2.*`overwrite_output_dir=True`"):
+        store.read_pairs(1)
+
+
+# A run that goes on
+
+
+def rows_file(store: IterationStore):
+    return store.initial_answers.path / "rows.arrow"
+
+
+def test_whole_ones_stay_as_they_are_though_what_they_were_made_of_is_gone(store):
+    before = rows_file(store).stat().st_mtime_ns
+    for part in store.path(0, "generations").iterdir():
+        part.unlink()
+    store.initial_answers.restore(6)
+    assert rows_file(store).stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("spoil", ["missing", "torn", "another run's"])
+def test_others_are_made_again_from_what_the_first_opponent_generated(store, spoil):
+    expected = rows_file(store).read_bytes()
+    if spoil == "missing":
+        rows_file(store).unlink()
+    elif spoil == "torn":
+        rows_file(store).write_bytes(expected[:-8])
+    else:
+        put_those_of_another_run(store)
+    store.initial_answers.restore(6)
+    assert rows_file(store).read_bytes() == expected
+
+
+def put_those_of_another_run(store: IterationStore) -> None:
+    """The same answers, as a run of another name would have written them."""
+    path = store.initial_answers.path
+    other = IterationStore(store.output_dir / "other", "another")
+    write_generations(other, 0, KEYS)
+    other.initial_answers.keep()
+    for file in other.initial_answers.path.iterdir():
+        (path / file.name).write_bytes(file.read_bytes())
+
+
+def test_they_are_lost_where_a_part_is_missing_or_torn_too(store):
+    rows_file(store).unlink()
+    part = sorted(store.path(0, "generations").iterdir())[1]
+    content = part.read_bytes()
+    part.write_bytes(content[:-8])
+    with pytest.raises(RunDirectoryError, match="initial_answers is missing or damaged.*is torn.*policy .* is gone"):
+        store.initial_answers.restore(6)
+    part.unlink()
+    with pytest.raises(RunDirectoryError, match="generations has 4 of the 6 answers.*`overwrite_output_dir=True`"):
+        store.initial_answers.restore(6)
+
+
+def test_answer_that_lies_there_twice_counts_once(store):
+    rows_file(store).unlink()
+    sorted(store.path(0, "generations").iterdir())[1].unlink()
+    write_generations(store, 0, KEYS[2:4], part=1)
+    with pytest.raises(RunDirectoryError, match="has 4 of the 6 answers"):
+        store.initial_answers.restore(6)
+    write_generations(store, 0, KEYS[3:], part=3)
+    store.initial_answers.restore(6)
+    write_pairs(store, 1, [(1, *key) for key in KEYS])
+    assert [pair["initial_ids"] for pair in store.read_pairs(1)] == [answer(0, *key) for key in KEYS]

@@ -1,0 +1,110 @@
+"""The third side of a batch: how it is made, and that DPOTrainer's two sides are what they are without it."""
+
+import pytest
+import torch
+from conftest import read_rows
+from datasets import Dataset
+from transformers import AutoModelForCausalLM
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+from spin_trl import SPINConfig, SPINTrainer
+from spin_trl.finite import StepNumbers
+from spin_trl.initial_side import InitialSideCollator, join_initial, take_initial
+
+
+PAIRS = [
+    {"prompt_ids": [3, 4], "chosen_ids": [5, 2], "rejected_ids": [6, 2], "initial_ids": [7, 8, 9, 2]},
+    {"prompt_ids": [3], "chosen_ids": [5, 5, 2], "rejected_ids": [2], "initial_ids": [2]},
+]
+PAIRS = [{**pair, "ref_chosen_logps": -3.0, "ref_rejected_logps": -4.0 - i} for i, pair in enumerate(PAIRS)]
+WITHOUT = [{name: value for name, value in pair.items() if name != "initial_ids"} for pair in PAIRS]
+
+
+def test_three_sides_by_hand():
+    batch = InitialSideCollator(DataCollatorForPreference(pad_token_id=0))(PAIRS)
+    initial = take_initial(batch)
+    assert batch["input_ids"].tolist() == [
+        [3, 4, 5, 2, 0, 0],
+        [3, 5, 5, 2, 0, 0],
+        [3, 4, 6, 2, 0, 0],
+        [3, 2, 0, 0, 0, 0],
+    ]
+    assert batch["completion_mask"].sum(dim=1).tolist() == [2, 3, 2, 1]
+    assert batch["attention_mask"].sum(dim=1).tolist() == [4, 4, 4, 2]
+    assert batch["ref_chosen_logps"].tolist() == [-3, -3] and batch["ref_rejected_logps"].tolist() == [-4, -5]
+    assert initial["input_ids"].tolist() == [[3, 4, 7, 8, 9, 2], [3, 2, 0, 0, 0, 0]]
+    assert initial["labels"].tolist() == [[-100, -100, 7, 8, 9, 2], [-100, 2, -100, -100, -100, -100]]
+    assert initial["attention_mask"].tolist() == [[1] * 6, [1, 1, 0, 0, 0, 0]]
+    assert set(batch) == {"input_ids", "attention_mask", "completion_mask", "ref_chosen_logps", "ref_rejected_logps"}
+
+
+@pytest.mark.parametrize(("mode", "kept"), [("keep_start", [3, 4, 7, 8]), ("keep_end", [7, 8, 9, 2])])
+def test_third_side_is_truncated_as_the_others_are(mode, kept):
+    collator = DataCollatorForPreference(pad_token_id=0, max_length=4, truncation_mode=mode)
+    batch = InitialSideCollator(collator)(PAIRS)
+    assert take_initial(batch)["input_ids"].tolist() == [kept, [3, 2, 0, 0]]
+    assert batch["input_ids"].shape == (4, 4)
+
+
+def test_pairs_without_one_make_the_batch_that_they_always_made():
+    collator = DataCollatorForPreference(pad_token_id=0)
+    batch, expected = InitialSideCollator(collator)(WITHOUT), collator(WITHOUT)
+    assert batch.keys() == expected.keys() and all(torch.equal(batch[name], expected[name]) for name in batch)
+    assert take_initial(batch) is None and join_initial(batch, None) is batch
+
+
+@pytest.fixture(scope="module")
+def trainer(tiny_model, tmp_path_factory) -> SPINTrainer:
+    settings = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "use_vllm": False, "report_to": "none"}
+    config = SPINConfig(output_dir=str(tmp_path_factory.mktemp("run")), loss_type=["t_spin", "sft"], **settings)
+    return SPINTrainer(tiny_model, config, train_dataset=Dataset.from_list(read_rows("accent_train.jsonl", 4)))
+
+
+def compute(trainer: SPINTrainer, pairs: list[dict]) -> tuple[float, dict, list[tuple]]:
+    """Loss, metrics, and the shape of the model's input in every forward pass."""
+    shapes = []
+    hook = trainer.model.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    trainer.model.train()
+    trainer._metrics["train"].clear()
+    loss = trainer._compute_loss(trainer.model, trainer.data_collator(pairs), False).item()
+    hook.remove()
+    return loss, {name: v for name, v in trainer._metrics["train"].items() if name != "num_tokens"}, shapes
+
+
+def test_metrics_are_those_of_the_two_sides_from_one_forward_pass(trainer):
+    _, metrics, shapes = compute(trainer, PAIRS)
+    _, expected, shapes_without = compute(trainer, WITHOUT)
+    assert metrics.keys() - {"logps/initial"} == expected.keys() >= {"rewards/chosen", "logps/rejected", "entropy"}
+    for name in expected:
+        assert metrics[name] == pytest.approx(expected[name], abs=1e-5), name
+    assert shapes == [(6, 6)] and shapes_without == [(4, 4)]
+
+
+def test_loss_is_of_the_log_probs_that_each_sequence_has_by_itself(trainer, tiny_model):
+    """a = 1, b = 0.1, and SFT's mean over the tokens of the ground truths."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+
+    def logp(pair: dict, side: str) -> torch.Tensor:
+        ids = torch.tensor([pair["prompt_ids"] + pair[f"{side}_ids"]])
+        with torch.no_grad():
+            logps = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])
+        return logps[len(pair["prompt_ids"]) - 1 :].sum()
+
+    chosen, rejected, initial = (torch.stack([logp(p, s) for p in PAIRS]) for s in ("chosen", "rejected", "initial"))
+    logsigmoid = torch.nn.functional.logsigmoid
+    expected = -(logsigmoid(chosen - rejected) + 0.1 * logsigmoid(rejected - initial)).mean() - chosen.sum() / 5
+    loss, metrics, _ = compute(trainer, PAIRS)
+    assert loss == pytest.approx(expected.item(), abs=1e-4)
+    assert metrics["logps/initial"] == pytest.approx([initial.mean().item()], abs=1e-4)
+
+
+def test_initial_answer_whose_log_prob_is_no_number_is_named():
+    numbers = StepNumbers(
+        torch.tensor([-1.0, -2.0, -3.0, -4.0, -5.0, float("nan")]),
+        torch.tensor([[30, 1], [50, 1]]),
+        ("chosen", "rejected", "initial"),
+    )
+    with pytest.raises(FloatingPointError, match=r"the initial side in 1 of 2 pair\(s\), of these rows .*: 50\. "):
+        numbers.require_finite(torch.tensor(float("nan")), step=3, iteration=1)
