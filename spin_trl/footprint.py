@@ -127,10 +127,12 @@ def estimate_footprint(
             + len(eval_dataset) * _COMPLETION_BYTES
             + _num_parts(eval_dataset, args) * _FILE_BYTES
         )
-    own_pairs = num_answers * _PAIR_BYTES + args.num_generations * answer_tokens * _ANSWER_TOKEN_BYTES["pairs"]
+    own_sides = args.max_pairs_per_prompt * (1 if args.pairing == "ground_truth" else 2)
+    own_pairs = len(train_dataset) * args.max_pairs_per_prompt * _PAIR_BYTES
+    own_pairs += own_sides * answer_tokens * _ANSWER_TOKEN_BYTES["pairs"]
     pairs = sum(own_pairs * (1 + min(i, args.num_history_iterations)) + _FILE_BYTES for i in iterations)
     num_opponents = _num_opponents(args, saves_opponents, base_is_opponent, eval_dataset is not None)
-    num_checkpoints = _num_checkpoints(args, num_answers)
+    num_checkpoints = _num_checkpoints(args, len(train_dataset) * args.max_pairs_per_prompt)
     opponent = weights.saved if weights.published is None else weights.published
     written_base = weights.base if writes_base else 0
     checkpoint = weights.saved + weights.tokenizer + _CHECKPOINT_BYTES

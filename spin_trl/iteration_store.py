@@ -14,7 +14,9 @@
         evaluation/part-*.parquet   the same for the evaluation prompts
         evaluation-pairs.parquet    these answers and the ground truths, with the opponent's log-probs
         pairs/                      what the iteration adds to `train_data`, an Arrow file: iteration, row, source_row,
-                                    sample, rejected_ids and the opponent's log-probs
+                                    sample, rejected_ids and the opponent's log-probs; with reward functions also
+                                    chosen_reward and rejected_reward, and where these choose the sides, chosen_sample
+                                    and chosen_ids
         metrics.json
         pushed.json                 where on the hub the model that the iteration made is
       iteration-1/ ...
@@ -284,20 +286,24 @@ class IterationStore:
 
     # Pairs
 
-    def write_answers(self, iteration: int, tables: Iterable[pa.Table], schema: pa.Schema, num_bytes: int) -> None:
+    def write_answers(
+        self, iteration: int, tables: Iterable[pa.Table], schema: pa.Schema, num_bytes: int, kind: str = "answers"
+    ) -> None:
         """Write the opponent's side of an iteration's pairs, for the time until they are scored."""
-        path = self._answers(iteration)
+        path = self._answers(iteration, kind)
         with writing(path, num_bytes):
             write_rows(path, tables, schema)
 
-    def read_answers(self, iteration: int) -> Dataset:
-        return Dataset.from_file(str(self._answers(iteration)))
+    def read_answers(self, iteration: int, kind: str = "answers") -> Dataset:
+        """What `write_answers` wrote: all "answers" of an opponent, or the "ranked" pairs that rewards made of them."""
+        return Dataset.from_file(str(self._answers(iteration, kind)))
 
     def remove_answers(self, iteration: int) -> None:
-        remove(self._answers(iteration))
+        for kind in ("answers", "ranked"):
+            remove(self._answers(iteration, kind))
 
-    def _answers(self, iteration: int) -> Path:
-        return temporary_path(self.path(iteration, "pairs"), shared=True)
+    def _answers(self, iteration: int, kind: str) -> Path:
+        return temporary_path(self.path(iteration, kind), shared=True)
 
     def write_pairs(self, iteration: int, answers: Dataset, scores: Mapping[str, np.ndarray]) -> None:
         """

@@ -51,6 +51,8 @@ from .publication import Publication, adapter_config, plan_publication
 from .quantization import check_trains_adapter, differs_on_server, find_quantization, serves_dequantized
 from .ranks import main_process_first, on_every_process, on_main_process
 from .resume import check_same_run
+from .reward_answers import AnswerRewards
+from .rewards import RewardFunctions, check_rewards
 from .sharding import spread_by
 from .spin_config import SPINConfig
 from .turns import check_turns
@@ -88,6 +90,7 @@ class SelfPlaySetup:
         quantization (`dict[str, Any]`, *optional*): Configuration of the base model's.
         data_report (`dict[str, Any]`): The training data's format, and how many rows were left out for which reason.
         invalid_rows (`list[dict]`): Which rows were left out as invalid, and why.
+        rewards ([`RewardFunctions`], *optional*): The user's reward functions.
         serves_dequantized (`bool`): Whether the managed server gets the policy's base, its 4-bit weights written out.
         is_quantized_on_its_own (`bool`): Whether a server plays on base weights that the policy has quantized only.
     """
@@ -108,6 +111,7 @@ class SelfPlaySetup:
     quantization: dict[str, Any] | None = None
     data_report: dict[str, Any] = field(default_factory=dict)
     invalid_rows: list[dict[str, Any]] = field(default_factory=list)
+    rewards: RewardFunctions | None = None
     num_dropped: int = 0
     serves_dequantized: bool = False
     is_quantized_on_its_own: bool = False
@@ -123,6 +127,7 @@ class SelfPlaySetup:
         processing_class: PreTrainedTokenizerBase | ProcessorMixin | None,
         peft_config: "PeftConfig | None",
         quantization_config: "BitsAndBytesConfig | None" = None,
+        reward_funcs: Any = None,
     ) -> "SelfPlaySetup":
         """Check and settle everything; see [`SPINTrainer`] for the arguments and errors."""
         check_model(model)
@@ -131,6 +136,7 @@ class SelfPlaySetup:
             check_trainable(model, peft_config)
         model_name = model if isinstance(model, str) else get_config_model_id(model.config)
         args = _check_args(args, model_name)
+        rewards = check_rewards(reward_funcs, args.pairing, args.reward_weights)
         on_main_process(lambda: check_writable(Path(args.output_dir).absolute()))
         check_dataset(train_dataset, "train_dataset", args.prompt_column, args.completion_column)
         if eval_dataset is not None:
@@ -179,6 +185,7 @@ class SelfPlaySetup:
             quantization=None if quantization is None else quantization.settings,
             data_report=data.report,
             invalid_rows=data.invalid_rows,
+            rewards=rewards,
             serves_dequantized=writes_base,
             is_quantized_on_its_own=differs_on_server(quantization, choice.mode, sharding),
         )
@@ -200,6 +207,12 @@ class SelfPlaySetup:
             batch_size = self.args.per_device_generation_batch_size
             return PolicySampler(open_policy, self.tokenizer.pad_token_id, batch_size)
         return self._server_sampler(self.vocab_size)
+
+    def build_rewards(self, train_dataset: Dataset) -> AnswerRewards | None:
+        """What judges answers to the user's `train_dataset`, if there are reward functions."""
+        if self.rewards is None:
+            return None
+        return AnswerRewards(self.rewards, self.tokenizer, train_dataset, self.args.num_generations)
 
     def write_served_base(self, policy: PreTrainedModel) -> None:
         """Write the quantized policy's base model in plain numbers, where a managed server is to serve it so."""
@@ -259,6 +272,7 @@ class SelfPlaySetup:
             "model": self.model_name,
             "adapter": self.adapter,
             "quantization": self.quantization,
+            "reward_functions": None if self.rewards is None else self.rewards.names,
             "sampler": {"mode": self.choice.mode, "reason": self.choice.reason},
             "config": args.to_dict(),
             "changed_settings": changed_settings(args),
