@@ -40,6 +40,13 @@ class SPINScriptArguments(ScriptArguments):
             "`compute_generation_metrics` of `SPINTrainer`."
         },
     )
+    preference_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "Preference pairs (`prompt`, `chosen`, `rejected`) to train on in every iteration beside the "
+            "opponent's. See `preference_dataset` of `SPINTrainer`."
+        },
+    )
     reward_funcs: list[str] | None = field(
         default=None,
         metadata={
@@ -163,6 +170,7 @@ def main(script_args: SPINScriptArguments, training_args: SPINConfig, model_args
         eval_dataset=eval_dataset,
         compute_generation_metrics=compute_generation_metrics,
         reward_funcs=reward_funcs or None,
+        preference_dataset=load_file(script_args.preference_file) if script_args.preference_file else None,
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )

@@ -101,6 +101,7 @@ def estimate_footprint(
     saves_opponents: bool,
     base_is_opponent: bool,
     writes_base: bool = False,
+    preferences: Dataset | None = None,
 ) -> Footprint:
     """
     Args:
@@ -110,6 +111,7 @@ def estimate_footprint(
         saves_opponents (`bool`): Whether the sampler reads opponents from disk.
         base_is_opponent (`bool`): Whether the first opponent need not be saved.
         writes_base (`bool`): Whether a base model is written for the server.
+        preferences ([`~datasets.Dataset`], *optional*): Token ids of the pairs that join in every iteration.
     """
     iterations = range(args.num_iterations)
     chosen_tokens = _num_tokens(train_dataset)
@@ -131,6 +133,8 @@ def estimate_footprint(
     own_pairs = len(train_dataset) * args.max_pairs_per_prompt * _PAIR_BYTES
     own_pairs += own_sides * answer_tokens * _ANSWER_TOKEN_BYTES["pairs"]
     pairs = sum(own_pairs * (1 + min(i, args.num_history_iterations)) + _FILE_BYTES for i in iterations)
+    preference_bytes = 0 if preferences is None else num_bytes_of(preferences)
+    pairs += len(iterations) * preference_bytes  # less, since the prompts are not repeated
     num_opponents = _num_opponents(args, saves_opponents, base_is_opponent, eval_dataset is not None)
     num_checkpoints = _num_checkpoints(args, len(train_dataset) * args.max_pairs_per_prompt)
     opponent = weights.saved if weights.published is None else weights.published
@@ -140,7 +144,7 @@ def estimate_footprint(
         checkpoint += 2 * weights.trained
     return Footprint(
         completions=completions,
-        data=num_bytes_of(train_dataset) + _FILE_BYTES,
+        data=num_bytes_of(train_dataset) + preference_bytes + _FILE_BYTES,
         pairs=pairs,
         opponents=num_opponents * (opponent + weights.tokenizer) + written_base,
         checkpoints=num_checkpoints * checkpoint,
@@ -299,5 +303,5 @@ def _size_of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def _size_of_run(directory: Path) -> int:
     """Bytes of the data, iterations and checkpoints that lie in a run directory."""
-    found = [path for name in ("iteration-*", "checkpoint-*", "train_data") for path in directory.glob(f"{name}/**/*")]
+    found = [path for name in ("iteration-*", "checkpoint-*", "*_data") for path in directory.glob(f"{name}/**/*")]
     return sum(path.stat().st_size for path in found if path.is_file() and not path.is_symlink())

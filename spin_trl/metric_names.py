@@ -139,6 +139,11 @@ METRIC_NAMES: dict[str, MetricName] = {
         "Far below `seconds_generate`.",
         only_with="reward_funcs",
     ),
+    "self_play/preference_share": MetricName(
+        "Share of the training pairs that come from `preference_dataset`.",
+        "As you mean it: every pair has the same weight, so leave rows out or repeat them to change it.",
+        only_with="preference_dataset",
+    ),
     # speed
     "self_play/completions_per_second": MetricName(
         "Completions generated per second, by all processes.", "Steady; it falls as answers grow longer."

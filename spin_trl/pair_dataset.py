@@ -16,6 +16,7 @@ from .run_paths import RunDirectoryError
 
 
 TRUTH_COLUMNS = ["prompt_ids", "chosen_ids"]
+PREFERENCE = -1  # `iteration` of the user's preference pairs, which no opponent has answered
 TRUTH = -1  # number of a side's sample where that is the ground truth
 
 

@@ -46,6 +46,7 @@ from .generation.vllm_sampler import VLLMSampler
 from .inputs import check_generation_kwargs, check_model, check_peft_config, check_tokenizer, explained
 from .iteration_store import IterationStore
 from .merging import save_base
+from .preferences import check_preference_dataset, prepare_preferences
 from .preparation import dataset_checksum, drop_long_prompts, percentile_length, prepare_data
 from .publication import Publication, adapter_config, plan_publication
 from .quantization import check_trains_adapter, differs_on_server, find_quantization, serves_dequantized
@@ -91,6 +92,7 @@ class SelfPlaySetup:
         data_report (`dict[str, Any]`): The training data's format, and how many rows were left out for which reason.
         invalid_rows (`list[dict]`): Which rows were left out as invalid, and why.
         rewards ([`RewardFunctions`], *optional*): The user's reward functions.
+        preferences ([`~datasets.Dataset`], *optional*): The user's preference pairs, see [`PreparedPreferences`].
         serves_dequantized (`bool`): Whether the managed server gets the policy's base, its 4-bit weights written out.
         is_quantized_on_its_own (`bool`): Whether a server plays on base weights that the policy has quantized only.
     """
@@ -112,6 +114,7 @@ class SelfPlaySetup:
     data_report: dict[str, Any] = field(default_factory=dict)
     invalid_rows: list[dict[str, Any]] = field(default_factory=list)
     rewards: RewardFunctions | None = None
+    preferences: Dataset | None = None
     num_dropped: int = 0
     serves_dequantized: bool = False
     is_quantized_on_its_own: bool = False
@@ -128,6 +131,7 @@ class SelfPlaySetup:
         peft_config: "PeftConfig | None",
         quantization_config: "BitsAndBytesConfig | None" = None,
         reward_funcs: Any = None,
+        preference_dataset: Dataset | None = None,
     ) -> "SelfPlaySetup":
         """Check and settle everything; see [`SPINTrainer`] for the arguments and errors."""
         check_model(model)
@@ -141,6 +145,8 @@ class SelfPlaySetup:
         check_dataset(train_dataset, "train_dataset", args.prompt_column, args.completion_column)
         if eval_dataset is not None:
             check_dataset(eval_dataset, "eval_dataset", args.prompt_column, args.completion_column)
+        if preference_dataset is not None:
+            check_preference_dataset(preference_dataset)
         choice = choose_sampler(args.use_vllm, args.vllm_mode, args.vllm_server_base_url)
         PartialState().print(f"Opponents are sampled {_DESCRIPTIONS[choice.mode]}: {choice.reason}.")
         if choice.mode == "in-process":
@@ -189,6 +195,8 @@ class SelfPlaySetup:
             serves_dequantized=writes_base,
             is_quantized_on_its_own=differs_on_server(quantization, choice.mode, sharding),
         )
+        if preference_dataset is not None:
+            setup._prepare_preferences(preference_dataset)
         setup._tell()
         setup._fit_to_context(setup.context_length, "the model's context")
         if choice.mode == "server":
@@ -307,6 +315,7 @@ class SelfPlaySetup:
             saves_opponents=self.choice.mode != "in-process",
             base_is_opponent=self.base_is_opponent,
             writes_base=self.serves_dequantized,
+            preferences=self.preferences,
         )
         check_footprint(footprint, Path(self.args.output_dir).absolute(), PartialState().print, logger.warning)
 
@@ -363,6 +372,15 @@ class SelfPlaySetup:
                 sampler.close()
 
         self._fit_to_context(on_main_process(look), "the server's context (`--max-model-len`)")
+
+    def _prepare_preferences(self, dataset: Dataset) -> None:
+        end_token_ids = self.params.end_token_ids
+        prepared = main_process_first(
+            lambda: prepare_preferences(self.args, self.tokenizer, end_token_ids, dataset, self.context_length)
+        )
+        self.preferences = prepared.dataset
+        self.data_report |= prepared.report
+        self.invalid_rows += prepared.invalid_rows
 
     def _fit_to_context(self, context_length: int, source: str) -> None:
         """Drop prompts that leave no room for a single token, in the context or in `max_length`."""

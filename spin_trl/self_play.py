@@ -41,6 +41,7 @@ from .pairs import (
     keeps_identical_pairs,
     make_answers,
 )
+from .preferences import add_preferences, preference_share
 from .progress import begin_phase
 from .publish_check import allow_for_quantization, compare_logps
 from .random_state import preserved_random_state
@@ -319,7 +320,7 @@ class SelfPlayCallback(TrainerCallback):
         if args.pairing == "reward_ranked":
             num_dropped = 0  # they were not of a ground truth and a generation
         opinion = describe_scores(pairs, scores, iteration, num_dropped, args.max_length, args.truncation_mode)
-        self.log.record(iteration, {"num_training_pairs": len(pairs), **opinion})
+        self.log.record(iteration, {"num_training_pairs": len(pairs), **opinion, **preference_share(pairs)})
 
     def _write_answers(self, iteration: int) -> None:
         parts = self.store.completions(iteration, "generations")
@@ -345,7 +346,8 @@ class SelfPlayCallback(TrainerCallback):
         if not keeps_identical_pairs(args.identical_pairs, args.loss_type):
             pairs = drop_identical_pairs(pairs, is_identical)
         first = max(0, iteration - args.num_history_iterations)
-        return add_history(pairs, [(i, self.store.read_pairs(i)) for i in range(first, iteration)])
+        pairs = add_history(pairs, [(i, self.store.read_pairs(i)) for i in range(first, iteration)])
+        return add_preferences(pairs, self.store.read_preferences())
 
     def _reference(self, iteration: int) -> AbstractContextManager[nn.Module] | None:
         if iteration == 0 or self.trainer.args.opponent_reference == "previous":

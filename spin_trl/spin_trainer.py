@@ -100,6 +100,10 @@ class SPINTrainer(HubTrainer):
             not apply, for each completion. They judge the ground truths and the generations of every iteration, on the
             main process, in batches of up to 1,024; `args.pairing` says what for. Reward models are called by a
             function of yours.
+        preference_dataset ([`~datasets.Dataset`], *optional*):
+            Preference pairs of yours, with `prompt`, `chosen` and `rejected` in TRL's format, text or messages. They
+            join the pairs of every iteration as they are, each once, scored anew by each opponent: the same loss, with
+            the opponent as reference, on both. No opponent answers their prompts.
         callbacks, optimizers, quantization_config, peft_config:
             As for [`~trl.DPOTrainer`].
 
@@ -140,6 +144,7 @@ class SPINTrainer(HubTrainer):
         peft_config: "PeftConfig | None" = None,
         ref_model: None = None,
         reward_funcs: RewardFunction | list[RewardFunction] | None = None,
+        preference_dataset: Dataset | None = None,
     ):
         if ref_model is not None:
             raise ValueError(
@@ -149,7 +154,15 @@ class SPINTrainer(HubTrainer):
         check_optimizers(optimizers)
         check_generation_metrics(compute_generation_metrics, eval_dataset)
         self.self_play_setup = SelfPlaySetup.prepare(
-            model, args, train_dataset, eval_dataset, processing_class, peft_config, quantization_config, reward_funcs
+            model,
+            args,
+            train_dataset,
+            eval_dataset,
+            processing_class,
+            peft_config,
+            quantization_config,
+            reward_funcs,
+            preference_dataset,
         )
         args = self.self_play_setup.args
         check_schedule(args, *optimizers)
@@ -393,8 +406,11 @@ class SPINTrainer(HubTrainer):
             tqdm.write(str(start))
         self.store.write_invalid_rows(self.self_play_setup.invalid_rows)
         self.store.run_id = start.run_id
-        if not start.is_resumed or not self.store.has_whole_data():
+        preferences = self.self_play_setup.preferences
+        if not start.is_resumed or not self.store.has_whole_data(preferences is not None):
             self.store.write_data(self.self_play_setup.train_dataset)
+            if preferences is not None:
+                self.store.write_preferences(preferences)
         return start
 
     def _start_sampler(self) -> None:
@@ -420,6 +436,10 @@ class SPINTrainer(HubTrainer):
 
     def _num_new_pairs(self) -> int:
         return len(self.self_play_setup.train_dataset) * self.args.max_pairs_per_prompt
+
+    def _num_other_pairs(self) -> int:
+        preferences = self.self_play_setup.preferences
+        return 0 if preferences is None else len(preferences)
 
     def _complete_checkpoint(self, checkpoint: Path) -> None:
         self._place().write(checkpoint)
