@@ -5,7 +5,7 @@ beside the run's own. Knows nothing of files, servers and models.
 """
 
 import os
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from .columns import batches, equal_lists, numbers, write_rows
 from .games import InvalidRowError
 from .pair_dataset import PREFERENCE, PairDataset
+from .pairings import check_goes_with_preferences
 from .pairs import ANSWER_SCHEMA
 from .preparation import dataset_checksum, drop_long_prompts
 from .rendering import TokenizedData, tokenize_dataset
@@ -51,12 +52,13 @@ class PreparedPreferences:
     invalid_rows: list[dict[str, Any]] = field(default_factory=list)
 
 
-def check_preference_dataset(dataset: Any) -> None:
+def check_preference_dataset(dataset: Any, loss_types: Sequence[str]) -> None:
     """
     Raises:
         `TypeError`: if it is no map-style dataset.
-        `ValueError`: if it is empty or lacks a column.
+        `ValueError`: if it is empty or lacks a column, or one of the losses cannot use it.
     """
+    check_goes_with_preferences(loss_types)
     expected = "`chosen`, `rejected` and, unless these are whole conversations, `prompt`"
     if not isinstance(dataset, Dataset):
         raise TypeError(

@@ -146,7 +146,7 @@ class SelfPlaySetup:
         if eval_dataset is not None:
             check_dataset(eval_dataset, "eval_dataset", args.prompt_column, args.completion_column)
         if preference_dataset is not None:
-            check_preference_dataset(preference_dataset)
+            check_preference_dataset(preference_dataset, args.loss_type)
         choice = choose_sampler(args.use_vllm, args.vllm_mode, args.vllm_server_base_url)
         PartialState().print(f"Opponents are sampled {_DESCRIPTIONS[choice.mode]}: {choice.reason}.")
         if choice.mode == "in-process":

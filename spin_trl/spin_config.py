@@ -21,6 +21,7 @@ from .config_checks import (
     share,
 )
 from .losses import SPIN_LOSSES, TRL_LOSSES, check_loss_types
+from .pairings import PAIRINGS, check_pairing, max_pairs_per_prompt
 
 
 _NUMBERS = {
@@ -145,7 +146,7 @@ class SPINConfig(DPOConfig):
             strictly higher reward. Then that one is chosen, and the ground truth and every other generation of a lower
             reward are rejected, each in a pair of its own. `"reward_ranked"`: without the ground truth, the best of the
             `num_generations` answers (at least 2) is chosen and the worst rejected, as in verl's recipe; where all
-            rewards are equal there is no pair.
+            rewards are equal there is no pair. Not for losses of data against opponent, such as `space`.
         reward_weights (`list[float]`, *optional*):
             Weight of each reward function. By default every one counts 1.0.
         reset_optimizer (`bool`, *optional*, defaults to `True`):
@@ -398,7 +399,7 @@ class SPINConfig(DPOConfig):
         metadata={
             "help": "Which sides make a pair: 'ground_truth' against every generation, 'best_of' (the ground truth is "
             "chosen unless a generation has a higher reward), 'reward_ranked' (the best generation against the worst).",
-            "choices": ["ground_truth", "best_of", "reward_ranked"],
+            "choices": list(PAIRINGS),
         },
     )
     reward_weights: list[float] | None = field(
@@ -766,18 +767,15 @@ class SPINConfig(DPOConfig):
             )
 
     def _check_pairing(self):
-        check_choices(self, {"pairing": ("ground_truth", "best_of", "reward_ranked")})
-        if self.pairing == "reward_ranked" and self.num_generations < 2:
-            raise ValueError(
-                "`pairing='reward_ranked'` takes the best and the worst of several answers to a prompt, but "
-                f"`num_generations` is {self.num_generations}. Set it to 2 or more, or use `pairing='best_of'`."
-            )
+        check_choices(self, {"pairing": PAIRINGS})
+        loss_types = [self.loss_type] if isinstance(self.loss_type, str) else self.loss_type or []
+        check_pairing(self.pairing, self.num_generations, loss_types)
         check_weights("reward_weights", self.reward_weights, "Leave out the functions that should not count.")
 
     @property
     def max_pairs_per_prompt(self) -> int:
         """How many pairs a prompt's answers make at most."""
-        return 1 if self.pairing == "reward_ranked" else self.num_generations
+        return max_pairs_per_prompt(self.pairing, self.num_generations)
 
     def _check_generation(self):
         if isinstance(self.generation_kwargs, str):

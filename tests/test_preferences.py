@@ -122,7 +122,12 @@ def test_dataset_without_any_pair_is_refused():
 )
 def test_what_is_no_preference_dataset_is_refused(dataset, found):
     with pytest.raises((TypeError, ValueError), match=found):
-        check_preference_dataset(dataset)
+        check_preference_dataset(dataset, ["sigmoid"])
+
+
+def test_losses_of_data_against_opponent_take_no_preferences():
+    with pytest.raises(ValueError, match="`loss_type='space'` contradicts a `preference_dataset`"):
+        check_preference_dataset(Dataset.from_dict({"prompt": ["a"]}), ["sft", "space"])
 
 
 # Runs

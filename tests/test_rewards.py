@@ -168,6 +168,8 @@ def test_functions_that_do_not_fit_the_settings_are_refused(functions, pairing, 
     [
         ({"pairing": "best"}, "`pairing` must be one of .*'best_of', 'reward_ranked'.*, got 'best'"),
         ({"pairing": "reward_ranked"}, "`num_generations` is 1. Set it to 2 or more"),
+        ({"pairing": "best_of", "loss_type": "space"}, "`loss_type='space'` contradicts `pairing='best_of'`"),
+        ({"pairing": "best_of", "loss_type": ["sigmoid", "space"]}, "`loss_type='space'` contradicts"),
         ({"reward_weights": [0.0, 0.0]}, "`reward_weights` must be a list of finite numbers, not all of them 0"),
         ({"reward_weights": [float("nan")]}, r"`reward_weights` must be .* got \[nan\]"),
         ({"reward_weights": 1.0}, "`reward_weights` must be a list"),
