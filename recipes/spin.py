@@ -40,6 +40,20 @@ class SPINScriptArguments(ScriptArguments):
             "`compute_generation_metrics` of `SPINTrainer`."
         },
     )
+    preference_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "Preference pairs (`prompt`, `chosen`, `rejected`) to train on in every iteration beside the "
+            "opponent's. See `preference_dataset` of `SPINTrainer`."
+        },
+    )
+    reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Python functions that give rewards to ground truths and generations, each as 'file.py:function'. "
+            "See `reward_funcs` of `SPINTrainer`, and `pairing`."
+        },
+    )
 
 
 # ending -> builder of `datasets`, what the file holds
@@ -115,14 +129,12 @@ def _split(dataset: DatasetDict, argument: str, name: str) -> Dataset:
     return dataset[name]
 
 
-def load_function(location: str | None) -> Callable | None:
-    """The function at 'file.py:function'."""
-    if location is None:
-        return None
+def load_function(argument: str, location: str) -> Callable:
+    """The function at 'file.py:function', which `argument` names."""
     path, separator, name = location.rpartition(":")
     if not separator or not Path(path).is_file():
         raise ValueError(
-            f"`generation_metrics` must be 'file.py:function' with an existing file, got {location!r}. Correct the "
+            f"`{argument}` must be 'file.py:function' with an existing file, got {location!r}. Correct the "
             "path; it is relative to the current directory."
         )
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
@@ -131,7 +143,7 @@ def load_function(location: str | None) -> Callable | None:
     if not callable(getattr(module, name, None)):
         defined = sorted(key for key, value in vars(module).items() if callable(value) and not key.startswith("_"))
         raise ValueError(
-            f"`generation_metrics` names {name!r}, which {path} does not define as a function. Name one of {defined}."
+            f"`{argument}` names {name!r}, which {path} does not define as a function. Name one of {defined}."
         )
     return getattr(module, name)
 
@@ -147,7 +159,9 @@ def main(script_args: SPINScriptArguments, training_args: SPINConfig, model_args
         "dtype": model_args.dtype,
         **(training_args.model_init_kwargs or {}),
     }
-    compute_generation_metrics = load_function(script_args.generation_metrics)
+    metrics = script_args.generation_metrics
+    compute_generation_metrics = None if metrics is None else load_function("generation_metrics", metrics)
+    reward_funcs = [load_function("reward_funcs", location) for location in script_args.reward_funcs or []]
     train_dataset, eval_dataset = load_datasets(script_args)
     trainer = SPINTrainer(
         model=model_args.model_name_or_path,
@@ -155,6 +169,8 @@ def main(script_args: SPINScriptArguments, training_args: SPINConfig, model_args
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         compute_generation_metrics=compute_generation_metrics,
+        reward_funcs=reward_funcs or None,
+        preference_dataset=load_file(script_args.preference_file) if script_args.preference_file else None,
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )

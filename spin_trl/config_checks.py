@@ -86,6 +86,19 @@ def check_choices(config: Any, choices: Mapping[str, tuple]) -> None:
             raise ValueError(f"`{name}` must be one of {allowed}, got {value!r}. {_leave_unset(config, name)}")
 
 
+def check_weights(name: str, weights: Any, remedy: str) -> None:
+    """
+    Check a field that holds a list of weights, of either sign.
+
+    Raises:
+        `ValueError`: if it is no list of finite numbers, or all of them are 0.
+    """
+    if weights is None:
+        return
+    if not isinstance(weights, list | tuple) or not all(is_number(weight) for weight in weights) or not any(weights):
+        raise ValueError(f"`{name}` must be a list of finite numbers, not all of them 0, got {weights!r}. {remedy}")
+
+
 def check_mappings(config: Any, names: tuple[str, ...]) -> None:
     """
     Check fields that hold keyword arguments: dicts, or JSON of one, as the command line gives them.

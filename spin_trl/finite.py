@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 
 from .columns import numbers
-from .pair_dataset import PairDataset
+from .pair_dataset import PREFERENCE, PairDataset
 
 
 ORIGIN_COLUMNS = ["source_row", "iteration"]
@@ -149,7 +149,8 @@ def _name_rows(origins: Sequence[Sequence[int]], iteration: int | None) -> str:
     """Which rows of the user's data, and, where history joins in, whose answers to them."""
     if not origins:
         return "of rows that are not known (the `data_collator` is not given `source_row`)"
-    names = [str(row) if of == iteration else f"{row} (answered in iteration {of})" for row, of in origins]
+    where = {iteration: "", PREFERENCE: " (of `preference_dataset`)"}
+    names = [f"{row}{where.get(of, f' (answered in iteration {of})')}" for row, of in origins]
     return f"of these rows of `train_dataset`: {_listed(names[:_NUM_ROWS_NAMED], len(names))}"
 
 

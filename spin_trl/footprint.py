@@ -102,6 +102,7 @@ def estimate_footprint(
     saves_opponents: bool,
     base_is_opponent: bool,
     writes_base: bool = False,
+    preferences: Dataset | None = None,
 ) -> Footprint:
     """
     Args:
@@ -111,6 +112,7 @@ def estimate_footprint(
         saves_opponents (`bool`): Whether the sampler reads opponents from disk.
         base_is_opponent (`bool`): Whether the first opponent need not be saved.
         writes_base (`bool`): Whether a base model is written for the server.
+        preferences ([`~datasets.Dataset`], *optional*): Token ids of the pairs that join in every iteration.
     """
     iterations = range(args.num_iterations)
     chosen_tokens = _num_tokens(train_dataset)
@@ -128,12 +130,16 @@ def estimate_footprint(
             + len(eval_dataset) * _COMPLETION_BYTES
             + _num_parts(eval_dataset, args) * _FILE_BYTES
         )
-    own_pairs = num_answers * _PAIR_BYTES + args.num_generations * answer_tokens * _ANSWER_TOKEN_BYTES["pairs"]
+    own_sides = args.max_pairs_per_prompt * (1 if args.pairing == "ground_truth" else 2)
+    own_pairs = len(train_dataset) * args.max_pairs_per_prompt * _PAIR_BYTES
+    own_pairs += own_sides * answer_tokens * _ANSWER_TOKEN_BYTES["pairs"]
     pairs = sum(own_pairs * (1 + min(i, args.num_history_iterations)) + _FILE_BYTES for i in iterations)
     if needs_initial_answers(args):
         pairs += own_pairs
+    preference_bytes = 0 if preferences is None else num_bytes_of(preferences)
+    pairs += len(iterations) * preference_bytes  # less, since the prompts are not repeated
     num_opponents = _num_opponents(args, saves_opponents, base_is_opponent, eval_dataset is not None)
-    num_checkpoints = _num_checkpoints(args, num_answers)
+    num_checkpoints = _num_checkpoints(args, len(train_dataset) * args.max_pairs_per_prompt)
     opponent = weights.saved if weights.published is None else weights.published
     written_base = weights.base if writes_base else 0
     checkpoint = weights.saved + weights.tokenizer + _CHECKPOINT_BYTES
@@ -141,7 +147,7 @@ def estimate_footprint(
         checkpoint += 2 * weights.trained
     return Footprint(
         completions=completions,
-        data=num_bytes_of(train_dataset) + _FILE_BYTES,
+        data=num_bytes_of(train_dataset) + preference_bytes + _FILE_BYTES,
         pairs=pairs,
         opponents=num_opponents * (opponent + weights.tokenizer) + written_base,
         checkpoints=num_checkpoints * checkpoint,
@@ -300,5 +306,5 @@ def _size_of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def _size_of_run(directory: Path) -> int:
     """Bytes of the data, iterations and checkpoints that lie in a run directory."""
-    found = [path for name in ("iteration-*", "checkpoint-*", "train_data") for path in directory.glob(f"{name}/**/*")]
+    found = [path for name in ("iteration-*", "checkpoint-*", "*_data") for path in directory.glob(f"{name}/**/*")]
     return sum(path.stat().st_size for path in found if path.is_file() and not path.is_symlink())

@@ -10,12 +10,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 
-from .pair_dataset import PairDataset
+from .pair_dataset import TRUTH, PairDataset
 
 
 _BATCH_SIZE = 1024
 _NUM_DISTINCT_SAMPLED = 2000  # pairs: distinct-n falls as texts are added, so it always looks at as many
 _PERCENTILES = (10, 50, 90)
+_SIDES = ("chosen", "rejected")
 
 
 def describe_generations(
@@ -55,7 +56,8 @@ def describe_scores(
     truncation_mode: str,
 ) -> dict[str, float]:
     """
-    What the reference, which is the opponent, thinks of both sides of an iteration's own pairs.
+    What the reference, which is the opponent, thinks of both sides of an iteration's own pairs: those of a ground truth
+    and a generation, whichever of the two is chosen.
 
     Args:
         pairs ([`PairDataset`]): Token ids, and `iteration`.
@@ -67,31 +69,31 @@ def describe_scores(
     Returns:
         `dict`: `logps_gap`, the mean of `log p(y)/|y| - log p(y')/|y'|`, and `opponent_nll`, the mean of `-log p(y)`
         over all tokens of the ground truths. Both in nats per token. A side of no tokens has no mean: such a pair does
-        not count in the gap.
+        not count in the gap. `y` is the ground truth; pairs of two generations count in neither.
     """
-    gap, num_gaps, chosen_logps, num_tokens, start = 0.0, num_identical_dropped, 0.0, 0, 0
-    for batch in _batches(pairs, ["iteration", "prompt_ids", "chosen_ids", "rejected_ids"]):
+    gap, num_gaps, logps_of_truths, num_tokens, start = 0.0, num_identical_dropped, 0.0, 0, 0
+    samples = [name for name in ("sample", "chosen_sample") if name in pairs.column_names]
+    for batch in _batches(pairs, ["iteration", "prompt_ids", "chosen_ids", "rejected_ids", *samples]):
         own = pc.equal(batch["iteration"], iteration)
-        ref_chosen, ref_rejected = (
-            scores[f"ref_{side}_logps"][start : start + len(batch)][own.to_numpy()] for side in ("chosen", "rejected")
-        )
+        logps = [scores[f"ref_{side}_logps"][start : start + len(batch)][own.to_numpy()] for side in _SIDES]
         start += len(batch)
         batch = batch.filter(own)
         prompts = _lengths(batch["prompt_ids"])
-        chosen, rejected = (
-            _scored_lengths(prompts, _lengths(batch[name]), max_length, truncation_mode)
-            for name in ("chosen_ids", "rejected_ids")
-        )
-        both = (chosen > 0) & (rejected > 0)
-        gap += float(np.sum(ref_chosen[both] / chosen[both] - ref_rejected[both] / rejected[both]))
+        lengths = [
+            _scored_lengths(prompts, _lengths(batch[f"{side}_ids"]), max_length, truncation_mode) for side in _SIDES
+        ]
+        truth, answer = _truth_and_answer(batch, *lengths)
+        truth_logps, answer_logps = _truth_and_answer(batch, *logps)
+        both = (truth > 0) & (answer > 0)
+        gap += float(np.sum(truth_logps[both] / truth[both] - answer_logps[both] / answer[both]))
         num_gaps += int(both.sum())
-        chosen_logps += float(np.sum(ref_chosen, dtype=np.float64))
-        num_tokens += int(chosen.sum())
+        logps_of_truths += float(np.sum(truth_logps, dtype=np.float64))
+        num_tokens += int(truth.sum())
     described = {}
     if num_gaps > 0:
         described["logps_gap"] = gap / num_gaps
     if num_tokens > 0:
-        described["opponent_nll"] = -chosen_logps / num_tokens
+        described["opponent_nll"] = -logps_of_truths / num_tokens
     return described
 
 
@@ -150,6 +152,15 @@ def _scored_lengths(prompts: np.ndarray, sides: np.ndarray, max_length: int | No
     if truncation_mode == "keep_end":
         return np.minimum(sides, max_length - 1)  # the first token of a sequence has none
     return np.clip(max_length - prompts, 0, sides)
+
+
+def _truth_and_answer(batch: pa.Table, chosen: np.ndarray, rejected: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What is told by sides, told by ground truth and generation, of the pairs that have one of each."""
+    if "chosen_sample" not in batch.column_names:  # the ground truth is always chosen
+        return chosen, rejected
+    is_chosen, is_rejected = (batch[name].to_numpy() == TRUTH for name in ("chosen_sample", "sample"))
+    truth, answer = np.where(is_rejected, rejected, chosen), np.where(is_rejected, chosen, rejected)
+    return truth[is_chosen | is_rejected], answer[is_chosen | is_rejected]
 
 
 def _sample(num_pairs: int, seed: int) -> np.ndarray:

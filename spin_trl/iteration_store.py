@@ -7,6 +7,8 @@
       report.html, report/          the run on one page, and its pictures; see `report`
       invalid_rows.jsonl            rows of the user's data that were left out: dataset, row, reason
       train_data/                   what is trained on: row, source_row, prompt, prompt_ids, chosen_ids, an Arrow file
+      preference_data/              the user's preference pairs: iteration (-1), row (from -1 down), source_row, sample,
+                                    prompt_ids, chosen_ids, rejected_ids
       vllm-server.log               of a managed server; `.ended` beside it says why that will not come back
       iteration-0/
         opponent/                   adapter or model as published; absent where it is the base model
@@ -15,7 +17,9 @@
         evaluation/part-*.parquet   the same for the evaluation prompts
         evaluation-pairs.parquet    these answers and the ground truths, with the opponent's log-probs
         pairs/                      what the iteration adds to `train_data`, an Arrow file: iteration, row, source_row,
-                                    sample, rejected_ids and the opponent's log-probs
+                                    sample, rejected_ids and the opponent's log-probs; with reward functions also
+                                    chosen_reward and rejected_reward, and where these choose the sides, chosen_sample
+                                    and chosen_ids
         metrics.json
         pushed.json                 where on the hub the model that the iteration made is
       iteration-1/ ...
@@ -35,7 +39,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from filelock import FileLock, Timeout
 
 from .arrow_directory import arrow_checksum, arrow_metadata, is_whole_arrow, read_arrow, write_arrow
@@ -44,7 +48,7 @@ from .columns import BATCH_SIZE, batches, num_bytes_of, write_rows
 from .completion_parts import COMPLETION_SCHEMA, CompletionParts
 from .disk import writing
 from .initial_answers import InitialAnswers
-from .pair_dataset import PairDataset
+from .pair_dataset import TRUTH_COLUMNS, PairDataset
 from .run_paths import RunDirectoryError, is_numbered, numbered, own_path
 
 
@@ -165,9 +169,10 @@ class IterationStore:
                 remove(path)
         remove(self.served_base)
         self.clear_temporary()
-        data = self.output_dir / "train_data"
-        if data.is_symlink() or arrow_checksum(data) is not None:
-            remove(data)
+        for name in ("train_data", "preference_data"):
+            data = self.output_dir / name
+            if data.is_symlink() or arrow_checksum(data) is not None:
+                remove(data)
         for name in (
             "self_play.json",
             "invalid_rows.jsonl",
@@ -240,7 +245,15 @@ class IterationStore:
         Raises:
             [`RunDirectoryError`]: if something else lies there.
         """
-        path = self._own("train_data")
+        self._write_data("train_data", dataset)
+        self._data = None
+
+    def write_preferences(self, dataset: Dataset) -> None:
+        """Write the user's preference pairs, as `write_data` does."""
+        self._write_data("preference_data", dataset)
+
+    def _write_data(self, name: str, dataset: Dataset) -> None:
+        path = self._own(name)
         if path.exists() and arrow_checksum(path) is None:
             raise RunDirectoryError(
                 f"{path} is where a run keeps the data that it trains on, but what lies there is of no run. Move it "
@@ -249,7 +262,6 @@ class IterationStore:
         schema = dataset.features.arrow_schema
         schema = schema.with_metadata({**(schema.metadata or {}), "run": self.run_id})
         write_arrow(path, batches(dataset, dataset.column_names), schema, num_bytes_of(dataset))
-        self._data = None
 
     def read_data(self) -> Dataset:
         """What the run trains on. It is mapped into memory once, however often it is read."""
@@ -257,9 +269,25 @@ class IterationStore:
             self._data = read_arrow(self._own("train_data"))
         return self._data
 
-    def has_whole_data(self) -> bool:
-        """Whether the run's data are there and as this run wrote them."""
-        path = self._own("train_data")
+    def read_preferences(self) -> Dataset | None:
+        """The user's preference pairs, where the run has some."""
+        path = self._own("preference_data")
+        return read_arrow(path) if path.is_dir() else None
+
+    def has_whole_data(self, has_preferences: bool | None = None) -> bool:
+        """
+        Whether the run's data are there and as this run wrote them.
+
+        Args:
+            has_preferences (`bool`, *optional*): Whether there have to be preference pairs. By default they count if
+                they are there.
+        """
+        if has_preferences is None:
+            has_preferences = self._own("preference_data").is_dir()
+        return self._is_whole("train_data") and (not has_preferences or self._is_whole("preference_data"))
+
+    def _is_whole(self, name: str) -> bool:
+        path = self._own(name)
         return is_whole_arrow(path) and arrow_metadata(path).get(b"run") == self.run_id.encode()
 
     # Completions
@@ -286,20 +314,24 @@ class IterationStore:
 
     # Pairs
 
-    def write_answers(self, iteration: int, tables: Iterable[pa.Table], schema: pa.Schema, num_bytes: int) -> None:
+    def write_answers(
+        self, iteration: int, tables: Iterable[pa.Table], schema: pa.Schema, num_bytes: int, kind: str = "answers"
+    ) -> None:
         """Write the opponent's side of an iteration's pairs, for the time until they are scored."""
-        path = self._answers(iteration)
+        path = self._answers(iteration, kind)
         with writing(path, num_bytes):
             write_rows(path, tables, schema)
 
-    def read_answers(self, iteration: int) -> Dataset:
-        return Dataset.from_file(str(self._answers(iteration)))
+    def read_answers(self, iteration: int, kind: str = "answers") -> Dataset:
+        """What `write_answers` wrote: all "answers" of an opponent, or the "ranked" pairs that rewards made of them."""
+        return Dataset.from_file(str(self._answers(iteration, kind)))
 
     def remove_answers(self, iteration: int) -> None:
-        remove(self._answers(iteration))
+        for kind in ("answers", "ranked"):
+            remove(self._answers(iteration, kind))
 
-    def _answers(self, iteration: int) -> Path:
-        return temporary_path(self.path(iteration, "pairs"), shared=True)
+    def _answers(self, iteration: int, kind: str) -> Path:
+        return temporary_path(self.path(iteration, kind), shared=True)
 
     def write_pairs(self, iteration: int, answers: Dataset, scores: Mapping[str, np.ndarray]) -> None:
         """
@@ -327,7 +359,11 @@ class IterationStore:
         Raises:
             [`RunDirectoryError`]: if it is not of these data.
         """
-        pairs = PairDataset.join(self.read_data(), read_arrow(self.path(iteration, "pairs")))
+        data, preferences = self.read_data(), self.read_preferences()
+        if preferences is not None:
+            columns = ["row", *TRUTH_COLUMNS]
+            data = concatenate_datasets([data.select_columns(columns), preferences.select_columns(columns)])
+        pairs = PairDataset.join(data, read_arrow(self.path(iteration, "pairs")))
         return self.initial_answers.join(pairs) if iteration > 0 and self.initial_answers.are_kept else pairs
 
     @property

@@ -64,6 +64,10 @@ class IterativeTrainer(DPOTrainer):
         """An estimate of how many pairs each iteration adds."""
         raise NotImplementedError
 
+    def _num_other_pairs(self) -> int:
+        """How many pairs join in every iteration."""
+        return 0
+
     def _complete_checkpoint(self, checkpoint: Path) -> None:
         """Add to a checkpoint what is not Trainer's. Called by one process, before the checkpoint has its name."""
 
@@ -165,6 +169,7 @@ class IterativeTrainer(DPOTrainer):
         """Number of steps of the run: those known, and an estimate from the iteration `first_estimated` on."""
         for iteration in range(first_estimated, self.args.num_iterations):
             num_pairs = self._num_new_pairs() * (1 + min(iteration, self.args.num_history_iterations))
+            num_pairs += self._num_other_pairs()
             num_steps += self._num_update_steps(num_pairs) * self.args.epochs_per_iteration
         return min(num_steps, self.args.max_steps) if self.args.max_steps > 0 else num_steps
 

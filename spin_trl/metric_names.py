@@ -20,11 +20,13 @@ class MetricName:
         meaning (`str`): What it is.
         healthy (`str`): What a healthy run shows.
         greater_is_better (`bool`, *optional*): Of an evaluation metric, which way is better.
+        only_with (`str`, *optional*): What a run has to have for it to be logged.
     """
 
     meaning: str
     healthy: str
     greater_is_better: bool | None = None
+    only_with: str | None = None
 
 
 METRIC_NAMES: dict[str, MetricName] = {
@@ -34,7 +36,9 @@ METRIC_NAMES: dict[str, MetricName] = {
         "Counts from 0.",
     ),
     # the opponent's answers
-    "self_play/num_pairs": MetricName("Pairs that the opponent's answers make.", "Prompts times `num_generations`."),
+    "self_play/num_pairs": MetricName(
+        "Pairs that the opponent's answers make.", "Prompts times `num_generations`; fewer where rewards choose."
+    ),
     "self_play/num_training_pairs": MetricName(
         "Pairs that are trained on: identical ones left out, those of earlier iterations joined.",
         "Not far below `num_pairs` in iteration 0; with history more than it later.",
@@ -74,7 +78,8 @@ METRIC_NAMES: dict[str, MetricName] = {
         "the initial model), `y` the ground truth, `y'` its own answer. Nats per token.",
         "Rises towards 0 or above it. It may start below: a model finds its own answers likely (the demo starts at "
         "-0.8). Falling although `rewards/margins` look fine means that the policy comes to prefer its own answers to "
-        "the data (arXiv 2601.08198): lower `learning_rate`, or add an SFT term.",
+        "the data (arXiv 2601.08198): lower `learning_rate`, or add an SFT term. Where rewards choose, of the pairs "
+        "that have a ground truth, on either side; with `reward_ranked` there are none.",
     ),
     "self_play/opponent_nll": MetricName(
         "The opponent's negative log-likelihood of the training set's ground truths, of the pairs that it has scored, "
@@ -87,6 +92,57 @@ METRIC_NAMES: dict[str, MetricName] = {
     ),
     "self_play/num_collapse_signs": MetricName(
         "Signs that the iteration before made the policy worse; `metrics.json` has them in words.", "0."
+    ),
+    # the rewards
+    "self_play/truth_reward": MetricName(
+        "Mean reward of the ground truths.",
+        "The same every iteration.",
+        only_with="reward_funcs",
+    ),
+    "self_play/generation_reward": MetricName(
+        "Mean reward of the opponent's answers.",
+        "Rises.",
+        only_with="reward_funcs",
+    ),
+    "self_play/beaten_truths_share": MetricName(
+        "Share of prompts whose best answer has a strictly higher reward than the ground truth.",
+        "Rises. High from the start: the ground truths are no good target, see `pairing`.",
+        only_with="reward_funcs",
+    ),
+    "self_play/tied_truths_share": MetricName(
+        "Share of prompts whose best answer has the reward of the ground truth.",
+        "Any. Near 1 with a rule that gives 0 or 1: the opponent solves the task.",
+        only_with="reward_funcs",
+    ),
+    "self_play/no_pair_share": MetricName(
+        "Share of prompts that make no pair. Only with a `pairing` other than `ground_truth`.",
+        "0 with `best_of`. With `reward_ranked` not near 1; else raise `num_generations` or `temperature`.",
+        only_with="reward_funcs",
+    ),
+    "self_play/rewards/<function>/truths": MetricName(
+        "Mean of one function's rewards of the ground truths, where there are several.",
+        "The same every iteration.",
+        only_with="reward_funcs",
+    ),
+    "self_play/rewards/<function>/generations": MetricName(
+        "The same of the opponent's answers.",
+        "Rises.",
+        only_with="reward_funcs",
+    ),
+    "self_play/rewards/<name>": MetricName(
+        "Mean of what a function passed to `log_metric(name, value)`.",
+        "Yours.",
+        only_with="reward_funcs",
+    ),
+    "self_play/seconds_rewards": MetricName(
+        "Of `seconds_score`, those that the reward functions took.",
+        "Far below `seconds_generate`.",
+        only_with="reward_funcs",
+    ),
+    "self_play/preference_share": MetricName(
+        "Share of the training pairs that come from `preference_dataset`.",
+        "As you mean it: every pair has the same weight, so leave rows out or repeat them to change it.",
+        only_with="preference_dataset",
     ),
     # speed
     "self_play/completions_per_second": MetricName(

@@ -14,6 +14,7 @@ _SETTINGS = (
     "epochs_per_iteration",
     "num_history_iterations",
     "num_generations",
+    "pairing",
     "loss_type",
     "loss_weights",
     "beta",

@@ -16,6 +16,8 @@ from .run_paths import RunDirectoryError
 
 
 TRUTH_COLUMNS = ["prompt_ids", "chosen_ids"]
+PREFERENCE = -1  # `iteration` of the user's preference pairs, which no opponent has answered
+TRUTH = -1  # number of a side's sample where that is the ground truth
 
 
 class PairDataset(torch.utils.data.Dataset):
@@ -24,7 +26,8 @@ class PairDataset(torch.utils.data.Dataset):
     pairs of all iterations, and the rest here. No row is copied, whatever is selected.
 
     Args:
-        truths ([`~datasets.Dataset`]): For each pair its `prompt_ids` and `chosen_ids`.
+        truths ([`~datasets.Dataset`]): For each pair its `prompt_ids` and, where the ground truth is chosen, its
+            `chosen_ids`.
         answers ([`~datasets.Dataset`]): For each pair its other columns.
         *others ([`~datasets.Dataset`]): For each pair what else it is joined with.
     """
@@ -37,7 +40,8 @@ class PairDataset(torch.utils.data.Dataset):
     @classmethod
     def join(cls, data: Dataset, answers: Dataset) -> "PairDataset":
         """
-        Give every answer the prompt and the ground truth of its row.
+        Give every answer the prompt and the ground truth of its row. Answers that bring `chosen_ids` of their own keep
+        these.
 
         Args:
             data ([`~datasets.Dataset`]): With the columns `row`, `prompt_ids` and `chosen_ids`.
@@ -53,7 +57,8 @@ class PairDataset(torch.utils.data.Dataset):
                 f"The run's data have no row {rows[~found][0]}, which pairs are of: they are not of the same run. Play "
                 "it again with `overwrite_output_dir=True`."
             )
-        return cls(data.select_columns(TRUTH_COLUMNS).select(positions), answers)
+        columns = [name for name in TRUTH_COLUMNS if name not in answers.column_names]
+        return cls(data.select_columns(columns).select(positions), answers)
 
     def joined_with(self, other: Dataset) -> "PairDataset":
         """These pairs with further columns, of which `other` has a row for each."""

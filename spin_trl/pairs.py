@@ -1,6 +1,7 @@
 """Completions -> preference pairs: the ground truth is chosen, the opponent's answer rejected. Knows no models.
 
-No function here holds the pairs: they pass through it in batches, or it gives a view of them.
+Where rewards choose instead, `reward_pairs` goes on from here. No function here holds the pairs: they pass through it
+in batches, or it gives a view of them.
 """
 
 from collections.abc import Iterable, Iterator
@@ -35,7 +36,7 @@ _BLIND_TO_IDENTICAL_PAIRS |= {"exponential", "correlation"}  # SPIN's own
 
 
 class NoPairsError(RuntimeError):
-    """The opponent reproduces every ground truth: there is nothing left to tell apart."""
+    """No pair of an iteration has two sides that can be told apart: there is nothing left to learn from."""
 
 
 def make_answers(data: Dataset, completions: Iterable[pa.Table], iteration: int) -> Iterator[pa.Table]:
@@ -96,6 +97,12 @@ def drop_identical_pairs(pairs: PairDataset, is_identical: np.ndarray) -> PairDa
     Raises:
         `NoPairsError`: if no pair is left.
     """
+    if is_identical.all() and "chosen_sample" in pairs.column_names:  # chosen by rewards
+        raise NoPairsError(
+            f"Both sides of all {len(pairs)} pairs of this iteration are the same, token by token, although their "
+            "rewards differ: there is nothing to tell apart. See whether the reward functions give one text two "
+            "rewards, raise `temperature`, or set `identical_pairs='keep'`."
+        )
     if is_identical.all():
         raise NoPairsError(
             f"The opponent reproduces the ground truth in all {len(pairs)} pairs of this iteration, so self-play has "
@@ -119,7 +126,7 @@ def add_history(pairs: PairDataset, previous: list[tuple[int, PairDataset]]) -> 
     joined = [pairs]
     for iteration, older in previous:
         own = older.select(np.flatnonzero(numbers(older.answers, "iteration") == iteration))
-        joined.append(PairDataset(own.truths, own.answers.select_columns(ANSWER_SCHEMA.names)))
+        joined.append(PairDataset(own.truths, own.answers.select_columns(pairs.answers.column_names)))
     truths = concatenate_datasets([dataset.truths for dataset in joined])
     return PairDataset(truths, concatenate_datasets([dataset.answers for dataset in joined]))
 

@@ -4,7 +4,7 @@ Knows nothing of models, servers and paths.
 """
 
 import hashlib
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -95,11 +95,11 @@ def prepare_data(
     return PreparedData(train, evaluation, report, invalid_rows)
 
 
-def dataset_checksum(dataset: Dataset) -> str:
-    """Checksum of the prompts and ground truths, token by token, in their order: 16 hexadecimal digits."""
+def dataset_checksum(dataset: Dataset, columns: Sequence[str] = _TOKEN_COLUMNS) -> str:
+    """Checksum of token ids, by default the prompts' and ground truths', in their order: 16 hexadecimal digits."""
     digest = hashlib.blake2b(digest_size=8)
-    for batch in batches(dataset, _TOKEN_COLUMNS):
-        for name in _TOKEN_COLUMNS:
+    for batch in batches(dataset, columns):
+        for name in columns:
             lists = batch[name].combine_chunks()
             digest.update(lists.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64).tobytes())
             digest.update(lists.flatten().to_numpy(zero_copy_only=False).astype(np.int64).tobytes())

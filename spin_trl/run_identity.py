@@ -64,12 +64,12 @@ def differences(stored: dict[str, Any], present: dict[str, Any]) -> list[str]:
 
     Args:
         stored, present (`dict[str, Any]`): Descriptions as in `self_play.json`, with `model`, `adapter`,
-            `quantization`, `training`, `config` and `data`.
+            `quantization`, `reward_functions`, `training`, `config` and `data`.
 
     Returns:
         `list[str]`: one entry for each field that differs, with both values.
     """
-    names = ("model", "adapter", "quantization")
+    names = ("model", "adapter", "quantization", "reward_functions")
     found = _compare("", _only(stored, names), _only(present, names))
     for part in ("training", "data"):
         found += _compare(f"{part}.", stored.get(part, {}), present.get(part, {}))

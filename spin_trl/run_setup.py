@@ -47,11 +47,14 @@ from .inputs import check_generation_kwargs, check_model, check_peft_config, che
 from .iteration_store import IterationStore
 from .merging import save_base
 from .objective import batch_losses_depend_on
+from .preferences import check_preference_dataset, prepare_preferences
 from .preparation import dataset_checksum, drop_long_prompts, percentile_length, prepare_data
 from .publication import Publication, adapter_config, plan_publication
 from .quantization import check_trains_adapter, differs_on_server, find_quantization, serves_dequantized
 from .ranks import main_process_first, on_every_process, on_main_process
 from .resume import check_same_run
+from .reward_answers import AnswerRewards
+from .rewards import RewardFunctions, check_rewards
 from .sharding import spread_by
 from .spin_config import SPINConfig
 from .turns import check_turns
@@ -89,6 +92,8 @@ class SelfPlaySetup:
         quantization (`dict[str, Any]`, *optional*): Configuration of the base model's.
         data_report (`dict[str, Any]`): The training data's format, and how many rows were left out for which reason.
         invalid_rows (`list[dict]`): Which rows were left out as invalid, and why.
+        rewards ([`RewardFunctions`], *optional*): The user's reward functions.
+        preferences ([`~datasets.Dataset`], *optional*): The user's preference pairs, see [`PreparedPreferences`].
         serves_dequantized (`bool`): Whether the managed server gets the policy's base, its 4-bit weights written out.
         is_quantized_on_its_own (`bool`): Whether a server plays on base weights that the policy has quantized only.
     """
@@ -109,6 +114,8 @@ class SelfPlaySetup:
     quantization: dict[str, Any] | None = None
     data_report: dict[str, Any] = field(default_factory=dict)
     invalid_rows: list[dict[str, Any]] = field(default_factory=list)
+    rewards: RewardFunctions | None = None
+    preferences: Dataset | None = None
     num_dropped: int = 0
     serves_dequantized: bool = False
     is_quantized_on_its_own: bool = False
@@ -124,6 +131,8 @@ class SelfPlaySetup:
         processing_class: PreTrainedTokenizerBase | ProcessorMixin | None,
         peft_config: "PeftConfig | None",
         quantization_config: "BitsAndBytesConfig | None" = None,
+        reward_funcs: Any = None,
+        preference_dataset: Dataset | None = None,
     ) -> "SelfPlaySetup":
         """Check and settle everything; see [`SPINTrainer`] for the arguments and errors."""
         check_model(model)
@@ -132,10 +141,13 @@ class SelfPlaySetup:
             check_trainable(model, peft_config)
         model_name = model if isinstance(model, str) else get_config_model_id(model.config)
         args = _check_args(args, model_name)
+        rewards = check_rewards(reward_funcs, args.pairing, args.reward_weights)
         on_main_process(lambda: check_writable(Path(args.output_dir).absolute()))
         check_dataset(train_dataset, "train_dataset", args.prompt_column, args.completion_column)
         if eval_dataset is not None:
             check_dataset(eval_dataset, "eval_dataset", args.prompt_column, args.completion_column)
+        if preference_dataset is not None:
+            check_preference_dataset(preference_dataset, args.loss_type)
         choice = choose_sampler(args.use_vllm, args.vllm_mode, args.vllm_server_base_url)
         PartialState().print(f"Opponents are sampled {_DESCRIPTIONS[choice.mode]}: {choice.reason}.")
         if choice.mode == "in-process":
@@ -180,9 +192,12 @@ class SelfPlaySetup:
             quantization=None if quantization is None else quantization.settings,
             data_report=data.report,
             invalid_rows=data.invalid_rows,
+            rewards=rewards,
             serves_dequantized=writes_base,
             is_quantized_on_its_own=differs_on_server(quantization, choice.mode, sharding),
         )
+        if preference_dataset is not None:
+            setup._prepare_preferences(preference_dataset)
         setup._tell()
         setup._fit_to_context(setup.context_length, "the model's context")
         if choice.mode == "server":
@@ -201,6 +216,12 @@ class SelfPlaySetup:
             batch_size = self.args.per_device_generation_batch_size
             return PolicySampler(open_policy, self.tokenizer.pad_token_id, batch_size)
         return self._server_sampler(self.vocab_size)
+
+    def build_rewards(self, train_dataset: Dataset) -> AnswerRewards | None:
+        """What judges answers to the user's `train_dataset`, if there are reward functions."""
+        if self.rewards is None:
+            return None
+        return AnswerRewards(self.rewards, self.tokenizer, train_dataset, self.args.num_generations)
 
     def write_served_base(self, policy: PreTrainedModel) -> None:
         """Write the quantized policy's base model in plain numbers, where a managed server is to serve it so."""
@@ -260,6 +281,7 @@ class SelfPlaySetup:
             "model": self.model_name,
             "adapter": self.adapter,
             "quantization": self.quantization,
+            "reward_functions": None if self.rewards is None else self.rewards.names,
             "sampler": {"mode": self.choice.mode, "reason": self.choice.reason},
             "config": args.to_dict(),
             "changed_settings": changed_settings(args),
@@ -295,6 +317,7 @@ class SelfPlaySetup:
             saves_opponents=self.choice.mode != "in-process",
             base_is_opponent=self.base_is_opponent,
             writes_base=self.serves_dequantized,
+            preferences=self.preferences,
         )
         check_footprint(footprint, Path(self.args.output_dir).absolute(), PartialState().print, logger.warning)
 
@@ -351,6 +374,15 @@ class SelfPlaySetup:
                 sampler.close()
 
         self._fit_to_context(on_main_process(look), "the server's context (`--max-model-len`)")
+
+    def _prepare_preferences(self, dataset: Dataset) -> None:
+        end_token_ids = self.params.end_token_ids
+        prepared = main_process_first(
+            lambda: prepare_preferences(self.args, self.tokenizer, end_token_ids, dataset, self.context_length)
+        )
+        self.preferences = prepared.dataset
+        self.data_report |= prepared.report
+        self.invalid_rows += prepared.invalid_rows
 
     def _fit_to_context(self, context_length: int, source: str) -> None:
         """Drop prompts that leave no room for a single token, in the context or in `max_length`."""

@@ -23,7 +23,9 @@ def load_pairs(output_dir: str | Path, iteration: int) -> Dataset:
         [`~datasets.Dataset`] with `iteration` (whose opponent answered: with history that of an older one), `row`,
         `source_row` (the row of the user's dataset), `sample`, `prompt_ids`, `chosen_ids`, `rejected_ids`,
         `ref_chosen_logps` and `ref_rejected_logps`; with the loss `t_spin`, from iteration 1 on, `initial_ids` too, the
-        initial policy's answer. It lies in a temporary file until the process ends.
+        initial policy's answer. With reward functions also `chosen_reward` and `rejected_reward`, and with a `pairing`
+        that they decide, `chosen_sample`; -1 then stands for the ground truth, there and in `sample`. It lies in a
+        temporary file until the process ends.
 
     Raises:
         [`RunDirectoryError`]: if the iteration has no pairs, or they or the run's data are damaged.

@@ -42,11 +42,14 @@ from .pairs import (
     keeps_identical_pairs,
     make_answers,
 )
+from .preferences import add_preferences, preference_share
 from .progress import begin_phase
 from .publish_check import allow_for_quantization, compare_logps
 from .random_state import preserved_random_state
+from .ranking import Ranking
 from .ranks import on_every_process, on_main_process
 from .resume import RunStart
+from .reward_answers import AnswerRewards
 from .run_end import RunEnd
 from .run_paths import RunDirectoryError
 from .scoring import completion_logps, initial_policy_as_reference, score_pairs
@@ -73,6 +76,7 @@ class SelfPlayCallback(TrainerCallback):
         params ([`SamplingParams`]): How the opponent answers.
         eval_dataset ([`~datasets.Dataset`], *optional*): As `dataset`, with `prompt`.
         compute_generation_metrics (`Callable`, *optional*): The user's metrics.
+        rewards ([`AnswerRewards`], *optional*): Judges every iteration's ground truths and generations.
         base_is_opponent (`bool`): Whether the first opponent is the base model as the sampler already has it.
         base_model (`str`): Hub id or folder of the base model.
         is_quantized_on_its_own (`bool`): Whether the sampler's base weights are not quantized, as the policy's are.
@@ -87,6 +91,7 @@ class SelfPlayCallback(TrainerCallback):
         params: SamplingParams,
         eval_dataset: Dataset | None = None,
         compute_generation_metrics: GenerationMetrics | None = None,
+        rewards: AnswerRewards | None = None,
         base_is_opponent: bool = True,
         base_model: str = "",
         is_quantized_on_its_own: bool = False,
@@ -97,6 +102,7 @@ class SelfPlayCallback(TrainerCallback):
         self.dataset = dataset
         self.params = params
         self.eval_dataset = eval_dataset
+        self.ranking = None if rewards is None else Ranking(trainer, store, rewards)
         self.log = IterationLog(trainer, store)
         self.guard = CollapseGuard(trainer, store)
         self.evaluation = HeldOutEvaluation(trainer, store, compute_generation_metrics)
@@ -299,7 +305,8 @@ class SelfPlayCallback(TrainerCallback):
             on_main_process(lambda: self._write_answers(iteration))
             if iteration == 0 and needs_initial_answers(self.trainer.args):
                 on_main_process(self.store.initial_answers.keep)
-            pairs = self._select_pairs(iteration, PairDataset.join(self.dataset, self.store.read_answers(iteration)))
+            answers = PairDataset.join(self.dataset, self.store.read_answers(iteration))
+            pairs = self._select_pairs(iteration, answers)
             scores = score_pairs(self.trainer, pairs, self._reference(iteration))
             require_finite_scores(pairs, scores, iteration)
             self._describe_scores(iteration, pairs, scores)
@@ -313,11 +320,16 @@ class SelfPlayCallback(TrainerCallback):
         args = self.trainer.args
         num_own = int((numbers(pairs.answers, "iteration") == iteration).sum())
         num_dropped = on_main_process(lambda: self.store.read_metrics(iteration)["num_pairs"]) - num_own
+        if args.pairing == "reward_ranked":
+            num_dropped = 0  # they were not of a ground truth and a generation
         opinion = describe_scores(pairs, scores, iteration, num_dropped, args.max_length, args.truncation_mode)
-        self.log.record(iteration, {"num_training_pairs": len(pairs), **opinion})
+        self.log.record(iteration, {"num_training_pairs": len(pairs), **opinion, **preference_share(pairs)})
 
     def _write_answers(self, iteration: int) -> None:
         parts = self.store.completions(iteration, "generations")
+        if self.ranking is not None:
+            self.ranking.write_answers(iteration, self.dataset, parts)
+            return
         answers = make_answers(self.dataset, parts.batches(), iteration)
         num_bytes = 2 * parts.num_bytes()  # they are compressed
         self.store.write_answers(iteration, answers, ANSWER_SCHEMA, num_bytes)
@@ -331,10 +343,14 @@ class SelfPlayCallback(TrainerCallback):
         description = describe_pairs(pairs, is_identical, parts.cut_off_share(), args.max_length)
         self.log.record(iteration, description | describe_generations(pairs, parts.batches(), args.seed))
         check_identical_share(iteration, description["identical_share"], args)
+        if args.pairing != "ground_truth":
+            pairs = self.ranking.choose(iteration, pairs)
+            is_identical = find_identical_pairs(pairs)
         if not keeps_identical_pairs(args.identical_pairs, args.loss_type):
             pairs = drop_identical_pairs(pairs, is_identical)
         first = max(0, iteration - args.num_history_iterations)
-        return add_history(pairs, [(i, self.store.read_pairs(i)) for i in range(first, iteration)])
+        pairs = add_history(pairs, [(i, self.store.read_pairs(i)) for i in range(first, iteration)])
+        return add_preferences(pairs, self.store.read_preferences())
 
     def _reference(self, iteration: int) -> AbstractContextManager[nn.Module] | None:
         if iteration == 0 or self.trainer.args.opponent_reference == "previous":

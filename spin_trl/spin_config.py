@@ -13,6 +13,7 @@ from .config_checks import (
     check_choices,
     check_mappings,
     check_numbers,
+    check_weights,
     is_number,
     not_negative,
     one_or_several_addresses,
@@ -21,6 +22,7 @@ from .config_checks import (
 )
 from .losses import SPIN_LOSSES, TRL_LOSSES, check_loss_types
 from .objective import OBJECTIVE_NUMBERS, check_objective
+from .pairings import PAIRINGS, check_pairing, max_pairs_per_prompt
 
 
 _NUMBERS = {
@@ -136,7 +138,18 @@ class SPINConfig(DPOConfig):
             Number of previous iterations whose pairs join the new ones, scored anew by the current opponent. The
             paper uses 1. With 0, every iteration trains on its own pairs alone.
         num_generations (`int`, *optional*, defaults to `1`):
-            Number of answers that the opponent gives to each prompt; each makes one pair.
+            Number of answers that the opponent gives to each prompt; each makes one pair, unless `pairing` says
+            otherwise.
+        pairing (`str`, *optional*, defaults to `'ground_truth'`):
+            Which sides make a pair. `"ground_truth"`: the ground truth is chosen and each generation rejected, as in
+            SPIN; rewards are logged only. The others need `reward_funcs` (see [`SPINTrainer`]) and move the target, as
+            SPIN's section 7 proposes. `"best_of"`: the ground truth is chosen, unless the best generation has a
+            strictly higher reward. Then that one is chosen, and the ground truth and every other generation of a lower
+            reward are rejected, each in a pair of its own. `"reward_ranked"`: without the ground truth, the best of the
+            `num_generations` answers (at least 2) is chosen and the worst rejected, as in verl's recipe; where all
+            rewards are equal there is no pair. Not for losses of data against opponent, such as `space`.
+        reward_weights (`list[float]`, *optional*):
+            Weight of each reward function. By default every one counts 1.0.
         reset_optimizer (`bool`, *optional*, defaults to `True`):
             Whether the optimizer's moments start fresh in each iteration, as in the paper. Warm-up and decay of the
             learning rate always run within each iteration.
@@ -398,6 +411,17 @@ class SPINConfig(DPOConfig):
     num_generations: int = field(
         default=1, metadata={"help": "Number of answers that the opponent gives to each prompt; each makes one pair."}
     )
+    pairing: str = field(
+        default="ground_truth",
+        metadata={
+            "help": "Which sides make a pair: 'ground_truth' against every generation, 'best_of' (the ground truth is "
+            "chosen unless a generation has a higher reward), 'reward_ranked' (the best generation against the worst).",
+            "choices": list(PAIRINGS),
+        },
+    )
+    reward_weights: list[float] | None = field(
+        default=None, metadata={"help": "Weight of each reward function. Unset: every one counts 1.0."}
+    )
     reset_optimizer: bool = field(
         default=True, metadata={"help": "Whether the optimizer's moments start fresh in each iteration."}
     )
@@ -626,6 +650,7 @@ class SPINConfig(DPOConfig):
         self._check_data()
         self._check_evaluation()
         self._check_self_play()
+        self._check_pairing()
         self._check_generation()
         self._check_server()
         self._check_losses()
@@ -761,6 +786,17 @@ class SPINConfig(DPOConfig):
                 "`eval_on_start=True` comes before the opponent has answered the evaluation prompts. Leave it unset: "
                 "the start is evaluated as iteration 0's opponent whenever an `eval_dataset` is given."
             )
+
+    def _check_pairing(self):
+        check_choices(self, {"pairing": PAIRINGS})
+        loss_types = [self.loss_type] if isinstance(self.loss_type, str) else self.loss_type or []
+        check_pairing(self.pairing, self.num_generations, loss_types)
+        check_weights("reward_weights", self.reward_weights, "Leave out the functions that should not count.")
+
+    @property
+    def max_pairs_per_prompt(self) -> int:
+        """How many pairs a prompt's answers make at most."""
+        return max_pairs_per_prompt(self.pairing, self.num_generations)
 
     def _check_generation(self):
         if isinstance(self.generation_kwargs, str):

@@ -40,6 +40,7 @@ from .progress import RunProgress
 from .quantization import keep_weights_as_quantized
 from .ranks import failing_together, on_main_process
 from .resume import Place, RunStart, start_run
+from .rewards import RewardFunction
 from .run_setup import SelfPlaySetup
 from .schedule import check_schedule
 from .self_play import SelfPlayCallback
@@ -96,6 +97,17 @@ class SPINTrainer(HubTrainer):
             As for [`~trl.DPOTrainer`].
         compute_generation_metrics (`Callable[[list, list[str], list[str]], dict[str, float]]`, *optional*):
             Called with the prompts (as in the dataset), the ground truths and the answers (text) of `eval_dataset`.
+        reward_funcs (`Callable` or `list[Callable]`, *optional*):
+            Functions in the signature of [`~trl.GRPOTrainer`], synchronous or asynchronous: called with `prompts`,
+            `completions`, `completion_ids` and, as keyword arguments, the other columns of `train_dataset`,
+            `trainer_state` and `ground_truth` (the ground truths' text), they return a number, or `None` where they do
+            not apply, for each completion. They judge the ground truths and the generations of every iteration, on the
+            main process, in batches of up to 1,024; `args.pairing` says what for. Reward models are called by a
+            function of yours.
+        preference_dataset ([`~datasets.Dataset`], *optional*):
+            Preference pairs of yours, with `prompt`, `chosen` and `rejected` in TRL's format, text or messages. They
+            join the pairs of every iteration as they are, each once, scored anew by each opponent: the same loss, with
+            the opponent as reference, on both. No opponent answers their prompts.
         callbacks, optimizers, quantization_config, peft_config:
             As for [`~trl.DPOTrainer`].
 
@@ -135,6 +147,8 @@ class SPINTrainer(HubTrainer):
         quantization_config: "BitsAndBytesConfig | None" = None,
         peft_config: "PeftConfig | None" = None,
         ref_model: None = None,
+        reward_funcs: RewardFunction | list[RewardFunction] | None = None,
+        preference_dataset: Dataset | None = None,
     ):
         if ref_model is not None:
             raise ValueError(
@@ -144,7 +158,15 @@ class SPINTrainer(HubTrainer):
         check_optimizers(optimizers)
         check_generation_metrics(compute_generation_metrics, eval_dataset)
         self.self_play_setup = SelfPlaySetup.prepare(
-            model, args, train_dataset, eval_dataset, processing_class, peft_config, quantization_config
+            model,
+            args,
+            train_dataset,
+            eval_dataset,
+            processing_class,
+            peft_config,
+            quantization_config,
+            reward_funcs,
+            preference_dataset,
         )
         args = self.self_play_setup.args
         check_schedule(args, *optimizers)
@@ -193,6 +215,7 @@ class SPINTrainer(HubTrainer):
             params=self.self_play_setup.params,
             eval_dataset=self.self_play_setup.eval_dataset,
             compute_generation_metrics=compute_generation_metrics,
+            rewards=self.self_play_setup.build_rewards(train_dataset),
             base_is_opponent=self.self_play_setup.base_is_opponent,
             base_model=self.self_play_setup.model_name,
             is_quantized_on_its_own=self.self_play_setup.is_quantized_on_its_own,
@@ -395,8 +418,11 @@ class SPINTrainer(HubTrainer):
             tqdm.write(str(start))
         self.store.write_invalid_rows(self.self_play_setup.invalid_rows)
         self.store.run_id = start.run_id
-        if not start.is_resumed or not self.store.has_whole_data():
+        preferences = self.self_play_setup.preferences
+        if not start.is_resumed or not self.store.has_whole_data(preferences is not None):
             self.store.write_data(self.self_play_setup.train_dataset)
+            if preferences is not None:
+                self.store.write_preferences(preferences)
         return start
 
     def _start_sampler(self) -> None:
@@ -421,7 +447,11 @@ class SPINTrainer(HubTrainer):
     # What the training loop asks
 
     def _num_new_pairs(self) -> int:
-        return len(self.self_play_setup.train_dataset) * self.args.num_generations
+        return len(self.self_play_setup.train_dataset) * self.args.max_pairs_per_prompt
+
+    def _num_other_pairs(self) -> int:
+        preferences = self.self_play_setup.preferences
+        return 0 if preferences is None else len(preferences)
 
     def _complete_checkpoint(self, checkpoint: Path) -> None:
         self._place().write(checkpoint)

@@ -90,6 +90,18 @@ def settings(output_dir: str, **overrides) -> dict:
     }
 
 
+def shorter(completions: list[str], **kwargs) -> list[float]:
+    """A reward function; only the main process is to call it."""
+    assert PartialState().is_main_process
+    return [-float(len(text.split())) for text in completions]
+
+
+def as_preferences(rows: list[dict]) -> Dataset:
+    """Each row's ground truth is preferred to the first one's."""
+    columns = {"prompt": [row["prompt"] for row in rows], "chosen": [row["completion"] for row in rows]}
+    return Dataset.from_dict({**columns, "rejected": ["AH0"] * len(rows)})
+
+
 def play(model: str, data: str, config: SPINConfig, adapter: str | None = None) -> dict:
     record = Record()
     rows = [json.loads(line) for line in Path(data).read_text().splitlines()[:39]]
@@ -98,6 +110,8 @@ def play(model: str, data: str, config: SPINConfig, adapter: str | None = None) 
         config,
         train_dataset=Dataset.from_list(rows[:30]),
         eval_dataset=None if config.metric_for_best_iteration is None else Dataset.from_list(rows[30:]),
+        reward_funcs=None if config.pairing == "ground_truth" else shorter,
+        preference_dataset=None if config.pairing == "ground_truth" else as_preferences(rows[:4]),
         callbacks=[record, Terminate(config.process_index)],
         peft_config=LoraConfig(r=4, target_modules="all-linear") if adapter == "lora" else None,
     )

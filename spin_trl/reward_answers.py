@@ -1,0 +1,152 @@
+"""Rewards of an iteration's ground truths and generations, batch by batch. Knows nothing of files and of pairs."""
+
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase, TrainerState
+
+from .columns import numbers, positions_of
+from .pairs import ANSWER_SCHEMA
+from .progress import progress_bar
+from .rewards import RESERVED_KEYWORDS, RewardFunctions
+
+
+_BATCH_SIZE = 1024  # completions that a function is given at once, whole prompts; a prompt with more comes alone
+_NOT_PASSED = RESERVED_KEYWORDS | {"prompt", "completion"}  # GRPOTrainer does not pass these two either
+
+REWARD_FIELDS = [pa.field("chosen_reward", pa.float64()), pa.field("rejected_reward", pa.float64())]
+REWARDED_SCHEMA = pa.schema([*ANSWER_SCHEMA, *REWARD_FIELDS])
+
+
+class AnswerRewards:
+    """
+    Judges what an opponent has answered, and the ground truths beside it.
+
+    Functions see the ground truths first, then the generations, each as GRPOTrainer shows completions: text for a text
+    prompt, otherwise a list of one assistant message, decoded without special tokens. Keyword arguments are the columns
+    of the user's dataset, `completion_ids`, `trainer_state`, and `ground_truth`, the text of each row's ground truth
+    (unless a column has that name).
+
+    Args:
+        functions ([`RewardFunctions`]): Judge.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Gives the text.
+        source ([`~datasets.Dataset`]): The user's, whose rows are numbered by `source_row`.
+        num_generations (`int`): Of each prompt.
+    """
+
+    def __init__(
+        self, functions: RewardFunctions, tokenizer: PreTrainedTokenizerBase, source: Dataset, num_generations: int
+    ):
+        self.functions = functions
+        self.tokenizer = tokenizer
+        columns = [name for name in source.column_names if name not in _NOT_PASSED]
+        self.source = source.with_format(None).select_columns(columns)
+        self.batch_size = max(1, _BATCH_SIZE // num_generations) * num_generations
+
+    def add(
+        self, data: Dataset, answers: Iterable[pa.Table], state: TrainerState, iteration: int, total: int
+    ) -> Iterator[pa.Table]:
+        """
+        Add the rewards of both sides to the pairs of ground truth and generation.
+
+        Args:
+            data ([`~datasets.Dataset`]): With the columns `row`, `prompt` and `chosen_ids`.
+            answers (`Iterable[pyarrow.Table]`): See [`pairs.make_answers`], sorted by row.
+            state ([`~transformers.TrainerState`]): The trainer's.
+            iteration (`int`), total (`int`): Its number, and about how many answers there are, to show.
+
+        Returns:
+            `Iterator[pyarrow.Table]`: of the schema `REWARDED_SCHEMA`.
+        """
+        rows = numbers(data, "row")
+        self._sums: dict[str, np.ndarray] = defaultdict(lambda: np.zeros((2, len(self.functions.names))))
+        self._seconds = 0.0
+        with progress_bar(total=total, desc=f"Iteration {iteration}: rewards", unit=" completions") as bar:
+            for batch in answers:
+                started = time.monotonic()
+                rewarded = self._judge(data, rows, batch.combine_chunks(), state)
+                self._seconds += time.monotonic() - started
+                bar.update(len(batch))
+                yield rewarded
+
+    def take_metrics(self) -> dict[str, float]:
+        """What the functions said of all that was judged since `add` was called, each on its own, and how long."""
+        metrics = {"seconds_rewards": self._seconds, **self.functions.take_logged()}
+        if len(self.functions.names) > 1:
+            for kind, (sums, counts) in self._sums.items():
+                for name, total, count in zip(self.functions.names, sums, counts, strict=True):
+                    if count:
+                        metrics[f"rewards/{name}/{kind}"] = float(total / count)
+        return metrics
+
+    def _judge(self, data: Dataset, rows: np.ndarray, batch: pa.Table, state: TrainerState) -> pa.Table:
+        found, of_row = np.unique(batch["row"].to_numpy(), return_inverse=True)
+        positions, _ = positions_of(found, rows)
+        truths = data.select(positions)[:]
+        texts = self._decode(truths["chosen_ids"])
+        # Every answer of a row has the row's source row.
+        source_rows = np.empty(len(found), np.int64)
+        source_rows[of_row] = batch["source_row"].to_numpy()
+        columns = {"ground_truth": texts, **self.source.select(source_rows)[:]}
+        prompts, answer_ids = list(truths["prompt"]), batch["rejected_ids"].to_pylist()
+        truth_rewards = self._ask("truths", prompts, texts, list(truths["chosen_ids"]), columns, state)
+        repeated = {name: [values[i] for i in of_row] for name, values in columns.items()}
+        answer_rewards = self._ask(
+            "generations", [prompts[i] for i in of_row], self._decode(answer_ids), answer_ids, repeated, state
+        )
+        for field, rewards in zip(REWARD_FIELDS, (truth_rewards[of_row], answer_rewards), strict=True):
+            batch = batch.append_column(field, pa.array(rewards))
+        return batch
+
+    def _ask(
+        self,
+        kind: str,
+        prompts: list,
+        texts: list[str],
+        ids: list[list[int]],
+        columns: dict[str, list],
+        state: TrainerState,
+    ) -> np.ndarray:
+        completions: list[Any] = [
+            text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+            for prompt, text in zip(prompts, texts, strict=True)
+        ]
+        rewards, each = self.functions(prompts, completions, ids, trainer_state=state, **columns)
+        self._sums[kind] += np.stack([np.nansum(each, axis=0), np.sum(~np.isnan(each), axis=0)])
+        return rewards
+
+    def _decode(self, ids: list[list[int]]) -> list[str]:
+        return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+
+
+def describe_rewards(answers: Dataset) -> dict[str, float]:
+    """
+    Rewards of the ground truths beside those of the generations.
+
+    Args:
+        answers ([`~datasets.Dataset`]): With the columns `row`, sorted, and `REWARD_FIELDS`: ground truth and
+            generation.
+
+    Returns:
+        `dict`: means over prompts and over generations, and the shares of prompts whose best generation beats the
+        ground truth, or comes to the same.
+    """
+    truth, generation = numbers(answers, "chosen_reward"), numbers(answers, "rejected_reward")
+    starts = group_starts(numbers(answers, "row"))
+    best = np.maximum.reduceat(generation, starts)
+    return {
+        "truth_reward": float(truth[starts].mean()),
+        "generation_reward": float(generation.mean()),
+        "beaten_truths_share": float((best > truth[starts]).mean()),
+        "tied_truths_share": float((best == truth[starts]).mean()),
+    }
+
+
+def group_starts(rows: np.ndarray) -> np.ndarray:
+    """Where each row's answers begin, `rows` being sorted."""
+    return np.flatnonzero(np.concatenate([[True], rows[1:] != rows[:-1]]))

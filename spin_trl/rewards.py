@@ -1,0 +1,233 @@
+"""Reward functions, as TRL's GRPOTrainer takes them: called, their values checked, weighted and summed.
+
+Knows nothing of files, pairs and tokenizers.
+"""
+
+import asyncio
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from numbers import Real
+from typing import Any
+
+import numpy as np
+from trl.trainer.utils import get_callable_name, is_async_callable, start_event_loop_in_daemon
+
+
+# (prompts, completions, completion_ids=..., **columns) -> one reward each; asynchronous functions too
+RewardFunction = Callable[..., Sequence[float | None]]
+
+# Keywords of the call that no column of the data can have.
+RESERVED_KEYWORDS = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
+
+_REMEDY = "Correct the function and start the same command again: the completions are on disk."
+
+
+class RewardFunctions:
+    """
+    The reward functions of a run. A completion's reward is the weighted sum of what the functions say of it; one that
+    says `None` of it does not count, as in GRPO.
+
+    Args:
+        functions (`list[RewardFunction]`): At least one.
+        weights (`list[float]`, *optional*): One for each function. By default each counts 1.0.
+
+    Attributes:
+        names (`list[str]`): Of the functions; one that is there twice has a number behind its name.
+    """
+
+    def __init__(self, functions: Sequence[RewardFunction], weights: Sequence[float] | None = None):
+        self.functions = list(functions)
+        self.weights = np.ones(len(functions)) if weights is None else np.asarray(weights, np.float64)
+        self.names = _unique([get_callable_name(function) for function in functions])
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._logged: dict[str, list[float]] = defaultdict(list)
+
+    def __call__(
+        self, prompts: list, completions: list, completion_ids: list[list[int]], **columns: Any
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """
+        Have all functions judge these completions.
+
+        Args:
+            prompts (`list`): Text, or lists of messages.
+            completions (`list`): Text, or lists of one message.
+            completion_ids (`list[list[int]]`): Their tokens.
+            **columns: Further keyword arguments of the functions.
+
+        Returns:
+            The rewards, of shape `(len(prompts),)`, and what each function said, of shape
+            `(len(prompts), len(functions))`, not-a-number where it said `None`.
+
+        Raises:
+            Whatever a function raises, with its name added.
+            `TypeError`, `ValueError`: if a function returns anything but one finite number or `None` for each
+                completion, or all of them return `None` for one.
+        """
+        arguments = {
+            "prompts": prompts,
+            "completions": completions,
+            "completion_ids": completion_ids,
+            "log_extra": _ignore,
+            "log_metric": self._log_metric,
+            **columns,
+        }
+        values = self._call_all(arguments)
+        pairs = zip(values, self.names, strict=True)
+        each = np.stack([_checked(value, name, len(prompts)) for value, name in pairs], axis=1)
+        self._require_a_reward(each, prompts, completions)
+        return np.nansum(each * self.weights, axis=1), each
+
+    def take_logged(self) -> dict[str, float]:
+        """The means of what functions have passed to `log_metric` since the last call."""
+        logged = {f"rewards/{name}": float(np.mean(values)) for name, values in self._logged.items()}
+        self._logged.clear()
+        return logged
+
+    def _call_all(self, arguments: dict[str, Any]) -> list[Any]:
+        """One function after the other; asynchronous ones wait for their answers together."""
+        asynchronous = [is_async_callable(function) for function in self.functions]
+        named = list(zip(self.functions, self.names, asynchronous, strict=True))
+        values = [None if waits else _call(function, name, arguments) for function, name, waits in named]
+        if any(asynchronous):
+            calls = [_await(function, name, arguments) for function, name, waits in named if waits]
+            answers = iter(asyncio.run_coroutine_threadsafe(_gather(calls), self._event_loop()).result())
+            values = [next(answers) if waits else value for value, waits in zip(values, asynchronous, strict=True)]
+        return values
+
+    def _event_loop(self) -> asyncio.AbstractEventLoop:
+        """One loop for all calls, which clients that functions keep can stay connected in; a notebook has its own."""
+        if self._loop is None:
+            _, self._loop, is_ready = start_event_loop_in_daemon("reward functions")
+            is_ready.wait()
+        return self._loop
+
+    def _log_metric(self, name: str, value: float) -> None:
+        self._logged[name].append(float(value))
+
+    def _require_a_reward(self, each: np.ndarray, prompts: list, completions: list) -> None:
+        unknown = np.flatnonzero(np.isnan(each).all(axis=1))
+        if len(unknown):
+            first = unknown[0]
+            raise ValueError(
+                f"No reward function ({', '.join(self.names)}) has a reward for the completion {completions[first]!r} "
+                f"of the prompt {prompts[first]!r}: all returned None. At least one has to give each completion, "
+                f"ground truths included, a number; or leave such rows out of the data. {_REMEDY}"
+            )
+
+
+def check_reward_functions(reward_funcs: Any) -> list[RewardFunction]:
+    """
+    The functions as a list.
+
+    Raises:
+        `TypeError`: if one of them is no function.
+    """
+    if reward_funcs is None:
+        return []
+    functions = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
+    for function in functions:
+        is_model = isinstance(function, str) or hasattr(function, "parameters")
+        if is_model or isinstance(function, type) or not callable(function):
+            raise TypeError(
+                f"`reward_funcs` must be a function or a list of functions, got {_shown(function)} "
+                f"(`{type(function).__name__}`). "
+                + (
+                    "A reward model has to be called by a function of yours: load it once, and return "
+                    "`model(**tokenizer(...)).logits[:, 0].tolist()` from `reward(prompts, completions, **kwargs)`."
+                    if is_model
+                    else "Pass one that takes `prompts`, `completions` and `**kwargs` and returns a list of numbers."
+                )
+            )
+    return functions
+
+
+def check_rewards(reward_funcs: Any, pairing: str, weights: list[float] | None) -> RewardFunctions | None:
+    """
+    The reward functions of a run, if there are any.
+
+    Args:
+        reward_funcs: As the user passed them.
+        pairing (`str`), weights (`list[float]`, *optional*): `pairing` and `reward_weights` of [`SPINConfig`].
+
+    Raises:
+        `TypeError`: if one of them is no function.
+        `ValueError`: if the pairing needs some and there are none, or there are not as many as weights.
+    """
+    functions = check_reward_functions(reward_funcs)
+    if not functions and pairing != "ground_truth":
+        raise ValueError(
+            f"`pairing={pairing!r}` chooses by rewards, but no `reward_funcs` are given. Pass a function to "
+            "`SPINTrainer(reward_funcs=...)` (`--reward_funcs file.py:function` in the shell), or leave `pairing` "
+            "unset."
+        )
+    if weights is not None and len(weights) != len(functions):
+        raise ValueError(
+            f"`reward_weights` has {len(weights)} value(s) ({weights}), but there are {len(functions)} `reward_funcs`. "
+            "Give one weight for each function, or leave `reward_weights` unset to weigh all alike."
+        )
+    return RewardFunctions(functions, weights) if functions else None
+
+
+def _call(function: RewardFunction, name: str, arguments: dict[str, Any]) -> Any:
+    try:
+        return function(**arguments)
+    except Exception as error:
+        error.add_note(f"In the reward function `{name}`. {_REMEDY}")
+        raise
+
+
+async def _await(function: RewardFunction, name: str, arguments: dict[str, Any]) -> Any:
+    try:
+        return await function(**arguments)
+    except Exception as error:
+        error.add_note(f"In the reward function `{name}`. {_REMEDY}")
+        raise
+
+
+async def _gather(calls: list) -> list[Any]:
+    return await asyncio.gather(*calls)
+
+
+def _checked(values: Any, name: str, count: int) -> np.ndarray:
+    """What a function returned as numbers, of shape `(count,)`; not-a-number for `None`."""
+    values = values.tolist() if hasattr(values, "tolist") else values  # an array or a tensor
+    if not isinstance(values, list | tuple):
+        raise TypeError(
+            f"The reward function `{name}` returned {_shown(values)} (`{type(values).__name__}`), but expected is a "
+            f"list with a number for each of the {count} completions. {_REMEDY}"
+        )
+    if len(values) != count:
+        raise ValueError(
+            f"The reward function `{name}` returned {len(values)} rewards for {count} completions. It has to return "
+            f"one for each, in their order; None where it does not apply. {_REMEDY}"
+        )
+    return np.array([math.nan if value is None else _number(value, name, i) for i, value in enumerate(values)])
+
+
+def _number(value: Any, name: str, position: int) -> float:
+    value = value.item() if getattr(value, "ndim", None) == 0 else value  # a number of numpy or torch
+    if not isinstance(value, Real) or not math.isfinite(value):
+        raise ValueError(
+            f"The reward function `{name}` returned {_shown(value)} for completion {position} of its list, which is "
+            f"no finite number. Return a number, or None where it does not apply. {_REMEDY}"
+        )
+    return float(value)
+
+
+def _unique(names: list[str]) -> list[str]:
+    seen = Counter()
+    unique = []
+    for name in names:
+        seen[name] += 1
+        unique.append(name if seen[name] == 1 else f"{name}_{seen[name]}")
+    return unique
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _ignore(*args: Any, **kwargs: Any) -> None:
+    """For `log_extra`: there is no table of completions to add columns to."""

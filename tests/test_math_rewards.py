@@ -1,0 +1,87 @@
+"""The rule of the GSM8K recipe, and how reward functions are named on the command line."""
+
+import re
+from decimal import Decimal
+
+import pytest
+from conftest import RECIPES, load_recipe
+from trl import ModelConfig, TrlParser
+
+from spin_trl import SPINConfig
+
+
+rule = load_recipe("math_rewards")
+spin = load_recipe("spin")
+LOCATION = f"{RECIPES}/math_rewards.py:last_number_matches"
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("She has 48 / 2 = 24 clips.\n#### 24", "24"),
+        ("So it costs $1,234.50.", "1234.50"),
+        ("The answer is **-7**.", "-7"),
+        ("From 10-5 follows", "5"),
+        ("x=-5", "-5"),
+        ("1,2,3", "3"),
+        ("12,34", "34"),
+        ("3.0", "3"),
+        ("about .5 l", "0.5"),
+        ("3.14159 is near 1,000,000.25", "1000000.25"),
+        ("no idea", None),
+        ("", None),
+    ],
+)
+def test_last_number_of_a_text(text, number):
+    assert rule.last_number(text) == (None if number is None else Decimal(number))
+
+
+def test_rule_compares_numbers_and_not_how_they_are_written():
+    completions = ["It is 1,000.", "1000.0 kg", "1000 or 999", "none"]
+    assert rule.last_number_matches(completions, ground_truth=["#### 1000"] * 4, level=[1] * 4) == [1.0, 1.0, 0.0, 0.0]
+
+
+def test_rule_reads_messages_and_does_not_apply_to_ground_truths_without_a_number():
+    completions = [[{"role": "assistant", "content": "42"}], [{"role": "assistant", "content": "42"}]]
+    assert rule.last_number_matches(completions, ["so 42", "so many"]) == [1.0, None]
+
+
+def parse(*arguments: str):
+    parser = TrlParser((spin.SPINScriptArguments, SPINConfig, ModelConfig))
+    arguments = [
+        "--config",
+        str(RECIPES / "gsm8k-reward-ranked.yaml"),
+        "--use_cpu",
+        "true",
+        "--bf16",
+        "false",
+        *arguments,
+    ]
+    return parser.parse_args_and_config(arguments)
+
+
+def test_recipe_names_the_rule_and_several_functions_can_be_named_on_the_command_line():
+    script_args, args, _ = parse()
+    assert script_args.reward_funcs == ["recipes/math_rewards.py:last_number_matches"]
+    assert (args.pairing, args.num_generations) == ("reward_ranked", 8)
+    script_args, args, _ = parse("--reward_funcs", LOCATION, LOCATION, "--reward_weights", "1.0", "0.5")
+    assert script_args.reward_funcs == [LOCATION] * 2 and args.reward_weights == [1.0, 0.5]
+
+
+def test_named_function_is_loaded():
+    function = spin.load_function("reward_funcs", LOCATION)
+    assert function.__name__ == "last_number_matches" and function(["1"], ["1"]) == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("location", "found"),
+    [
+        ("nowhere.py:f", "`reward_funcs` must be 'file.py:function' with an existing file, got 'nowhere.py:f'"),
+        (str(RECIPES / "math_rewards.py"), "`reward_funcs` must be 'file.py:function'"),
+        (f"{RECIPES}/math_rewards.py:f", "`reward_funcs` names 'f', .* Name one of .*'last_number_matches'"),
+    ],
+)
+def test_function_that_is_not_there_is_refused(location, found):
+    with pytest.raises(ValueError) as refusal:
+        spin.load_function("reward_funcs", location)
+    assert re.search(found, str(refusal.value))

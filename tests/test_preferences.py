@@ -1,0 +1,227 @@
+"""Preference pairs of the user's: how they are rendered, which are refused, and that every iteration trains on them."""
+
+import numpy as np
+import pytest
+from datasets import Dataset
+from tiny_tokenizers import byte_tokenizer
+
+from spin_trl import SPINConfig, SPINTrainer, load_pairs
+from spin_trl.pair_dataset import PREFERENCE
+from spin_trl.preferences import check_preference_dataset, prepare_preferences
+from spin_trl.run_paths import RunDirectoryError
+from spin_trl.scoring import score_pairs
+
+
+TOKENIZER = byte_tokenizer("<|im_end|>", "qwen2_5", ["<|im_start|>"])
+
+
+def prepare(rows: list[dict], context_length: int = 1000, **settings):
+    config = SPINConfig(use_cpu=True, bf16=False, report_to="none", **settings)
+    dataset = Dataset.from_list(rows)
+    return prepare_preferences(config, TOKENIZER, (TOKENIZER.eos_token_id,), dataset, context_length)
+
+
+def texts(prepared) -> list[tuple[str, ...]]:
+    names = ("prompt_ids", "chosen_ids", "rejected_ids")
+    return [tuple(TOKENIZER.decode(row[name]) for name in names) for row in prepared.dataset]
+
+
+def message(role: str, content: str) -> list[dict]:
+    return [{"role": role, "content": content}]
+
+
+def test_text_is_rendered_on_both_sides_as_ground_truths_are():
+    prepared = prepare(
+        [{"prompt": "2+2=", "chosen": "4", "rejected": "5"}, {"prompt": "1+", "chosen": "1", "rejected": "?"}]
+    )
+    end = "<|im_end|>"
+    assert texts(prepared) == [("2+2=", f"4{end}", f"5{end}"), ("1+", f"1{end}", f"?{end}")]
+    assert prepared.dataset["row"][:] == [-1, -2] and prepared.dataset["source_row"][:] == [0, 1]
+    assert set(prepared.dataset["iteration"]) == {PREFERENCE}
+    assert (prepared.report["num_preference_rows"], prepared.report["num_dropped_preference_rows"]) == (2, 0)
+
+
+def test_conversations_with_a_prompt_and_whole_ones_come_to_the_same():
+    prompt, yes, no = message("user", "Hi?"), message("assistant", "Yes."), message("assistant", "No.")
+    explicit = prepare([{"prompt": prompt, "chosen": yes, "rejected": no}])
+    whole = prepare([{"chosen": prompt + yes, "rejected": prompt + no}])
+    assert texts(explicit) == texts(whole)
+    rendered, chosen, rejected = texts(explicit)[0]
+    assert rendered.endswith("<|im_start|>user\nHi?<|im_end|>\n<|im_start|>assistant\n")
+    assert (chosen, rejected) == ("Yes.<|im_end|>", "No.<|im_end|>")
+    assert explicit.report["preference_checksum"] == whole.report["preference_checksum"]
+
+
+def test_checksum_sees_the_rejected_side():
+    row = {"prompt": "2+2=", "chosen": "4", "rejected": "5"}
+    checksums = {prepare([{**row, "rejected": text}]).report["preference_checksum"] for text in ("5", "6", "5")}
+    assert len(checksums) == 2
+
+
+def test_rows_that_say_nothing_or_do_not_fit_are_left_out_and_counted():
+    rows = [
+        {"prompt": "a", "chosen": "same", "rejected": "same"},
+        {"prompt": "b" * 40, "chosen": "x", "rejected": "y"},
+        {"prompt": "c", "chosen": "x", "rejected": "y"},
+    ]
+    prepared = prepare(rows, context_length=40)
+    assert prepared.dataset["source_row"][:] == [2]
+    assert prepared.report["num_dropped_preference_rows"] == 2
+    assert len(prepare(rows, context_length=41).dataset) == 2
+    assert len(prepare(rows, context_length=1000, max_length=40).dataset) == 1
+
+
+@pytest.mark.parametrize(
+    ("row", "found", "side"),
+    [
+        ({"prompt": "a", "chosen": "", "rejected": "y"}, "Row 1: `chosen` is empty", None),
+        ({"prompt": "a", "chosen": "x", "rejected": ""}, "Row 1: `chosen` is empty", "its `rejected`, read as"),
+        ({"prompt": None, "chosen": "x", "rejected": "y"}, "Row 1: `chosen` is text without a `prompt`", None),
+    ],
+)
+def test_row_that_cannot_be_rendered_is_named_or_left_out(row, found, side):
+    rows = [{"prompt": "a", "chosen": "x", "rejected": "y"}, row]
+    with pytest.raises(ValueError, match=found) as error:
+        prepare(rows)
+    assert f"In `preference_dataset`.{f' In {side}' if side else ''}" in error.value.__notes__[0]
+    prepared = prepare(rows, skip_invalid_rows=True)
+    assert prepared.dataset["source_row"][:] == [0]
+    assert [(row["dataset"], row["row"]) for row in prepared.invalid_rows] == [("preference_dataset", 1)]
+
+
+def test_sides_that_answer_different_prompts_are_refused():
+    rows = [
+        {
+            "chosen": message("user", "a") + message("assistant", "x"),
+            "rejected": message("user", b) + message("assistant", "y"),
+        }
+        for b in ("a", "b")
+    ]
+    with pytest.raises(ValueError, match="Row 1 of `preference_dataset`: .* answer different prompts"):
+        prepare(rows)
+    prepared = prepare(rows, skip_invalid_rows=True)
+    assert prepared.dataset["source_row"][:] == [0] and "different prompts" in prepared.invalid_rows[0]["reason"]
+
+
+def test_dataset_without_any_pair_is_refused():
+    with pytest.raises(
+        ValueError, match="No row of `preference_dataset` is left: of 1, 0 are invalid and 1 have equal"
+    ):
+        prepare([{"prompt": "a", "chosen": "x", "rejected": "x"}])
+
+
+@pytest.mark.parametrize(
+    ("dataset", "found"),
+    [
+        ([{"prompt": "a"}], "must be a `datasets.Dataset` with the columns .* got `list`"),
+        (Dataset.from_dict({"prompt": ["a"], "chosen": ["b"]}), r"\['prompt', 'chosen'\], but lacks \['rejected'\]"),
+        (Dataset.from_dict({"prompt": ["a"], "completion": ["b"]}), r"lacks \['chosen', 'rejected'\]"),
+        (Dataset.from_dict({"prompt": [], "chosen": [], "rejected": []}), "`preference_dataset` is empty"),
+    ],
+    ids=["list", "one side", "no sides", "no rows"],
+)
+def test_what_is_no_preference_dataset_is_refused(dataset, found):
+    with pytest.raises((TypeError, ValueError), match=found):
+        check_preference_dataset(dataset, ["sigmoid"])
+
+
+def test_losses_of_data_against_opponent_take_no_preferences():
+    with pytest.raises(ValueError, match="`loss_type='space'` contradicts a `preference_dataset`"):
+        check_preference_dataset(Dataset.from_dict({"prompt": ["a"]}), ["sft", "space"])
+
+
+# Runs
+
+
+@pytest.fixture
+def preferences(train_dataset) -> Dataset:
+    """Twelve words that are not trained on otherwise, each with the next one's pronunciation as the rejected side."""
+    rows = train_dataset.select(range(20, 32))
+    rejected = [*rows["completion"][1:], rows["completion"][0]]
+    return Dataset.from_dict({"prompt": rows["prompt"], "chosen": rows["completion"], "rejected": rejected})
+
+
+@pytest.fixture
+def make_trainer(tiny_model, train_dataset, make_config):
+    def make(preference_dataset: Dataset | None, **overrides) -> SPINTrainer:
+        settings = {"num_iterations": 2, "resume": "auto", "save_strategy": "epoch"}
+        return SPINTrainer(
+            tiny_model,
+            make_config(**{**settings, **overrides}),
+            train_dataset=train_dataset.select(range(16)),
+            preference_dataset=preference_dataset,
+        )
+
+    return make
+
+
+def test_preferences_join_every_iteration_once_and_are_scored_by_its_opponent(make_trainer, preferences, tokenizer):
+    """16 prompts and 12 preferences: 28 pairs, then 44 with history. Batches of 8: 4 and 6 steps."""
+    trainer = make_trainer(preferences)
+    opinions = []
+    begin = trainer.begin_iteration
+
+    def begin_iteration(iteration, pairs):
+        opinions.append(score_pairs(trainer, pairs))  # the policy is still the opponent
+        begin(iteration, pairs)
+
+    trainer.begin_iteration = begin_iteration
+    trainer.train()
+    assert trainer.state.global_step == trainer.state.max_steps == 10
+    for iteration, expected in enumerate(([0] * 16 + [PREFERENCE] * 12, [1] * 16 + [0] * 16 + [PREFERENCE] * 12)):
+        pairs = load_pairs(trainer.args.output_dir, iteration)
+        assert pairs["iteration"][:] == expected
+        own = pairs.select(range(len(pairs) - 12, len(pairs)))
+        assert own["row"][:] == list(range(-1, -13, -1)) and own["source_row"][:] == list(range(12))
+        for column, name in (("prompt_ids", "prompt"), ("chosen_ids", "chosen"), ("rejected_ids", "rejected")):
+            decoded = tokenizer.batch_decode(list(own[column]), skip_special_tokens=True)
+            assert [text.split() for text in decoded] == [text.split() for text in preferences[name]]
+        for name, logps in opinions[iteration].items():
+            np.testing.assert_allclose(np.array(pairs[name][:]), logps, atol=1e-4)
+        metrics = trainer.store.read_metrics(iteration)
+        assert metrics["preference_share"] == 12 / len(pairs) and metrics["num_pairs"] == 16
+    assert not np.allclose(opinions[0]["ref_chosen_logps"][-12:], opinions[1]["ref_chosen_logps"][-12:])
+    own = [pair for pair in load_pairs(trainer.args.output_dir, 1) if pair["iteration"] == 1]
+    nll = -sum(pair["ref_chosen_logps"] for pair in own) / sum(len(pair["chosen_ids"]) for pair in own)
+    assert trainer.store.read_metrics(1)["opponent_nll"] == pytest.approx(nll)
+
+
+def test_preferences_go_with_pairs_that_rewards_choose(tiny_model, train_dataset, make_config, preferences):
+    """They bring chosen sides of their own and no rewards."""
+
+    def reward(completions, **kwargs):
+        return [float(len(text)) for text in completions]
+
+    trainer = SPINTrainer(
+        tiny_model,
+        make_config(num_iterations=2, pairing="best_of"),
+        train_dataset=train_dataset.select(range(16)),
+        preference_dataset=preferences,
+        reward_funcs=reward,
+    )
+    trainer.train()
+    pairs = load_pairs(trainer.args.output_dir, 1)
+    assert pairs["iteration"][:] == [1] * 16 + [0] * 16 + [PREFERENCE] * 12
+    assert pairs["chosen_ids"][-12:] == trainer.store.read_preferences()["chosen_ids"][:]
+    assert pairs["chosen_reward"][-13] is not None and pairs["chosen_reward"][-12:] == [None] * 12
+
+
+def test_resumed_run_needs_the_same_preferences_and_writes_them_again_if_they_are_damaged(make_trainer, preferences):
+    trainer = make_trainer(preferences, num_iterations=1)
+    trainer.train()
+    for other in (None, preferences.select(range(11))):
+        with pytest.raises(RunDirectoryError, match="`data.preference_checksum`"):
+            make_trainer(other)
+    (trainer.store.output_dir / "preference_data" / "checksum.txt").write_text("another")
+    with pytest.raises(RunDirectoryError, match="missing or damaged"):
+        load_pairs(trainer.args.output_dir, 0)
+    again = make_trainer(preferences)
+    again.train()
+    assert again.start.is_resumed and len(load_pairs(again.args.output_dir, 1)) == 44
+
+
+def test_another_run_in_the_same_place_has_no_preferences_of_the_first(make_trainer, preferences):
+    make_trainer(preferences, num_iterations=1).train()
+    trainer = make_trainer(None, num_iterations=1, resume="never", overwrite_output_dir=True)
+    trainer.train()
+    assert trainer.store.read_preferences() is None and len(load_pairs(trainer.args.output_dir, 0)) == 16

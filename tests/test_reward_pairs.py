@@ -1,0 +1,146 @@
+"""Which pairs rewards make, by hand, and what is told about them."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from datasets import Dataset, Features, List, Value
+
+from spin_trl import columns
+from spin_trl.iteration_metrics import describe_scores
+from spin_trl.pair_dataset import TRUTH, PairDataset
+from spin_trl.pairs import NoPairsError, add_history, drop_identical_pairs, find_identical_pairs
+from spin_trl.reward_answers import REWARDED_SCHEMA, describe_rewards
+from spin_trl.reward_pairs import RANKED_SCHEMA, describe_ranked, rank_pairs
+
+
+def data(num_rows: int) -> Dataset:
+    """Rows are numbered from 5 on, and every token tells its row."""
+    rows = list(range(5, 5 + num_rows))
+    columns = {"row": rows, "prompt_ids": [[row] for row in rows], "chosen_ids": [[100 + row, 2] for row in rows]}
+    ids = List(Value("int32"))
+    return Dataset.from_dict(columns, Features({"row": Value("int64"), "prompt_ids": ids, "chosen_ids": ids}))
+
+
+def answers(*prompts: tuple[float, list[float]], iteration: int = 0) -> PairDataset:
+    """For each prompt the reward of its ground truth, and those of its generations, whose tokens tell which it is."""
+    keys = [(row, sample) for row, (_, rewards) in enumerate(prompts, start=5) for sample in range(len(rewards))]
+    table = pa.table(
+        {
+            "iteration": [iteration] * len(keys),
+            "row": [row for row, _ in keys],
+            "source_row": [1000 + row for row, _ in keys],
+            "sample": [sample for _, sample in keys],
+            "rejected_ids": [[200 + row, sample, 2] for row, sample in keys],
+            "chosen_reward": [truth for truth, rewards in prompts for _ in rewards],
+            "rejected_reward": [reward for _, rewards in prompts for reward in rewards],
+        },
+        schema=REWARDED_SCHEMA,
+    )
+    return PairDataset.join(data(len(prompts)), Dataset(table))
+
+
+def rank(pairing: str, *prompts: tuple[float, list[float]], iteration: int = 0) -> PairDataset:
+    made = pa.concat_tables(rank_pairs(answers(*prompts, iteration=iteration), pairing))
+    return PairDataset.join(data(len(prompts)), Dataset(made))
+
+
+def sides(pairs: PairDataset) -> list[tuple]:
+    """Row, chosen and rejected sample, and their rewards, after a look at the tokens."""
+
+    def ids(row: int, sample: int) -> list[int]:
+        return [100 + row, 2] if sample == TRUTH else [200 + row, sample, 2]
+
+    found = []
+    for pair in pairs:
+        assert pair["prompt_ids"] == [pair["row"]] and pair["source_row"] == 1000 + pair["row"]
+        assert pair["chosen_ids"] == ids(pair["row"], pair["chosen_sample"])
+        assert pair["rejected_ids"] == ids(pair["row"], pair["sample"])
+        names = ("row", "chosen_sample", "sample", "chosen_reward", "rejected_reward")
+        found.append(tuple(pair[name] for name in names))
+    return found
+
+
+@pytest.fixture(autouse=True, params=[2, 1000])
+def batch_size(request, monkeypatch):
+    monkeypatch.setattr(columns.batches, "__defaults__", (request.param,))
+
+
+def test_ground_truth_is_chosen_over_every_generation_that_does_not_beat_it():
+    pairs = rank("best_of", (1.0, [0.0, 0.5]), (0.5, [0.5]))
+    assert sides(pairs) == [(5, TRUTH, 0, 1.0, 0.0), (5, TRUTH, 1, 1.0, 0.5), (6, TRUTH, 0, 0.5, 0.5)]
+
+
+def test_single_generation_that_beats_the_ground_truth_is_chosen_over_it():
+    assert sides(rank("best_of", (0.0, [1.0]), (1.0, [0.0]))) == [(5, 0, TRUTH, 1.0, 0.0), (6, TRUTH, 0, 1.0, 0.0)]
+
+
+def test_best_generation_is_chosen_over_the_ground_truth_and_all_lower_ones():
+    """The third equals the winner, the first of the two best: neither is better."""
+    assert sides(rank("best_of", (0.2, [0.1, 0.9, 0.9, 0.5]))) == [
+        (5, 1, 0, 0.9, 0.1),
+        (5, 1, TRUTH, 0.9, 0.2),
+        (5, 1, 3, 0.9, 0.5),
+    ]
+
+
+def test_best_generation_is_ranked_over_the_worst_without_the_ground_truth():
+    pairs = rank("reward_ranked", (9.0, [0.5, 0.0, 1.0, 0.0]), (0.0, [1.0, 1.0]), (-1.0, [2.0, 3.0]))
+    assert sides(pairs) == [(5, 2, 1, 1.0, 0.0), (7, 1, 0, 3.0, 2.0)]
+
+
+def test_one_reward_for_all_generations_of_every_prompt_makes_no_pairs():
+    with pytest.raises(NoPairsError, match="each of the 2 prompts all have the same reward.*`pairing='best_of'`"):
+        rank("reward_ranked", (9.0, [0.5, 0.5]), (0.0, [1.0, 1.0]))
+
+
+def test_metrics_of_rewards_by_hand():
+    """Best generations 0.9 > 0.2, 1.0 = 1.0, 0.0 < 1.0."""
+    prompts = [(0.2, [0.1, 0.9]), (1.0, [1.0, 0.0]), (1.0, [0.0, 0.0])]
+    assert describe_rewards(answers(*prompts).answers) == pytest.approx(
+        {
+            "truth_reward": 2.2 / 3,
+            "generation_reward": 2.0 / 6,
+            "beaten_truths_share": 1 / 3,
+            "tied_truths_share": 1 / 3,
+        }
+    )
+    made = rank("reward_ranked", *prompts)
+    assert describe_ranked(made.answers, answers(*prompts).answers) == {"num_pairs": 2, "no_pair_share": 1 - 2 / 3}
+
+
+def test_log_probs_of_ground_truths_are_found_on_either_side():
+    """
+    Truths of two tokens, generations of three. Pair 0: the truth is chosen (-4; -3). Pair 1: generation over
+    generation. Pair 2: the truth is rejected (-6; -12). Gaps -4/2 + 3/3 = -1 and -12/2 + 6/3 = -4.
+    """
+    pairs = rank("best_of", (1.0, [0.0]), (0.0, [0.5, 1.0]))
+    assert [pair[1:3] for pair in sides(pairs)] == [(TRUTH, 0), (1, 0), (1, TRUTH)]
+    scores = {
+        "ref_chosen_logps": np.array([-4, -99, -6], np.float32),
+        "ref_rejected_logps": np.array([-3, -99, -12], np.float32),
+    }
+    described = describe_scores(pairs, scores, 0, 0, None, "keep_start")
+    assert described == pytest.approx({"logps_gap": -2.5, "opponent_nll": 16 / 4})
+
+
+def test_pairs_of_generations_alone_say_nothing_of_the_ground_truths():
+    pairs = rank("reward_ranked", (1.0, [0.0, 1.0]))
+    scores = {name: np.array([-1.0]) for name in ("ref_chosen_logps", "ref_rejected_logps")}
+    assert describe_scores(pairs, scores, 0, 0, None, "keep_start") == {}
+
+
+def test_history_keeps_the_chosen_sides_that_rewards_chose():
+    older = rank("best_of", (0.0, [1.0]), (1.0, [0.0]))
+    scored = PairDataset(older.truths, older.answers.add_column("ref_chosen_logps", [-1.0, -2.0]))
+    joined = add_history(rank("best_of", (1.0, [0.0]), (1.0, [0.0]), iteration=1), [(0, scored)])
+    assert set(joined.column_names) == {*RANKED_SCHEMA.names, "prompt_ids"}
+    assert joined["iteration"][:] == [1, 1, 0, 0]
+    assert [pair[:3] for pair in sides(joined)] == [(5, TRUTH, 0), (6, TRUTH, 0), (5, 0, TRUTH), (6, TRUTH, 0)]
+
+
+def test_identical_sides_of_different_rewards_are_refused_with_what_that_means():
+    pairs = rank("best_of", (0.0, [1.0]))
+    same = Dataset.from_dict({**pairs.answers[:], "rejected_ids": pairs.answers["chosen_ids"][:]})
+    pairs = PairDataset(pairs.truths, same)
+    with pytest.raises(NoPairsError, match="all 1 pairs .* are the same.*although their rewards differ"):
+        drop_identical_pairs(pairs, find_identical_pairs(pairs))

@@ -1,0 +1,221 @@
+"""Whole runs whose pairs rewards choose: what is trained on, what is kept and told, and what stops and resumes them."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import DATA
+from test_distributed import launch
+
+from spin_trl import SPINTrainer, load_pairs
+from spin_trl.generation.sampler import Completion
+from spin_trl.pair_dataset import TRUTH
+from spin_trl.pairs import NoPairsError
+from spin_trl.run_paths import RunDirectoryError
+
+
+NUM_ROWS = 8
+
+
+class Letters:
+    """Answers with a letter for each sample, another one in every iteration; rewards can be read from it."""
+
+    reads_checkpoints = False
+
+    def __init__(self, tokenizer):
+        self.ids = tokenizer.convert_tokens_to_ids(["a", "b", "c", "d", "e", "f"])
+        self.iteration = 0
+        self.num_asked = 0
+
+    def sample(self, requests, params, logprobs=False):
+        for request in requests:
+            self.num_asked += 1
+            yield Completion(
+                request.key, [self.ids[3 * self.iteration + request.key[1]], params.end_token_ids[0]], "stop"
+            )
+
+    def select(self, iteration, checkpoint):
+        self.iteration = iteration
+
+    def publish(self, iteration, checkpoint): ...
+
+    def close(self): ...
+
+
+class Rewards:
+    """Rewards by text; the ground truth's row by row. Counts its calls and fails in one of them."""
+
+    def __init__(self, by_text: dict[str, float], truths: list[float], fails_in: int = -1):
+        self.by_text = by_text
+        self.truths = truths
+        self.fails_in = fails_in
+        self.calls = []
+
+    def __call__(self, prompts, completions, ground_truth, number, **kwargs):
+        if len(self.calls) == self.fails_in:
+            self.fails_in = -1
+            raise ZeroDivisionError("the judge is out")
+        self.calls.append((completions, number))
+        return [
+            self.truths[row] if text == truth else self.by_text[text]
+            for text, truth, row in zip(completions, ground_truth, number, strict=True)
+        ]
+
+
+@pytest.fixture
+def make_trainer(tiny_model, train_dataset, tokenizer, make_config):
+    data = train_dataset.select(range(NUM_ROWS)).add_column("number", list(range(NUM_ROWS)))
+
+    def make(reward_funcs, **overrides) -> SPINTrainer:
+        settings = {"num_iterations": 2, "resume": "auto", "save_strategy": "epoch", "num_generations": 2}
+        trainer = SPINTrainer(
+            tiny_model, make_config(**{**settings, **overrides}), train_dataset=data, reward_funcs=reward_funcs
+        )
+        trainer.sampler = trainer.self_play.sampler = Letters(tokenizer)
+        return trainer
+
+    return make
+
+
+def own(trainer: SPINTrainer, iteration: int) -> list[dict]:
+    pairs = load_pairs(trainer.args.output_dir, iteration)
+    return [pair for pair in pairs if pair["iteration"] == iteration]
+
+
+def test_best_answers_take_the_ground_truths_place_and_history_remembers_it(make_trainer, tokenizer):
+    """
+    Iteration 0 answers a (0.2) and b (0.6), iteration 1 d (0.0) and e (0.1); the truths of rows 0 and 1 have 0.5, the
+    others 1.0. So in iteration 0 two prompts choose b over a and over the truth.
+    """
+    rewards = Rewards({"a": 0.2, "b": 0.6, "d": 0.0, "e": 0.1}, [0.5, 0.5] + [1.0] * 6)
+    trainer = make_trainer(rewards, pairing="best_of")
+    trainer.train()
+    first = own(trainer, 0)
+    expected = [(row, 1, sample) for row in (0, 1) for sample in (0, TRUTH)]
+    expected += [(row, TRUTH, sample) for row in range(2, NUM_ROWS) for sample in (0, 1)]
+    assert [(pair["row"], pair["chosen_sample"], pair["sample"]) for pair in first] == expected
+    truths = dict(zip(trainer.self_play.dataset["row"], trainer.self_play.dataset["chosen_ids"], strict=True))
+    for pair in first:
+        for side, sample in (("chosen", pair["chosen_sample"]), ("rejected", pair["sample"])):
+            ids = truths[pair["row"]] if sample == TRUTH else [Letters(tokenizer).ids[sample], tokenizer.eos_token_id]
+            assert pair[f"{side}_ids"] == ids
+            value = rewards.truths[pair["row"]] if sample == TRUTH else [0.2, 0.6][sample]
+            assert pair[f"{side}_reward"] == value
+    second = load_pairs(trainer.args.output_dir, 1)
+    assert second["iteration"][:] == [1] * 16 + [0] * 16
+    names = [name for name in first[0] if not name.startswith("ref_")]
+    assert [{n: p[n] for n in names} for p in second.select(range(16, 32))] == [{n: p[n] for n in names} for p in first]
+    assert np.isfinite(second["ref_chosen_logps"][:]).all()
+
+    metrics = trainer.store.read_metrics(0)
+    assert metrics["truth_reward"] == pytest.approx(7 / 8) and metrics["generation_reward"] == pytest.approx(0.4)
+    assert (metrics["beaten_truths_share"], metrics["tied_truths_share"]) == (0.25, 0.0)
+    assert (metrics["num_pairs"], metrics["num_training_pairs"], metrics["no_pair_share"]) == (16, 16, 0.0)
+    logged = [entry for entry in trainer.state.log_history if "self_play/beaten_truths_share" in entry]
+    assert [entry["self_play/beaten_truths_share"] for entry in logged] == [0.25, 0.0]
+    nll = -sum(
+        pair["ref_chosen_logps"] if pair["chosen_sample"] == TRUTH else pair["ref_rejected_logps"]
+        for pair in first
+        if TRUTH in (pair["chosen_sample"], pair["sample"])
+    )
+    num_tokens = sum(len(truths[p["row"]]) for p in first if TRUTH in (p["chosen_sample"], p["sample"]))
+    assert metrics["opponent_nll"] == pytest.approx(nll / num_tokens)
+
+
+def test_generations_are_ranked_without_the_ground_truth(make_trainer):
+    """In iteration 1 all answers are equal where the rule looks at them, so nothing is left to train on."""
+    rewards = Rewards({"a": 0.2, "b": 0.6, "d": 0.5, "e": 0.5}, [9.0] * NUM_ROWS)
+    trainer = make_trainer(rewards, pairing="reward_ranked", num_history_iterations=0)
+    with pytest.raises(NoPairsError, match="each of the 8 prompts all have the same reward"):
+        trainer.train()
+    pairs = own(trainer, 0)
+    assert [(p["row"], p["chosen_sample"], p["sample"]) for p in pairs] == [(row, 1, 0) for row in range(NUM_ROWS)]
+    assert trainer.state.global_step == 1  # 8 pairs in a batch of 8
+    assert {"opponent_nll", "logps_gap"} & set(trainer.store.read_metrics(0)) == set()
+
+
+def test_rewards_are_only_logged_where_the_ground_truth_is_always_chosen(make_trainer, tmp_path):
+    rewards = Rewards({"a": 0.2, "b": 0.6, "d": 0.0, "e": 0.1}, [0.5] * NUM_ROWS)
+
+    def second(completions, **kwargs):
+        return [None if text == "a" else 1.0 for text in completions]
+
+    judged = make_trainer([rewards, second], reward_weights=[1.0, 0.1])
+    judged.train()
+    plain = make_trainer(None, output_dir=str(tmp_path / "plain"))
+    plain.train()
+    assert "chosen_sample" not in judged.store.read_pairs(0).column_names
+    for iteration in (0, 1):
+        expected = load_pairs(tmp_path / "plain", iteration)
+        found = load_pairs(judged.args.output_dir, iteration)
+        assert found.select_columns(expected.column_names)[:] == expected[:]
+    assert [(p["chosen_reward"], p["rejected_reward"]) for p in own(judged, 0)[:2]] == [(0.6, 0.2), (0.6, 0.7)]
+    metrics = judged.store.read_metrics(0)
+    assert metrics["rewards/Rewards/truths"] == pytest.approx(0.5)
+    assert metrics["rewards/Rewards/generations"] == pytest.approx(0.4)
+    assert metrics["rewards/second/generations"] == 1.0  # of b alone
+
+
+def test_run_stopped_by_a_reward_function_goes_on_with_the_completions_that_are_there(make_trainer, tmp_path):
+    """It fails in iteration 1, in the call for the generations."""
+    by_text = {"a": 0.2, "b": 0.6, "d": 0.0, "e": 0.7}
+    whole = make_trainer(Rewards(by_text, [0.5] * NUM_ROWS), pairing="best_of", output_dir=str(tmp_path / "whole"))
+    whole.train()
+
+    trainer = make_trainer(Rewards(by_text, [0.5] * NUM_ROWS, fails_in=3), pairing="best_of")
+    with pytest.raises(ZeroDivisionError, match="the judge is out") as error:
+        trainer.train()
+    assert any("In the reward function `Rewards`." in note for note in error.value.__notes__)
+    assert not list(trainer.store.path(1).glob("*answers*"))
+    again = make_trainer(Rewards(by_text, [0.5] * NUM_ROWS), pairing="best_of")
+    again.train()
+    assert again.sampler.num_asked == 0
+    for iteration in (0, 1):
+        one, other = (load_pairs(run.args.output_dir, iteration)[:] for run in (whole, again))
+        assert one == other
+    states = [run.model.state_dict() for run in (whole, again)]
+    assert all((states[0][name] == states[1][name]).all() for name in states[0])
+
+
+def test_run_is_not_continued_with_other_functions_or_another_pairing(make_trainer):
+    rewards = Rewards({"a": 0.2, "b": 0.6, "d": 0.0, "e": 0.7}, [0.5] * NUM_ROWS)
+    make_trainer(rewards, pairing="best_of", num_iterations=1).train()
+
+    def another(completions, **kwargs):
+        return [0.0] * len(completions)
+
+    with pytest.raises(RunDirectoryError, match=r"`reward_functions`: \['Rewards'\] there, \['another'\] now"):
+        make_trainer(another, pairing="best_of")
+    with pytest.raises(RunDirectoryError, match="`pairing`: 'best_of' there, 'ground_truth' now"):
+        make_trainer(rewards)
+
+
+def test_pairing_without_functions_is_refused_before_anything_is_loaded(make_config, train_dataset):
+    with pytest.raises(ValueError, match="`pairing='best_of'` chooses by rewards, but no `reward_funcs` are given"):
+        SPINTrainer("no/model", make_config(pairing="best_of"), train_dataset=train_dataset)
+
+
+def test_rows_that_no_function_judges_stop_the_run(make_trainer):
+    def only_answers(completions, ground_truth, **kwargs):
+        return [None if text == truth else 1.0 for text, truth in zip(completions, ground_truth, strict=True)]
+
+    with pytest.raises(ValueError, match=r"No reward function \(only_answers\) has a reward for the completion"):
+        make_trainer(only_answers).train()
+
+
+@pytest.mark.slow
+def test_two_processes_train_on_the_pairs_that_one_of_them_judged(tiny_model, tmp_path):
+    """Short answers are better, and four preferences join: the data's 30 prompts, two generations each."""
+    output_dir = tmp_path / "out"
+    arguments = [tiny_model, str(DATA / "accent_train.jsonl"), str(output_dir), "--pairing", "best_of"]
+    arguments += ["--num_generations", "2", "--temperature", "1.0", "--num_iterations", "1"]
+    arguments += ["--learning_rate", "1e-3", "--beta", "0.1"]
+    done = launch("ddp", tmp_path, arguments)
+    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
+    first, second = (json.loads((output_dir / f"seen-{rank}.json").read_text()) for rank in range(2))
+    assert first["logged"] == second["logged"]
+    pairs = load_pairs(output_dir, 0)
+    assert set(pairs["row"]) == {*range(30), -1, -2, -3, -4}
+    own = [pair for pair in pairs if pair["iteration"] == 0]
+    assert all(pair["chosen_reward"] >= pair["rejected_reward"] for pair in own)
+    assert {pair["chosen_sample"] for pair in own} >= {TRUTH, 0, 1}
