@@ -17,7 +17,7 @@ from datetime import date
 from pathlib import Path
 
 from measure import RESULTS, ROOT, machine
-from self_play_family.findings import collect, search_runs, start_run, test_runs
+from self_play_family.findings import chosen_runs, collect, search_runs, start_run
 from self_play_family.methods import METHODS, known_methods
 from self_play_family.pool import do_all, process_pool
 from self_play_family.report import write_report
@@ -36,7 +36,7 @@ def main() -> None:
         finish(pool, [start_run(root, task.name, options.quick) for task in tasks])
         finish(pool, [run for t in tasks for m in methods for run in search_runs(root, t, m, options.quick)])
         finish(
-            pool, [run for t in tasks for m in methods for run in test_runs(root, t, m, options.seeds, options.quick)]
+            pool, [run for t in tasks for m in methods for run in chosen_runs(root, t, m, options.seeds, options.quick)]
         )
     output = options.output or (root / "quality.md" if options.quick else ROOT / "benchmarks" / "quality.md")
     write_report(collect(root, options.seeds, options.quick), options.seeds, output, f"{date.today()}, {machine()}")

@@ -21,7 +21,10 @@ def make_rows() -> dict[str, list[Row]]:
     """Pairs of numbers drawn without replacement, so that no two parts share one."""
     pairs = np.random.default_rng(_SEED).choice(900 * 900, size=sum(_SIZES.values()), replace=False)
     parts = np.split(pairs, np.cumsum(list(_SIZES.values()))[:-1])
-    return {name: [_row(100 + pair // 900, 100 + pair % 900) for pair in part] for name, part in zip(_SIZES, parts)}
+    return {
+        name: [_row(100 + pair // 900, 100 + pair % 900) for pair in part]
+        for name, part in zip(_SIZES, parts, strict=True)
+    }
 
 
 def _row(a: int, b: int) -> Row:

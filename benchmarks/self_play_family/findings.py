@@ -55,7 +55,7 @@ def search_runs(root: Path, task: Task, method: Method, is_quick: bool) -> list[
     return [Run(root, task.name, method.name, setting, SEARCH_SEED, "validation", is_quick) for setting in settings]
 
 
-def test_runs(root: Path, task: Task, method: Method, seeds: Sequence[int], is_quick: bool) -> list[Run]:
+def chosen_runs(root: Path, task: Task, method: Method, seeds: Sequence[int], is_quick: bool) -> list[Run]:
     """Of the setting that the search found: it has to be over."""
     setting = best(tried_settings(search_runs(root, task, method, is_quick)), task.greater_is_better)
     return [Run(root, task.name, method.name, setting, seed, "test", is_quick) for seed in seeds]
@@ -93,7 +93,7 @@ def _add(findings: Findings, root: Path, method: Method, seeds: Sequence[int], i
     searched = search_runs(root, findings.task, method, is_quick)
     if not all(run.result() for run in searched):
         return
-    tested = test_runs(root, findings.task, method, seeds, is_quick)
+    tested = chosen_runs(root, findings.task, method, seeds, is_quick)
     results = [run.result() for run in tested]
     if not all(results):
         return

@@ -79,7 +79,8 @@ def prompts() -> dict[str, list[str]]:
     every = ["".join(letters) for letters in itertools.product(LETTERS, repeat=_PROMPT_LETTERS)]
     order = np.random.default_rng(_SEED).permutation(len(every))
     bounds = np.cumsum(list(_NUM_PROMPTS.values()))[:-1]
-    return {part: [every[i] for i in chosen] for part, chosen in zip(_NUM_PROMPTS, np.split(order, bounds))}
+    chosen = zip(_NUM_PROMPTS, np.split(order, bounds), strict=True)
+    return {part: [every[i] for i in indices] for part, indices in chosen}
 
 
 def make_rows() -> dict[str, list[Row]]:
@@ -151,10 +152,10 @@ TASK = Task(
     name="language",
     title="A language with known probabilities",
     about=(
-        "Four letters, prompts of three, answers of one to four: 340 answers to a prompt, each of known probability, so "
-        "that the total variation distance is exact (0 is the data's distribution, 1 has nothing in common with it). A "
-        "Llama of 0.2 M parameters, trained on a language that is half this one, learns from 1,000 samples, 25 of each "
-        "of 40 prompts. 12 other prompts are the validation part, 12 more the test part."
+        "Four letters, prompts of three, answers of one to four: 340 answers to a prompt, each of known probability, "
+        "so that the total variation distance is exact (0 is the data's distribution, 1 has nothing in common with "
+        "it). A Llama of 0.2 M parameters, trained on a language that is half this one, learns from 1,000 samples, 25 of "
+        "each of 40 prompts. 12 other prompts are the validation part, 12 more the test part."
     ),
     score_name="total variation distance (lower is better)",
     greater_is_better=False,

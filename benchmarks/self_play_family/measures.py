@@ -1,4 +1,4 @@
-"""What every model is measured by: the task's score, negative log-likelihood and distinct-n, the same for all methods."""
+"""What every model is measured by: the task's score, negative log-likelihood and distinct-n."""
 
 import pyarrow as pa
 from transformers import PreTrainedModel, PreTrainedTokenizerBase

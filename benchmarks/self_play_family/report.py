@@ -74,9 +74,8 @@ def document(findings: Sequence[Findings], seeds: Sequence[int], kept: str, pict
 def _section(findings: Findings) -> str:
     task = findings.task
     num_steps = task.steps_per_iteration(len(task.rows()["train"])) * task.num_iterations
-    steps = (
-        f"{num_steps} gradient steps of {task.batch_size} rows; a run took {statistics.mean(findings.seconds):.0f} s."
-    )
+    seconds = statistics.mean(findings.seconds)
+    steps = f"{num_steps} gradient steps of {task.batch_size} rows; a run took {seconds:.0f} s."
     parts = [f"## {task.title}", f"{task.about} {steps}"]
     score = task.score_name[0].upper() + task.score_name[1:]
     parts += [f"{score}:", by_iteration(findings.start["score"], findings.values("score"), task.digits)]
@@ -89,9 +88,7 @@ def _section(findings: Findings) -> str:
     ]
     edges = [t for t, setting in findings.chosen.items() if at_the_edge(setting, findings.tried[t])]
     if edges:
-        parts.append(
-            f"Chosen at an end of the learning rates searched, so perhaps not at its best: {', '.join(edges)}."
-        )
+        parts.append(f"Chosen at an end of the learning rates, so perhaps not at its best: {', '.join(edges)}.")
     if findings.diverged:
         parts.append(f"Runs whose loss stopped being a number, left out: {'; '.join(findings.diverged)}.")
     return "\n\n".join(parts)
