@@ -154,8 +154,8 @@ TASK = Task(
     about=(
         "Four letters, prompts of three, answers of one to four: 340 answers to a prompt, each of known probability, "
         "so that the total variation distance is exact (0 is the data's distribution, 1 has nothing in common with "
-        "it). A Llama of 0.2 M parameters, trained on a language that is half this one, learns from 1,000 samples, 25 of "
-        "each of 40 prompts. 12 other prompts are the validation part, 12 more the test part."
+        "it). A Llama of 0.2 M parameters, trained on a language that is half this one, learns from 1,000 samples, 25 "
+        "of each of 40 prompts. 12 other prompts are the validation part, 12 more the test part."
     ),
     score_name="total variation distance (lower is better)",
     greater_is_better=False,
