@@ -3,14 +3,15 @@
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, disable_progress_bars
 from transformers import PreTrainedModel, TrainerCallback
 
 from spin_trl import SPINConfig, SPINTrainer
@@ -74,12 +75,21 @@ class Run:
         return result if result["fingerprint"] == self.fingerprint() else None
 
 
+@contextmanager
+def alone_on_a_core(log: Path) -> Iterator[None]:
+    """One thread, and all that is said goes to a file."""
+    torch.set_num_threads(1)
+    disable_progress_bars()
+    _made(log.parent)
+    with open(log, "w") as file, redirect_stdout(file), redirect_stderr(file):
+        yield
+
+
 def make_start(root: Path, name: str, is_quick: bool) -> str:
     """Train a task's start where there is none. Returns the task's name."""
-    torch.set_num_threads(1)
     folder = root / name / "start"
     if not (folder / "model.safetensors").is_file():
-        with TemporaryDirectory(dir=_made(root / name)) as temporary:
+        with TemporaryDirectory(dir=_made(root / name)) as temporary, alone_on_a_core(root / name / "start.log"):
             get_task(name, is_quick).make_start(Path(temporary) / "start", 20 if is_quick else None)
             (Path(temporary) / "start").rename(folder)
     return name
@@ -87,13 +97,13 @@ def make_start(root: Path, name: str, is_quick: bool) -> str:
 
 def perform(run: Run) -> Run:
     """Train, measure, and write the result. A run whose loss stops being a number has no scores."""
-    torch.set_num_threads(1)
     started = time.monotonic()
     result = {**asdict(run), "root": None, "fingerprint": run.fingerprint()}
-    try:
-        result["scores"] = scores_of(run, get_task(run.task, run.is_quick))
-    except FloatingPointError as error:
-        result |= {"scores": None, "error": str(error)}
+    with alone_on_a_core(run.path.with_suffix(".log")):
+        try:
+            result["scores"] = scores_of(run, get_task(run.task, run.is_quick))
+        except FloatingPointError as error:
+            result |= {"scores": None, "error": str(error)}
     result["seconds"] = time.monotonic() - started
     write_text(run.path, json.dumps(result, indent=2) + "\n")
     return run
