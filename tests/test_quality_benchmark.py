@@ -144,7 +144,6 @@ def finished(tmp_path, monkeypatch):
     task = TASKS["addition"]
     (tmp_path / "addition" / "start").mkdir(parents=True)
     character_tokenizer("0123456789+=").save_pretrained(tmp_path / "addition" / "start")
-    monkeypatch.setattr("self_play_family.findings.load", lambda folder: (None, character_tokenizer("0123456789+=")))
 
     def finish(run: Run, scores: list[float]) -> None:
         measures = [{"score": s, "nll": s / 100, "distinct_1": 0.1, "distinct_2": 0.2} for s in scores]

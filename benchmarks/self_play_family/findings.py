@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from transformers import AutoTokenizer
+
 from .answers import completion_ids
 from .measures import distinct_n
 from .methods import METHODS, Method, Setting
 from .runs import START, Run
 from .search import Tried, best
-from .supervised import load
 from .task import Task
 from .tasks import TASKS, get_task
 
@@ -84,7 +85,7 @@ def collect(root: Path, seeds: Sequence[int], is_quick: bool) -> list[Findings]:
 
 
 def _begin(task: Task, start: Run) -> Findings:
-    _, tokenizer = load(start.start)
+    tokenizer = AutoTokenizer.from_pretrained(start.start)
     truths = [completion_ids(tokenizer, row["prompt"], row["completion"]) for row in task.rows()["test"]]
     return Findings(task, start.result()["scores"][0], distinct_n(truths))
 

@@ -2,6 +2,7 @@
 
 import re
 import statistics
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,7 +27,7 @@ gradient steps of the same batch size; generation is not counted. For each task 
 with one seed on the validation part: six learning rates for further SFT, three learning rates times two values for the
 others, of `beta`, or of what plays its part (`space_mu`, `t_spin_alpha`). The best one after the last iteration is run
 over {num_seeds} other seeds ({seeds}), and only these runs are measured on the test part: mean ± standard deviation.
-Self-play has {iterations} iterations of {epochs} epochs without history, linear decay with 10 % warm-up and a fresh
+Self-play has {iterations} iterations of {epochs} epoch(s) without history, linear decay with 10 % warm-up and a fresh
 AdamW in each; further SFT has one such schedule over all its steps. alpha-SPIN's mixture is half opponent, half start.
 These are small models on small tasks: what holds here need not hold for yours."""
 
@@ -64,7 +65,7 @@ def document(findings: Sequence[Findings], seeds: Sequence[int], kept: str, pict
         "# Which method of the self-play family",
         f"{_BEGIN}\n{kept}\n{_END}",
         f"![Scores by iteration]({picture})",
-        how,
+        textwrap.fill(how, 120),
         f"{where}; {num_runs} runs, {hours:.1f} hours of one core. Made by `make bench-quality`.",
         *(_section(f) for f in findings),
     ]
@@ -76,7 +77,7 @@ def _section(findings: Findings) -> str:
     num_steps = task.steps_per_iteration(len(task.rows()["train"])) * task.num_iterations
     seconds = statistics.mean(findings.seconds)
     steps = f"{num_steps} gradient steps of {task.batch_size} rows; a run took {seconds:.0f} s."
-    parts = [f"## {task.title}", f"{task.about} {steps}"]
+    parts = [f"## {task.title}", textwrap.fill(f"{task.about} {steps}", 120)]
     score = task.score_name[0].upper() + task.score_name[1:]
     parts += [f"{score}:", by_iteration(findings.start["score"], findings.values("score"), task.digits)]
     for name, (heading, digits) in _MEASURES.items():
