@@ -4,8 +4,9 @@
 
 For each task and method six settings are searched on a validation part with one seed; the best is run over the seeds
 and measured on the test part. Every run has a process of its own, and two go at once. Its result is kept under
-`runs/benchmarks/quality/`, so that a benchmark that was stopped goes on. Writes `benchmarks/quality.md` and its
-picture from all results there are; the paragraph at its top is written by hand and kept.
+`runs/benchmarks/quality/`, so that a benchmark that was stopped goes on. The whole writes `benchmarks/quality.md` and
+its picture, a part of it `runs/benchmarks/quality/quality.md`, from all results there are; the paragraph at its top is
+written by hand and kept.
 
 About ESTIMATE minutes on two CPU cores. `--quick` plays everything on a handful of rows, for a look at whether it runs.
 """
@@ -25,12 +26,17 @@ from self_play_family.runs import Run, make_start, perform
 from self_play_family.tasks import TASKS, get_task
 
 
+SEEDS = [1, 2, 3]
+
+
 def main() -> None:
     options = parse()
     os.environ["HF_HUB_OFFLINE"] = "1"
     root = RESULTS / ("quality-quick" if options.quick else "quality")
     tasks = [get_task(name, options.quick) for name in options.tasks]
     methods = known_methods(options.methods)
+    if not methods:
+        raise SystemExit("There is no method left to compare.")
     with process_pool(options.processes) as pool:
         do_all(pool, make_start, [(root, t.name, options.quick) for t in tasks], "{} has its start".format)
         finish(pool, [start_run(root, task.name, options.quick) for task in tasks])
@@ -38,9 +44,14 @@ def main() -> None:
         finish(
             pool, [run for t in tasks for m in methods for run in chosen_runs(root, t, m, options.seeds, options.quick)]
         )
-    output = options.output or (root / "quality.md" if options.quick else ROOT / "benchmarks" / "quality.md")
+    output = options.output or (ROOT / "benchmarks" / "quality.md" if is_whole(options) else root / "quality.md")
     write_report(collect(root, options.seeds, options.quick), options.seeds, output, f"{date.today()}, {machine()}")
     print(f"Written to {output}")
+
+
+def is_whole(options: argparse.Namespace) -> bool:
+    """Whether this is the whole comparison, whose report belongs with the code."""
+    return not options.quick and (options.tasks, options.methods, options.seeds) == (list(TASKS), list(METHODS), SEEDS)
 
 
 def finish(pool, runs: Sequence[Run]) -> None:
@@ -58,11 +69,13 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument(
         "--processes", type=int, default=min(2, os.cpu_count() or 1), help="runs at a time, one core each"
     )
-    parser.add_argument("--output", type=Path, help="by default benchmarks/quality.md")
+    parser.add_argument(
+        "--output", type=Path, help="by default benchmarks/quality.md, or, of a part, beside the results"
+    )
     parser.add_argument("--quick", action="store_true", help="little data: to see that everything runs")
     return parser.parse_args()
 
