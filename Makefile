@@ -11,7 +11,7 @@ export HF_HUB_OFFLINE := 1
 LAUNCH = $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 	$(shell nvidia-smi -L >/dev/null 2>&1 || echo --cpu --num_cpu_threads_per_process $$(getconf _NPROCESSORS_ONLN))
 
-.PHONY: help install demo test test-slow test-gpu bench bench-gpu bench-demo bench-reliability docs lint clean
+.PHONY: help install demo test test-slow test-gpu bench bench-gpu bench-demo bench-quality bench-reliability docs lint clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -46,6 +46,9 @@ bench-gpu: $(INSTALLED)  ## speed and memory on an NVIDIA GPU
 
 bench-demo: $(INSTALLED)  ## the demo over three seeds, next to further SFT
 	$(BIN)/python benchmarks/pronunciation.py $(ARGS)
+
+bench-quality: $(INSTALLED)  ## the self-play family compared on three tasks, with equal budgets: an hour
+	$(BIN)/python benchmarks/quality.py $(ARGS)
 
 bench-reliability: $(INSTALLED)  ## kills survived, faults injected, seconds until all processes have ended
 	$(BIN)/python benchmarks/reliability.py $(ARGS)

@@ -1,0 +1,1 @@
+"""The parts of `benchmarks/quality.py`: tasks, methods, runs, the search for settings, tables and picture."""
