@@ -29,7 +29,7 @@ class Collapsed(RunEnd):
 class CollapseGuard:
     """
     Every process calls its methods. What it finds is kept in `metrics.json` of the iteration whose opponent is judged,
-    under `collapse_signs`, and counted for the loggers.
+    under `collapse_signs`, and counted for the loggers; but not of a final policy that is not evaluated.
 
     Args:
         trainer ([`SPINTrainer`]): Holds the log.
@@ -96,9 +96,9 @@ class CollapseGuard:
         )
 
     def _record(self, opponent: int, signs: list[CollapseSign]) -> None:
+        if opponent not in self.store.iterations():
+            return  # the final policy, which nobody evaluates
         known = self.store.read_metrics(opponent).get("collapse_signs", {})
         known |= {sign.name: sign.numbers for sign in signs}
-        if known or opponent in self.store.iterations():
-            self.store.write_metrics(opponent, {"num_collapse_signs": len(known)})
-        if known:
-            self.store.write_metrics(opponent, {"collapse_signs": known})
+        found = {"num_collapse_signs": len(known)}
+        self.store.write_metrics(opponent, {**found, "collapse_signs": known} if known else found)

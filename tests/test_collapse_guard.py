@@ -178,8 +178,12 @@ def test_sharded_policy_cannot_go_back(tiny_model, train_dataset, make_config, m
         SPINTrainer(tiny_model, make_config(on_collapse="rollback"), train_dataset=train_dataset)
 
 
-def test_signs_are_kept_in_words(see, play):
+def test_sign_in_the_last_training_is_kept_with_the_final_evaluation_if_there_is_one(see, play, caplog):
     see("sign_within", 1)
-    trainer = play(num_iterations=1)
+    trainer = play(num_iterations=1, evaluates=True)
     kept = json.loads(trainer.store.path(1, "metrics.json").read_text())
-    assert kept == {"collapse_signs": {"displacement": SIGN.numbers}, "num_collapse_signs": 1}
+    assert kept["collapse_signs"] == {"displacement": SIGN.numbers} and kept["num_collapse_signs"] == 1
+    see("sign_within", 1)
+    trainer = play(num_iterations=1, overwrite_output_dir=True)
+    assert trainer.store.iterations() == [0]
+    assert caplog.text.count("Sign of collapse after iteration 0: ") == 2

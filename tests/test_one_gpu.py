@@ -87,7 +87,7 @@ def play(kind: str, folder, tiny_model, train_dataset, eval_dataset, make_config
 @pytest.mark.parametrize(
     ("kind", "way", "num_iterations"),
     [
-        ("full", "asleep", 3),
+        ("full", "asleep", 2),
         pytest.param("lora", "asleep", 3, marks=pytest.mark.slow),
         pytest.param("full", "ended", 2, marks=SLOW_STARTS),
         pytest.param("lora", "ended", 2, marks=SLOW_STARTS),
