@@ -10,7 +10,7 @@
   log-probs too); `trl, no logprobs`: without those.
 
 The sides take turns, each with prompts that the server has never seen, so that none profits from its prefix cache.
-Targets: at least 0.95 of the better of the bare ones, and 1.25 times TRL's client. About four minutes on two CPU cores.
+Targets: at least 0.95 of the better of the bare ones, and 1.25 times TRL's client. About six minutes on two CPU cores.
 """
 
 import argparse

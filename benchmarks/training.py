@@ -7,7 +7,7 @@ size, number of epochs and optimizer, each in a fresh process, in turn. DPOTrain
 (a reference model beside the policy); what it does with `precompute_ref_log_probs` is given besides. On the side of
 self-play, scoring the pairs and writing them to disk counts, and answering does not: an instant sampler answers.
 Targets: at least 1.15 times the pairs per second in two epochs; of the memory above the interpreter's, at most 0.85
-with AdamW and 0.80 with RMSProp. About four minutes on two CPU cores.
+with AdamW and 0.80 with RMSProp. About six minutes on two CPU cores.
 """
 
 import argparse

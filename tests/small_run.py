@@ -79,6 +79,7 @@ def write_numbers(store: IterationStore, iteration: int) -> None:
         {
             "seconds_generate": 60.0 + iteration,
             "seconds_score": 5.0,
+            "seconds_train": 100.0,
             "evaluation": {"nll": 1 / (iteration + 1), "accuracy": 0.5 + iteration / 10},
             "chosen_length": 11.0,
             "rejected_length": 11.5,

@@ -55,7 +55,8 @@ def tiles_of(run: RunData) -> list[Tile]:
         if values:
             tiles.append(_change_tile(title, values, percent=True))
     tiles.append(Tile("Prompts", format_number(run.sample.num_prompts), f"{len(run.chosen_lengths)} times answered"))
-    seconds = sum(v for metrics in run.metrics.values() for name, v in metrics.items() if name.startswith("seconds_"))
+    phases = ("seconds_publish", "seconds_evaluate", "seconds_generate", "seconds_score")
+    seconds = sum(metrics.get(name, 0) for metrics in run.metrics.values() for name in phases)
     tiles.append(Tile("Time between trainings", format_seconds(seconds), "publish, evaluate, generate, score"))
     return tiles
 
