@@ -91,7 +91,7 @@ class Side:
         iteration = next(self.iterations)
         self._change_weights()
         sampler, times = self.trainer.sampler, [time.perf_counter()]
-        checkpoint = self.trainer.self_play._save_opponent(iteration)
+        checkpoint = self.trainer.self_play.opponents.save(iteration)
         times.append(time.perf_counter())
         sampler.publish(iteration, checkpoint)
         sampler.select(iteration, checkpoint)

@@ -63,24 +63,27 @@ def check_trainable(model: "PreTrainedModel | PeftModel", peft_config: "PeftConf
     )
 
 
-def check_fixed_reference(peft_config: "PeftConfig | None") -> None:
+def check_initial_reference(peft_config: "PeftConfig | None", setting: str) -> None:
     """
+    Args:
+        setting (`str`): What asks for the initial policy, see [`SPINConfig.initial_reference`].
+
     Raises:
         `ValueError`: if the initial policy could not be had back by switching this new adapter off.
     """
+    without = "`opponent_reference='previous'`" if setting.startswith("opponent") else "`reference_mixture_alpha=0`"
     if getattr(peft_config, "bias", "none") not in ("none", False):
         raise ValueError(
-            "`opponent_reference='fixed'` takes the initial policy's log-probs with the adapter switched off, but with "
+            f"`{setting}` takes the initial policy's log-probs with the adapter switched off, but with "
             f"`bias={peft_config.bias!r}` the base model's own biases are trained, which that does not bring back. Use "
-            "`bias='none'`, or `opponent_reference='previous'`."
+            f"`bias='none'`, or {without}."
         )
     if not starts_as_base(peft_config):
         field = "init_lora_weights" if hasattr(peft_config, "init_lora_weights") else "peft_type"
         remedy = "`init_lora_weights=True`" if field == "init_lora_weights" else "a `LoraConfig`"
         raise ValueError(
-            "`opponent_reference='fixed'` takes the initial policy's log-probs with the adapter switched off, but with "
-            f"`{field}={getattr(peft_config, field)!r}` the model is another one then. Use {remedy}, or "
-            "`opponent_reference='previous'`."
+            f"`{setting}` takes the initial policy's log-probs with the adapter switched off, but with "
+            f"`{field}={getattr(peft_config, field)!r}` the model is another one then. Use {remedy}, or {without}."
         )
 
 

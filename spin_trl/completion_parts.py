@@ -1,6 +1,7 @@
 """Completions on disk, in parts that are known to be whole by their names and to be the run's by their content.
 
-A part is a Parquet file: row, sample, completion_ids, finish_reason. Its name holds its first row, its size in bytes
+A part is a Parquet file: row, sample, completion_ids, finish_reason, and, where several opponents answer, opponent (the
+number of its iteration). Its name holds its first row, its size in bytes
 and its checksum; its metadata the run, the iteration and the kind. Parts are read one after the other, never all at
 once.
 """
@@ -17,6 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from .atomic_files import checksum_of, remove, write_file
+from .fictitious_play import OPPONENT
 from .run_paths import RunDirectoryError
 
 
@@ -33,6 +35,8 @@ COMPLETION_SCHEMA = pa.schema(
         ("finish_reason", pa.string()),
     ]
 )
+OPPONENT_FIELD = pa.field(OPPONENT, pa.int32())
+_FIELDS = pa.schema([*COMPLETION_SCHEMA, OPPONENT_FIELD])
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,8 @@ class CompletionParts:
 
     def write(self, first_row: int, columns: dict[str, list]) -> None:
         """Write one part."""
-        table = pa.table(columns, schema=COMPLETION_SCHEMA.with_metadata(self.origin))
+        schema = _FIELDS if OPPONENT in columns else COMPLETION_SCHEMA
+        table = pa.table(columns, schema=schema.with_metadata(self.origin))
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink)
         content = sink.getvalue().to_pybytes()
@@ -90,7 +95,7 @@ class CompletionParts:
             wanted = order[first : first + batch_size]
             part_of = np.searchsorted(starts, wanted, side="right") - 1
             parts, number = np.unique(part_of, return_inverse=True)
-            tables = [self._read(paths[part], COMPLETION_SCHEMA.names) for part in parts]
+            tables = [self._read(paths[part]) for part in parts]
             starts_here = np.cumsum([0, *map(len, tables)])
             yield pa.concat_tables(tables).take(wanted - starts[part_of] + starts_here[number])
 
@@ -110,9 +115,9 @@ class CompletionParts:
     def _paths(self) -> list[Path]:
         return sorted(self.directory.glob("part-*.parquet"))
 
-    def _read(self, path: Path, columns: list[str]) -> pa.Table:
+    def _read(self, path: Path, columns: list[str] | None = None) -> pa.Table:
         """
-        Some columns of a part.
+        Some columns of a part, or all.
 
         Raises:
             [`RunDirectoryError`]: if it is not a whole part of this run's.
@@ -134,5 +139,8 @@ class CompletionParts:
         found = {name: metadata.get(name.encode(), b"").decode(errors="replace") for name in self.origin}
         if found != self.origin:
             raise refuse(f"is of another origin: {found}, not {self.origin}")
-        schema = pa.schema([COMPLETION_SCHEMA.field(name) for name in columns])
+        if columns is None:
+            has_opponents = OPPONENT in file.schema_arrow.names
+            columns = _FIELDS.names if has_opponents else COMPLETION_SCHEMA.names
+        schema = pa.schema([_FIELDS.field(name) for name in columns])
         return file.read(columns, use_threads=False).replace_schema_metadata(None).cast(schema)

@@ -11,6 +11,7 @@ import numpy as np
 from datasets import Dataset
 
 from .columns import batches, numbers
+from .fictitious_play import OPPONENT, OpponentDraw
 from .generation.sampler import Completion, CompletionRequest, OpponentSampler, SamplingParams
 from .iteration_store import IterationStore
 from .progress import progress_bar
@@ -38,6 +39,7 @@ class GenerationJob:
         num_samples (`int`): Completions per prompt.
         part_size (`int`): Prompts per part; fewer if there would be less than one part for each process.
         seed (`int`): The run's seed, from which each completion's own is derived.
+        draw ([`OpponentDraw`], *optional*): Who answers which prompt. By default the newest opponent all of them.
     """
 
     store: IterationStore
@@ -47,6 +49,7 @@ class GenerationJob:
     num_samples: int = 1
     part_size: int = 256
     seed: int = 0
+    draw: OpponentDraw | None = None
 
     def missing_rows(self, prompts: Dataset) -> np.ndarray:
         """Rows of `prompts` whose completions are not on disk yet."""
@@ -90,9 +93,10 @@ class GenerationJob:
         prompts = prompts.select(np.flatnonzero(np.isin(numbers(prompts, "row"), rows)))
         for batch in batches(prompts, ["row", "prompt_ids"]):
             for prompt in batch.to_pylist():
+                opponent = None if self.draw is None else self.draw.of_row(prompt["row"])
                 for sample in range(self.num_samples):
                     key = (prompt["row"], sample)
-                    yield CompletionRequest(key, prompt["prompt_ids"], self._seed_of(key))
+                    yield CompletionRequest(key, prompt["prompt_ids"], self._seed_of(key), opponent)
 
     def _seed_of(self, key: tuple[int, int]) -> int:
         """A seed of its own for every completion, such that repeating it repeats the completion."""
@@ -107,6 +111,8 @@ class GenerationJob:
             "completion_ids": [completion.token_ids for completion in completions],
             "finish_reason": [completion.finish_reason for completion in completions],
         }
+        if self.draw is not None:
+            columns[OPPONENT] = [self.draw.of_row(completion.key[0]) for completion in completions]
         self.store.write_completions(self.iteration, self.kind, first_row, columns)
 
 

@@ -272,7 +272,9 @@ def _num_opponents(args: SPINConfig, saves_opponents: bool, base_is_opponent: bo
     if args.takes_back_policies:
         return args.num_iterations + 1
     if not saves_opponents:
-        return int(args.opponent_reference == "fixed" and not base_is_opponent)
+        if args.num_opponents > 1:  # for the policy to play them again
+            return args.num_iterations + evaluates
+        return int(args.initial_reference is not None and not base_is_opponent)
     return args.num_iterations + evaluates - base_is_opponent
 
 

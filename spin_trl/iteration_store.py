@@ -12,14 +12,15 @@
       vllm-server.log               of a managed server; `.ended` beside it says why that will not come back
       iteration-0/
         opponent/                   adapter or model as published; absent where it is the base model
-        generations/part-*.parquet  completions: row, sample, completion_ids, finish_reason
+        generations/part-*.parquet  completions: row, sample, completion_ids, finish_reason, with `num_opponents` above
+                                    1 also opponent, the number of its iteration
         initial_answers/            the same in one Arrow file, in iteration 0 alone, where later ones compare with them
         evaluation/part-*.parquet   the same for the evaluation prompts
         evaluation-pairs.parquet    these answers and the ground truths, with the opponent's log-probs
         pairs/                      what the iteration adds to `train_data`, an Arrow file: iteration, row, source_row,
                                     sample, rejected_ids and the opponent's log-probs; with reward functions also
                                     chosen_reward and rejected_reward, and where these choose the sides, chosen_sample
-                                    and chosen_ids
+                                    and chosen_ids; with several opponents, opponent
         metrics.json
         pushed.json                 where on the hub the model that the iteration made is
       iteration-1/ ...
@@ -307,10 +308,8 @@ class IterationStore:
 
     def read_completions(self, iteration: int, kind: str) -> pa.Table:
         """All completions of an iteration at once, to look at. What the run does reads them in batches."""
-        return pa.Table.from_batches(
-            [batch for table in self.completions(iteration, kind).batches() for batch in table.to_batches()],
-            schema=COMPLETION_SCHEMA,
-        )
+        tables = list(self.completions(iteration, kind).batches())
+        return pa.concat_tables(tables) if tables else COMPLETION_SCHEMA.empty_table()
 
     # Pairs
 
@@ -339,7 +338,7 @@ class IterationStore:
 
         Args:
             iteration (`int`): Number of the iteration.
-            answers ([`~datasets.Dataset`]): The side that the opponent made; see [`pairs.ANSWER_SCHEMA`].
+            answers ([`~datasets.Dataset`]): The side that the opponent made; see [`pairs.answer_schema`].
             scores (`dict[str, np.ndarray]`): Further columns, each of shape `(len(answers),)`.
 
         Raises:

@@ -28,6 +28,8 @@ _SETTINGS = (
     "top_p",
     "top_k",
     "opponent_reference",
+    "reference_mixture_alpha",
+    "num_opponents",
     "eval_temperature",
     "seed",
 )

@@ -83,17 +83,26 @@ def _check_fields_are_used(args: "SPINConfig") -> None:
 
 
 def _check_reference(args: "SPINConfig") -> None:
-    if args.opponent_reference != "fixed":
-        return
-    for name in _NEED_THE_OPPONENT:
-        if name in args.loss_type:
+    fields_set = {
+        "opponent_reference": args.opponent_reference == "fixed",
+        "reference_mixture_alpha": args.reference_mixture_alpha > 0,
+        "num_opponents": args.num_opponents > 1,
+    }
+    for field in [field for field, is_set in fields_set.items() if is_set]:
+        setting = f"`{field}={getattr(args, field)!r}`"
+        for name in _NEED_THE_OPPONENT:
+            if name in args.loss_type:
+                raise ValueError(
+                    f"`loss_type='{name}'` contradicts {setting}: it leads to the data's distribution only if the "
+                    f"reference is the opponent that the answers were sampled from. Leave `{field}` unset, or use "
+                    f"another loss than '{name}'."
+                )
+        if field != "num_opponents" and _has_no_reference(args):
             raise ValueError(
-                f"`loss_type='{name}'` contradicts `opponent_reference='fixed'`: it leads to the data's distribution "
-                "only if the reference is the opponent that the answers were sampled from. Leave `opponent_reference` "
-                f"unset, or use another loss than '{name}'."
+                f"{setting} has no effect: of `loss_type` ({args.loss_type}) no loss has a reference. Leave `{field}` "
+                "unset, or add a loss that has one, such as 'sigmoid'."
             )
-    if "t_spin" in args.loss_type and set(args.loss_type) <= set(REFERENCE_FREE_LOSSES):
-        raise ValueError(
-            f"`opponent_reference='fixed'` has no effect: of `loss_type` ({args.loss_type}) no loss has a reference. "
-            "Leave `opponent_reference` unset, or add a loss that has one, such as 'sigmoid'."
-        )
+
+
+def _has_no_reference(args: "SPINConfig") -> bool:
+    return "t_spin" in args.loss_type and set(args.loss_type) <= set(REFERENCE_FREE_LOSSES)

@@ -11,6 +11,8 @@ import pyarrow as pa
 from datasets import Dataset, concatenate_datasets
 
 from .columns import equal_lists, numbers, positions_of
+from .completion_parts import OPPONENT_FIELD
+from .fictitious_play import OPPONENT
 from .lengths import column_lengths
 from .pair_dataset import PairDataset
 
@@ -35,6 +37,11 @@ _BLIND_TO_IDENTICAL_PAIRS = {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pai
 _BLIND_TO_IDENTICAL_PAIRS |= {"exponential", "correlation"}  # SPIN's own
 
 
+def answer_schema(has_opponents: bool) -> pa.Schema:
+    """What an iteration adds to the run's data, with `opponent` where several take part."""
+    return pa.schema([*ANSWER_SCHEMA, OPPONENT_FIELD]) if has_opponents else ANSWER_SCHEMA
+
+
 class NoPairsError(RuntimeError):
     """No pair of an iteration has two sides that can be told apart: there is nothing left to learn from."""
 
@@ -45,11 +52,12 @@ def make_answers(data: Dataset, completions: Iterable[pa.Table], iteration: int)
 
     Args:
         data ([`~datasets.Dataset`]): With the columns `row` and `source_row`.
-        completions (`Iterable[pyarrow.Table]`): With the columns `row`, `sample` and `completion_ids`.
-        iteration (`int`): The iteration whose opponent answered.
+        completions (`Iterable[pyarrow.Table]`): With the columns `row`, `sample` and `completion_ids`, perhaps with
+            `opponent`.
+        iteration (`int`): The iteration in which they were made.
 
     Returns:
-        `Iterator[pyarrow.Table]`: of the schema `ANSWER_SCHEMA`.
+        `Iterator[pyarrow.Table]`: of [`answer_schema`], with `opponent` where the completions have it.
     """
     rows, source_rows = numbers(data, "row"), numbers(data, "source_row")
     for batch in completions:
@@ -62,7 +70,10 @@ def make_answers(data: Dataset, completions: Iterable[pa.Table], iteration: int)
             "sample": batch["sample"],
             "rejected_ids": batch["completion_ids"],
         }
-        yield pa.table(columns, schema=ANSWER_SCHEMA)
+        has_opponents = OPPONENT in batch.column_names
+        if has_opponents:
+            columns[OPPONENT] = batch[OPPONENT]
+        yield pa.table(columns, schema=answer_schema(has_opponents))
 
 
 def keeps_identical_pairs(identical_pairs: str | None, loss_types: list[str]) -> bool:

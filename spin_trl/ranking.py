@@ -9,8 +9,8 @@ from .iteration_store import IterationStore
 from .pair_dataset import PairDataset
 from .pairs import make_answers
 from .ranks import on_main_process
-from .reward_answers import REWARDED_SCHEMA, AnswerRewards, describe_rewards
-from .reward_pairs import RANKED_SCHEMA, describe_ranked, rank_pairs
+from .reward_answers import AnswerRewards, describe_rewards, rewarded_schema
+from .reward_pairs import describe_ranked, rank_pairs, ranked_schema
 
 
 if TYPE_CHECKING:
@@ -44,9 +44,14 @@ class Ranking:
         total = len(data) * self.trainer.args.num_generations
         answers = make_answers(data, parts.batches(self.rewards.batch_size), iteration)
         rewarded = self.rewards.add(data, answers, self.trainer.state, iteration, total)
-        self.store.write_answers(iteration, rewarded, REWARDED_SCHEMA, 2 * parts.num_bytes())
+        schema = rewarded_schema(self._has_opponents)
+        self.store.write_answers(iteration, rewarded, schema, 2 * parts.num_bytes())
         described = describe_rewards(self.store.read_answers(iteration))
         self.store.write_metrics(iteration, described | self.rewards.take_metrics())
+
+    @property
+    def _has_opponents(self) -> bool:
+        return self.trainer.args.num_opponents > 1
 
     def choose(self, iteration: int, answers: PairDataset) -> PairDataset:
         """
@@ -63,7 +68,8 @@ class Ranking:
         def write() -> None:
             ranked = rank_pairs(answers, self.trainer.args.pairing)
             num_bytes = 2 * self.store.completions(iteration, "generations").num_bytes()
-            self.store.write_answers(iteration, ranked, RANKED_SCHEMA, 2 * num_bytes, kind="ranked")  # two sides
+            schema = ranked_schema(self._has_opponents)
+            self.store.write_answers(iteration, ranked, schema, 2 * num_bytes, kind="ranked")  # two sides
             ranked = self.store.read_answers(iteration, kind="ranked")
             self.store.write_metrics(iteration, describe_ranked(ranked, answers.answers))
 

@@ -11,7 +11,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainerState
 
 from .columns import numbers, positions_of
-from .pairs import ANSWER_SCHEMA
+from .pairs import ANSWER_SCHEMA, answer_schema
 from .progress import progress_bar
 from .rewards import RESERVED_KEYWORDS, RewardFunctions
 
@@ -21,6 +21,11 @@ _NOT_PASSED = RESERVED_KEYWORDS | {"prompt", "completion"}  # GRPOTrainer does n
 
 REWARD_FIELDS = [pa.field("chosen_reward", pa.float64()), pa.field("rejected_reward", pa.float64())]
 REWARDED_SCHEMA = pa.schema([*ANSWER_SCHEMA, *REWARD_FIELDS])
+
+
+def rewarded_schema(has_opponents: bool) -> pa.Schema:
+    """`REWARDED_SCHEMA`, with `opponent` where several take part."""
+    return pa.schema([*answer_schema(has_opponents), *REWARD_FIELDS])
 
 
 class AnswerRewards:
@@ -61,7 +66,7 @@ class AnswerRewards:
             iteration (`int`), total (`int`): Its number, and about how many answers there are, to show.
 
         Returns:
-            `Iterator[pyarrow.Table]`: of the schema `REWARDED_SCHEMA`.
+            `Iterator[pyarrow.Table]`: of [`rewarded_schema`].
         """
         rows = numbers(data, "row")
         self._sums: dict[str, np.ndarray] = defaultdict(lambda: np.zeros((2, len(self.functions.names))))

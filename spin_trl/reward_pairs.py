@@ -18,6 +18,8 @@ import pyarrow as pa
 from datasets import Dataset, concatenate_datasets
 
 from .columns import batches, numbers
+from .completion_parts import OPPONENT_FIELD
+from .fictitious_play import OPPONENT
 from .pair_dataset import TRUTH, PairDataset
 from .pairs import ANSWER_SCHEMA, NoPairsError
 from .reward_answers import REWARD_FIELDS, group_starts
@@ -30,6 +32,11 @@ RANKED_SCHEMA = pa.schema(
 )
 
 
+def ranked_schema(has_opponents: bool) -> pa.Schema:
+    """`RANKED_SCHEMA`, with `opponent` where several take part. All generations of a prompt are of the same."""
+    return pa.schema([*RANKED_SCHEMA, OPPONENT_FIELD]) if has_opponents else RANKED_SCHEMA
+
+
 def rank_pairs(answers: PairDataset, pairing: str) -> Iterator[pa.Table]:
     """
     The pairs that rewards make of ground truths and generations.
@@ -39,7 +46,7 @@ def rank_pairs(answers: PairDataset, pairing: str) -> Iterator[pa.Table]:
         pairing (`str`): "best_of" or "reward_ranked".
 
     Returns:
-        `Iterator[pyarrow.Table]`: of the schema `RANKED_SCHEMA`.
+        `Iterator[pyarrow.Table]`: of [`ranked_schema`].
 
     Raises:
         [`NoPairsError`]: if there is no prompt whose generations differ in their rewards.
@@ -128,14 +135,18 @@ def _write(
         "chosen_reward": of(chosen, truth[owners], reward),
         "rejected_reward": of(rejected, truth[owners], reward),
     }
-    keys = batches(answers.answers.select(owners), ["iteration", "row", "source_row"])
+    schema = ranked_schema(OPPONENT in answers.column_names)
+    keys = batches(
+        answers.answers.select(owners),
+        [name for name in ("iteration", "row", "source_row", OPPONENT) if name in schema.names],
+    )
     start = 0
     for key, chosen_ids, rejected_ids in zip(keys, ids_of(chosen), ids_of(rejected), strict=True):
         stop = start + len(key)
         columns = {name: key[name] for name in key.column_names}
         columns |= {name: value[start:stop] for name, value in values.items()}
         columns |= {"chosen_ids": chosen_ids["ids"], "rejected_ids": rejected_ids["ids"]}
-        yield pa.table({name: columns[name] for name in RANKED_SCHEMA.names}).cast(RANKED_SCHEMA)
+        yield pa.table({name: columns[name] for name in schema.names}).cast(schema)
         start = stop
 
 

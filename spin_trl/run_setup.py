@@ -329,6 +329,7 @@ class SelfPlaySetup:
             max_restarts=self.args.vllm_max_restarts,
             model=str(self._served_base) if self.serves_dequantized else self.model_name,
             lora_rank=self.publication.lora_rank,
+            max_loras=min(self.args.num_opponents, self.args.num_iterations),
             max_model_length=self.args.vllm_max_model_length or self._longest_sequence(),
             dtype="bfloat16" if self.args.bf16 else "float16" if self.args.fp16 else "float32",
             gpu_memory_utilization=self.args.vllm_gpu_memory_utilization,

@@ -24,8 +24,9 @@ def load_pairs(output_dir: str | Path, iteration: int) -> Dataset:
         `source_row` (the row of the user's dataset), `sample`, `prompt_ids`, `chosen_ids`, `rejected_ids`,
         `ref_chosen_logps` and `ref_rejected_logps`; with the loss `t_spin`, from iteration 1 on, `initial_ids` too, the
         initial policy's answer. With reward functions also `chosen_reward` and `rejected_reward`, and with a `pairing`
-        that they decide, `chosen_sample`; -1 then stands for the ground truth, there and in `sample`. It lies in a
-        temporary file until the process ends.
+        that they decide, `chosen_sample`; -1 then stands for the ground truth, there and in `sample`. With
+        `num_opponents` above 1 also `opponent`, the number of the iteration whose opponent answered; `iteration` is
+        then that in which it did. It lies in a temporary file until the process ends.
 
     Raises:
         [`RunDirectoryError`]: if the iteration has no pairs, or they or the run's data are damaged.

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,6 +24,7 @@ from .completion_table import log_completions
 from .completions import GenerationJob, Share
 from .convergence import check_evaluation, check_identical_share
 from .evaluation import GenerationMetrics, ScoreTable
+from .fictitious_play import OpponentDraw
 from .finite import require_finite_scores
 from .generation.sampler import CompletionRequest, OpponentSampler, SamplingParams
 from .held_out import HeldOutEvaluation
@@ -32,10 +33,11 @@ from .iteration_log import IterationLog
 from .iteration_metrics import describe_generations, describe_scores, generation_rates
 from .iteration_store import IterationStore
 from .metric_names import EVALUATION
+from .opponents import Opponents
 from .pair_dataset import PairDataset
 from .pairs import (
-    ANSWER_SCHEMA,
     add_history,
+    answer_schema,
     describe_pairs,
     drop_identical_pairs,
     find_identical_pairs,
@@ -48,6 +50,7 @@ from .publish_check import allow_for_quantization, compare_logps
 from .random_state import preserved_random_state
 from .ranking import Ranking
 from .ranks import on_every_process, on_main_process
+from .reference_mixture import mix_scores
 from .resume import RunStart
 from .reward_answers import AnswerRewards
 from .run_end import RunEnd
@@ -106,8 +109,7 @@ class SelfPlayCallback(TrainerCallback):
         self.log = IterationLog(trainer, store)
         self.guard = CollapseGuard(trainer, store)
         self.evaluation = HeldOutEvaluation(trainer, store, compute_generation_metrics)
-        self.base_is_opponent = base_is_opponent
-        self.base_model = base_model
+        self.opponents = Opponents(trainer, sampler, store, base_is_opponent, base_model)
         self.is_quantized_on_its_own = is_quantized_on_its_own
         self.started_as_base = base_is_opponent
         self.start = RunStart("")
@@ -148,6 +150,11 @@ class SelfPlayCallback(TrainerCallback):
             self._log_recorded(iteration)
         self.trainer.push_results(iteration if self.end is None else self.end.result, is_end=True)
 
+    @property
+    def base_is_opponent(self) -> bool:
+        """Whether the first opponent is the base model as the sampler already has it."""
+        return self.opponents.base_is_opponent
+
     def begin_run(self, start: RunStart) -> None:
         """
         Forget an earlier `train()` on the same trainer. What it trained is no longer the base model.
@@ -157,14 +164,14 @@ class SelfPlayCallback(TrainerCallback):
         """
         has_trained = self.iteration is not None
         if start.checkpoint is not None:
-            self.base_is_opponent = self.started_as_base
+            self.opponents.base_is_opponent = self.started_as_base
         elif start.is_resumed and has_trained:
             raise RunDirectoryError(
                 f"The run in {self.store.output_dir} has no checkpoint to go on from, and this trainer's policy is no "
                 "longer the initial model. Make a new trainer, and set `save_strategy` to keep checkpoints."
             )
         else:
-            self.base_is_opponent = self.base_is_opponent and not has_trained
+            self.opponents.base_is_opponent = self.base_is_opponent and not has_trained
         self.start = start
         self.dataset = self.store.read_data()
         self.iteration = self._training_since = self.end = None
@@ -215,29 +222,9 @@ class SelfPlayCallback(TrainerCallback):
     # Phases
 
     def _publish(self, iteration: int) -> None:
-        checkpoint = None
-        is_base = iteration == 0 and self.base_is_opponent
-        is_reference = iteration == 0 and self.trainer.args.opponent_reference == "fixed"
-        is_needed = (self.sampler.reads_checkpoints or is_reference) and not is_base
-        if is_needed or self.trainer.args.takes_back_policies:
-            saved = self._save_opponent(iteration)
-            checkpoint = saved if is_needed else None
-        self.trainer.turns.give_to_server()
-        on_main_process(lambda: self.sampler.publish(iteration, checkpoint))
-        self.sampler.select(iteration, checkpoint)
+        self.opponents.publish(iteration)
         if self.sampler.reads_checkpoints and self.trainer.args.publish_check_samples > 0:
             self._check(iteration)
-
-    def _save_opponent(self, iteration: int) -> Path:
-        def save() -> Path:
-            return self.store.write_opponent(
-                iteration,
-                self.trainer.save_opponent,
-                self.trainer.is_world_process_zero(),
-                num_bytes=self.trainer.size_of_opponent(),
-            )
-
-        return on_every_process(save)
 
     def _check(self, iteration: int) -> None:
         """Compare the server's log-probs of a few sampled completions with the policy's own."""
@@ -280,7 +267,8 @@ class SelfPlayCallback(TrainerCallback):
 
     def _generate(self, iteration: int) -> None:
         started = time.monotonic()
-        rows = self._complete(iteration, "generations", self.dataset, self.params, self.trainer.args.num_generations)
+        num_samples, draw = self.trainer.args.num_generations, self.opponents.draw(iteration)
+        rows = self._complete(iteration, "generations", self.dataset, self.params, num_samples, draw)
         seconds = time.monotonic() - started
 
         def measure() -> dict[str, float]:
@@ -289,15 +277,24 @@ class SelfPlayCallback(TrainerCallback):
         self.log.record(iteration, on_main_process(measure))
 
     def _complete(
-        self, iteration: int, kind: str, dataset: Dataset, params: SamplingParams, num_samples: int
+        self,
+        iteration: int,
+        kind: str,
+        dataset: Dataset,
+        params: SamplingParams,
+        num_samples: int,
+        draw: OpponentDraw | None = None,
     ) -> np.ndarray:
         """Returns the rows that were not on disk yet."""
         args = self.trainer.args
-        job = GenerationJob(self.store, iteration, kind, params, num_samples, args.generation_part_size, args.seed)
+        part_size = args.generation_part_size
+        job = GenerationJob(self.store, iteration, kind, params, num_samples, part_size, args.seed, draw)
         share = Share(args.process_index, args.world_size)
         missing_rows = on_main_process(lambda: job.missing_rows(dataset))
         self.trainer.turns.give_to_server()
-        on_every_process(lambda: job.run(self.sampler, dataset, share, missing_rows))
+        for opponent, rows in self.opponents.in_turn(draw, missing_rows):
+            with self.opponents.playing(opponent, newest=iteration):
+                on_every_process(partial(job.run, self.sampler, dataset, share, rows))
         return missing_rows
 
     def _pair_and_score(self, iteration: int) -> None:
@@ -311,6 +308,7 @@ class SelfPlayCallback(TrainerCallback):
             require_finite_scores(pairs, scores, iteration)
             self._describe_scores(iteration, pairs, scores)
             self.guard.look_at_opponent(iteration)
+            scores = self._mixed_with_initial(iteration, pairs, scores)
             on_main_process(lambda: self.store.write_pairs(iteration, pairs.answers, scores))
         finally:
             if self.trainer.is_world_process_zero():
@@ -332,7 +330,8 @@ class SelfPlayCallback(TrainerCallback):
             return
         answers = make_answers(self.dataset, parts.batches(), iteration)
         num_bytes = 2 * parts.num_bytes()  # they are compressed
-        self.store.write_answers(iteration, answers, ANSWER_SCHEMA, num_bytes)
+        schema = answer_schema(has_opponents=self.trainer.args.num_opponents > 1)
+        self.store.write_answers(iteration, answers, schema, num_bytes)
 
     def _select_pairs(self, iteration: int, pairs: PairDataset) -> PairDataset:
         """Describe the pairs, leave out what cannot be learned from, and add what older opponents made."""
@@ -355,8 +354,20 @@ class SelfPlayCallback(TrainerCallback):
     def _reference(self, iteration: int) -> AbstractContextManager[nn.Module] | None:
         if iteration == 0 or self.trainer.args.opponent_reference == "previous":
             return None
-        path = self.base_model if self.base_is_opponent else str(self.store.path(0, "opponent"))
-        return initial_policy_as_reference(self.trainer, path)
+        return initial_policy_as_reference(self.trainer, self.opponents.initial_path)
+
+    def _mixed_with_initial(
+        self, iteration: int, pairs: PairDataset, scores: dict[str, np.ndarray]
+    ) -> dict[str, np.ndarray]:
+        """The opponent's log-probs mixed with the initial policy's, which in iteration 0 is the opponent."""
+        alpha = self.trainer.args.reference_mixture_alpha
+        if iteration == 0 or alpha == 0:
+            return scores
+        initial = score_pairs(
+            self.trainer, pairs, initial_policy_as_reference(self.trainer, self.opponents.initial_path)
+        )
+        require_finite_scores(pairs, initial, iteration)
+        return mix_scores(scores, initial, alpha)
 
     # Records
 

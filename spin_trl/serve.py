@@ -19,6 +19,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m spin_trl.serve", description=__doc__.partition("\n")[0])
     parser.add_argument("model", help="hub id or folder of the base model")
     parser.add_argument("--lora-rank", type=int, help="rank of the adapters to come; without it, full weights")
+    parser.add_argument("--max-loras", type=int, default=1, help="adapters played at once: the run's `num_opponents`")
     parser.add_argument("--host", default="127.0.0.1", help="interface to bind (default: loopback only)")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--max-model-len", type=int, dest="max_model_length", help="context length in tokens")

@@ -23,6 +23,7 @@ from .config_checks import (
 from .losses import SPIN_LOSSES, TRL_LOSSES, check_loss_types
 from .objective import OBJECTIVE_NUMBERS, check_objective
 from .pairings import PAIRINGS, check_pairing, max_pairs_per_prompt
+from .reference_mixture import check_reference_mixture
 
 
 _NUMBERS = {
@@ -31,6 +32,8 @@ _NUMBERS = {
     "epochs_per_iteration": at_least(1),
     "num_history_iterations": at_least(0),
     "num_generations": at_least(1),
+    "num_opponents": at_least(1),
+    "reference_mixture_alpha": NumberRule("in [0, 1]", lambda value: 0 <= value <= 1),
     **OBJECTIVE_NUMBERS,
     "convergence_tolerance": NumberRule("in (0, 0.5)", lambda value: 0 < value < 0.5),
     # generation
@@ -157,6 +160,21 @@ class SPINConfig(DPOConfig):
             Whose log-probs are the reference. `"previous"`: the opponent's, as in the paper. `"fixed"`: the initial
             model's in every iteration, as in online DPO. Full fine-tuning then loads the initial model beside the
             policy while an iteration's pairs are scored, and frees it before the first step.
+        reference_mixture_alpha (`float`, *optional*, defaults to `0.0`):
+            The share a of the initial model in the reference, whose log-probs are `(1 - a) * log p_t + a * log p_base`
+            (alpha-SPIN, arXiv 2404.04291; published). 0 is the opponent alone, 1 is `opponent_reference="fixed"`. Such
+            a mixture has a normaliser, which cancels between the two sides of a pair and is not computed: in between,
+            only losses of their difference are possible, `sigmoid`, `hinge`, `exo_pair`, `robust`, `aot`, `discopop`,
+            `exponential` and `correlation`, with or without `sft` and `t_spin`. From iteration 1 on pairs are scored
+            twice, the second time as with `"fixed"`. `logps_gap` and `opponent_nll` are still the opponent's own, and
+            the rewards of the evaluation against it.
+        num_opponents (`int`, *optional*, defaults to `1`):
+            From how many of the last opponents that of each prompt is drawn, uniformly (fictitious play, arXiv
+            2404.04291; published). In iteration t there are at most `t + 1`. The draw depends on `seed`, iteration and
+            row; all answers to a prompt are one opponent's, which [`load_pairs`] names. The reference stays the newest
+            opponent: SPIN's loss with a mixed sampler. Evaluated is the newest alone. A server plays adapters all at
+            once, full weights one after the other; in-process the policy takes their place for the time of their
+            prompts, which is not possible under ZeRO-3 and FSDP.
         space_mu (`float`, *optional*, defaults to `1.0`):
             With `loss_type="space"`, the ratio mu of generated to real data in the loss `-log sig(r(y) - log mu) -
             mu * log sig(log mu - r(y'))`, where `r = log p - log p_t` (SPACE, arXiv 2512.07175; published). At most
@@ -433,6 +451,16 @@ class SPINConfig(DPOConfig):
             "choices": ["previous", "fixed"],
         },
     )
+    reference_mixture_alpha: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of the initial model in the reference, from 0 (the opponent alone) to 1 (as with "
+            "`opponent_reference='fixed'`)."
+        },
+    )
+    num_opponents: int = field(
+        default=1, metadata={"help": "Number of the last opponents from which that of each prompt is drawn."}
+    )
     space_mu: float = field(default=1.0, metadata={"help": "Ratio of generated to real data in `loss_type='space'`."})
     t_spin_alpha: float = field(default=1.0, metadata={"help": "Scale of the log-probs in `loss_type='t_spin'`."})
     t_spin_beta: float = field(
@@ -707,6 +735,7 @@ class SPINConfig(DPOConfig):
                 f"`opponent_reference` must be 'previous' or 'fixed', got {self.opponent_reference!r}. Leave it unset "
                 "for 'previous', as in the paper."
             )
+        check_reference_mixture(self)
 
     def _check_losses(self):
         """The number of weights, and that each is one. DPOConfig makes a list of a single loss type."""
@@ -806,6 +835,13 @@ class SPINConfig(DPOConfig):
                 raise ValueError(
                     f"`generation_kwargs` has {name!r}, which self-play sets itself. {_RESERVED_SAMPLING[name]}"
                 )
+
+    @property
+    def initial_reference(self) -> str | None:
+        """The setting that makes the initial policy the reference, or a part of it; `None` where nothing does."""
+        if self.opponent_reference == "fixed":
+            return "opponent_reference='fixed'"
+        return f"reference_mixture_alpha={self.reference_mixture_alpha}" if self.reference_mixture_alpha > 0 else None
 
     @property
     def takes_back_policies(self) -> list[str]:

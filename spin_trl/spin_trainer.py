@@ -17,10 +17,10 @@ from transformers.trainer_utils import EvalPrediction, TrainOutput
 from trl import DPOTrainer
 
 from .across_processes import join_log_probs
-from .adapters import check_fixed_reference, check_trainable, complete_reference_adapter
+from .adapters import check_initial_reference, check_trainable, complete_reference_adapter
 from .best_iteration import check_best_iteration, find_best, take_best
 from .compiler_locks import warn_of_old_locks
-from .earlier_policy import check_can_take_back, take_back
+from .earlier_policy import check_can_lend, check_can_take_back, take_back
 from .end_report import write_end_report
 from .evaluation import GenerationMetrics
 from .finite import ORIGIN_COLUMNS, OriginCollator, StepNumbers, take_origins
@@ -175,8 +175,10 @@ class SPINTrainer(HubTrainer):
             check_can_take_back(setting, self.self_play_setup.publication, self.self_play_setup.adapter)
         if self.self_play_setup.choice.mode == "in-process":
             check_can_generate()
-        if args.opponent_reference == "fixed":
-            check_fixed_reference(peft_config)
+            if args.num_opponents > 1:
+                check_can_lend(args.num_opponents, self.self_play_setup.publication, self.self_play_setup.adapter)
+        if args.initial_reference is not None:
+            check_initial_reference(peft_config, args.initial_reference)
         if args.merge_adapter_at_end:
             check_can_merge(model, peft_config, self.self_play_setup.model_name, args)
         super().__init__(
@@ -201,7 +203,7 @@ class SPINTrainer(HubTrainer):
         self.data_collator = OriginCollator(InitialSideCollator(self.data_collator), hidden)
         self._split_losses()
         if is_peft_model(self.model) and "ref" in self.model.peft_config:
-            if args.opponent_reference == "previous":
+            if args.initial_reference is None:
                 self.model.delete_adapter("ref")  # DPOTrainer's copy of a trained adapter; the reference moves here
             else:
                 complete_reference_adapter(self.model)

@@ -1,7 +1,7 @@
 """`PolicySampler`: an opponent played in-process by the policy itself, with transformers' `generate`."""
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -27,6 +27,7 @@ class PolicySampler:
     """
 
     reads_checkpoints = False
+    plays_several = False
 
     def __init__(
         self, open_policy: Callable[[], AbstractContextManager[PreTrainedModel]], pad_token_id: int, batch_size: int
@@ -35,10 +36,12 @@ class PolicySampler:
         self.pad_token_id = pad_token_id
         self.batch_size = batch_size
 
-    def publish(self, iteration: int, checkpoint: Path | None) -> None:
+    def publish(
+        self, iteration: int, checkpoint: Path | None, earlier: Mapping[int, Path | None] | None = None
+    ) -> None:
         pass
 
-    def select(self, iteration: int, checkpoint: Path | None) -> None:
+    def select(self, iteration: int, checkpoint: Path | None, earlier: Mapping[int, Path | None] | None = None) -> None:
         pass
 
     def close(self) -> None:

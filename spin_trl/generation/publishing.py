@@ -2,6 +2,7 @@
 
 import logging
 import secrets
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,8 +32,10 @@ class Publisher(Protocol):
     # Whether a server that missed an opponent, and plays an older one, is always told from one that plays it.
     notices_restarts: bool
 
-    def publish(self, iteration: int, checkpoint: Path | None, base: dict[str, Any]) -> None:
-        """Have the server load the opponent, in place of an earlier one."""
+    def publish(
+        self, iteration: int, checkpoint: Path | None, base: dict[str, Any], earlier: Mapping[int, Path | None]
+    ) -> None:
+        """Have the server load the opponent, and the `earlier` ones beside it, in place of all others of this run."""
 
     def select(self, iteration: int, checkpoint: Path | None, base: dict[str, Any]) -> str:
         """Return the name of the model to ask for. Asks the server nothing, so it cannot fail on one process alone."""
@@ -66,18 +69,25 @@ class AdapterPublisher:
     def __init__(self, server: VLLMServer, run_name: str):
         self.server = server
         self.run_name = run_name
-        self._published: str | None = None
+        self._published: set[str] = set()
 
-    def publish(self, iteration: int, checkpoint: Path | None, base: dict[str, Any]) -> None:
-        name = self._name(iteration)
+    def publish(
+        self, iteration: int, checkpoint: Path | None, base: dict[str, Any], earlier: Mapping[int, Path | None]
+    ) -> None:
+        newest = self._name(iteration)
         loaded = {model["id"] for model in self.server.served_models()}
-        if name in loaded:
-            self.server.unload_adapter(name)
-        if checkpoint is not None:
-            self.server.load_adapter(name, str(checkpoint))
-            if self._published != name and self._published in loaded:
-                self.server.unload_adapter(self._published)
-            self._published = name
+        if newest in loaded:
+            self.server.unload_adapter(newest)
+        # An earlier one that is loaded is what it was: its files do not change.
+        wanted = {self._name(number): path for number, path in {**earlier, iteration: checkpoint}.items()}
+        wanted = {name: path for name, path in wanted.items() if path is not None}
+        for name, path in wanted.items():
+            if name not in loaded or name == newest:
+                self.server.load_adapter(name, str(path))
+        if wanted:
+            for name in sorted(self._published & loaded - set(wanted)):
+                self.server.unload_adapter(name)
+            self._published = set(wanted)
 
     def select(self, iteration: int, checkpoint: Path | None, base: dict[str, Any]) -> str:
         return base["id"] if checkpoint is None else self._name(iteration)
@@ -90,9 +100,9 @@ class AdapterPublisher:
             self.server.load_adapter(self._name(iteration), str(checkpoint))
 
     def withdraw(self) -> None:
-        if self._published is not None:
-            self.server.try_to_unload_adapter(self._published)
-            self._published = None
+        for name in sorted(self._published):
+            self.server.try_to_unload_adapter(name)
+        self._published = set()
 
     def _name(self, iteration: int) -> str:
         return f"{self.run_name}-iteration-{iteration}"
@@ -129,7 +139,10 @@ class WeightsPublisher:
     def notices_restarts(self) -> bool:
         return self._takes_marks
 
-    def publish(self, iteration: int, checkpoint: Path | None, base: dict[str, Any]) -> None:
+    def publish(
+        self, iteration: int, checkpoint: Path | None, base: dict[str, Any], earlier: Mapping[int, Path | None]
+    ) -> None:
+        assert not earlier  # weights replace each other
         self._remove_marks(but_of=None)
         self._load(iteration, str(checkpoint or base["root"]))
 

@@ -4,7 +4,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,21 +66,29 @@ class ReplicatedSampler:
         """Number of tokens, prompt and completion, that each server can hold."""
         return self.replicas[0].context_length
 
-    def publish(self, iteration: int, checkpoint: Path | None) -> None:
+    @property
+    def plays_several(self) -> bool:
+        return self.replicas[0].plays_several
+
+    def publish(
+        self, iteration: int, checkpoint: Path | None, earlier: Mapping[int, Path | None] | None = None
+    ) -> None:
         """Publish to all; those that are not there get the opponent when they are back. One at least has to be."""
         timeout = self.replicas[0].server.server_timeout
         until = time.monotonic() + timeout
         while True:
-            problems = _at_once_where_reachable(self.replicas, lambda replica: replica.publish(iteration, checkpoint))
+            problems = _at_once_where_reachable(
+                self.replicas, lambda replica: replica.publish(iteration, checkpoint, earlier)
+            )
             if len(problems) < len(self.replicas):
                 return
             if time.monotonic() > until:
                 raise _all_gone(timeout, problems)
             time.sleep(_SECONDS_BETWEEN_LOOKS)
 
-    def select(self, iteration: int, checkpoint: Path | None) -> None:
+    def select(self, iteration: int, checkpoint: Path | None, earlier: Mapping[int, Path | None] | None = None) -> None:
         for replica in self.replicas:
-            replica.select(iteration, checkpoint)
+            replica.select(iteration, checkpoint, earlier)
 
     def sample_each(
         self, requests: list[CompletionRequest], params: SamplingParams, logprobs: bool = False

@@ -1,6 +1,6 @@
 """The protocol between the self-play and whatever makes an opponent's completions."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,11 +30,21 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class CompletionRequest:
-    """One prompt to complete: its token ids, the seed of its sampling, and a key to know the answer by."""
+    """
+    One prompt to complete.
 
-    key: tuple[int, int]  # (row, sample)
+    Args:
+        key (`tuple[int, int]`): Row and sample, to know the answer by.
+        prompt_ids (`list[int]`): Its token ids.
+        seed (`int`): Of the sampling.
+        opponent (`int`, *optional*): Number of the iteration whose opponent is to answer, where several are published.
+            By default the newest. A sampler that plays one at a time does not look at it.
+    """
+
+    key: tuple[int, int]
     prompt_ids: list[int]
     seed: int
+    opponent: int | None = None
 
 
 @dataclass(frozen=True)
@@ -60,17 +70,23 @@ class OpponentSampler(Protocol):
 
     # Whether an opponent has to be saved to disk before it can be published.
     reads_checkpoints: bool
+    # Whether earlier opponents can be published beside the newest, and each request says who is to answer.
+    plays_several: bool
 
-    def publish(self, iteration: int, checkpoint: Path | None) -> None:
+    def publish(
+        self, iteration: int, checkpoint: Path | None, earlier: Mapping[int, Path | None] | None = None
+    ) -> None:
         """
         Make the opponent of `iteration` available. Called on the main process only, and before `select`.
 
         Args:
             iteration (`int`): Number of the iteration.
             checkpoint (`Path`, *optional*): Where the opponent was saved. `None` for the base model.
+            earlier (`dict[int, Path]`, *optional*): Further opponents and their checkpoints, in the same manner. Only
+                where several can be played.
         """
 
-    def select(self, iteration: int, checkpoint: Path | None) -> None:
+    def select(self, iteration: int, checkpoint: Path | None, earlier: Mapping[int, Path | None] | None = None) -> None:
         """Play the opponent of `iteration` from now on. Called on every process, with what was published."""
 
     def sample(

@@ -39,6 +39,7 @@ def serve_command(
     host: str = "127.0.0.1",
     port: int = 8000,
     lora_rank: int | None = None,
+    max_loras: int = 1,
     max_model_length: int | None = None,
     dtype: str = "auto",
     gpu_memory_utilization: float | None = None,
@@ -56,6 +57,7 @@ def serve_command(
         host (`str`): Interface to bind. With full weights anyone who reaches it can make the server load files.
         port (`int`): Port to bind.
         lora_rank (`int`, *optional*): Largest rank of the adapters to come. `None` serves full weights.
+        max_loras (`int`): Number of adapters that are played at once. vLLM has the prompts of further ones wait.
         max_model_length (`int`, *optional*): Context length in tokens. By default the model's own.
         dtype (`str`): As `vllm serve --dtype`.
         gpu_memory_utilization (`float`, *optional*): Share of the GPU's memory. By default vLLM's own.
@@ -78,6 +80,8 @@ def serve_command(
     env = {}
     if lora_rank is not None:
         argv += ["--enable-lora", "--max-lora-rank", str(_max_lora_rank(lora_rank))]
+        if max_loras > 1:
+            argv += ["--max-loras", str(max_loras)]
         env["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
         # Under data parallelism vLLM answers from several processes, and only the one that loads an adapter knows it.
         if _has_flag(extra, "--data-parallel-size", "-dp") and not _has_flag(extra, "--api-server-count", "-asc"):

@@ -3,7 +3,7 @@
 import itertools
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,9 @@ class VLLMSampler:
     An [`OpponentSampler`] that asks a stock vLLM server.
 
     A LoRA opponent is an adapter with a name of its own per run and iteration, so that no cached prefix of an older
-    one is ever served. A full opponent replaces the server's weights. A server that loses the opponent, because it is
-    restarted, gets it again, and what is in doubt is asked for again.
+    one is ever served; earlier ones stay loaded beside it where requests are for them. A full opponent replaces the
+    server's weights. A server that loses opponents, because it is restarted, gets them again, and what is in doubt is
+    asked for again.
 
     Args:
         model (`str`): The base model, as the trainer names it.
@@ -51,8 +52,9 @@ class VLLMSampler:
         self.server: VLLMServer | None = None
         self._publisher: Publisher | None = None
         self._base: dict[str, Any] = {}
-        self._opponent: tuple[int, Path | None] = (0, None)  # iteration, checkpoint
-        self._playing: str | None = None
+        self._newest = 0
+        self._opponents: dict[int, Path | None] = {}  # iteration -> checkpoint, the newest last
+        self._names: dict[int, str] = {}  # iteration -> what the server calls its opponent
 
     def connect(self, server: VLLMServer, run_name: str, min_context_length: int) -> None:
         """
@@ -118,12 +120,20 @@ class VLLMSampler:
                 "`vllm_server_base_url`."
             )
 
-    def publish(self, iteration: int, checkpoint: Path | None) -> None:
-        self._publisher.publish(iteration, checkpoint, self._base)
+    @property
+    def plays_several(self) -> bool:
+        """Whether earlier opponents can be published beside the newest: adapters can, weights replace each other."""
+        return self.lora_rank is not None
 
-    def select(self, iteration: int, checkpoint: Path | None) -> None:
-        self._opponent = (iteration, checkpoint)
-        self._playing = self._publisher.select(iteration, checkpoint, self._base)
+    def publish(
+        self, iteration: int, checkpoint: Path | None, earlier: Mapping[int, Path | None] | None = None
+    ) -> None:
+        self._publisher.publish(iteration, checkpoint, self._base, earlier or {})
+
+    def select(self, iteration: int, checkpoint: Path | None, earlier: Mapping[int, Path | None] | None = None) -> None:
+        self._newest = iteration
+        self._opponents = {**(earlier or {}), iteration: checkpoint}
+        self._names = {i: self._publisher.select(i, path, self._base) for i, path in self._opponents.items()}
 
     def sample(
         self, requests: Iterable[CompletionRequest], params: SamplingParams, logprobs: bool = False
@@ -201,7 +211,7 @@ class VLLMSampler:
 
     def _restore(self, num_losses: int, num_outstanding: int, loss: Exception) -> None:
         """Publish the opponent again, on a server that has lost it."""
-        iteration, checkpoint = self._opponent
+        iteration = self._newest
         if num_losses > _MAX_NUM_LOSSES:
             raise SamplerError(
                 f"The vLLM server at {self.server.base_url} lost iteration {iteration}'s opponent {num_losses} times "
@@ -214,11 +224,12 @@ class VLLMSampler:
         )
         self.server.wait_until_ready()
         self._base = self._find_base_model()
-        self._publisher.restore(iteration, checkpoint, self._base)
+        for opponent, checkpoint in self._opponents.items():
+            self._publisher.restore(opponent, checkpoint, self._base)
 
     def _body(self, request: CompletionRequest, params: SamplingParams, logprobs: bool) -> dict[str, Any]:
         body = {
-            "model": self._playing,
+            "model": self._names[self._newest if request.opponent is None else request.opponent],
             "prompt": request.prompt_ids,
             "seed": request.seed,
             "max_tokens": min(params.max_completion_length, self.context_length - len(request.prompt_ids)),

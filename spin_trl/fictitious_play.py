@@ -1,0 +1,45 @@
+"""Fictitious play: each prompt's opponent is drawn from the last ones. Knows nothing of samplers, models and files.
+
+SPIN plays the policy against its last iterate alone. Fictitious play (arXiv 2404.04291, published; no code was
+released) draws from the `num_opponents` last ones, so that a policy that comes to prefer what it said two iterations
+ago is told.
+"""
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+
+
+OPPONENT = "opponent"  # column: the number of the iteration whose opponent answered
+
+
+@dataclass(frozen=True)
+class OpponentDraw:
+    """
+    Who answers which prompt of an iteration: uniform, independent of all other rows, and the same whenever it is asked.
+
+    Args:
+        iteration (`int`): Number of the iteration. Its own opponent is the newest.
+        num_opponents (`int`): How many of the last opponents take part, itself included, as soon as there are so many.
+        seed (`int`): The run's.
+    """
+
+    iteration: int
+    num_opponents: int
+    seed: int
+
+    @property
+    def opponents(self) -> range:
+        """Those that take part, by the numbers of their iterations."""
+        return range(max(0, self.iteration - self.num_opponents + 1), self.iteration + 1)
+
+    def of_row(self, row: int) -> int:
+        """Number of the iteration whose opponent answers a row."""
+        source = repr((self.seed, self.iteration, OPPONENT, int(row))).encode()
+        number = int.from_bytes(hashlib.blake2b(source, digest_size=8).digest())
+        return self.opponents[number % len(self.opponents)]
+
+    def of_rows(self, rows: np.ndarray) -> np.ndarray:
+        """As [`of_row`], of shape `(len(rows),)`."""
+        return np.array([self.of_row(row) for row in rows], np.int64)

@@ -1,0 +1,470 @@
+"""Fictitious play: who is drawn, that the drawn one answers, and that policy and reference are the newest all along."""
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import DATA, read_rows
+from datasets import Dataset
+from fault_server import FakeVLLM
+from kill_points import PLACES
+from peft import LoraConfig, PeftModel
+from play_distributed import play, settings
+from test_distributed import launch
+from test_kill_and_resume import assert_ends_the_same, start
+from test_opponent_reference import ScoreAtIterationOne, changed_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from spin_trl import SPINConfig, SPINTrainer, load_pairs
+from spin_trl.earlier_policy import lent_to_opponent
+from spin_trl.fictitious_play import OpponentDraw
+from spin_trl.generation.sampler import CompletionRequest, SamplingParams
+from spin_trl.generation.vllm_api import VLLMServer
+from spin_trl.generation.vllm_sampler import VLLMSampler
+from spin_trl.iteration_store import RunDirectoryError
+
+
+LORA = {"r": 8, "target_modules": "all-linear"}
+TRAIN_FILE = DATA / "accent_train.jsonl"
+
+
+# The draw
+
+
+def test_draws_are_uniform_over_the_last_opponents():
+    """Of 30,000 draws from three each is expected 10,000 times, with a standard deviation of 82."""
+    drawn = OpponentDraw(iteration=7, num_opponents=3, seed=42).of_rows(np.arange(30_000))
+    opponents, counts = np.unique(drawn, return_counts=True)
+    assert opponents.tolist() == [5, 6, 7]
+    assert abs(counts - 10_000).max() < 4 * 82
+
+
+def test_neighbouring_rows_are_drawn_independently():
+    """Of two rows in a row each of the four combinations is expected 5,000 times of 20,000, give or take 61."""
+    drawn = OpponentDraw(iteration=1, num_opponents=2, seed=42).of_rows(np.arange(40_000)).reshape(-1, 2)
+    _, counts = np.unique(drawn, axis=0, return_counts=True)
+    assert len(counts) == 4 and abs(counts - 5_000).max() < 4 * 61
+
+
+def test_draw_is_the_same_in_any_order_at_any_time_and_on_any_machine():
+    """By `b2sum -l 64` of "(42, 4, 'opponent', 0)" and so on: 2 and the sum modulo 3."""
+    draw = OpponentDraw(iteration=4, num_opponents=3, seed=42)
+    assert [draw.of_row(row) for row in range(12)] == [2, 2, 2, 4, 4, 4, 4, 4, 3, 3, 4, 2]
+    assert draw.of_rows(np.array([3, 1, 3])).tolist() == [4, 2, 4]
+
+
+@pytest.mark.parametrize("other", [{"seed": 43}, {"iteration": 5}])
+def test_another_seed_and_another_iteration_draw_anew(other):
+    rows = np.arange(1000)
+    one = OpponentDraw(**{"iteration": 4, "num_opponents": 2, "seed": 42}).of_rows(rows) - 4
+    two = OpponentDraw(**{"iteration": 4, "num_opponents": 2, "seed": 42, **other}).of_rows(rows)
+    two = two - other.get("iteration", 4)
+    assert 400 < (one == two).sum() < 600
+
+
+@pytest.mark.parametrize(
+    ("iteration", "num_opponents", "opponents"),
+    [(0, 3, [0]), (1, 3, [0, 1]), (2, 3, [0, 1, 2]), (5, 3, [3, 4, 5]), (5, 1, [5])],
+)
+def test_as_many_take_part_as_there_are_by_then(iteration, num_opponents, opponents):
+    draw = OpponentDraw(iteration, num_opponents, seed=0)
+    assert list(draw.opponents) == opponents
+    assert sorted(set(draw.of_rows(np.arange(200)).tolist())) == opponents
+
+
+# The policy plays them, in-process
+
+
+def greedy_answer(model, prompt_ids: list[int], num_tokens: int, end: int) -> list[int]:
+    ids = torch.tensor([prompt_ids])
+    with torch.no_grad():
+        answer = model.generate(ids, max_new_tokens=num_tokens, do_sample=False, eos_token_id=end, pad_token_id=end)
+    return answer[0, len(prompt_ids) :].tolist()
+
+
+def load_opponent(trainer: SPINTrainer, tiny_model: str, opponent: int, lora: bool):
+    path = str(trainer.store.path(opponent, "opponent"))
+    if not lora:
+        return AutoModelForCausalLM.from_pretrained(path).eval()
+    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), path).eval()
+
+
+@pytest.mark.parametrize("policy", ["full", "full-object", "lora"])
+def test_each_prompt_is_answered_by_the_opponent_drawn(tiny_model, train_dataset, make_config, policy):
+    """Greedily, so that what each opponent says is known: answered here by the saved ones, one prompt at a time."""
+    config = make_config(
+        num_iterations=3,
+        num_opponents=2,
+        temperature=0.0,
+        learning_rate=5e-2 if policy == "lora" else 3e-3,
+        generation_part_size=5,
+        per_device_generation_batch_size=4,
+    )
+    watch = ScoreAtIterationOne()
+    trainer = SPINTrainer(
+        changed_model(tiny_model) if policy == "full-object" else tiny_model,
+        config,
+        train_dataset=train_dataset,
+        processing_class=AutoTokenizer.from_pretrained(tiny_model),
+        peft_config=LoraConfig(**LORA) if policy == "lora" else None,
+        callbacks=[watch],
+    )
+    watch.trainer = trainer
+    trainer.train()
+    rows, end = trainer.store.read_data(), trainer.processing_class.eos_token_id
+    models = [load_opponent(trainer, tiny_model, opponent, policy == "lora") for opponent in range(3)]
+    num_differing = 0
+    for iteration in (1, 2):
+        draw = OpponentDraw(iteration, 2, config.seed)
+        completions = trainer.store.read_completions(iteration, "generations").to_pylist()
+        assert [completion["row"] for completion in completions] == list(range(48))
+        assert {completion["opponent"] for completion in completions} == {iteration - 1, iteration}
+        for completion in completions:
+            opponent, prompt_ids = draw.of_row(completion["row"]), rows[completion["row"]]["prompt_ids"]
+            assert completion["opponent"] == opponent
+            said = {k: greedy_answer(models[k], prompt_ids, 12, end) for k in draw.opponents}
+            assert completion["completion_ids"] == said[opponent], (iteration, completion["row"])
+            num_differing += said[iteration] != said[iteration - 1]
+    assert num_differing > 20
+    # The reference, and the policy that goes on, is the newest.
+    pairs = trainer.store.read_pairs(1).select(range(6))
+    stored = [pair[f"ref_{side}_logps"] for pair in pairs for side in ("chosen", "rejected")]
+    assert stored == pytest.approx(watch.opponent, abs=1e-4)
+
+
+@pytest.mark.parametrize("adapter", ["full", "lora", "lora-bfloat16"])
+def test_policy_is_an_earlier_opponent_for_a_while_and_itself_again_bit_for_bit(
+    tiny_model, train_dataset, make_config, tmp_path, adapter
+):
+    trainer = SPINTrainer(
+        tiny_model,
+        make_config(num_iterations=1, learning_rate=1e-2),
+        train_dataset=train_dataset,
+        peft_config=None if adapter == "full" else LoraConfig(**LORA),
+    )
+    if adapter == "lora-bfloat16":
+        for parameter in trainer.model.parameters():
+            parameter.data = parameter.data.bfloat16() if parameter.requires_grad else parameter.data
+    trainer.save_opponent(str(tmp_path / "earlier"))
+    earlier = snapshot(trainer)
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter))
+    own, storage = snapshot(trainer), [parameter.data_ptr() for parameter in trainer.model.parameters()]
+    assert not same(own, earlier)
+    with lent_to_opponent(trainer, tmp_path / "earlier"):
+        assert same(snapshot(trainer), earlier)
+    assert same(snapshot(trainer), own)
+    with pytest.raises(ZeroDivisionError), lent_to_opponent(trainer, tmp_path / "earlier"):
+        raise ZeroDivisionError
+    assert same(snapshot(trainer), own)
+    assert [parameter.data_ptr() for parameter in trainer.model.parameters()] == storage
+
+
+def snapshot(trainer: SPINTrainer) -> list[tuple[torch.Tensor, bool]]:
+    return [(parameter.detach().clone(), parameter.requires_grad) for parameter in trainer.model.parameters()]
+
+
+def same(one: list, other: list) -> bool:
+    return all(
+        a.dtype == b.dtype and (a == b).all() and trained == also_trained
+        for (a, trained), (b, also_trained) in zip(one, other, strict=True)
+    )
+
+
+# A server plays them
+
+
+class Names(FakeVLLM):
+    """Notes which iteration's opponent each completion is of: an adapter's by its name, weights by their path."""
+
+    def __init__(self, model: str):
+        super().__init__(model, context_length=64)
+        self.played: list[tuple[tuple[int, ...], int]] = []
+        self.loaded_at: list[set[str]] = []
+
+    def answer(self, path, body):
+        if path == "/v1/completions" and body["model"] in (self.name, *self.loaded):
+            played = body["model"] if body["model"] != self.name else self.weights
+            if played == self.name:
+                number = 0
+            elif "-iteration-" in played:
+                number = int(played.rpartition("-")[2])
+            else:
+                number = int(Path(played).parent.name.removeprefix("iteration-"))
+            self.played.append((tuple(body["prompt"]), number))
+            self.loaded_at.append(set(self.loaded))
+        return super().answer(path, body)
+
+
+@pytest.fixture
+def play_on(faulty, tiny_model, make_config):
+    """Plays a run of three iterations on a fake server, with a row's own prompt for each row."""
+
+    def run(lora: bool, fake: Names | None = None, **overrides) -> tuple[SPINTrainer, Names]:
+        fake = fake or Names(tiny_model)
+        faulty.answer = fake
+        fields = {"num_iterations": 3, "num_opponents": 2, "publish_check_samples": 0, "num_history_iterations": 0}
+        trainer = SPINTrainer(
+            tiny_model,
+            make_config(vllm_server_base_url=faulty.url, **{**fields, **overrides}),
+            train_dataset=Dataset.from_list(read_rows("accent_train.jsonl", 24)),
+            eval_dataset=Dataset.from_list(read_rows("accent_test.jsonl", 4)),
+            peft_config=LoraConfig(**LORA) if lora else None,
+        )
+        trainer.train()
+        return trainer, fake
+
+    return run
+
+
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+def test_server_plays_for_each_prompt_the_opponent_drawn_and_the_newest_for_the_evaluation(play_on, lora):
+    trainer, fake = play_on(lora)
+    rows = trainer.store.read_data()
+    prompts = [tuple(prompt_ids) for prompt_ids in rows["prompt_ids"]]
+    evaluated = [tuple(prompt_ids) for prompt_ids in trainer.self_play.eval_dataset["prompt_ids"]]
+    assert not set(prompts) & set(evaluated) and len(set(prompts)) == 24
+    played, position = fake.played, 0
+    for iteration in range(4):
+        share = played[position : position + 4]
+        assert sorted(share) == sorted((prompt, iteration) for prompt in evaluated)
+        position += 4
+        if iteration == 3:
+            break
+        draw = OpponentDraw(iteration, 2, trainer.args.seed)
+        expected = sorted((prompt, draw.of_row(row)) for row, prompt in enumerate(prompts))
+        assert sorted(played[position : position + 24]) == expected
+        position += 24
+    assert position == len(played)
+
+
+def test_adapters_are_loaded_once_and_unloaded_when_they_take_part_no_more(play_on, faulty):
+    _, fake = play_on(lora=True, num_iterations=4)
+    numbers = [sorted({int(name.rpartition("-")[2]) for name in loaded}) for loaded in fake.loaded_at]
+    assert [numbers[i] for i in range(len(numbers)) if i == 0 or numbers[i] != numbers[i - 1]] == [
+        [],
+        [1],
+        [1, 2],
+        [2, 3],
+        [4],
+    ]
+    names = [body["lora_name"] for body in faulty.bodies("/v1/load_lora_adapter") if "probe" not in body["lora_name"]]
+    assert len(names) == len(set(names)) == 4
+    assert fake.loaded == []  # nothing is left behind
+
+
+def test_full_weights_are_loaded_once_for_each_opponent_of_an_iteration(play_on):
+    """One in iteration 0, the newest and the one before in iterations 1 and 2, and the final policy."""
+    _, fake = play_on(lora=False)
+    assert fake.num_reloads == 1 + 2 + 2 + 1
+
+
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+def test_restarted_server_gets_all_opponents_again(play_on, tiny_model, lora):
+    class Restarting(Names):
+        def answer(self, path, body):
+            answer = super().answer(path, body)
+            if path == "/v1/completions" and len(self.played) in (4 + 24 + 4 + 9, 4 + 24 + 4 + 20):
+                self.restart()
+            return answer
+
+    trainer, fake = play_on(lora, Restarting(tiny_model), num_iterations=2, vllm_max_concurrent_requests=4)
+    draw = OpponentDraw(1, 2, trainer.args.seed)
+    prompts = {tuple(prompt_ids): row for row, prompt_ids in enumerate(trainer.store.read_data()["prompt_ids"])}
+    completions = trainer.store.read_completions(1, "generations").to_pylist()
+    assert [completion["row"] for completion in completions] == list(range(24))
+    last = {prompts[prompt]: number for prompt, number in fake.played if prompt in prompts}
+    assert last == {row: draw.of_row(row) for row in range(24)}
+
+
+# What is written
+
+
+def test_pairs_name_the_opponent_that_answered(tiny_model, train_dataset, make_config):
+    """Those of history too, each by the draw of the iteration that it is of."""
+    config = make_config(num_iterations=3, num_opponents=3, num_generations=2)
+    trainer = SPINTrainer(tiny_model, config, train_dataset=train_dataset, peft_config=LoraConfig(**LORA))
+    trainer.train()
+    for iteration in range(3):
+        pairs = load_pairs(config.output_dir, iteration)
+        assert len(pairs) == (96 if iteration == 0 else 192)
+        for pair in pairs.select_columns(["iteration", "row", "opponent"]):
+            assert pair["opponent"] == OpponentDraw(pair["iteration"], 3, config.seed).of_row(pair["row"])
+        assert set(pairs["opponent"][:]) == set(range(iteration + 1))
+
+
+def test_pairs_that_rewards_choose_name_it_and_the_users_own_pairs_have_none(tiny_model, train_dataset, make_config):
+    def shorter(completions: list[str], **kwargs) -> list[float]:
+        return [-float(len(text)) for text in completions]
+
+    preferences = Dataset.from_dict({"prompt": ["abc", "abd"], "chosen": ["AH0", "B"], "rejected": ["B", "AH0"]})
+    config = make_config(num_iterations=2, num_opponents=2, num_generations=2, pairing="best_of")
+    trainer = SPINTrainer(
+        tiny_model,
+        config,
+        train_dataset=train_dataset,
+        peft_config=LoraConfig(**LORA),
+        reward_funcs=shorter,
+        preference_dataset=preferences,
+    )
+    trainer.train()
+    pairs = load_pairs(config.output_dir, 1)
+    own = [pair for pair in pairs.select_columns(["iteration", "row", "opponent"]) if pair["iteration"] >= 0]
+    assert len(pairs) - len(own) == 2 and {pair["opponent"] for pair in own} == {0, 1}
+    assert all(p["opponent"] == OpponentDraw(p["iteration"], 2, config.seed).of_row(p["row"]) for p in own)
+    assert [pair["opponent"] for pair in pairs if pair["iteration"] < 0] == [None, None]
+
+
+def test_with_one_opponent_nothing_is_named(tiny_model, train_dataset, make_config):
+    config = make_config(num_iterations=1)
+    trainer = SPINTrainer(tiny_model, config, train_dataset=train_dataset, peft_config=LoraConfig(**LORA))
+    trainer.train()
+    assert "opponent" not in load_pairs(config.output_dir, 0).column_names
+    assert "opponent" not in trainer.store.read_completions(0, "generations").column_names
+    assert not trainer.store.path(0, "opponent").exists()
+
+
+# Going on
+
+
+def test_run_killed_while_an_earlier_opponent_answers_ends_as_the_undisturbed_one(tiny_model, tmp_path):
+    """In iteration 2, whose prompts iteration 2's opponent answers first and iteration 1's then."""
+    fields = {"use_vllm": False, "num_opponents": 2}
+    expected, output_dir = tmp_path / "undisturbed", tmp_path / "run"
+    assert start(tiny_model, expected, fields) == 0
+    places = json.loads((expected / PLACES).read_text())
+    last = max(count for count, phase in enumerate(places) if phase == "generate")
+    kill_at = last - 4  # among its last files and forward passes
+    assert places[kill_at] == "generate"
+    assert start(tiny_model, output_dir, fields, kill_at) == -signal.SIGKILL
+    parts = {path.name for path in (output_dir / "iteration-2" / "generations").glob("part-*")}
+    assert parts and not (output_dir / "iteration-2" / "pairs").exists()
+    assert start(tiny_model, output_dir, fields) == 0
+    assert parts <= {path.name for path in (output_dir / "iteration-2" / "generations").glob("part-*")}
+    assert_ends_the_same(output_dir, expected)
+
+
+def test_earlier_opponent_that_is_gone_is_named(tiny_model, train_dataset, make_config):
+    config = {"num_iterations": 3, "num_opponents": 2, "save_strategy": "epoch", "resume": "auto"}
+
+    def make() -> SPINTrainer:
+        return SPINTrainer(
+            tiny_model, make_config(**config), train_dataset=train_dataset, peft_config=LoraConfig(**LORA)
+        )
+
+    stopped = make()
+    begin_iteration = stopped.begin_iteration
+    stopped.begin_iteration = lambda i, pairs: 1 / 0 if i == 1 else begin_iteration(i, pairs)
+    with pytest.raises(ZeroDivisionError):
+        stopped.train()
+    shutil.rmtree(stopped.store.path(1, "pairs"))
+    shutil.rmtree(stopped.store.path(0, "opponent"))
+    with pytest.raises(RunDirectoryError, match=r"iteration-0/opponent is not there.*`num_opponents` \(2\).*Put it"):
+        make().train()
+
+
+# What cannot be played
+
+
+@pytest.mark.parametrize("bad", [0, -1, 1.5, "2"])
+def test_number_of_opponents_below_one_is_refused(make_config, bad):
+    with pytest.raises(ValueError, match="`num_opponents` must be .*Leave it unset for the default, 1"):
+        make_config(num_opponents=bad)
+
+
+@pytest.mark.parametrize("loss_type", ["space", "iris"])
+def test_losses_that_need_the_reference_to_have_answered_are_refused(make_config, loss_type):
+    with pytest.raises(
+        ValueError, match=f"`loss_type='{loss_type}'` contradicts `num_opponents=2`.*`num_opponents` unset"
+    ):
+        make_config(num_opponents=2, loss_type=loss_type)
+
+
+def test_sharded_policy_that_would_play_them_itself_is_refused(tiny_model, train_dataset, make_config, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    config = make_config(num_opponents=2)
+    with pytest.raises(ValueError, match="`num_opponents=2` loads the opponent .*only shards of it. Use a vLLM server"):
+        SPINTrainer(tiny_model, config, train_dataset=train_dataset)
+
+
+# Several processes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launcher", "adapter", "fields"),
+    [
+        ("ddp", "full", {"num_opponents": 2, "reference_mixture_alpha": 0.5}),
+        ("ddp", "lora", {"num_opponents": 2, "reference_mixture_alpha": 0.5}),
+        ("zero3", "full", {"reference_mixture_alpha": 0.5}),
+    ],
+    ids=["ddp", "ddp-lora", "zero3"],
+)
+def test_pairs_of_two_processes_are_those_of_one(tiny_model, tmp_path, launcher, adapter, fields):
+    arguments = [word for name, value in fields.items() for word in (f"--{name}", str(value))]
+    output_dir, alone = tmp_path / "out", tmp_path / "alone"
+    done = launch(launcher, tmp_path, [tiny_model, str(TRAIN_FILE), str(output_dir), *arguments], ADAPTER=adapter)
+    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
+    play(tiny_model, str(TRAIN_FILE), SPINConfig(**settings(str(alone), **fields)), adapter)
+    for iteration in (0, 1):
+        pairs, expected = (load_pairs(directory, iteration) for directory in (output_dir, alone))
+        assert pairs["rejected_ids"][:] == expected["rejected_ids"][:]
+        assert "opponent" not in pairs.column_names or pairs["opponent"][:] == expected["opponent"][:]
+        for name in ("ref_chosen_logps", "ref_rejected_logps"):
+            assert pairs[name][:] == pytest.approx(expected[name][:], abs=1e-3), name
+
+
+# A real server
+
+
+def random_adapter(tiny_model: str, path: Path, seed: int) -> Path:
+    from peft import get_peft_model
+
+    torch.manual_seed(seed)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), LoraConfig(**LORA))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(path)
+    return path
+
+
+def test_two_adapters_that_are_asked_in_turns_answer_as_each_does_alone(lora_server, tiny_model, tokenizer, tmp_path):
+    """The server has room for one adapter in a batch, as vLLM's default is; the other one's prompts wait."""
+    paths = [random_adapter(tiny_model, tmp_path / str(seed), seed) for seed in range(2)]
+    prompts = [tokenizer(row["prompt"])["input_ids"] for row in read_rows("accent_train.jsonl", 32)]
+    params = SamplingParams(12, (tokenizer.eos_token_id,), temperature=0.0)
+
+    def ask(sampler: VLLMSampler, opponent_of) -> dict[int, list[int]]:
+        requests = [CompletionRequest((i, 0), ids, seed=i, opponent=opponent_of(i)) for i, ids in enumerate(prompts)]
+        return {completion.key[0]: completion.token_ids for completion in sampler.sample(requests, params)}
+
+    sampler = VLLMSampler(tiny_model, 8)
+    sampler.connect(VLLMServer(lora_server.base_url, lora_server.api_key), f"turns-{os.getpid()}", 2)
+    try:
+        alone = []
+        for number, path in enumerate(paths):
+            sampler.publish(number + 1, path)
+            sampler.select(number + 1, path)
+            alone.append(ask(sampler, lambda i: None))
+        sampler.publish(0, None)
+        sampler.select(0, None)
+        alone.append(ask(sampler, lambda i: None))
+        published = 2, paths[1], {0: None, 1: paths[0]}
+        sampler.publish(*published)
+        sampler.select(*published)
+        mixed = ask(sampler, lambda i: i % 3)
+    finally:
+        sampler.close()
+    first, second, base = alone
+    assert sum(first[i] != second[i] for i in range(32)) > 16
+    assert sum(first[i] != base[i] and second[i] != base[i] for i in range(32)) > 8
+    assert mixed == {i: (base, first, second)[i % 3][i] for i in range(32)}
