@@ -89,13 +89,18 @@ class Opponents:
 
     def in_turn(self, draw: OpponentDraw | None, rows: np.ndarray) -> list[tuple[int | None, np.ndarray]]:
         """
-        Which of the rows can be answered at once, and by whom: all, where the newest opponent answers them, or where
-        the sampler plays several at a time; else those of each opponent, the newest one's first.
+        Which of the rows can be answered at once, and by whom: all, where the newest opponent answers them; those of
+        all adapters, where the sampler plays several at a time; else those of each opponent, the newest one's first.
         """
-        if draw is None or self._plays_several:
+        if draw is None:
             return [(None, rows)]
         drawn = draw.of_rows(rows)
-        shares = [(opponent, rows[drawn == opponent]) for opponent in reversed(draw.opponents)]
+        if self._plays_several:
+            # Not the base model's among them: in vLLM's CPU engine, whichever adapter is in a batch would answer them.
+            is_base = (drawn == 0) & self.base_is_opponent
+            shares = [(None, rows[~is_base]), (None, rows[is_base])]
+        else:
+            shares = [(opponent, rows[drawn == opponent]) for opponent in reversed(draw.opponents)]
         return [(opponent, share) for opponent, share in shares if len(share) > 0]
 
     @contextmanager

@@ -240,7 +240,10 @@ def test_server_plays_for_each_prompt_the_opponent_drawn_and_the_newest_for_the_
             break
         draw = OpponentDraw(iteration, 2, trainer.args.seed)
         expected = sorted((prompt, draw.of_row(row)) for row, prompt in enumerate(prompts))
-        assert sorted(played[position : position + 24]) == expected
+        share = played[position : position + 24]
+        assert sorted(share) == expected
+        if lora and iteration == 1:  # never in one batch with an adapter's
+            assert [number for _, number in share] == sorted((number for _, number in share), reverse=True)
         position += 24
     assert position == len(played)
 
@@ -455,16 +458,12 @@ def test_two_adapters_that_are_asked_in_turns_answer_as_each_does_alone(lora_ser
             sampler.publish(number + 1, path)
             sampler.select(number + 1, path)
             alone.append(ask(sampler, lambda i: None))
-        sampler.publish(0, None)
-        sampler.select(0, None)
-        alone.append(ask(sampler, lambda i: None))
-        published = 2, paths[1], {0: None, 1: paths[0]}
+        published = 2, paths[1], {1: paths[0]}
         sampler.publish(*published)
         sampler.select(*published)
-        mixed = ask(sampler, lambda i: i % 3)
+        mixed = ask(sampler, lambda i: 1 + i % 2)
     finally:
         sampler.close()
-    first, second, base = alone
+    first, second = alone
     assert sum(first[i] != second[i] for i in range(32)) > 16
-    assert sum(first[i] != base[i] and second[i] != base[i] for i in range(32)) > 8
-    assert mixed == {i: (base, first, second)[i % 3][i] for i in range(32)}
+    assert mixed == {i: alone[i % 2][i] for i in range(32)}
