@@ -174,15 +174,7 @@ class IterationStore:
             data = self.output_dir / name
             if data.is_symlink() or arrow_checksum(data) is not None:
                 remove(data)
-        for name in (
-            "self_play.json",
-            "invalid_rows.jsonl",
-            "log.jsonl",
-            "report.html",
-            "report",
-            "merged",
-            "unpushed",
-        ):
+        for name in _FILES_OF_A_RUN:
             remove(self.output_dir / name)
 
     def clear_temporary(self) -> None:

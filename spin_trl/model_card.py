@@ -33,6 +33,11 @@ _SETTINGS = (
     "eval_temperature",
     "seed",
 )
+_TRAINED_TO = {
+    "ground_truth": "it is then trained to tell the ground truth from its own answers",
+    "best_of": "it is then trained to tell the best of ground truth and answers, by their rewards, from the others",
+    "reward_ranked": "it is then trained to tell the best of its own answers, by their rewards, from the worst",
+}
 _SHOWN_OF_ANSWERS = (
     "num_pairs",
     "chosen_length",
@@ -59,8 +64,7 @@ def self_play_section(metrics: Iterable[tuple[int, dict[str, Any]]], args: SPINC
     answers = {f"iteration {i}": _numbers(values) for i, values in shown if last is None or i <= last}
     parts = [_BEGIN, "### Self-play", ""]
     parts += [
-        "In every iteration the model as it stands, the opponent, answers every prompt; it is then trained to tell the "
-        "ground truth from its own answers."
+        f"In every iteration the model as it stands, the opponent, answers every prompt; {_TRAINED_TO[args.pairing]}."
     ]
     if scores:
         parts += ["", "Evaluation of the model after each iteration:", "", *_table("after", scores)]

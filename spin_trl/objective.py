@@ -53,6 +53,12 @@ def check_objective(args: "SPINConfig") -> None:
             f"{args.num_generations}. Set `num_generations={math.ceil(args.space_mu)}`, or lower `space_mu` to at most "
             f"{args.num_generations}."
         )
+    if "iris" in args.loss_type and args.auto_find_batch_size:
+        raise ValueError(
+            "`loss_type='iris'` contradicts `auto_find_batch_size`: its value depends on how many pairs a forward pass "
+            "holds, which that changes during the run. Leave `auto_find_batch_size` unset, and set "
+            "`per_device_train_batch_size` to what fits."
+        )
     if "iris" in args.loss_type and _pairs_per_forward(args) < 2:
         raise ValueError(
             "`loss_type='iris'` takes its expectations over the pairs of one forward pass, on all processes, but with "

@@ -1,5 +1,7 @@
 """What the model card says, without any hub."""
 
+import pytest
+
 from spin_trl import SPINTrainer
 from spin_trl.model_card import self_play_section, with_section
 
@@ -22,6 +24,19 @@ def test_card_says_spin_with_its_paper_the_table_by_iteration_and_the_settings(
     trainer.create_model_card(model_name="mine", dataset_name="me/data")
     again = (tmp_path / "run" / "README.md").read_text()
     assert again.count("### Self-play") == 1 and "me/data" in again
+
+
+@pytest.mark.parametrize(
+    ("pairing", "words"),
+    [
+        ("ground_truth", "tell the ground truth from"),
+        ("best_of", "best of ground truth and"),
+        ("reward_ranked", "the worst"),
+    ],
+)
+def test_card_says_what_is_chosen(make_config, pairing, words):
+    section = self_play_section([], make_config(pairing=pairing, num_generations=2))
+    assert words in section and f"| `pairing` | `{pairing}` |" in section
 
 
 def test_fields_of_the_losses_are_shown_where_they_are_used(make_config):

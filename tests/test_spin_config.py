@@ -73,6 +73,11 @@ def make(tmp_path):
             "Raise `per_device_train_batch_size`",
         ),
         (
+            {"loss_type": "iris", "auto_find_batch_size": True},
+            "`loss_type='iris'` contradicts `auto_find_batch_size`",
+            "Leave `auto_find_batch_size` unset",
+        ),
+        (
             {"loss_type": ["space", "sft"], "opponent_reference": "fixed"},
             "`loss_type='space'` contradicts `opponent_reference='fixed'`",
             "Leave `opponent_reference` unset",
