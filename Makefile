@@ -29,11 +29,15 @@ demo: $(INSTALLED)  ## train a small SFT model, then improve it with SPIN
 	$(BIN)/python recipes/pronunciation_sft.py
 	$(LAUNCH) recipes/spin.py --config recipes/pronunciation.yaml
 
+# Two tests at a time, since many wait for a process. conftest.py says which stay together. WORKERS=0: one at a time.
+WORKERS ?= 2
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+
 test: $(INSTALLED)  ## run the tests; pytest's own arguments in ARGS="..."
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-slow: $(INSTALLED)  ## run the slow tests too
-	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+	$(PYTEST) -m "not gpu" $(ARGS)
 
 test-gpu: $(INSTALLED)  ## run the tests that need an NVIDIA GPU
 	$(BIN)/python -m pytest -m gpu $(ARGS)

@@ -29,7 +29,14 @@ for stale_lock in Path(sys.prefix, "torch_extensions").rglob("lock"):
 
 sys.path.insert(0, str(RECIPES))  # recipes import each other by name, as they do when run
 disable_progress_bars()
-torch.set_num_threads(2)
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where tests run side by side, one process starts the servers that many share, and a file stays in one piece."""
+    for item in items:
+        is_served = {"lora_server", "full_server"} & set(item.fixturenames)
+        item.add_marker(pytest.mark.xdist_group("servers" if is_served else item.path.stem))
 
 
 def load_recipe(name: str):
