@@ -51,7 +51,7 @@ bench-gpu: $(INSTALLED)  ## speed and memory on an NVIDIA GPU
 bench-demo: $(INSTALLED)  ## the demo over three seeds, next to further SFT
 	$(BIN)/python benchmarks/pronunciation.py $(ARGS)
 
-bench-quality: $(INSTALLED)  ## the self-play family compared on three tasks, with equal budgets: an hour
+bench-quality: $(INSTALLED)  ## the self-play family compared on four tasks, with equal budgets: 75 minutes
 	$(BIN)/python benchmarks/quality.py $(ARGS)
 
 bench-reliability: $(INSTALLED)  ## kills survived, faults injected, seconds until all processes have ended

@@ -8,7 +8,7 @@ and measured on the test part. Every run has a process of its own, and two go at
 its picture, a part of it `runs/benchmarks/quality/quality.md`, from all results there are; the paragraph at its top is
 written by hand and kept.
 
-About 55 minutes on two CPU cores. `--quick` plays everything on a handful of rows, for a look at whether it runs.
+About 75 minutes on two CPU cores. `--quick` plays everything on a handful of rows, for a look at whether it runs.
 """
 
 import argparse
