@@ -100,7 +100,6 @@ class SelfPlayCallback(TrainerCallback):
         is_quantized_on_its_own: bool = False,
     ):
         self.trainer = trainer
-        self.sampler = sampler
         self.store = store
         self.dataset = dataset
         self.params = params
@@ -149,6 +148,11 @@ class SelfPlayCallback(TrainerCallback):
                 self._judge_last(iteration)
             self._log_recorded(iteration)
         self.trainer.push_results(iteration if self.end is None else self.end.result, is_end=True)
+
+    @property
+    def sampler(self) -> OpponentSampler:
+        """What answers as the opponents."""
+        return self.opponents.sampler
 
     @property
     def base_is_opponent(self) -> bool:

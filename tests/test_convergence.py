@@ -73,7 +73,7 @@ def make_trainer(tiny_model, train_dataset, make_config):
     def make(learned_at: int, **overrides) -> SPINTrainer:
         settings = {"stop_when_converged": True, "identical_pairs": None, "resume": "auto", "save_strategy": "epoch"}
         trainer = SPINTrainer(tiny_model, make_config(**{**settings, **overrides}), train_dataset=train_dataset)
-        trainer.sampler = trainer.self_play.sampler = LearnsTheTruth(trainer.self_play.dataset, learned_at)
+        trainer.sampler = trainer.self_play.opponents.sampler = LearnsTheTruth(trainer.self_play.dataset, learned_at)
         return trainer
 
     return make

@@ -6,8 +6,10 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from torch.distributed import TCPStore
 from two_processes import PATIENCE, TwoProcesses
 
+from spin_trl.peers import Peers
 from spin_trl.ranks import failing_together, main_process_first, on_every_process, on_main_process
 
 
@@ -31,6 +33,28 @@ def test_single_process_gets_its_error_as_it_was_raised(run):
         run(fail)
     assert error.traceback[-1].name == "fail"
     assert not hasattr(error.value, "__notes__")
+
+
+def test_failure_of_a_later_call_is_not_raised_in_an_earlier_one(monkeypatch):
+    """One process has come to the meeting, looks who else has, and is held up while the other comes, goes and fails."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    slow, fast = Peers(store, 1, 2), Peers(store, 0, 2)
+    ask, looks = slow._ask, []
+
+    def ask_and_be_held_up(method, key, *args, **kwargs):
+        answer = ask(method, key, *args, **kwargs)
+        if (method, key, args) == ("add", "arrived", (0,)):
+            looks.append(answer)
+            if len(looks) == 1:
+                fast.meet()
+                fast.announce(OSError("in the next call"), fast.era)
+        return answer
+
+    monkeypatch.setattr(slow, "_ask", ask_and_be_held_up)
+    slow.meet()
+    assert looks[:2] == [1, 2]
+    with pytest.raises(OSError, match="in the next call"):
+        slow.meet()
 
 
 PREAMBLE = """

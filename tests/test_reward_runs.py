@@ -71,7 +71,7 @@ def make_trainer(tiny_model, train_dataset, tokenizer, make_config):
         trainer = SPINTrainer(
             tiny_model, make_config(**{**settings, **overrides}), train_dataset=data, reward_funcs=reward_funcs
         )
-        trainer.sampler = trainer.self_play.sampler = Letters(tokenizer)
+        trainer.sampler = trainer.self_play.opponents.sampler = Letters(tokenizer)
         return trainer
 
     return make

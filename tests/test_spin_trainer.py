@@ -460,7 +460,7 @@ class RepeatsTheTruth:
 
 def repeating(tiny_model, train_dataset, config, wrong: set[int]) -> SPINTrainer:
     trainer = SPINTrainer(tiny_model, config, train_dataset=train_dataset)
-    trainer.sampler = trainer.self_play.sampler = RepeatsTheTruth(trainer.self_play.dataset, wrong)
+    trainer.sampler = trainer.self_play.opponents.sampler = RepeatsTheTruth(trainer.self_play.dataset, wrong)
     return trainer
 
 

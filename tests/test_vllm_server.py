@@ -52,7 +52,7 @@ def spy_on_the_server(monkeypatch, server, row: dict) -> list[list[float]]:
 
     def select_and_ask(self, iteration, checkpoint):
         select(self, iteration, checkpoint)
-        seen.append(server_logps(server, self._playing, row["prompt_ids"], row["chosen_ids"]))
+        seen.append(server_logps(server, self._names[iteration], row["prompt_ids"], row["chosen_ids"]))
 
     monkeypatch.setattr(VLLMSampler, "select", select_and_ask)
     return seen
