@@ -116,7 +116,8 @@ METRIC_NAMES: dict[str, MetricName] = {
     ),
     "self_play/no_pair_share": MetricName(
         "Share of prompts that make no pair. Only with a `pairing` other than `ground_truth`.",
-        "0 with `best_of`. With `reward_ranked` not near 1; else raise `num_generations` or `temperature`.",
+        "Not near 1. With `reward_ranked` else raise `num_generations` or `temperature`; with `best_of` it nears 1 as "
+        "the opponent comes up to the ground truths.",
         only_with="reward_funcs",
     ),
     "self_play/rewards/<function>/truths": MetricName(

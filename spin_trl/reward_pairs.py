@@ -3,12 +3,13 @@
 SPIN's section 7 leaves the target of self-play, the ground truth, for one that moves. Two such:
 
 `best_of`: of each prompt the ground truth is chosen, unless its best generation (the first of several that are equal)
-has a strictly higher reward. The rejected sides are then
-- where the ground truth is chosen: all generations, each in a pair of its own, as in SPIN;
-- where a generation is chosen: the ground truth, and every other generation of a strictly lower reward.
+has a strictly higher reward. Everything else with a strictly lower reward than the chosen one is rejected, each in a
+pair of its own.
 
 `reward_ranked`, the recipe `spin` of verl: the generation of the highest reward is chosen, that of the lowest
-rejected, and the ground truth plays no part. A prompt whose generations all have the same reward gives no pair.
+rejected, and the ground truth plays no part.
+
+With either, equal rewards make no pair: where a rule says that both sides are right, neither is to be unlearned.
 """
 
 from collections.abc import Iterator
@@ -49,18 +50,14 @@ def rank_pairs(answers: PairDataset, pairing: str) -> Iterator[pa.Table]:
         `Iterator[pyarrow.Table]`: of [`ranked_schema`].
 
     Raises:
-        [`NoPairsError`]: if there is no prompt whose generations differ in their rewards.
+        [`NoPairsError`]: if all that could make a pair has the same reward.
     """
     rows, truth = numbers(answers.answers, "row"), numbers(answers.answers, "chosen_reward")
     reward = numbers(answers.answers, "rejected_reward")
     rank = _best_of if pairing == "best_of" else _best_and_worst
     owners, chosen, rejected = rank(group_starts(rows), truth, reward)
     if len(owners) == 0:
-        raise NoPairsError(
-            f"No prompt of this iteration makes a pair: the generations of each of the {len(group_starts(rows))} "
-            "prompts all have the same reward, so none is better than another. See what the reward functions return, "
-            "raise `num_generations` or `temperature`, or use `pairing='best_of'`, which has the ground truths too."
-        )
+        raise NoPairsError(_no_pairs(pairing, len(group_starts(rows))))
     return _write(answers, owners, chosen, rejected, truth, reward)
 
 
@@ -81,7 +78,7 @@ def _best_of(starts: np.ndarray, truth: np.ndarray, reward: np.ndarray) -> tuple
     is_winner[_first_of_each(reward == best[group], group)] = True
     winner = np.flatnonzero(is_winner)[group]
     positions = np.arange(len(reward))
-    kept = ~beaten | is_winner | (reward < best[group])
+    kept = (reward < np.where(beaten, best[group], truth)) | (beaten & is_winner)
     chosen = np.where(beaten, winner, TRUTH)
     rejected = np.where(beaten & is_winner, TRUTH, positions)  # the winner's own place is the ground truth's pair
     return positions[kept], chosen[kept], rejected[kept]
@@ -97,6 +94,20 @@ def _best_and_worst(
     chosen = _first_of_each(reward == best[group], group)[differ]
     rejected = _first_of_each(reward == worst[group], group)[differ]
     return chosen, chosen, rejected
+
+
+def _no_pairs(pairing: str, num_prompts: int) -> str:
+    if pairing == "best_of":
+        return (
+            f"No prompt of this iteration makes a pair: all generations of each of the {num_prompts} prompts have the "
+            "reward of the ground truth, so there is nothing left to learn from these rewards. See what the reward "
+            "functions return, or end the run here (`num_iterations`)."
+        )
+    return (
+        f"No prompt of this iteration makes a pair: the generations of each of the {num_prompts} prompts all have the "
+        "same reward, so none is better than another. See what the reward functions return, raise `num_generations` or "
+        "`temperature`, or use `pairing='best_of'`, which has the ground truths too."
+    )
 
 
 def _groups(starts: np.ndarray, count: int) -> np.ndarray:

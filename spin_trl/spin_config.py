@@ -147,10 +147,10 @@ class SPINConfig(DPOConfig):
             Which sides make a pair. `"ground_truth"`: the ground truth is chosen and each generation rejected, as in
             SPIN; rewards are logged only. The others need `reward_funcs` (see [`SPINTrainer`]) and move the target, as
             SPIN's section 7 proposes. `"best_of"`: the ground truth is chosen, unless the best generation has a
-            strictly higher reward. Then that one is chosen, and the ground truth and every other generation of a lower
-            reward are rejected, each in a pair of its own. `"reward_ranked"`: without the ground truth, the best of the
-            `num_generations` answers (at least 2) is chosen and the worst rejected, as in verl's recipe; where all
-            rewards are equal there is no pair. Not for losses of data against opponent, such as `space`.
+            strictly higher reward; then that one is. Everything else of a lower reward than the chosen one is rejected,
+            each in a pair of its own. `"reward_ranked"`: without the ground truth, the best of the `num_generations`
+            answers (at least 2) is chosen and the worst rejected, as in verl's recipe. With both, equal rewards make no
+            pair. Not for losses of data against opponent, such as `space`.
         reward_weights (`list[float]`, *optional*):
             Weight of each reward function. By default every one counts 1.0.
         reset_optimizer (`bool`, *optional*, defaults to `True`):

@@ -1,5 +1,7 @@
 """Preference pairs of the user's: how they are rendered, which are refused, and that every iteration trains on them."""
 
+import itertools
+
 import numpy as np
 import pytest
 from datasets import Dataset
@@ -188,9 +190,11 @@ def test_preferences_join_every_iteration_once_and_are_scored_by_its_opponent(ma
 
 def test_preferences_go_with_pairs_that_rewards_choose(tiny_model, train_dataset, make_config, preferences):
     """They bring chosen sides of their own and no rewards."""
+    ranks = itertools.count()
 
     def reward(completions, **kwargs):
-        return [float(len(text)) for text in completions]
+        """No two alike, so that every prompt makes a pair."""
+        return [float(next(ranks)) for _ in completions]
 
     trainer = SPINTrainer(
         tiny_model,

@@ -65,9 +65,15 @@ def batch_size(request, monkeypatch):
     monkeypatch.setattr(columns.batches, "__defaults__", (request.param,))
 
 
-def test_ground_truth_is_chosen_over_every_generation_that_does_not_beat_it():
-    pairs = rank("best_of", (1.0, [0.0, 0.5]), (0.5, [0.5]))
-    assert sides(pairs) == [(5, TRUTH, 0, 1.0, 0.0), (5, TRUTH, 1, 1.0, 0.5), (6, TRUTH, 0, 0.5, 0.5)]
+def test_ground_truth_that_no_generation_beats_is_chosen_over_every_lower_one():
+    """That of the second prompt equals its ground truth, so neither is to be unlearned."""
+    pairs = rank("best_of", (1.0, [0.0, 1.0, 0.5]), (0.5, [0.5]))
+    assert sides(pairs) == [(5, TRUTH, 0, 1.0, 0.0), (5, TRUTH, 2, 1.0, 0.5)]
+
+
+def test_generations_that_all_have_their_ground_truths_reward_make_no_pairs():
+    with pytest.raises(NoPairsError, match="each of the 2 prompts have the reward of the ground truth"):
+        rank("best_of", (1.0, [1.0, 1.0]), (0.0, [0.0]))
 
 
 def test_single_generation_that_beats_the_ground_truth_is_chosen_over_it():
