@@ -18,7 +18,7 @@ from datetime import date
 from pathlib import Path
 
 from measure import RESULTS, ROOT, machine
-from self_play_family.findings import chosen_runs, collect, search_runs, start_run
+from self_play_family.findings import chosen_runs, collect, search_runs, start_runs
 from self_play_family.methods import METHODS, known_methods
 from self_play_family.pool import do_all, process_pool
 from self_play_family.report import write_report
@@ -39,7 +39,7 @@ def main() -> None:
         raise SystemExit("There is no method left to compare.")
     with process_pool(options.processes) as pool:
         do_all(pool, make_start, [(root, t.name, options.quick) for t in tasks], "{} has its start".format)
-        finish(pool, [start_run(root, task.name, options.quick) for task in tasks])
+        finish(pool, [run for t in tasks for run in start_runs(root, t.name, options.quick)])
         finish(pool, [run for t in tasks for m in methods for run in search_runs(root, t, m, options.quick)])
         finish(
             pool, [run for t in tasks for m in methods for run in chosen_runs(root, t, m, options.seeds, options.quick)]

@@ -14,7 +14,7 @@ sys.path.insert(0, str(BENCHMARKS))  # benchmarks are scripts, not a package
 
 from self_play_family import language, report, runs  # noqa: E402
 from self_play_family.answers import completion_ids, logps  # noqa: E402
-from self_play_family.findings import SEARCH_SEED, Findings, chosen_runs, collect, search_runs, start_run  # noqa: E402
+from self_play_family.findings import SEARCH_SEED, Findings, chosen_runs, collect, search_runs, start_runs  # noqa: E402
 from self_play_family.measures import distinct_n  # noqa: E402
 from self_play_family.methods import METHODS, Method, known_methods  # noqa: E402
 from self_play_family.runs import Run  # noqa: E402
@@ -150,7 +150,8 @@ def finished(tmp_path, monkeypatch):
         monkeypatch.setattr(runs, "scores_of", lambda run, task: measures)
         runs.perform(run)
 
-    finish(start_run(tmp_path, "addition", False), [60.0])
+    for run, score in zip(start_runs(tmp_path, "addition", False), [60.0, 65.0], strict=True):
+        finish(run, [score])
     for i, run in enumerate(search_runs(tmp_path, task, METHODS["spin"], False)):
         finish(run, [99.0, 70.0, 80.0 if i == 1 else 75.0])
     for seed in (1, 2, 3):
@@ -168,7 +169,7 @@ class TestResults:
         assert SEARCH_SEED not in [run.seed for run in tested]
 
     def test_a_finished_run_is_read_back_and_one_of_other_data_is_not(self, finished, monkeypatch):
-        run = start_run(finished, "addition", False)
+        run, _ = start_runs(finished, "addition", False)
         assert run.result()["scores"][0]["score"] == 60.0
         monkeypatch.setattr(Run, "fingerprint", lambda self: "other")
         assert run.result() is None
@@ -221,6 +222,7 @@ class TestReport:
         report.write_report(collect(finished, [1, 2, 3], False), [1, 2, 3], path, "2026-01-01, here")
         assert path.read_text() == written.replace(report._TO_FILL_IN, "Choose SPIN.\n\nOr not.")
         assert "| SPIN | 60.0 | 72.0 ± 1.0 | 75.0 ± 0.0 | 84.0 ± 2.0 |" in written
+        assert "the start has 65.0:" in written  # on the validation part, as the settings have
         assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
     def test_an_end_of_the_learning_rates_and_lost_runs_are_said(self, finished):

@@ -25,6 +25,7 @@ class Findings:
     Args:
         task ([`Task`]): What was learned.
         start (`dict[str, float]`): The measures of the model that all start from, on the test part.
+        validation_start (`float`): Its score on the part that the settings are searched on.
         truths (`dict[str, float]`): Distinct-n of the test part's ground truths.
         tried, chosen, runs (`dict`):
             By the method's title: the settings of the search, the best of them, and for each seed the measures after
@@ -35,6 +36,7 @@ class Findings:
 
     task: Task
     start: Scores
+    validation_start: float
     truths: Scores
     tried: dict[str, list[Tried]] = field(default_factory=dict)
     chosen: dict[str, Setting] = field(default_factory=dict)
@@ -47,8 +49,9 @@ class Findings:
         return {title: [[s[name] for s in one] for one in seeds] for title, seeds in self.runs.items()}
 
 
-def start_run(root: Path, task: str, is_quick: bool) -> Run:
-    return Run(root, task, START, {}, SEARCH_SEED, "test", is_quick)
+def start_runs(root: Path, task: str, is_quick: bool) -> list[Run]:
+    """Of the model that all start from, on the test part and on the validation part."""
+    return [Run(root, task, START, {}, SEARCH_SEED, part, is_quick) for part in ("test", "validation")]
 
 
 def search_runs(root: Path, task: Task, method: Method, is_quick: bool) -> list[Run]:
@@ -74,9 +77,9 @@ def collect(root: Path, seeds: Sequence[int], is_quick: bool) -> list[Findings]:
     """Of every task the methods whose runs are all over, whether they were asked for this time or not."""
     found = []
     for name in TASKS:
-        start = start_run(root, name, is_quick)
-        if start.start.is_dir() and start.result():
-            findings = _begin(get_task(name, is_quick), start)
+        starts = start_runs(root, name, is_quick)
+        if starts[0].start.is_dir() and all(run.result() for run in starts):
+            findings = _begin(get_task(name, is_quick), *starts)
             for method in METHODS.values():
                 _add(findings, root, method, seeds, is_quick)
             if findings.runs:
@@ -84,10 +87,11 @@ def collect(root: Path, seeds: Sequence[int], is_quick: bool) -> list[Findings]:
     return found
 
 
-def _begin(task: Task, start: Run) -> Findings:
-    tokenizer = AutoTokenizer.from_pretrained(start.start)
+def _begin(task: Task, test: Run, validation: Run) -> Findings:
+    tokenizer = AutoTokenizer.from_pretrained(test.start)
     truths = [completion_ids(tokenizer, row["prompt"], row["completion"]) for row in task.rows()["test"]]
-    return Findings(task, start.result()["scores"][0], distinct_n(truths))
+    (start,), (searched,) = test.result()["scores"], validation.result()["scores"]
+    return Findings(task, start, searched["score"], distinct_n(truths))
 
 
 def _add(findings: Findings, root: Path, method: Method, seeds: Sequence[int], is_quick: bool) -> None:

@@ -56,3 +56,11 @@ def _draw_panel(axes, panel: Panel, titles: Sequence[str]) -> None:
     axes.set_xticks(range(num_iterations + 1), ["start", *(str(i) for i in range(num_iterations))])
     axes.set(title=panel.title, xlabel="after iteration", ylabel=panel.score_name)
     axes.grid(alpha=0.3)
+    _widen(axes, abs(panel.start) / 10)
+
+
+def _widen(axes, height: float) -> None:
+    """Show at least `height`, so that noise around the start does not fill a panel."""
+    low, high = axes.get_ylim()
+    missing = max(height - (high - low), 0) / 2
+    axes.set_ylim(low - missing, high + missing)

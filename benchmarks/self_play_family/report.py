@@ -83,8 +83,9 @@ def _section(findings: Findings) -> str:
     for name, (heading, digits) in _MEASURES.items():
         heading = heading.format(findings.truths.get(name))
         parts += [f"{heading}:", by_iteration(findings.start[name], findings.values(name), digits)]
+    before = f"{findings.validation_start:.{task.digits}f}"
     parts += [
-        "Settings that were searched (learning rate, and the other field), the chosen one in bold:",
+        f"Settings searched (learning rate, and the other field), the chosen one in bold; the start has {before}:",
         of_settings(findings.tried, findings.chosen, task.digits),
     ]
     edges = [t for t, setting in findings.chosen.items() if at_the_edge(setting, findings.tried[t])]
