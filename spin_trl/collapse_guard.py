@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 
+_OF_TRUTHS = ("logps_gap", "opponent_nll")
+
 
 class Collapsed(RunEnd):
     """An iteration made the policy worse, and the run is to end then."""
@@ -76,7 +78,10 @@ class CollapseGuard:
         def look() -> list[CollapseSign]:
             if opponent == 0:
                 return []
-            return signs_between(*(self.store.read_metrics(number) for number in (0, opponent - 1, opponent)))
+            metrics = [self.store.read_metrics(number) for number in (0, opponent - 1, opponent)]
+            if self.trainer.args.pairing != "ground_truth":  # then these are of other prompts in every iteration
+                metrics = [{k: v for k, v in one.items() if k not in _OF_TRUTHS} for one in metrics]
+            return signs_between(*metrics)
 
         self._act(opponent, on_main_process(look))
 

@@ -26,7 +26,9 @@ def check_evaluation(iteration: int, scores: Mapping[str, float], args: SPINConf
             truths from its opponent's answers.
     """
     accuracy = scores.get("rewards/accuracies")
-    if args.stop_when_converged and accuracy is not None and abs(accuracy - 0.5) <= args.convergence_tolerance:
+    if not args.stop_when_converged or args.pairing != "ground_truth":
+        return  # with another pairing the policy does not learn to tell the ground truths
+    if accuracy is not None and abs(accuracy - 0.5) <= args.convergence_tolerance:
         raise Converged(
             iteration,
             "held-out accuracy",
@@ -42,12 +44,29 @@ def check_identical_share(iteration: int, identical_share: float, args: SPINConf
     Raises:
         [`Converged`]: if that is asked for and nearly all of the opponent's answers equal the ground truth.
     """
-    if args.stop_when_converged and identical_share >= 1 - args.convergence_tolerance:
+    is_judged = args.stop_when_converged and args.pairing == "ground_truth"
+    if is_judged and identical_share >= 1 - args.convergence_tolerance:
         raise Converged(
             iteration,
             "identical pairs",
             f"its opponent reproduces the ground truth in {identical_share:.1%} of the pairs, at least "
             f"{1 - args.convergence_tolerance:.1%}.",
             identical_share=identical_share,
+            tolerance=args.convergence_tolerance,
+        )
+
+
+def check_no_pair_share(iteration: int, no_pair_share: float, args: SPINConfig) -> None:
+    """
+    Raises:
+        [`Converged`]: if that is asked for, rewards choose, and they find hardly any prompt's answers to differ.
+    """
+    if args.stop_when_converged and no_pair_share >= 1 - args.convergence_tolerance:
+        raise Converged(
+            iteration,
+            "equal rewards",
+            f"with `pairing={args.pairing!r}`, {no_pair_share:.1%} of the prompts make no pair, at least "
+            f"{1 - args.convergence_tolerance:.1%}.",
+            no_pair_share=no_pair_share,
             tolerance=args.convergence_tolerance,
         )

@@ -114,10 +114,15 @@ METRIC_NAMES: dict[str, MetricName] = {
         "Any. Near 1 with a rule that gives 0 or 1: the opponent solves the task.",
         only_with="reward_funcs",
     ),
+    "self_play/unjudged_share": MetricName(
+        "Share of ground truths and answers that no function has a reward for. Where rewards choose they make no pair.",
+        "0.",
+        only_with="reward_funcs",
+    ),
     "self_play/no_pair_share": MetricName(
         "Share of prompts that make no pair. Only with a `pairing` other than `ground_truth`.",
         "Not near 1. With `reward_ranked` else raise `num_generations` or `temperature`; with `best_of` it nears 1 as "
-        "the opponent comes up to the ground truths.",
+        "the opponent comes up to the ground truths (`stop_when_converged`).",
         only_with="reward_funcs",
     ),
     "self_play/rewards/<function>/truths": MetricName(

@@ -2,19 +2,25 @@
 
 from typing import TYPE_CHECKING
 
+from accelerate.logging import get_logger
 from datasets import Dataset
 
 from .completion_parts import CompletionParts
+from .convergence import check_no_pair_share
 from .iteration_store import IterationStore
 from .pair_dataset import PairDataset
 from .pairs import make_answers
 from .ranks import on_main_process
 from .reward_answers import AnswerRewards, describe_rewards, rewarded_schema
-from .reward_pairs import describe_ranked, rank_pairs, ranked_schema
+from .reward_pairs import no_pairs, rank_answers, ranked_pairs, ranked_schema
 
 
 if TYPE_CHECKING:
     from .spin_trainer import SPINTrainer
+
+logger = get_logger(__name__)
+
+_MANY = 0.5  # ground truths that a model which has not been trained yet beats
 
 
 class Ranking:
@@ -48,6 +54,7 @@ class Ranking:
         self.store.write_answers(iteration, rewarded, schema, 2 * parts.num_bytes())
         described = describe_rewards(self.store.read_answers(iteration))
         self.store.write_metrics(iteration, described | self.rewards.take_metrics())
+        self._warn(iteration, described)
 
     @property
     def _has_opponents(self) -> bool:
@@ -62,16 +69,36 @@ class Ranking:
             answers ([`PairDataset`]): What `write_answers` wrote, joined with the run's data.
 
         Raises:
+            [`Converged`]: if that is asked for and hardly any prompt makes one.
             [`NoPairsError`]: if they make none.
         """
+        args = self.trainer.args
 
-        def write() -> None:
-            ranked = rank_pairs(answers, self.trainer.args.pairing)
-            num_bytes = 2 * self.store.completions(iteration, "generations").num_bytes()
-            schema = ranked_schema(self._has_opponents)
-            self.store.write_answers(iteration, ranked, schema, 2 * num_bytes, kind="ranked")  # two sides
-            ranked = self.store.read_answers(iteration, kind="ranked")
-            self.store.write_metrics(iteration, describe_ranked(ranked, answers.answers))
+        def write() -> float:
+            ranks = rank_answers(answers, args.pairing)
+            described = ranks.describe()
+            if described["num_pairs"]:
+                pairs, schema = ranked_pairs(answers, ranks), ranked_schema(self._has_opponents)
+                num_bytes = 2 * self.store.completions(iteration, "generations").num_bytes()
+                self.store.write_answers(iteration, pairs, schema, 2 * num_bytes, kind="ranked")  # two sides
+            self.store.write_metrics(iteration, described)
+            return described["no_pair_share"]
 
-        on_main_process(write)
+        no_pair_share = on_main_process(write)
+        check_no_pair_share(iteration, no_pair_share, args)
+        if no_pair_share == 1:
+            raise no_pairs(args.pairing)
         return PairDataset.join(self.store.read_data(), self.store.read_answers(iteration, kind="ranked"))
+
+    def _warn(self, iteration: int, described: dict[str, float]) -> None:
+        if described["unjudged_share"] > 0:
+            logger.warning(
+                f"No reward function judges {described['unjudged_share']:.1%} of the ground truths and generations of "
+                f"iteration {iteration}: all return None. Where rewards choose, these make no pair."
+            )
+        if iteration == 0 and self.trainer.args.pairing == "best_of" and described["beaten_truths_share"] > _MANY:
+            logger.warning(
+                f"The first opponent already beats {described['beaten_truths_share']:.1%} of the ground truths, which "
+                "will be rejected. See that the reward functions do not ask for a format that the ground truths lack; "
+                "if generations are better, `pairing='reward_ranked'` needs no ground truths."
+            )

@@ -1,5 +1,6 @@
 """Rewards of an iteration's ground truths and generations, batch by batch. Knows nothing of files and of pairs."""
 
+import hashlib
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -10,7 +11,7 @@ import pyarrow as pa
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainerState
 
-from .columns import numbers, positions_of
+from .columns import batches, numbers, positions_of
 from .pairs import ANSWER_SCHEMA, answer_schema
 from .progress import progress_bar
 from .rewards import RESERVED_KEYWORDS, RewardFunctions
@@ -18,6 +19,9 @@ from .rewards import RESERVED_KEYWORDS, RewardFunctions
 
 _BATCH_SIZE = 1024  # completions that a function is given at once, whole prompts; a prompt with more comes alone
 _NOT_PASSED = RESERVED_KEYWORDS | {"prompt", "completion"}  # GRPOTrainer does not pass these two either
+
+_TIE = 1e-6  # relative to the greater of 1 and the rewards: the order of a sum's terms is no difference
+_NUM_TRIED = 2  # ground truths; with one, a function that returns one number for all would pass
 
 REWARD_FIELDS = [pa.field("chosen_reward", pa.float64()), pa.field("rejected_reward", pa.float64())]
 REWARDED_SCHEMA = pa.schema([*ANSWER_SCHEMA, *REWARD_FIELDS])
@@ -69,8 +73,7 @@ class AnswerRewards:
             `Iterator[pyarrow.Table]`: of [`rewarded_schema`].
         """
         rows = numbers(data, "row")
-        self._sums: dict[str, np.ndarray] = defaultdict(lambda: np.zeros((2, len(self.functions.names))))
-        self._seconds = 0.0
+        self._reset()
         with progress_bar(total=total, desc=f"Iteration {iteration}: rewards", unit=" completions") as bar:
             for batch in answers:
                 started = time.monotonic()
@@ -78,6 +81,30 @@ class AnswerRewards:
                 self._seconds += time.monotonic() - started
                 bar.update(len(batch))
                 yield rewarded
+
+    def try_on(self, data: Dataset) -> None:
+        """
+        Have the first ground truths judged, so that what a function cannot take, or returns, is known before anything
+        is generated.
+
+        Args:
+            data ([`~datasets.Dataset`]): With the columns `source_row`, `prompt` and `chosen_ids`.
+
+        Raises:
+            See [`RewardFunctions`].
+        """
+        truths = data.select(range(min(_NUM_TRIED, len(data))))[:]
+        self._reset()
+        self._judge_truths(truths, np.array(truths["source_row"]), TrainerState())
+        self.functions.take_logged()
+
+    def checksum(self, source_rows: np.ndarray) -> str:
+        """Of all columns that functions are given with these rows: 16 hexadecimal digits."""
+        digest = hashlib.blake2b(source_rows.astype(np.int64).tobytes(), digest_size=8)
+        if columns := self.source.column_names:
+            for batch in batches(self.source.select(source_rows), columns):
+                digest.update(repr(batch.to_pydict()).encode())
+        return digest.hexdigest()
 
     def take_metrics(self) -> dict[str, float]:
         """What the functions said of all that was judged since `add` was called, each on its own, and how long."""
@@ -93,20 +120,30 @@ class AnswerRewards:
         found, of_row = np.unique(batch["row"].to_numpy(), return_inverse=True)
         positions, _ = positions_of(found, rows)
         truths = data.select(positions)[:]
-        texts = self._decode(truths["chosen_ids"])
         # Every answer of a row has the row's source row.
         source_rows = np.empty(len(found), np.int64)
         source_rows[of_row] = batch["source_row"].to_numpy()
-        columns = {"ground_truth": texts, **self.source.select(source_rows)[:]}
+        truth_rewards, columns = self._judge_truths(truths, source_rows, state)
         prompts, answer_ids = list(truths["prompt"]), batch["rejected_ids"].to_pylist()
-        truth_rewards = self._ask("truths", prompts, texts, list(truths["chosen_ids"]), columns, state)
         repeated = {name: [values[i] for i in of_row] for name, values in columns.items()}
         answer_rewards = self._ask(
             "generations", [prompts[i] for i in of_row], self._decode(answer_ids), answer_ids, repeated, state
         )
         for field, rewards in zip(REWARD_FIELDS, (truth_rewards[of_row], answer_rewards), strict=True):
-            batch = batch.append_column(field, pa.array(rewards))
+            batch = batch.append_column(field, pa.array(rewards, from_pandas=True))  # null where there is none
         return batch
+
+    def _judge_truths(
+        self, truths: dict[str, list], source_rows: np.ndarray, state: TrainerState
+    ) -> tuple[np.ndarray, dict[str, list]]:
+        """Returns the columns that functions are given, too."""
+        texts = self._decode(truths["chosen_ids"])
+        columns = {"ground_truth": texts, **self.source.select(source_rows)[:]}
+        return self._ask("truths", list(truths["prompt"]), texts, list(truths["chosen_ids"]), columns, state), columns
+
+    def _reset(self) -> None:
+        self._sums: dict[str, np.ndarray] = defaultdict(lambda: np.zeros((2, len(self.functions.names))))
+        self._seconds = 0.0
 
     def _ask(
         self,
@@ -138,18 +175,28 @@ def describe_rewards(answers: Dataset) -> dict[str, float]:
             generation.
 
     Returns:
-        `dict`: means over prompts and over generations, and the shares of prompts whose best generation beats the
-        ground truth, or comes to the same.
+        `dict`: means over prompts and over generations, as far as there are rewards; the shares of prompts whose best
+        generation beats the ground truth, or comes to the same; and the share of both kinds that has no reward.
     """
     truth, generation = numbers(answers, "chosen_reward"), numbers(answers, "rejected_reward")
     starts = group_starts(numbers(answers, "row"))
-    best = np.maximum.reduceat(generation, starts)
-    return {
-        "truth_reward": float(truth[starts].mean()),
-        "generation_reward": float(generation.mean()),
-        "beaten_truths_share": float((best > truth[starts]).mean()),
-        "tied_truths_share": float((best == truth[starts]).mean()),
+    truth, best = truth[starts], np.fmax.reduceat(generation, starts)
+    is_known = ~np.isnan(truth) & ~np.isnan(best)
+    beaten = exceeds(best, truth)
+    described = {
+        "beaten_truths_share": float(beaten.mean()),
+        "tied_truths_share": float((is_known & ~beaten & ~exceeds(truth, best)).mean()),
+        "unjudged_share": float(np.isnan([*truth, *generation]).mean()),
     }
+    for name, rewards in (("truth_reward", truth), ("generation_reward", generation)):
+        if not np.isnan(rewards).all():
+            described[name] = float(np.nanmean(rewards))
+    return described
+
+
+def exceeds(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Where the left reward is the greater one, by more than rounding. Not-a-number exceeds nothing."""
+    return left - right > _TIE * np.maximum(1.0, np.maximum(np.abs(left), np.abs(right)))
 
 
 def group_starts(rows: np.ndarray) -> np.ndarray:

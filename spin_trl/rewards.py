@@ -20,13 +20,13 @@ RewardFunction = Callable[..., Sequence[float | None]]
 # Keywords of the call that no column of the data can have.
 RESERVED_KEYWORDS = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
 
-_REMEDY = "Correct the function and start the same command again: the completions are on disk."
+_REMEDY = "Correct the function and start the same command again: completions that are there are kept."
 
 
 class RewardFunctions:
     """
     The reward functions of a run. A completion's reward is the weighted sum of what the functions say of it; one that
-    says `None` of it does not count, as in GRPO.
+    says `None` of it does not count, as in GRPO. One of which all say so has no reward.
 
     Args:
         functions (`list[RewardFunction]`): At least one.
@@ -56,13 +56,13 @@ class RewardFunctions:
             **columns: Further keyword arguments of the functions.
 
         Returns:
-            The rewards, of shape `(len(prompts),)`, and what each function said, of shape
-            `(len(prompts), len(functions))`, not-a-number where it said `None`.
+            The rewards, of shape `(len(prompts),)`, not-a-number where there is none, and what each function said, of
+            shape `(len(prompts), len(functions))`, not-a-number where it said `None`.
 
         Raises:
             Whatever a function raises, with its name added.
             `TypeError`, `ValueError`: if a function returns anything but one finite number or `None` for each
-                completion, or all of them return `None` for one.
+                completion, or the weighted sum is no finite number.
         """
         arguments = {
             "prompts": prompts,
@@ -75,8 +75,13 @@ class RewardFunctions:
         values = self._call_all(arguments)
         pairs = zip(values, self.names, strict=True)
         each = np.stack([_checked(value, name, len(prompts)) for value, name in pairs], axis=1)
-        self._require_a_reward(each, prompts, completions)
-        return np.nansum(each * self.weights, axis=1), each
+        rewards = np.where(np.isnan(each).all(axis=1), np.nan, np.nansum(each * self.weights, axis=1))
+        if np.isinf(rewards).any():
+            raise ValueError(
+                f"The weighted sum of the rewards {each[np.isinf(rewards)][0].tolist()} ({', '.join(self.names)}) is "
+                "no finite number. Let the functions return smaller ones, or lower `reward_weights`."
+            )
+        return rewards, each
 
     def take_logged(self) -> dict[str, float]:
         """The means of what functions have passed to `log_metric` since the last call."""
@@ -104,16 +109,6 @@ class RewardFunctions:
 
     def _log_metric(self, name: str, value: float) -> None:
         self._logged[name].append(float(value))
-
-    def _require_a_reward(self, each: np.ndarray, prompts: list, completions: list) -> None:
-        unknown = np.flatnonzero(np.isnan(each).all(axis=1))
-        if len(unknown):
-            first = unknown[0]
-            raise ValueError(
-                f"No reward function ({', '.join(self.names)}) has a reward for the completion {completions[first]!r} "
-                f"of the prompt {prompts[first]!r}: all returned None. At least one has to give each completion, "
-                f"ground truths included, a number; or leave such rows out of the data. {_REMEDY}"
-            )
 
 
 def check_reward_functions(reward_funcs: Any) -> list[RewardFunction]:

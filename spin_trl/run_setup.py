@@ -31,6 +31,7 @@ from . import __version__
 from .adapters import check_trainable, describe_adapter, starts_as_base
 from .atomic_files import remove, write_directory
 from .changed_settings import changed_settings
+from .columns import numbers
 from .data import check_dataset
 from .disk import check_writable
 from .footprint import check_footprint, empty_policy, estimate_footprint, weights_of
@@ -198,6 +199,8 @@ class SelfPlaySetup:
         )
         if preference_dataset is not None:
             setup._prepare_preferences(preference_dataset)
+        if rewards is not None:
+            setup.data_report["reward_checksum"] = on_main_process(lambda: setup._try_rewards(train_dataset))
         setup._tell()
         setup._fit_to_context(setup.context_length, "the model's context")
         if choice.mode == "server":
@@ -222,6 +225,12 @@ class SelfPlaySetup:
         if self.rewards is None:
             return None
         return AnswerRewards(self.rewards, self.tokenizer, train_dataset, self.args.num_generations)
+
+    def _try_rewards(self, train_dataset: Dataset) -> str:
+        """See that the functions can judge. Returns the checksum of the columns that they are given."""
+        rewards = self.build_rewards(train_dataset)
+        rewards.try_on(self.train_dataset)
+        return rewards.checksum(numbers(self.train_dataset, "source_row"))
 
     def write_served_base(self, policy: PreTrainedModel) -> None:
         """Write the quantized policy's base model in plain numbers, where a managed server is to serve it so."""

@@ -196,7 +196,7 @@ class SPINConfig(DPOConfig):
         stop_when_converged (`bool`, *optional*, defaults to `False`):
             Whether the run ends before `num_iterations` when the opponent cannot be told from the data: the held-out
             accuracy (`eval_rewards/accuracies`) of an iteration is back at a half, or nearly all answers equal the
-            ground truth.
+            ground truth. Where rewards choose (`pairing`), when hardly any prompt makes a pair.
         convergence_tolerance (`float`, *optional*, defaults to `0.02`):
             How near to a half that accuracy, and to 1 the share of identical pairs has to be. With few evaluation rows
             chance alone is further away: about `1 / sqrt(rows)`.

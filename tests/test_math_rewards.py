@@ -85,3 +85,14 @@ def test_function_that_is_not_there_is_refused(location, found):
     with pytest.raises(ValueError) as refusal:
         spin.load_function("reward_funcs", location)
     assert re.search(found, str(refusal.value))
+
+
+@pytest.mark.parametrize("shown", [lambda text: text, lambda text: [{"role": "assistant", "content": text}]])
+def test_the_rewards_pages_example_judges_text_and_messages(shown):
+    page = (RECIPES.parent / "docs" / "rewards.md").read_text()
+    code = page.partition("```python\n")[2].partition("SPINTrainer(")[0]
+    names = {}
+    exec(code, names)
+    truths = ["6 * 4 = 24\n#### 24", "#### 4"]
+    answers = [shown("half of 48 is 24\n#### 24"), shown("so 14\n#### 14")]
+    assert names["right_answer"](completions=answers, ground_truth=truths, prompts=["?", "?"]) == [1.0, 0.0]

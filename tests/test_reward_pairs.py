@@ -10,7 +10,7 @@ from spin_trl.iteration_metrics import describe_scores
 from spin_trl.pair_dataset import TRUTH, PairDataset
 from spin_trl.pairs import NoPairsError, add_history, drop_identical_pairs, find_identical_pairs
 from spin_trl.reward_answers import REWARDED_SCHEMA, describe_rewards
-from spin_trl.reward_pairs import RANKED_SCHEMA, describe_ranked, rank_pairs
+from spin_trl.reward_pairs import RANKED_SCHEMA, rank_answers, ranked_pairs
 
 
 def data(num_rows: int) -> Dataset:
@@ -21,7 +21,7 @@ def data(num_rows: int) -> Dataset:
     return Dataset.from_dict(columns, Features({"row": Value("int64"), "prompt_ids": ids, "chosen_ids": ids}))
 
 
-def answers(*prompts: tuple[float, list[float]], iteration: int = 0) -> PairDataset:
+def answers(*prompts: tuple[float | None, list[float | None]], iteration: int = 0) -> PairDataset:
     """For each prompt the reward of its ground truth, and those of its generations, whose tokens tell which it is."""
     keys = [(row, sample) for row, (_, rewards) in enumerate(prompts, start=5) for sample in range(len(rewards))]
     table = pa.table(
@@ -40,7 +40,8 @@ def answers(*prompts: tuple[float, list[float]], iteration: int = 0) -> PairData
 
 
 def rank(pairing: str, *prompts: tuple[float, list[float]], iteration: int = 0) -> PairDataset:
-    made = pa.concat_tables(rank_pairs(answers(*prompts, iteration=iteration), pairing))
+    answered = answers(*prompts, iteration=iteration)
+    made = pa.concat_tables(ranked_pairs(answered, rank_answers(answered, pairing)))
     return PairDataset.join(data(len(prompts)), Dataset(made))
 
 
@@ -72,8 +73,8 @@ def test_ground_truth_that_no_generation_beats_is_chosen_over_every_lower_one():
 
 
 def test_generations_that_all_have_their_ground_truths_reward_make_no_pairs():
-    with pytest.raises(NoPairsError, match="each of the 2 prompts have the reward of the ground truth"):
-        rank("best_of", (1.0, [1.0, 1.0]), (0.0, [0.0]))
+    ranks = rank_answers(answers((1.0, [1.0, 1.0]), (0.0, [0.0])), "best_of")
+    assert ranks.describe() == {"num_pairs": 0, "no_pair_share": 1.0}
 
 
 def test_single_generation_that_beats_the_ground_truth_is_chosen_over_it():
@@ -95,8 +96,48 @@ def test_best_generation_is_ranked_over_the_worst_without_the_ground_truth():
 
 
 def test_one_reward_for_all_generations_of_every_prompt_makes_no_pairs():
-    with pytest.raises(NoPairsError, match="each of the 2 prompts all have the same reward.*`pairing='best_of'`"):
-        rank("reward_ranked", (9.0, [0.5, 0.5]), (0.0, [1.0, 1.0]))
+    ranks = rank_answers(answers((9.0, [0.5, 0.5]), (0.0, [1.0, 1.0])), "reward_ranked")
+    assert ranks.describe() == {"num_pairs": 0, "no_pair_share": 1.0}
+
+
+SUM, SAME_SUM = 0.1 + 0.2 + 0.3, 0.3 + 0.2 + 0.1
+
+
+def test_rewards_that_only_rounding_makes_differ_are_equal():
+    assert SUM > SAME_SUM
+    assert rank_answers(answers((SAME_SUM, [SUM]), (SUM, [SAME_SUM])), "best_of").num_paired == 0
+    assert rank_answers(answers((0.0, [SUM, SAME_SUM])), "reward_ranked").num_paired == 0
+    assert sides(rank("best_of", (0.0, [SAME_SUM, SUM]))) == [(5, 0, TRUTH, SAME_SUM, 0.0)]  # the first of two equals
+    assert describe_rewards(answers((SAME_SUM, [SUM])).answers)["tied_truths_share"] == 1.0
+
+
+def test_large_rewards_are_rounded_by_their_size():
+    assert rank_answers(answers((1e9, [1e9 + 100])), "best_of").num_paired == 0
+    assert rank_answers(answers((1e9, [1e9 + 10_000])), "best_of").num_paired == 1
+
+
+def test_what_nobody_judges_makes_no_pair():
+    """A generation without a reward takes no part; a ground truth without one leaves out its prompt."""
+    prompts = (1.0, [None, 0.0]), (None, [0.0, 1.0]), (0.5, [None, None]), (0.0, [None, 1.0])
+    assert sides(rank("best_of", *prompts)) == [(5, TRUTH, 1, 1.0, 0.0), (8, 1, TRUTH, 1.0, 0.0)]
+    assert sides(rank("reward_ranked", *prompts, (0.0, [None, 3.0, 2.0]))) == [
+        (6, 1, 0, 1.0, 0.0),
+        (9, 1, 2, 3.0, 2.0),
+    ]
+    assert describe_rewards(answers(*prompts).answers) == pytest.approx(
+        {
+            "truth_reward": 1.5 / 3,
+            "generation_reward": 2.0 / 4,
+            "beaten_truths_share": 1 / 4,
+            "tied_truths_share": 0.0,
+            "unjudged_share": 5 / 12,
+        }
+    )
+
+
+def test_rewards_of_nobody_have_no_means():
+    described = describe_rewards(answers((None, [None])).answers)
+    assert described == {"beaten_truths_share": 0.0, "tied_truths_share": 0.0, "unjudged_share": 1.0}
 
 
 def test_metrics_of_rewards_by_hand():
@@ -108,10 +149,11 @@ def test_metrics_of_rewards_by_hand():
             "generation_reward": 2.0 / 6,
             "beaten_truths_share": 1 / 3,
             "tied_truths_share": 1 / 3,
+            "unjudged_share": 0.0,
         }
     )
-    made = rank("reward_ranked", *prompts)
-    assert describe_ranked(made.answers, answers(*prompts).answers) == {"num_pairs": 2, "no_pair_share": 1 - 2 / 3}
+    ranks = rank_answers(answers(*prompts), "reward_ranked")
+    assert ranks.describe() == {"num_pairs": 2, "no_pair_share": 1 - 2 / 3}
 
 
 def test_log_probs_of_ground_truths_are_found_on_either_side():

@@ -126,7 +126,9 @@ def test_generations_are_ranked_without_the_ground_truth(make_trainer):
     """In iteration 1 all answers are equal where the rule looks at them, so nothing is left to train on."""
     rewards = Rewards({"a": 0.2, "b": 0.6, "d": 0.5, "e": 0.5}, [9.0] * NUM_ROWS)
     trainer = make_trainer(rewards, pairing="reward_ranked", num_history_iterations=0)
-    with pytest.raises(NoPairsError, match="each of the 8 prompts all have the same reward"):
+    with pytest.raises(
+        NoPairsError, match="all generations of each prompt have the same reward.*`stop_when_converged=True`"
+    ):
         trainer.train()
     pairs = own(trainer, 0)
     assert [(p["row"], p["chosen_sample"], p["sample"]) for p in pairs] == [(row, 1, 0) for row in range(NUM_ROWS)]
@@ -162,7 +164,7 @@ def test_run_stopped_by_a_reward_function_goes_on_with_the_completions_that_are_
     whole = make_trainer(Rewards(by_text, [0.5] * NUM_ROWS), pairing="best_of", output_dir=str(tmp_path / "whole"))
     whole.train()
 
-    trainer = make_trainer(Rewards(by_text, [0.5] * NUM_ROWS, fails_in=3), pairing="best_of")
+    trainer = make_trainer(Rewards(by_text, [0.5] * NUM_ROWS, fails_in=4), pairing="best_of")  # tried, then two each
     with pytest.raises(ZeroDivisionError, match="the judge is out") as error:
         trainer.train()
     assert any("In the reward function `Rewards`." in note for note in error.value.__notes__)
@@ -195,12 +197,76 @@ def test_pairing_without_functions_is_refused_before_anything_is_loaded(make_con
         SPINTrainer("no/model", make_config(pairing="best_of"), train_dataset=train_dataset)
 
 
-def test_rows_that_no_function_judges_stop_the_run(make_trainer):
-    def only_answers(completions, ground_truth, **kwargs):
-        return [None if text == truth else 1.0 for text, truth in zip(completions, ground_truth, strict=True)]
+def test_ground_truths_that_no_function_judges_make_no_pair_and_a_warning(make_trainer, caplog):
+    def judge(completions, ground_truth, number, **kwargs):
+        told = zip(completions, ground_truth, number, strict=True)
+        return [(None if row < 3 else 1.0) if text == truth else 0.0 for text, truth, row in told]
 
-    with pytest.raises(ValueError, match=r"No reward function \(only_answers\) has a reward for the completion"):
-        make_trainer(only_answers).train()
+    trainer = make_trainer(judge, pairing="best_of", num_iterations=1)
+    trainer.train()
+    assert {pair["row"] for pair in own(trainer, 0)} == set(range(3, NUM_ROWS))
+    metrics = trainer.store.read_metrics(0)
+    assert (metrics["no_pair_share"], metrics["unjudged_share"]) == (3 / NUM_ROWS, 3 / (3 * NUM_ROWS))
+    assert "No reward function judges 12.5% of the ground truths and generations of iteration 0" in caplog.text
+
+
+def test_first_opponent_that_beats_most_ground_truths_is_a_warning_to_look_at_the_rule(make_trainer, caplog):
+    wants_a_format = Rewards({"a": 0.2, "b": 0.6}, [0.0] * 5 + [1.0] * 3)
+    make_trainer(wants_a_format, pairing="best_of", num_iterations=1).train()
+    assert "The first opponent already beats 62.5% of the ground truths, which will be rejected" in caplog.text
+
+
+@pytest.mark.parametrize("pairing", ["best_of", "reward_ranked"])
+def test_run_ends_when_rewards_find_no_difference_if_it_is_to_end_when_it_has_converged(make_trainer, capsys, pairing):
+    """In iteration 1 every answer is as good as the ground truth."""
+    rewards = Rewards({"a": 0.2, "b": 0.6, "d": 1.0, "e": 1.0}, [1.0] * NUM_ROWS)
+    with pytest.raises(NoPairsError, match="`stop_when_converged=True` to end the run here"):
+        make_trainer(rewards, pairing=pairing, num_iterations=3).train()
+    trainer = make_trainer(rewards, pairing=pairing, num_iterations=3, stop_when_converged=True)
+    trainer.train()
+    found = trainer.store.read_run()
+    assert found["finished"] and found["converged"]["rule"] == "equal rewards"
+    assert (found["converged"]["iteration"], found["converged"]["no_pair_share"]) == (1, 1.0)
+    assert f"with `pairing='{pairing}'`, 100.0% of the prompts make no pair" in capsys.readouterr().out
+
+
+def test_ground_truths_of_other_prompts_are_no_sign_of_collapse(make_trainer):
+    """Where rewards choose, `opponent_nll` and `logps_gap` are of the prompts that make a pair, not always the same."""
+    rewards = Rewards({"a": 0.2, "b": 0.6, "d": 0.0, "e": 0.1}, [0.5] * NUM_ROWS)
+    found = {}
+    for pairing in ("best_of", "ground_truth"):
+        trainer = make_trainer(rewards, pairing=pairing, num_iterations=1, overwrite_output_dir=True)
+        trainer.train()
+        for iteration, change in ((0, 0.0), (1, 9.0)):
+            trainer.store.path(iteration).mkdir(exist_ok=True)
+            trainer.store.write_metrics(iteration, {"opponent_nll": 1.0 + change, "logps_gap": -change})
+        trainer.self_play.guard.look_at_opponent(1)
+        found[pairing] = set(trainer.store.read_metrics(1).get("collapse_signs", {}))
+    assert found == {"best_of": set(), "ground_truth": {"negative_gap", "unlikely_truths"}}
+
+
+def test_function_that_cannot_judge_is_refused_before_anything_is_generated(make_trainer):
+    def for_other_data(completions, answer, **kwargs):
+        return [0.0] * len(completions)
+
+    def one_for_all(completions, **kwargs):
+        return [0.0]
+
+    with pytest.raises(TypeError, match="answer"):
+        make_trainer(for_other_data)
+    with pytest.raises(ValueError, match="`one_for_all` returned 1 rewards for 2 completions"):
+        make_trainer(one_for_all)
+
+
+def test_run_is_not_continued_with_other_columns_that_its_functions_are_given(
+    tiny_model, train_dataset, make_config, make_trainer
+):
+    rewards = Rewards({"a": 0.2, "b": 0.6, "d": 0.0, "e": 0.7}, [0.5] * NUM_ROWS)
+    make_trainer(rewards, pairing="best_of", num_iterations=1).train()
+    corrected = train_dataset.select(range(NUM_ROWS)).add_column("number", [*range(NUM_ROWS - 1), 0])
+    config = make_config(num_iterations=1, resume="auto", num_generations=2, pairing="best_of", save_strategy="epoch")
+    with pytest.raises(RunDirectoryError, match=r"`data.reward_checksum`: '\w+' there, '\w+' now"):
+        SPINTrainer(tiny_model, config, train_dataset=corrected, reward_funcs=rewards)
 
 
 @pytest.mark.slow
@@ -217,5 +283,5 @@ def test_two_processes_train_on_the_pairs_that_one_of_them_judged(tiny_model, tm
     pairs = load_pairs(output_dir, 0)
     assert set(pairs["row"]) == {*range(30), -1, -2, -3, -4}
     own = [pair for pair in pairs if pair["iteration"] == 0]
-    assert all(pair["chosen_reward"] >= pair["rejected_reward"] for pair in own)
+    assert all(pair["chosen_reward"] > pair["rejected_reward"] for pair in own)
     assert {pair["chosen_sample"] for pair in own} >= {TRUTH, 0, 1}

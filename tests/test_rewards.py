@@ -96,13 +96,22 @@ def test_asynchronous_function_runs_where_a_loop_is_running_already():
         (lambda **kwargs: [1.0], "`<lambda>` returned 1 rewards for 2 completions"),
         (lambda **kwargs: 1.0, r"`<lambda>` returned 1.0 \(`float`\), but expected is a list"),
         (lambda **kwargs: None, r"`<lambda>` returned None \(`NoneType`\)"),
-        (constant(None), r"No reward function \(reward\) has a reward for the completion 'a' of the prompt 'to a'"),
     ],
 )
 def test_what_is_no_reward_is_refused_with_the_functions_name_and_what_it_returned(function, found):
     with pytest.raises((ValueError, TypeError), match=found) as refusal:
         ask(function)
     assert "Correct the function and start the same command again" in str(refusal.value)
+
+
+def test_completion_of_which_all_functions_say_none_has_no_reward():
+    rewards = ask(constant(None), lambda completions, **kwargs: [None, 1.0])
+    assert np.isnan(rewards[0]) and rewards[1] == 1.0
+
+
+def test_sum_that_is_no_finite_number_is_refused():
+    with pytest.raises(ValueError, match=r"weighted sum of the rewards \[1e\+308, 1e\+308\].* lower `reward_weights`"):
+        ask(constant(1e308), constant(1e308))
 
 
 @pytest.mark.parametrize("is_async", [False, True])
@@ -116,7 +125,7 @@ def test_error_in_a_function_is_shown_as_it_is_with_the_functions_name(is_async)
     with pytest.raises(ZeroDivisionError) as error:
         ask(broken_later if is_async else broken)
     assert re.match(
-        "In the reward function `broken(_later)?`. Correct the function .* completions are on disk",
+        "In the reward function `broken(_later)?`. Correct the function .* completions that are there are kept",
         error.value.__notes__[0],
     )
 
