@@ -3,6 +3,7 @@
 from dataclasses import MISSING, fields
 from typing import Any
 
+from .objective import loss_defaults
 from .spin_config import SPINConfig
 
 
@@ -22,7 +23,8 @@ _DERIVED = {
 def changed_settings(args: SPINConfig) -> list[str]:
     """Names of the fields whose values are not the defaults, sorted. A list of one value counts as that value."""
     values = args.to_dict()
-    names = (field.name for field in fields(args) if not _is_default(values.get(field.name), _default_of(field)))
+    defaults = {field.name: _default_of(field) for field in fields(args)} | loss_defaults(args.loss_type)
+    names = (name for name, default in defaults.items() if not _is_default(values.get(name), default))
     return sorted(name for name in names if name not in _DERIVED and name in values)
 
 

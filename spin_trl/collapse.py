@@ -15,6 +15,8 @@ _MAX_FALL = 0.1
 _MAX_NLL_GROWTH = 0.05  # of the opponent's negative log-likelihood of the ground truths, from one iteration to the next
 _MAX_FACTOR = 2.0  # by which lengths and variety of the answers may differ from iteration 0's
 
+_REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/margins")  # of DPOTrainer
+
 _TOO_FAST = (
     "the steps are too large for `beta` (learning rate divided by beta is what counts). Lower `learning_rate` or raise "
     "`beta`, add an SFT term (`loss_type: [sigmoid, sft]`), or use `loss_type: space`, which judges each side alone"
@@ -40,7 +42,9 @@ class CollapseSign:
         return f"{self.numbers} Likely cause and remedy: {self.cause}."
 
 
-def sign_within(steps: Sequence[Mapping[str, float]], beta: float, mean_length: float) -> CollapseSign | None:
+def sign_within(
+    steps: Sequence[Mapping[str, float]], beta: float, mean_length: float, starts_at_zero: bool = True
+) -> CollapseSign | None:
     """
     Whether the ground truths' log-probs sank within an iteration while the margins grew.
 
@@ -49,11 +53,13 @@ def sign_within(steps: Sequence[Mapping[str, float]], beta: float, mean_length: 
             DPOTrainer's `rewards/chosen`, `rewards/rejected` and `rewards/margins`.
         beta (`float`): The iteration's.
         mean_length (`float`): Mean number of tokens of the ground truths.
+        starts_at_zero (`bool`): Whether the reference is the policy that the iteration began with. Where it is another,
+            rewards begin with what lies between the two, and the first step's are taken for the start.
     """
     steps = [step for step in steps if "rewards/margins" in step]
     if not steps or beta <= 0:
         return None
-    start = {"rewards/chosen": 0.0, "rewards/rejected": 0.0, "rewards/margins": 0.0}  # policy and opponent are the same
+    start = dict.fromkeys(_REWARDS, 0.0) if starts_at_zero else {name: steps[0][name] for name in _REWARDS}
     quarters = [start, *_quarters(steps)]
     best = max(quarters, key=lambda quarter: quarter["rewards/chosen"])
     last = quarters[-1]
@@ -135,8 +141,7 @@ def _quarters(steps: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
     """Means over the four quarters of the logged steps; over fewer parts if there are fewer steps."""
     num_parts = min(4, len(steps))
     bounds = [len(steps) * part // num_parts for part in range(num_parts + 1)]
-    names = ("rewards/chosen", "rewards/rejected", "rewards/margins")
     return [
-        {name: fmean(step[name] for step in steps[start:end]) for name in names}
+        {name: fmean(step[name] for step in steps[start:end]) for name in _REWARDS}
         for start, end in zip(bounds, bounds[1:], strict=False)
     ]

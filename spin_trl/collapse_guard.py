@@ -60,9 +60,14 @@ class CollapseGuard:
             if "rewards/margins" in entry and epochs[0] < entry["epoch"] <= epochs[1]
         ]
 
+        has_initial = args.opponent_reference == "fixed" or args.reference_mixture_alpha > 0
+        starts_at_zero = iteration == 0 or not has_initial
+
         def look() -> list[CollapseSign]:
             mean_length = self.store.read_metrics(iteration).get("chosen_length")
-            sign = sign_within(steps, args.beta_at(iteration), mean_length) if mean_length else None
+            if not mean_length:
+                return []
+            sign = sign_within(steps, args.beta_at(iteration), mean_length, starts_at_zero)
             return [] if sign is None else [sign]
 
         self._act(opponent, on_main_process(look))

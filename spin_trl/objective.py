@@ -1,6 +1,7 @@
 """The fields of the losses in `losses.py`: what they may be, and what they go with. Knows no files and models."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,20 @@ _LOSS_OF_FIELD = {"space_mu": "space", "t_spin_alpha": "t_spin", "t_spin_beta": 
 _NEED_THE_OPPONENT = ("space", "iris")
 
 
+def loss_defaults(loss_types: Sequence[str]) -> dict[str, Any]:
+    """
+    What the fields that are left unset are for these losses.
+
+    `space` and `iris` compare a distribution with the reference that it was sampled from, and answers of an older
+    opponent are not of that one: with them an optimum that has been reached is left again (`tests/test_theory.py`). And
+    the expectations of `iris` are those of the data only over pairs that were drawn whatever their lengths.
+    """
+    return {
+        "num_history_iterations": 0 if set(_NEED_THE_OPPONENT) & set(loss_types) else 1,
+        "train_sampling_strategy": "random" if "iris" in loss_types else "group_by_length",
+    }
+
+
 def fields_in_use(args: "SPINConfig") -> list[str]:
     """Names of the fields that one of the run's losses reads."""
     return [name for name, loss in _LOSS_OF_FIELD.items() if loss in args.loss_type]
@@ -53,6 +68,17 @@ def check_objective(args: "SPINConfig") -> None:
             f"{args.num_generations}. Set `num_generations={math.ceil(args.space_mu)}`, or lower `space_mu` to at most "
             f"{args.num_generations}."
         )
+    if args.identical_pairs == "drop" and (names := [n for n in _NEED_THE_OPPONENT if n in args.loss_type]):
+        raise ValueError(
+            f"`loss_type='{names[0]}'` contradicts `identical_pairs='drop'`: it learns from the two sides one by one, "
+            "and without those pairs they are no longer the data's and the opponent's. Leave `identical_pairs` unset."
+        )
+    if "iris" in args.loss_type and args.train_sampling_strategy == "group_by_length":
+        raise ValueError(
+            "`loss_type='iris'` contradicts `train_sampling_strategy='group_by_length'`: it takes its expectations "
+            "over the pairs of one forward pass, and those of one length are not the data's. Leave it unset, for "
+            "'random'."
+        )
     if "iris" in args.loss_type and args.auto_find_batch_size:
         raise ValueError(
             "`loss_type='iris'` contradicts `auto_find_batch_size`: its value depends on how many pairs a forward pass "
@@ -66,6 +92,22 @@ def check_objective(args: "SPINConfig") -> None:
             "single pair. Raise `per_device_train_batch_size`, and lower `gradient_accumulation_steps` as much; or use "
             "more processes."
         )
+
+
+def sampling_caveats(args: "SPINConfig") -> list[str]:
+    """What keeps the answers from being samples of the reference, where a loss compares them with it."""
+    names = [name for name in _NEED_THE_OPPONENT if name in args.loss_type]
+    if not names:
+        return []
+    plain = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0}
+    found = [f"`{name}={getattr(args, name)!r}`" for name, value in plain.items() if getattr(args, name) != value]
+    if args.num_history_iterations > 0:
+        found.append(f"`num_history_iterations={args.num_history_iterations}`")
+    return [
+        f"`loss_type='{names[0]}'` leads to the data's distribution if the answers are samples of the opponent as it "
+        f"is; with {setting} they are others. Leave it unset, unless you have measured that it helps."
+        for setting in found
+    ]
 
 
 def batch_losses_depend_on(args: "SPINConfig") -> dict[str, Any]:

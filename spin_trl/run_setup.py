@@ -47,7 +47,7 @@ from .generation.vllm_sampler import VLLMSampler
 from .inputs import check_generation_kwargs, check_model, check_peft_config, check_tokenizer, explained
 from .iteration_store import IterationStore
 from .merging import save_base
-from .objective import batch_losses_depend_on
+from .objective import batch_losses_depend_on, sampling_caveats
 from .preferences import check_preference_dataset, prepare_preferences
 from .preparation import dataset_checksum, drop_long_prompts, percentile_length, prepare_data
 from .publication import Publication, adapter_config, plan_publication
@@ -273,6 +273,8 @@ class SelfPlaySetup:
         self.tokenizer.save_pretrained(path)
 
     def _tell(self) -> None:
+        for caveat in sampling_caveats(self.args):
+            logger.warning(caveat)
         if message := str(self.publication):
             PartialState().print(message)
         if self.is_quantized_on_its_own:

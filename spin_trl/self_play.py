@@ -29,6 +29,7 @@ from .finite import require_finite_scores
 from .generation.sampler import CompletionRequest, OpponentSampler, SamplingParams
 from .held_out import HeldOutEvaluation
 from .initial_answers import needs_initial_answers
+from .initial_side import INITIAL_IDS
 from .iteration_log import IterationLog
 from .iteration_metrics import describe_generations, describe_scores, generation_rates
 from .iteration_store import IterationStore
@@ -191,9 +192,18 @@ class SelfPlayCallback(TrainerCallback):
             self.trainer.push_results(iteration)
             self.iteration = iteration
             self._log_recorded(iteration)
-            self.trainer.begin_iteration(iteration, self.store.read_pairs(iteration))
+            self.trainer.begin_iteration(iteration, self._read_pairs(iteration))
             begin_phase("train", iteration)
         self._training_since = time.monotonic()
+
+    def _read_pairs(self, iteration: int) -> PairDataset:
+        pairs = self.store.read_pairs(iteration)
+        if iteration > 0 and needs_initial_answers(self.trainer.args) and INITIAL_IDS not in pairs.column_names:
+            raise RunDirectoryError(
+                f"{self.store.initial_answers.path} is gone, but `loss_type='t_spin'` compares with the initial "
+                "answers in it. Start the same command again: they are made again from the answers of iteration 0."
+            )
+        return pairs
 
     def _make_pairs(self, iteration: int) -> None:
         with self._phase("publish", iteration):

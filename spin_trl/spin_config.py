@@ -21,7 +21,7 @@ from .config_checks import (
     share,
 )
 from .losses import SPIN_LOSSES, TRL_LOSSES, check_loss_types
-from .objective import OBJECTIVE_NUMBERS, check_objective
+from .objective import OBJECTIVE_NUMBERS, check_objective, loss_defaults
 from .pairings import PAIRINGS, check_pairing, max_pairs_per_prompt
 from .reference_mixture import check_reference_mixture
 
@@ -137,9 +137,10 @@ class SPINConfig(DPOConfig):
             is then trained to prefer the ground truth over those answers.
         epochs_per_iteration (`int`, *optional*, defaults to `1`):
             Number of epochs over the pairs of each iteration. The paper uses 2.
-        num_history_iterations (`int`, *optional*, defaults to `1`):
-            Number of previous iterations whose pairs join the new ones, scored anew by the current opponent. The
-            paper uses 1. With 0, every iteration trains on its own pairs alone.
+        num_history_iterations (`int`, *optional*):
+            Number of previous iterations whose pairs join the new ones, scored anew by the current opponent. With 0,
+            every iteration trains on its own pairs alone. By default 1, as in the paper, and 0 with the losses `space`
+            and `iris`, which need answers of the reference itself.
         num_generations (`int`, *optional*, defaults to `1`):
             Number of answers that the opponent gives to each prompt; each makes one pair, unless `pairing` says
             otherwise.
@@ -337,8 +338,9 @@ class SPINConfig(DPOConfig):
     > - `beta`: One number, or a list with one for each iteration. After construction, `args.beta` is iteration 0's and
     >   [`beta_at`] gives the others.
     > - `train_sampling_strategy`: Defaults to `"group_by_length"` instead of `"random"`: each batch holds pairs of
-    >   similar length, which saves padding. An epoch's order follows from `seed` (or `data_seed`) and does not depend
-    >   on how a batch is divided over processes. `"batch_rebalance"` is refused.
+    >   similar length, which saves padding. Not with the loss `iris`, for which it stays `"random"`. An epoch's order
+    >   follows from `seed` (or `data_seed`) and does not depend on how a batch is divided over processes.
+    >   `"batch_rebalance"` is refused.
     > - `precompute_ref_batch_size`: Pairs per device in a batch that is scored. Unset, a batch has twice the tokens of
     >   the largest training batch, instead of as many pairs.
     > - `num_train_epochs`: Follows from `num_iterations` and `epochs_per_iteration`; setting it is refused.
@@ -367,10 +369,11 @@ class SPINConfig(DPOConfig):
             "of `loss_weights`."
         },
     )
-    train_sampling_strategy: str = field(
-        default="group_by_length",
+    train_sampling_strategy: str | None = field(
+        default=None,
         metadata={
-            "help": "'group_by_length' (batches of pairs of similar length), 'random', or 'sequential'.",
+            "help": "'group_by_length' (batches of pairs of similar length; unset), 'random' (unset with the loss "
+            "'iris'), or 'sequential'.",
             "choices": ["group_by_length", "random", "sequential"],
         },
     )
@@ -420,10 +423,11 @@ class SPINConfig(DPOConfig):
     epochs_per_iteration: int = field(
         default=1, metadata={"help": "Number of epochs over the pairs of each iteration. The paper uses 2."}
     )
-    num_history_iterations: int = field(
-        default=1,
+    num_history_iterations: int | None = field(
+        default=None,
         metadata={
-            "help": "Number of previous iterations whose pairs join the new ones, scored anew by the current opponent."
+            "help": "Number of previous iterations whose pairs join the new ones, scored anew by the current opponent. "
+            "Unset: 1, and 0 with the losses 'space' and 'iris'."
         },
     )
     num_generations: int = field(
@@ -671,6 +675,7 @@ class SPINConfig(DPOConfig):
     )
 
     def __post_init__(self):
+        self._take_defaults()
         check_numbers(self, _NUMBERS)
         check_mappings(self, ("chat_template_kwargs", "generation_kwargs", "model_init_kwargs"))
         self._check_run_directory()
@@ -686,6 +691,12 @@ class SPINConfig(DPOConfig):
         self.num_train_epochs = float(self.num_iterations * self.epochs_per_iteration)
         super().__post_init__()
         self._check_objective()
+
+    def _take_defaults(self):
+        losses = [self.loss_type] if isinstance(self.loss_type, str) else self.loss_type or []
+        for name, value in loss_defaults(losses).items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
 
     def learning_rate_at(self, iteration: int) -> float:
         """The peak learning rate of an iteration."""
@@ -791,7 +802,7 @@ class SPINConfig(DPOConfig):
         if self.train_sampling_strategy not in ("group_by_length", "random", "sequential"):
             raise ValueError(
                 "`train_sampling_strategy` must be 'group_by_length', 'random' or 'sequential', got "
-                f"{self.train_sampling_strategy!r}. Leave it unset for 'group_by_length'."
+                f"{self.train_sampling_strategy!r}. Leave it unset for what fits the losses."
             )
         if self.num_train_epochs is not None:
             raise ValueError(

@@ -26,7 +26,6 @@ from .evaluation import GenerationMetrics
 from .finite import ORIGIN_COLUMNS, OriginCollator, StepNumbers, take_origins
 from .footprint import size_of_base, size_of_weights
 from .hub_trainer import HubTrainer
-from .initial_answers import needs_initial_answers
 from .initial_side import INITIAL_IDS, InitialSideCollator, join_initial, take_initial, without_initial
 from .inputs import check_generation_metrics, check_optimizers
 from .iteration_store import IterationStore
@@ -290,7 +289,6 @@ class SPINTrainer(HubTrainer):
         self._signature_columns = list(dict.fromkeys([*self._signature_columns, *ORIGIN_COLUMNS, INITIAL_IDS]))
 
     def _spin_loss(self, logps: LogProbs) -> torch.Tensor:
-        assert logps.initial is not None or self.iteration == 0 or not needs_initial_answers(self.args)
         parameters = loss_parameters(self.args, self.beta)
         loss = torch.zeros((), device=logps.chosen.device)
         for name, weight in self.spin_losses:

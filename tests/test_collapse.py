@@ -163,6 +163,15 @@ def test_ground_truths_that_sink_from_the_first_step_are_measured_from_the_oppon
     assert "lost 0.50 nats a token" in str(sign_within(steps([(-0.5, -0.9)]), beta=0.1, mean_length=10))
 
 
+def test_what_lies_between_policy_and_another_reference_from_the_start_is_no_fall():
+    """A policy that does not move, with a reference that it has left in earlier iterations; then one that sinks."""
+    still, sinking = [(-0.3, -1.0)] * 4, [(-0.3, -1.0), (-0.9, -2.0)]
+    assert sign_within(steps(still), beta=0.1, mean_length=10) is not None
+    assert sign_within(steps(still), beta=0.1, mean_length=10, starts_at_zero=False) is None
+    sign = sign_within(steps(sinking), beta=0.1, mean_length=10, starts_at_zero=False)
+    assert "lost 0.60 nats a token" in str(sign) and "from 0.7 to 1.1" in str(sign)
+
+
 @pytest.mark.parametrize(
     "curve",
     [

@@ -90,15 +90,26 @@ def test_run_in_which_nothing_is_seen_says_nothing(play, caplog, monkeypatch):
     assert trainer.store.read_metrics(1)["num_collapse_signs"] == 0
 
 
-def test_training_is_judged_by_its_own_steps(play, monkeypatch):
+@pytest.mark.parametrize(
+    ("reference", "starts_at_zero"),
+    [
+        ({}, [True, True, True]),
+        ({"opponent_reference": "fixed"}, [True, False, False]),
+        ({"reference_mixture_alpha": 0.5}, [True, False, False]),
+    ],
+    ids=["previous", "fixed", "mixture"],
+)
+def test_training_is_judged_by_its_own_steps(play, monkeypatch, reference, starts_at_zero):
     judged = []
     monkeypatch.setattr(collapse_guard, "sign_within", lambda *args: judged.append(args))
-    trainer = play(num_history_iterations=1, logging_steps=1, beta=[0.1, 0.2, 0.3])
+    trainer = play(num_history_iterations=1, logging_steps=1, beta=[0.1, 0.2, 0.3], **reference)
     steps = [entry for entry in trainer.state.log_history if "rewards/margins" in entry]
-    assert [len(seen) for seen, _, _ in judged] == [2, 4, 4]
-    assert [entry for seen, _, _ in judged for entry in seen] == steps
-    assert [beta for _, beta, _ in judged] == [0.1, 0.2, 0.3]
-    assert all(length == trainer.store.read_metrics(0)["chosen_length"] for _, _, length in judged)
+    seen, betas, lengths, starts = zip(*judged, strict=True)
+    assert [len(one) for one in seen] == [2, 4, 4]
+    assert [entry for one in seen for entry in one] == steps
+    assert betas == (0.1, 0.2, 0.3)
+    assert set(lengths) == {trainer.store.read_metrics(0)["chosen_length"]}
+    assert list(starts) == starts_at_zero
 
 
 @pytest.mark.parametrize("look", ["sign_within", "signs_between"])

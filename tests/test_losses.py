@@ -188,9 +188,9 @@ def test_trl_losses_are_those_that_dpo_trainer_computes():
 def test_whole_run_with_a_loss_that_trl_lacks(tiny_model, train_dataset, make_config, fields, first_loss):
     """
     At the first step of each iteration rewards are 0, and the loss is what it is where the policy is the opponent. 48
-    pairs are six steps; in iteration 1 the older ones join them.
+    pairs are six steps; in iteration 1 the older ones join them, for `space` and `iris` on demand alone.
     """
-    config = make_config(num_iterations=2, learning_rate=1e-4, **fields)
+    config = make_config(num_iterations=2, num_history_iterations=1, learning_rate=1e-4, **fields)
     dataset = train_dataset.select(range(48 // config.num_generations))
     trainer = SPINTrainer(tiny_model, config, train_dataset=dataset)
     trainer.train()
@@ -201,3 +201,28 @@ def test_whole_run_with_a_loss_that_trl_lacks(tiny_model, train_dataset, make_co
         if first_loss is not None:
             assert first["loss"] == pytest.approx(first_loss, abs=1e-4)
     assert steps[5]["rewards/margins"] > 0
+
+
+@pytest.mark.parametrize(("loss_type", "max_steps"), [("t_spin", 12), ("iris", 1)])
+def test_gradients_of_micro_batches_add_up_to_that_of_the_whole(
+    tiny_model, train_dataset, make_config, tmp_path, loss_type, max_steps
+):
+    """
+    T-SPIN's up to iteration 1, with its third side. That of IRIS at a first step, where all its weights are alike, so
+    that the mean of expectations over micro-batches is the expectation over the batch.
+    """
+    settings = {"loss_type": loss_type, "num_iterations": 2, "num_history_iterations": 0, "max_steps": max_steps}
+    settings |= {"optim": "sgd", "learning_rate": 0.05, "max_grad_norm": 0.0, "train_sampling_strategy": "random"}
+    states = []
+    for size, steps in ((8, 1), (2, 4)):
+        divided = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps}
+        config = make_config(output_dir=str(tmp_path / str(size)), **settings, **divided)
+        trainer = SPINTrainer(tiny_model, config, train_dataset=train_dataset)
+        start = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+        trainer.train()
+        assert trainer.state.global_step == max_steps
+        states.append({name: value - start[name] for name, value in trainer.model.state_dict().items()})
+    moved = max(change.abs().max().item() for change in states[0].values())
+    assert moved > 1e-4
+    for name, change in states[0].items():
+        torch.testing.assert_close(states[1][name], change, atol=1e-3 * moved, rtol=0)

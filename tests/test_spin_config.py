@@ -8,6 +8,8 @@ import pytest
 from trl import DPOConfig, TrlParser
 
 from spin_trl import SPINConfig
+from spin_trl.changed_settings import changed_settings
+from spin_trl.objective import sampling_caveats
 
 
 URL = "http://localhost:8000"
@@ -86,6 +88,16 @@ def make(tmp_path):
             {"loss_type": ["t_spin", "sft"], "opponent_reference": "fixed"},
             "`opponent_reference='fixed'` has no effect",
             "such as 'sigmoid'",
+        ),
+        (
+            {"loss_type": ["space", "sft"], "identical_pairs": "drop"},
+            "`loss_type='space'` contradicts `identical_pairs='drop'`",
+            "Leave `identical_pairs` unset",
+        ),
+        (
+            {"loss_type": "iris", "train_sampling_strategy": "group_by_length"},
+            "`loss_type='iris'` contradicts `train_sampling_strategy='group_by_length'`",
+            "Leave it unset",
         ),
         ({"opponent_reference": "first"}, "`opponent_reference` must be 'previous' or 'fixed', got 'first'", ""),
         ({"max_completion_length": 0}, "`max_completion_length` must be at least 1, got 0", ""),
@@ -190,6 +202,34 @@ def test_defaults_are_the_papers_or_those_of_dpo(make):
         "overwrite_output_dir": False,
     }
     assert {name: getattr(config, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "history", "sampling"),
+    [
+        (["sigmoid", "t_spin"], 1, "group_by_length"),
+        (["space", "sft"], 0, "group_by_length"),
+        ("iris", 0, "random"),
+    ],
+)
+def test_history_and_batches_follow_from_the_losses_where_they_are_left_unset(make, loss_type, history, sampling):
+    config = make(loss_type=loss_type)
+    assert (config.num_history_iterations, config.train_sampling_strategy) == (history, sampling)
+    assert not {"num_history_iterations", "train_sampling_strategy"} & set(changed_settings(config))
+    config = make(loss_type=loss_type, num_history_iterations=2, train_sampling_strategy="sequential")
+    assert (config.num_history_iterations, config.train_sampling_strategy) == (2, "sequential")
+    assert {"num_history_iterations", "train_sampling_strategy"} <= set(changed_settings(config))
+
+
+def test_answers_that_are_no_samples_of_the_reference_are_told_where_a_loss_needs_them(make):
+    settings = {"temperature": 0.7, "top_k": 20, "num_history_iterations": 1}
+    assert sampling_caveats(make(**settings)) == sampling_caveats(make(loss_type="space")) == []
+    told = sampling_caveats(make(loss_type=["space", "sft"], **settings))
+    assert [text.partition("with ")[2].partition(" they")[0] for text in told] == [
+        "`temperature=0.7`",
+        "`top_k=20`",
+        "`num_history_iterations=1`",
+    ]
 
 
 def test_number_of_epochs_follows_from_iterations(make):

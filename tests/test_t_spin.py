@@ -137,6 +137,19 @@ def test_initial_answers_that_are_gone_are_made_again_and_if_they_cannot_be_the_
     assert (kept / "rows.arrow").read_bytes() == expected
 
 
+def test_initial_answers_that_vanish_while_a_run_goes_on_are_missed_before_it_trains_without_them(make_trainer):
+    trainer = make_trainer(num_iterations=2)
+    read = trainer.store.read_pairs
+
+    def read_without(iteration):
+        shutil.rmtree(trainer.store.initial_answers.path, ignore_errors=True)
+        return read(iteration)
+
+    trainer.store.read_pairs = read_without
+    with pytest.raises(RunDirectoryError, match="initial_answers is gone.*Start the same command again"):
+        trainer.train()
+
+
 KILLED = {"use_vllm": False, "loss_type": "t_spin", "t_spin_beta": 0.5}
 
 

@@ -114,6 +114,33 @@ def test_iris_lands_on_the_data_in_one_iteration(loss, alpha):
     assert value == pytest.approx(-log_z / (alpha * (alpha - 1)), rel=1e-6) and value < 0
 
 
+def test_iris_over_batches_of_one_length_lands_elsewhere(loss):
+    """Why `iris` is not trained on batches of similar length. Answers 3 and 4 are long, the others short."""
+    pairs = all_pairs(DATA_COUNTS, OPPONENT_COUNTS)
+    is_long = (pairs >= 3).any(dim=1)
+    groups = [pairs[~is_long], pairs[is_long]]
+
+    def grouped(names, logps, ref_logps, **parameters):
+        start, losses = 0, []
+        for group in groups:
+            part = slice(start, start := start + len(group))
+            sides = (tuple(side[part] for side in one) for one in (logps, ref_logps))
+            losses.append(loss(names, *sides, **parameters) * len(group))
+        return sum(losses) / len(pairs)
+
+    reply = best_reply(grouped, ["iris"], torch.cat(groups))
+    assert (reply - P_DATA).abs().sum() / 2 > 0.05
+
+
+@pytest.mark.parametrize("name", ["space", "iris"])
+def test_answers_of_an_older_opponent_drive_the_policy_from_the_data_again(loss, name):
+    """Why they have no history by default. The opponent is the data's distribution, half the answers are another's."""
+    mixed = torch.tensor([2 * data + 3 * older for data, older in zip(DATA_COUNTS, OPPONENT_COUNTS, strict=True)])
+    pairs = all_pairs(DATA_COUNTS, mixed.tolist())
+    reply = best_reply(loss, [name], pairs, opponent=P_DATA)
+    assert (reply - P_DATA).abs().sum() / 2 > 0.05
+
+
 def test_iris_starts_along_the_gradient_of_sft(loss):
     """At p = p_t all its weights are alike: E grad log p(y) - E grad log p(y'), of which the second is zero."""
     logits = P_OPPONENT.log().clone().requires_grad_()

@@ -29,9 +29,10 @@ others, of `beta`, or of what plays its part (`space_mu`, `t_spin_alpha`). The b
 over {num_seeds} other seeds ({seeds}), and only these runs are measured on the test part: mean ± standard deviation.
 Self-play has {iterations} iterations of {epochs} epoch(s) without history, linear decay with 10 % warm-up and a fresh
 AdamW in each; further SFT has one such schedule over all its steps, so that only the last iteration is the end of both.
-Pairs whose two sides are equal are kept, so that all iterations have as many steps: a loss of the sides' difference (SPIN,
-alpha-SPIN) learns nothing from them, the others do. alpha-SPIN's mixture is half opponent, half start. One start, one
-validation and one test part a task: the deviations are over seeds alone, and differences of a few words are noise.
+Pairs whose two sides are equal are kept, so that all iterations have as many steps: a loss of the sides' difference
+(SPIN, alpha-SPIN) learns nothing from them, the others do. alpha-SPIN's mixture is half opponent, half start. One
+start, one validation and one test part a task: the deviations are over seeds alone, and differences of a few words are
+noise.
 These are small models on small tasks: what holds here need not hold for yours."""
 
 
