@@ -4,7 +4,7 @@ import pytest
 from datasets import Dataset
 
 from spin_trl import SPINConfig, SPINTrainer
-from spin_trl.convergence import Converged, check_evaluation, check_identical_share
+from spin_trl.convergence import Converged, check_evaluation, check_identical_share, check_no_pair_share
 from spin_trl.generation.sampler import Completion
 from spin_trl.pairs import NoPairsError
 
@@ -35,6 +35,16 @@ def test_share_of_identical_pairs_within_the_tolerance_of_one_is_the_end():
 def test_nothing_ends_a_run_that_is_not_to_be_ended():
     check_evaluation(3, {"rewards/accuracies": 0.5}, config(stop_when_converged=False))
     check_identical_share(1, 1.0, config(stop_when_converged=False))
+
+
+@pytest.mark.parametrize("pairing", ["best_of", "reward_ranked"])
+def test_where_rewards_choose_telling_the_ground_truth_is_no_measure_and_making_no_pairs_is(pairing):
+    args = config(pairing=pairing, num_generations=2, convergence_tolerance=0.04)
+    check_evaluation(3, {"rewards/accuracies": 0.5}, args)
+    check_identical_share(3, 1.0, args)
+    check_no_pair_share(3, 0.95, args)
+    with pytest.raises(Converged, match=f"with `pairing='{pairing}'`, 97.0% of the prompts make no pair"):
+        check_no_pair_share(3, 0.97, args)
 
 
 @pytest.mark.parametrize("tolerance", [0, 0.5, -1, float("nan")])

@@ -240,3 +240,20 @@ def test_conversations_are_shown_as_messages_and_a_column_named_ground_truth_win
     assert calls[1]["completions"][3] == [{"role": "assistant", "content": "answer 7 1"}]
     assert calls[1]["prompts"][3] == [{"role": "user", "content": "p 7"}]
     assert calls[1]["ground_truth"] == [13, 13, 11, 11]
+
+
+def test_ground_truths_that_are_judged_to_see_whether_a_function_can_count_nowhere():
+    seen = []
+
+    def reward(completions, level, log_metric, **kwargs):
+        seen.append((completions, level))
+        log_metric("length", 99.0)
+        return [1.0] * len(completions)
+
+    tokenizer = byte_tokenizer()
+    rewards = AnswerRewards(RewardFunctions([reward, length]), tokenizer, SOURCE, num_generations=2)
+    ids = [tokenizer(f"truth {row}")["input_ids"] for row in range(3)]
+    rewards.try_on(Dataset.from_dict({"source_row": [3, 1, 0], "prompt": ["p"] * 3, "chosen_ids": ids}))
+    assert seen == [(["truth 0", "truth 1"], [13, 11])]
+    list(rewards.add(Dataset.from_dict({"row": [0]}), [], TrainerState(), 0, 0))
+    assert set(rewards.take_metrics()) == {"seconds_rewards"}
