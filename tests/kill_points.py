@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import zlib
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,6 +55,12 @@ class KillAt:
         finally:
             self.phase = earlier
 
+    def judge(self, completions: list[str], **kwargs) -> list[float]:
+        """A reward function: no two texts are equally good."""
+        with self.within("rewards"):
+            self.here()
+        return [zlib.crc32(text.encode()) / 2**32 for text in completions]
+
     def before(self, function: Callable) -> Callable:
         """`function`, with a count before it."""
 
@@ -62,6 +69,11 @@ class KillAt:
             return function(*args, **kwargs)
 
         return counted
+
+
+def as_preferences(rows: list[dict]) -> Dataset:
+    columns = {"prompt": [row["prompt"] for row in rows], "chosen": [row["completion"] for row in rows]}
+    return Dataset.from_dict({**columns, "rejected": ["AH0"] * len(rows)})
 
 
 class CountSteps(TrainerCallback):
@@ -123,11 +135,15 @@ def play(model: str, rows: list[dict], output_dir: str, kill_at: int | None, set
     torch.set_num_threads(1)
     kill = KillAt(kill_at)
     instrument(kill)
+    config = SPINConfig(output_dir=output_dir, **{**SETTINGS, **settings})
+    has_rewards = config.pairing != "ground_truth"  # then some preferences, too
     trainer = SPINTrainer(
         model,
-        SPINConfig(output_dir=output_dir, **{**SETTINGS, **settings}),
+        config,
         train_dataset=Dataset.from_list(rows[:24]),
         eval_dataset=Dataset.from_list(rows[24:32]),
+        reward_funcs=kill.judge if has_rewards else None,
+        preference_dataset=as_preferences(rows[24:28]) if has_rewards else None,
         peft_config=LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.2),
         callbacks=[CountSteps(kill)],
     )

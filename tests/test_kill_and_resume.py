@@ -84,7 +84,7 @@ def pairs(output_dir: Path, iteration: int) -> list[dict]:
     return load_pairs(output_dir, iteration).to_list()
 
 
-def assert_ends_the_same(output_dir: Path, undisturbed: Path) -> None:
+def assert_ends_the_same(output_dir: Path, undisturbed: Path, num_steps: int = 30) -> None:
     for iteration in range(3):
         assert pairs(output_dir, iteration) == pairs(undisturbed, iteration)
     metrics, expected = (
@@ -94,7 +94,7 @@ def assert_ends_the_same(output_dir: Path, undisturbed: Path) -> None:
     weights, expected = load_file(output_dir / FINAL_WEIGHTS), load_file(undisturbed / FINAL_WEIGHTS)
     assert all((weights[name] == expected[name]).all() for name in expected) and len(weights) == len(expected)
     steps = [json.loads((newest_checkpoint(d) / "trainer_state.json").read_text()) for d in (output_dir, undisturbed)]
-    assert steps[0]["global_step"] == steps[1]["global_step"] == 30
+    assert steps[0]["global_step"] == steps[1]["global_step"] == num_steps
     assert [p.name for p in output_dir.rglob("*.tmp-*")] == []
 
 
@@ -119,3 +119,28 @@ def test_killed_run_ends_as_the_undisturbed_one(tiny_model, undisturbed, tmp_pat
     assert finished.items() <= parts(output_dir).items()  # nothing was generated twice
     assert_ends_the_same(output_dir, expected)
     record_property("completions_lost", num_completions(expected) - num_completions(output_dir))
+
+
+JUDGED = {"use_vllm": False, "pairing": "best_of"}
+
+
+@pytest.fixture(scope="module")
+def judged(tiny_model, tmp_path_factory) -> Path:
+    output_dir = tmp_path_factory.mktemp("judged") / "run"
+    assert start(tiny_model, output_dir, JUDGED) == 0
+    return output_dir
+
+
+@pytest.mark.parametrize("phase", ["rewards", pytest.param("score", marks=pytest.mark.slow)])
+def test_run_with_rewards_and_preferences_killed_while_it_judges_ends_as_the_undisturbed_one(
+    tiny_model, judged, tmp_path, phase
+):
+    """4 preferences join the 24 pairs: 4 + 4 steps, then with history 7 + 7 and 7 + 7."""
+    places = json.loads((judged / PLACES).read_text())
+    counts = [count for count, place in enumerate(places) if place == phase]
+    kill_at = counts[len(counts) // 2]
+    assert start(tiny_model, tmp_path / "run", JUDGED, kill_at) == -signal.SIGKILL
+    assert start(tiny_model, tmp_path / "run", JUDGED) == 0
+    assert_ends_the_same(tmp_path / "run", judged, num_steps=36)
+    chosen = {pair["chosen_sample"] for iteration in range(3) for pair in pairs(judged, iteration)}
+    assert chosen == {-1, 0, None}  # a ground truth, a generation, a preference's own
