@@ -64,8 +64,8 @@ def inject(trainer: SPINTrainer, phase: str) -> None:
 def sample_slowly(trainer: SPINTrainer, sample, greedy: bool):
     """After the first answer process 1 fails, and process 0 goes on, half a second an answer."""
 
-    def slowly(requests, params, **kwargs):
-        for completion in sample(requests, params, **kwargs):
+    def slowly(requests, params, *args, **kwargs):
+        for completion in sample(requests, params, *args, **kwargs):
             yield completion
             if greedy == (params.temperature == 0):
                 Path(trainer.args.output_dir, f"sampling-{trainer.args.process_index}").write_text(str(os.getpid()))

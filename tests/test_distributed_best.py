@@ -14,9 +14,9 @@ BEST = ["--metric_for_best_iteration", "nll", "--load_best_iteration_at_end", "t
 
 @pytest.mark.slow
 def test_every_process_logs_the_same_numbers_and_has_the_best_policy(tiny_model, tmp_path):
-    """The greatest negative log-likelihood is the start's: a policy that the last step has left behind."""
+    """The least negative log-likelihood is the start's: a policy that the last step has left behind."""
     output_dir = tmp_path / "out"
-    arguments = [tiny_model, str(TRAIN_FILE), str(output_dir), *BEST, "--greater_is_better_iteration", "true"]
+    arguments = [tiny_model, str(TRAIN_FILE), str(output_dir), *BEST]
     done = launch("ddp", tmp_path, arguments)
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
     first, second = (json.loads((output_dir / f"seen-{rank}.json").read_text()) for rank in range(2))
