@@ -1,4 +1,4 @@
-"""When self-play is over: the opponent can no longer be told from the data.
+"""When self-play is over: opponent and data, or the rewards where they choose, no longer differ.
 
 SPIN (arXiv 2401.01335), theorem 5.2: where the opponent is the data's distribution, it is the best reply to itself, so
 that no further iteration moves it. Knows nothing of how the numbers come about.
