@@ -186,7 +186,7 @@ def describe_rewards(answers: Dataset) -> dict[str, float]:
     described = {
         "beaten_truths_share": float(beaten.mean()),
         "tied_truths_share": float((is_known & ~beaten & ~exceeds(truth, best)).mean()),
-        "unjudged_share": float(np.isnan([*truth, *generation]).mean()),
+        "unjudged_share": float(np.isnan(np.concatenate([truth, generation])).mean()),
     }
     for name, rewards in (("truth_reward", truth), ("generation_reward", generation)):
         if not np.isnan(rewards).all():
