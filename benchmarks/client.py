@@ -19,11 +19,11 @@ import numpy as np
 from datasets import Dataset
 from measure import ROOT, write_result
 
-from spin_trl.completions import GenerationJob, Share
 from spin_trl.generation.sampler import SamplingParams
-from spin_trl.generation.vllm_api import VLLMServer
-from spin_trl.generation.vllm_sampler import VLLMSampler
-from spin_trl.iteration_store import IterationStore
+from spin_trl.generation.vllm.http_api import VLLMServer
+from spin_trl.generation.vllm.sampler import VLLMSampler
+from spin_trl.play.answers import GenerationJob, Share
+from spin_trl.run_directory.store import IterationStore
 
 
 TARGET = 2000  # completions a second

@@ -29,12 +29,12 @@ from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl.generation import vllm_client
 
-from spin_trl.completions import GenerationJob, Share
-from spin_trl.generation.managed_server import ManagedServer
 from spin_trl.generation.sampler import SamplingParams
-from spin_trl.generation.vllm_api import VLLMServer
-from spin_trl.generation.vllm_sampler import VLLMSampler
-from spin_trl.iteration_store import IterationStore
+from spin_trl.generation.vllm.http_api import VLLMServer
+from spin_trl.generation.vllm.managed_server import ManagedServer
+from spin_trl.generation.vllm.sampler import VLLMSampler
+from spin_trl.play.answers import GenerationJob, Share
+from spin_trl.run_directory.store import IterationStore
 
 
 NUM_NEW_TOKENS = 48

@@ -121,7 +121,8 @@ def play(size: int, folder: Path, address: str) -> None:
     from datasets import load_dataset
     from peft import LoraConfig
 
-    from spin_trl import SPINConfig, SPINTrainer, run_setup, self_play, spin_trainer
+    from spin_trl import SPINConfig, SPINTrainer, self_play, spin_trainer
+    from spin_trl.play import setup as run_setup
 
     watch = Watch()
     run_setup.SelfPlaySetup.prepare = watch.timed("prepare", run_setup.SelfPlaySetup.prepare)

@@ -10,7 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from spin_trl import SPINConfig
-from spin_trl.metric_names import to_markdown
+from spin_trl.evaluation.metric_names import to_markdown
 
 
 DOCS = Path(__file__).parents[1] / "docs"

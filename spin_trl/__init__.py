@@ -13,13 +13,13 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "SPINConfig": "spin_trl.spin_config",
     "SPINTrainer": "spin_trl.spin_trainer",
-    "load_pairs": "spin_trl.saved_pairs",
+    "load_pairs": "spin_trl.run_directory.load_pairs",
 }
 
 __all__ = ["SPINConfig", "SPINTrainer", "load_pairs", "__version__"]
 
 if TYPE_CHECKING:
-    from spin_trl.saved_pairs import load_pairs
+    from spin_trl.run_directory.load_pairs import load_pairs
     from spin_trl.spin_config import SPINConfig
     from spin_trl.spin_trainer import SPINTrainer
 

@@ -20,16 +20,16 @@ from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import DPOTrainer
 
-from .atomic_files import finish_directory, remove, temporary_path
-from .batching import epoch_order
-from .disk import writing
-from .footprint import size_of_checkpoint, size_of_weights
-from .lengths import pair_lengths
-from .pair_dataset import PairDataset
-from .ranks import on_every_process
-from .resume import RunStart
-from .schedule import forget_moments, set_learning_rate
-from .scoring import forget_loader
+from .data.batching import epoch_order
+from .data.lengths import pair_lengths
+from .data.pair_dataset import PairDataset
+from .policy.log_probs import forget_loader
+from .policy.optimizer import forget_moments, set_learning_rate
+from .processes.ranks import on_every_process
+from .run_directory.disk import writing
+from .run_directory.footprint import size_of_checkpoint, size_of_weights
+from .run_directory.resume import RunStart
+from .run_directory.whole_files import finish_directory, remove, temporary_path
 from .spin_config import SPINConfig
 
 

@@ -17,26 +17,11 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import SaveStrategy
 
-from .best_iteration import label
-from .collapse_guard import CollapseGuard
-from .columns import numbers
-from .completion_table import log_completions
-from .completions import GenerationJob, Share
-from .convergence import check_evaluation, check_identical_share
-from .evaluation import GenerationMetrics, ScoreTable
-from .fictitious_play import OpponentDraw
-from .finite import require_finite_scores
-from .generation.sampler import CompletionRequest, OpponentSampler, SamplingParams
-from .held_out import HeldOutEvaluation
-from .initial_answers import needs_initial_answers
-from .initial_side import INITIAL_IDS
-from .iteration_log import IterationLog
-from .iteration_metrics import describe_generations, describe_scores, generation_rates
-from .iteration_store import IterationStore
-from .metric_names import EVALUATION
-from .opponents import Opponents
-from .pair_dataset import PairDataset
-from .pairs import (
+from .data.columns import numbers
+from .data.draw import OpponentDraw
+from .data.pair_dataset import PairDataset
+from .data.pair_metrics import describe_generations, describe_scores, generation_rates
+from .data.pairs import (
     add_history,
     answer_schema,
     describe_pairs,
@@ -45,18 +30,33 @@ from .pairs import (
     keeps_identical_pairs,
     make_answers,
 )
-from .preferences import add_preferences, preference_share
-from .progress import begin_phase
-from .publish_check import allow_for_quantization, compare_logps
-from .random_state import preserved_random_state
-from .ranking import Ranking
-from .ranks import on_every_process, on_main_process
-from .reference_mixture import mix_scores
-from .resume import RunStart
-from .reward_answers import AnswerRewards
-from .run_end import RunEnd
-from .run_paths import RunDirectoryError
-from .scoring import completion_logps, initial_policy_as_reference, score_pairs
+from .data.preferences import add_preferences, preference_share
+from .data.rewards.judged_answers import AnswerRewards
+from .evaluation.best_iteration import label
+from .evaluation.collapse_guard import CollapseGuard
+from .evaluation.endings import check_evaluation, check_identical_share
+from .evaluation.held_out import HeldOutEvaluation
+from .evaluation.metric_names import EVALUATION
+from .evaluation.run_end import RunEnd
+from .evaluation.score_table import GenerationMetrics, ScoreTable
+from .generation.sampler import CompletionRequest, OpponentSampler, SamplingParams
+from .objectives.reference_mixture import mix_scores
+from .objectives.third_side import INITIAL_IDS
+from .play.answers import GenerationJob, Share
+from .play.opponents import Opponents
+from .play.pairing import Ranking
+from .play.publish_check import allow_for_quantization, compare_logps
+from .policy.finite import require_finite_scores
+from .policy.log_probs import completion_logps, initial_policy_as_reference, score_pairs
+from .processes.progress import begin_phase
+from .processes.random_state import preserved_random_state
+from .processes.ranks import on_every_process, on_main_process
+from .report.completion_table import log_completions
+from .report.logs import IterationLog
+from .run_directory.initial_answers import needs_initial_answers
+from .run_directory.resume import RunStart
+from .run_directory.run_paths import RunDirectoryError
+from .run_directory.store import IterationStore
 from .spin_config import SPINConfig
 
 

@@ -8,7 +8,7 @@ import argparse
 import os
 import sys
 
-from spin_trl.generation.serve_command import can_serve, serve_command
+from spin_trl.generation.vllm.serve_command import can_serve, serve_command
 
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")

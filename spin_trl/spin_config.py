@@ -20,10 +20,10 @@ from .config_checks import (
     positive,
     share,
 )
-from .losses import SPIN_LOSSES, TRL_LOSSES, check_loss_types
-from .objective import OBJECTIVE_NUMBERS, check_objective, loss_defaults
-from .pairings import PAIRINGS, check_pairing, max_pairs_per_prompt
-from .reference_mixture import check_reference_mixture
+from .objectives.loss_settings import OBJECTIVE_NUMBERS, check_objective, loss_defaults
+from .objectives.losses import SPIN_LOSSES, TRL_LOSSES, check_loss_types
+from .objectives.pairings import PAIRINGS, check_pairing, max_pairs_per_prompt
+from .objectives.reference_mixture import check_reference_mixture
 
 
 _NUMBERS = {

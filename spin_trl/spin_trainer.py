@@ -16,37 +16,37 @@ from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase,
 from transformers.trainer_utils import EvalPrediction, TrainOutput
 from trl import DPOTrainer
 
-from .across_processes import join_log_probs
-from .adapters import check_initial_reference, check_trainable, complete_reference_adapter
-from .best_iteration import check_best_iteration, find_best, take_best
-from .compiler_locks import warn_of_old_locks
-from .earlier_policy import check_can_lend, check_can_take_back, take_back
-from .end_report import write_end_report
-from .evaluation import GenerationMetrics
-from .finite import ORIGIN_COLUMNS, OriginCollator, StepNumbers, take_origins
-from .footprint import size_of_base, size_of_weights
-from .hub_trainer import HubTrainer
-from .initial_side import INITIAL_IDS, InitialSideCollator, join_initial, take_initial, without_initial
-from .inputs import check_generation_metrics, check_optimizers
-from .iteration_store import IterationStore
-from .log_file import LogFileCallback
-from .losses import BATCH_LOSSES, SPIN_LOSSES, LogProbs
-from .merged import check_can_merge, save_merged_model
-from .merging import check_can_be_merged, fold_scaling, save_merged
-from .objective import loss_parameters
-from .offload import Offloader, training_tensors
-from .progress import RunProgress
-from .quantization import keep_weights_as_quantized
-from .ranks import failing_together, on_main_process
-from .resume import Place, RunStart, start_run
-from .rewards import RewardFunction
-from .run_setup import SelfPlaySetup
-from .schedule import check_schedule
+from .data.rewards.functions import RewardFunction
+from .evaluation.best_iteration import check_best_iteration, find_best, take_best
+from .evaluation.score_table import GenerationMetrics
+from .objectives.gather import join_log_probs
+from .objectives.loss_settings import loss_parameters
+from .objectives.losses import BATCH_LOSSES, SPIN_LOSSES, LogProbs
+from .objectives.third_side import INITIAL_IDS, InitialSideCollator, join_initial, take_initial, without_initial
+from .play.earlier_policy import check_can_lend, check_can_take_back, take_back
+from .play.setup import SelfPlaySetup
+from .play.turns import Turns
+from .policy.adapters import check_initial_reference, check_trainable, complete_reference_adapter
+from .policy.finite import ORIGIN_COLUMNS, OriginCollator, StepNumbers, take_origins
+from .policy.inputs import check_generation_metrics, check_optimizers
+from .policy.merged import check_can_merge, save_merged_model
+from .policy.merging import check_can_be_merged, fold_scaling, save_merged
+from .policy.offload import Offloader, training_tensors
+from .policy.optimizer import check_schedule
+from .policy.quantization import keep_weights_as_quantized
+from .policy.sharding import check_can_generate, whole_policy
+from .processes.compiler_locks import warn_of_old_locks
+from .processes.progress import RunProgress
+from .processes.ranks import failing_together, on_main_process
+from .processes.stop_signal import EXIT_STATUS, StopOnSigterm
+from .report.end_report import write_end_report
+from .report.hub_mixin import HubTrainer
+from .report.log_file import LogFileCallback
+from .run_directory.footprint import size_of_base, size_of_weights
+from .run_directory.resume import Place, RunStart, start_run
+from .run_directory.store import IterationStore
 from .self_play import SelfPlayCallback
-from .sharding import check_can_generate, whole_policy
 from .spin_config import SPINConfig
-from .stop_signal import EXIT_STATUS, StopOnSigterm
-from .turns import Turns
 
 
 if TYPE_CHECKING:

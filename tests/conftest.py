@@ -149,7 +149,7 @@ def loss(tiny_model, tmp_path_factory):
 
 
 def _serve(model: str, log_path: Path, **options):
-    from spin_trl.generation.managed_server import ManagedServer
+    from spin_trl.generation.vllm.managed_server import ManagedServer
 
     # A few restarts, for the tests that kill it.
     server = ManagedServer(log_path, timeout=240, max_restarts=3, model=model, dtype="float32", **options)
@@ -188,8 +188,8 @@ def connect(faulty, monkeypatch):
     """A factory of clients of `faulty`, or of another address, that try again soon; they are closed at the end."""
     from fault_server import PATIENCE
 
-    from spin_trl.generation import attempts
-    from spin_trl.generation.vllm_api import VLLMServer
+    from spin_trl.generation.vllm import attempts
+    from spin_trl.generation.vllm.http_api import VLLMServer
 
     monkeypatch.setattr(attempts, "_FIRST_DELAY", 0.01)
     monkeypatch.setattr(attempts, "_LONGEST_DELAY", 0.1)
@@ -209,7 +209,7 @@ def play(faulty, connect):
     """A factory of samplers that are connected to `faulty`, with the given answers."""
     from fault_server import FakeVLLM
 
-    from spin_trl.generation.vllm_sampler import VLLMSampler
+    from spin_trl.generation.vllm.sampler import VLLMSampler
 
     def make(answer=None, lora_rank: int | None = 8, model: str = "org/base-model", **options) -> VLLMSampler:
         faulty.answer = answer or FakeVLLM()

@@ -20,8 +20,8 @@ from peft import LoraConfig
 from transformers import LlamaForCausalLM, TrainerCallback
 
 from spin_trl import SPINConfig, SPINTrainer
-from spin_trl.generation.managed_server import ManagedServer
-from spin_trl.run_setup import SelfPlaySetup
+from spin_trl.generation.vllm.managed_server import ManagedServer
+from spin_trl.play.setup import SelfPlaySetup
 from spin_trl.self_play import SelfPlayCallback
 
 

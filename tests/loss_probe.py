@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import torch
 
 from spin_trl import SPINTrainer
-from spin_trl.losses import LossParameters
+from spin_trl.objectives.losses import LossParameters
 
 
 class LossProbe:

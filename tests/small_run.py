@@ -6,7 +6,7 @@ from pathlib import Path
 from datasets import Dataset
 from tiny_tokenizers import byte_tokenizer
 
-from spin_trl.iteration_store import IterationStore
+from spin_trl.run_directory.store import IterationStore
 
 
 RUN = "0a1b2c3d"

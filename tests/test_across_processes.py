@@ -9,10 +9,10 @@ from play_distributed import play, settings
 from test_distributed import TRAIN_FILE, launch, slow
 
 from spin_trl import SPINConfig
-from spin_trl.across_processes import join_log_probs
-from spin_trl.losses import LogProbs, LossParameters, iris
-from spin_trl.objective import batch_losses_depend_on
-from spin_trl.run_identity import differences
+from spin_trl.objectives.gather import join_log_probs
+from spin_trl.objectives.loss_settings import batch_losses_depend_on
+from spin_trl.objectives.losses import LogProbs, LossParameters, iris
+from spin_trl.run_directory.description import differences
 
 
 SIDES = ("chosen", "rejected", "ref_chosen", "ref_rejected")

@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from spin_trl.adapters import starts_as_base
+from spin_trl.policy.adapters import starts_as_base
 
 
 def lora(**options) -> LoraConfig:

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from spin_trl.generation.attempts import Attempts, Progress
+from spin_trl.generation.vllm.attempts import Attempts, Progress
 
 
 def test_delays_double_up_to_ten_seconds_and_vary_downwards_by_at_most_half():

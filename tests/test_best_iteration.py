@@ -9,8 +9,8 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 
 from spin_trl import SPINConfig, SPINTrainer
-from spin_trl.best_iteration import find_best, is_greater_better
-from spin_trl.iteration_store import RunDirectoryError
+from spin_trl.evaluation.best_iteration import find_best, is_greater_better
+from spin_trl.run_directory.store import RunDirectoryError
 
 
 # Choosing
@@ -97,7 +97,7 @@ class TestRefusedBeforeTheModelIsLoaded:
     def test_policy_in_shards(self, tiny_model, make_config, train_dataset, eval_dataset, monkeypatch):
         settings = {"metric_for_best_iteration": "nll", "load_best_iteration_at_end": True}
         configuration = make_config(**settings)
-        monkeypatch.setattr("spin_trl.earlier_policy.is_deepspeed_zero3_enabled", lambda: True)
+        monkeypatch.setattr("spin_trl.play.earlier_policy.is_deepspeed_zero3_enabled", lambda: True)
         with pytest.raises(ValueError, match="under ZeRO-3 and FSDP each process holds only shards"):
             SPINTrainer(tiny_model, configuration, train_dataset=train_dataset, eval_dataset=eval_dataset)
 

@@ -11,7 +11,7 @@ import pytest
 from datasets import Dataset
 from tiny_tokenizers import TEMPLATES, byte_tokenizer, letter_tokenizer, special_tokens
 
-from spin_trl.rendering import tokenize_dataset
+from spin_trl.data.rendering import tokenize_dataset
 
 
 SINGLE = [{"role": "user", "content": "Hi there"}, {"role": "assistant", "content": "Yes,  dear."}]

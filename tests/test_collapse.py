@@ -2,7 +2,7 @@
 
 import pytest
 
-from spin_trl.collapse import sign_within, signs_between
+from spin_trl.evaluation.collapse import sign_within, signs_between
 
 
 # (rewards/chosen, rewards/rejected), each the mean over four steps, by iteration. Recorded with beta 0.1 on

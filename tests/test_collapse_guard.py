@@ -8,8 +8,9 @@ import torch
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file
 
-from spin_trl import SPINTrainer, collapse_guard
-from spin_trl.collapse import CollapseSign
+from spin_trl import SPINTrainer
+from spin_trl.evaluation import collapse_guard
+from spin_trl.evaluation.collapse import CollapseSign
 
 
 SIGN = CollapseSign("displacement", "Both sides sink by 0.5 nats a token.")
@@ -82,9 +83,9 @@ def test_a_warning_names_sign_cause_and_remedy_and_the_run_goes_on(look, see, pl
 
 
 def test_run_in_which_nothing_is_seen_says_nothing(play, caplog, monkeypatch):
-    monkeypatch.setattr("spin_trl.collapse._MAX_FALL", 1e9)
-    monkeypatch.setattr("spin_trl.collapse._MAX_NLL_GROWTH", 1e9)
-    monkeypatch.setattr("spin_trl.collapse._MAX_FACTOR", 1e9)
+    monkeypatch.setattr("spin_trl.evaluation.collapse._MAX_FALL", 1e9)
+    monkeypatch.setattr("spin_trl.evaluation.collapse._MAX_NLL_GROWTH", 1e9)
+    monkeypatch.setattr("spin_trl.evaluation.collapse._MAX_FACTOR", 1e9)
     trainer = play(num_iterations=2, on_collapse="stop")
     assert "Sign of collapse" not in caplog.text and trainer.iteration == 1
     assert trainer.store.read_metrics(1)["num_collapse_signs"] == 0

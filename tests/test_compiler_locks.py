@@ -7,7 +7,7 @@ import pytest
 from accelerate import PartialState
 
 from spin_trl import SPINTrainer
-from spin_trl.compiler_locks import warn_of_old_locks
+from spin_trl.processes.compiler_locks import warn_of_old_locks
 
 
 @pytest.fixture

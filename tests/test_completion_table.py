@@ -9,7 +9,7 @@ from small_run import ANSWERS, GAMES, write_run
 from tiny_tokenizers import byte_tokenizer
 
 from spin_trl import SPINTrainer
-from spin_trl.completion_table import (
+from spin_trl.report.completion_table import (
     CompletionSample,
     _active_trackers,
     _as_frame,

@@ -10,9 +10,9 @@ from collections.abc import Iterable, Iterator
 import pytest
 from datasets import Dataset
 
-from spin_trl.completions import GenerationJob, Share
 from spin_trl.generation.sampler import Completion, CompletionRequest, SamplerError, SamplingParams
-from spin_trl.iteration_store import IterationStore
+from spin_trl.play.answers import GenerationJob, Share
+from spin_trl.run_directory.store import IterationStore
 
 
 PARAMS = SamplingParams(max_completion_length=8, end_token_ids=(2,))
@@ -207,7 +207,7 @@ def test_requests_are_made_only_as_the_sampler_takes_them(store, monkeypatch):
         made.append(args)
         return CompletionRequest(*args)
 
-    monkeypatch.setattr("spin_trl.completions.CompletionRequest", request)
+    monkeypatch.setattr("spin_trl.play.answers.CompletionRequest", request)
     with pytest.raises(SamplerError):
         job(store).run(FakeSampler(num_answers=3), prompts(*range(1000)), Share())
     assert len(made) == 4  # three answered, and the one at which it failed

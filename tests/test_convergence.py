@@ -4,9 +4,9 @@ import pytest
 from datasets import Dataset
 
 from spin_trl import SPINConfig, SPINTrainer
-from spin_trl.convergence import Converged, check_evaluation, check_identical_share, check_no_pair_share
+from spin_trl.data.pairs import NoPairsError
+from spin_trl.evaluation.endings import Converged, check_evaluation, check_identical_share, check_no_pair_share
 from spin_trl.generation.sampler import Completion
-from spin_trl.pairs import NoPairsError
 
 
 def config(**overrides) -> SPINConfig:

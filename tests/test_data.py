@@ -6,8 +6,8 @@ import pytest
 from datasets import Dataset, IterableDataset, load_dataset
 from tiny_tokenizers import byte_tokenizer
 
-from spin_trl.data import ACCEPTED_FORMATS, check_dataset, detect_format
-from spin_trl.rendering import tokenize_dataset
+from spin_trl.data.formats import ACCEPTED_FORMATS, check_dataset, detect_format
+from spin_trl.data.rendering import tokenize_dataset
 
 
 USER = {"role": "user", "content": "Hi"}

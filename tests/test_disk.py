@@ -15,10 +15,10 @@ from peft import LoraConfig
 from test_safety import changed_model
 
 from spin_trl import SPINTrainer
-from spin_trl.atomic_files import is_temporary, write_directory, write_file, write_text
-from spin_trl.disk import DiskError, readable, writing
-from spin_trl.generation.managed_server import ManagedServer
-from spin_trl.iteration_store import IterationStore
+from spin_trl.generation.vllm.managed_server import ManagedServer
+from spin_trl.run_directory.disk import DiskError, readable, writing
+from spin_trl.run_directory.store import IterationStore
+from spin_trl.run_directory.whole_files import is_temporary, write_directory, write_file, write_text
 
 
 class Disk:
@@ -345,7 +345,7 @@ def test_estimate_is_within_a_factor_of_two_of_what_a_run_writes(
     tiny_model, tokenizer, rows, make_config, monkeypatch, settings
 ):
     footprints = []
-    monkeypatch.setattr("spin_trl.run_setup.check_footprint", lambda footprint, *_: footprints.append(footprint))
+    monkeypatch.setattr("spin_trl.play.setup.check_footprint", lambda footprint, *_: footprints.append(footprint))
     settings = {"save_strategy": "epoch", "per_device_train_batch_size": 64, "num_iterations": 2, **settings}
     peft_config, changed = settings.pop("peft_config", None), settings.pop("changed", False)
     trainer = SPINTrainer(

@@ -6,8 +6,8 @@ import pytest
 import torch
 from test_distributed import TRAIN_FILE, launch, slow
 
-from spin_trl.iteration_store import IterationStore
-from spin_trl.resume import Place
+from spin_trl.run_directory.resume import Place
+from spin_trl.run_directory.store import IterationStore
 
 
 @pytest.mark.parametrize(

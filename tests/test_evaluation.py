@@ -5,8 +5,8 @@ import pyarrow as pa
 import pytest
 from datasets import Dataset
 
-from spin_trl.completion_parts import COMPLETION_SCHEMA
-from spin_trl.evaluation import ScoreTable, generation_metrics
+from spin_trl.evaluation.score_table import ScoreTable, generation_metrics
+from spin_trl.run_directory.completion_parts import COMPLETION_SCHEMA
 
 
 def truths(tokenizer, rows: list[int], texts: list[str]) -> Dataset:

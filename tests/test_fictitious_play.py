@@ -21,12 +21,12 @@ from test_opponent_reference import ScoreAtIterationOne, changed_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from spin_trl import SPINConfig, SPINTrainer, load_pairs
-from spin_trl.earlier_policy import lent_to_opponent
-from spin_trl.fictitious_play import OpponentDraw
+from spin_trl.data.draw import OpponentDraw
 from spin_trl.generation.sampler import CompletionRequest, SamplingParams
-from spin_trl.generation.vllm_api import VLLMServer
-from spin_trl.generation.vllm_sampler import VLLMSampler
-from spin_trl.iteration_store import RunDirectoryError
+from spin_trl.generation.vllm.http_api import VLLMServer
+from spin_trl.generation.vllm.sampler import VLLMSampler
+from spin_trl.play.earlier_policy import lent_to_opponent
+from spin_trl.run_directory.store import RunDirectoryError
 
 
 LORA = {"r": 8, "target_modules": "all-linear"}

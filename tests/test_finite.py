@@ -12,8 +12,14 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from spin_trl import SPINTrainer
-from spin_trl.finite import OriginCollator, StepNumbers, require_finite_scores, require_finite_truths, take_origins
-from spin_trl.pair_dataset import PairDataset
+from spin_trl.data.pair_dataset import PairDataset
+from spin_trl.policy.finite import (
+    OriginCollator,
+    StepNumbers,
+    require_finite_scores,
+    require_finite_truths,
+    take_origins,
+)
 
 
 NAN, INF = math.nan, math.inf

@@ -13,13 +13,10 @@ import pyarrow as pa
 from datasets import Dataset
 from tiny_tokenizers import letter_tokenizer
 
-from spin_trl.columns import write_rows
-from spin_trl.completions import GenerationJob, Share
-from spin_trl.generation.sampler import Completion, SamplingParams
-from spin_trl.iteration_store import IterationStore
-from spin_trl.lengths import pair_lengths
-from spin_trl.pair_dataset import PairDataset
-from spin_trl.pairs import (
+from spin_trl.data.columns import write_rows
+from spin_trl.data.lengths import pair_lengths
+from spin_trl.data.pair_dataset import PairDataset
+from spin_trl.data.pairs import (
     ANSWER_SCHEMA,
     add_history,
     describe_pairs,
@@ -27,7 +24,10 @@ from spin_trl.pairs import (
     find_identical_pairs,
     make_answers,
 )
-from spin_trl.preparation import dataset_checksum, drop_duplicates, percentile_length, prepare_data
+from spin_trl.data.preparation import dataset_checksum, drop_duplicates, percentile_length, prepare_data
+from spin_trl.generation.sampler import Completion, SamplingParams
+from spin_trl.play.answers import GenerationJob, Share
+from spin_trl.run_directory.store import IterationStore
 
 
 LENGTH = 200  # tokens of each list: 800 bytes in Arrow, many times as much as a list

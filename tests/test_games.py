@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from spin_trl.data import detect_format
-from spin_trl.games import Game, InvalidRowError, split_row
+from spin_trl.data.formats import detect_format
+from spin_trl.data.games import Game, InvalidRowError, split_row
 
 
 USER = {"role": "user", "content": "Hi"}

@@ -10,8 +10,8 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
 from spin_trl import SPINTrainer
-from spin_trl.held_out import reward_metrics
-from spin_trl.metric_names import evaluation_names
+from spin_trl.evaluation.held_out import reward_metrics
+from spin_trl.evaluation.metric_names import evaluation_names
 
 
 REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins")

@@ -12,7 +12,7 @@ import safetensors.torch
 from fake_hub import FakeHub
 
 from spin_trl import SPINConfig
-from spin_trl.hub import model_files
+from spin_trl.report.hub import model_files
 
 
 TOKEN = "hf_secretsecretsecretsecretsecretsecr"

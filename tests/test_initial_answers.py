@@ -5,8 +5,8 @@ import pytest
 from datasets import Dataset
 
 from spin_trl import load_pairs
-from spin_trl.iteration_store import IterationStore, RunDirectoryError
-from spin_trl.pairs import ANSWER_SCHEMA
+from spin_trl.data.pairs import ANSWER_SCHEMA
+from spin_trl.run_directory.store import IterationStore, RunDirectoryError
 
 
 RUN = "0a1b2c3d"

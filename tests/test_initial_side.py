@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from spin_trl import SPINConfig, SPINTrainer
-from spin_trl.finite import StepNumbers
-from spin_trl.initial_side import InitialSideCollator, join_initial, take_initial
+from spin_trl.objectives.third_side import InitialSideCollator, join_initial, take_initial
+from spin_trl.policy.finite import StepNumbers
 
 
 PAIRS = [

@@ -9,7 +9,7 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 
 from spin_trl import SPINTrainer
-from spin_trl.metric_names import ITERATION, METRIC_NAMES, logged_values, to_markdown
+from spin_trl.evaluation.metric_names import ITERATION, METRIC_NAMES, logged_values, to_markdown
 
 
 def own_entries(trainer: SPINTrainer) -> list[dict]:

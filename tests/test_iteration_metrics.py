@@ -5,9 +5,9 @@ import pyarrow as pa
 import pytest
 from datasets import Dataset
 
-from spin_trl import iteration_metrics
-from spin_trl.iteration_metrics import describe_generations, describe_scores, distinct, empty_share, generation_rates
-from spin_trl.iteration_store import COMPLETION_SCHEMA
+from spin_trl.data import pair_metrics as iteration_metrics
+from spin_trl.data.pair_metrics import describe_generations, describe_scores, distinct, empty_share, generation_rates
+from spin_trl.run_directory.store import COMPLETION_SCHEMA
 
 
 def lists(*values: list[int]) -> pa.ListArray:

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from spin_trl.atomic_files import temporary_path
-from spin_trl.iteration_store import IterationStore, RunDirectoryError
+from spin_trl.run_directory.store import IterationStore, RunDirectoryError
+from spin_trl.run_directory.whole_files import temporary_path
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def test_pairs_that_could_not_be_written_are_absent_and_can_be_written_again(sto
     store.write_data(run_data(0, 1))
 
     with monkeypatch.context() as patch:
-        patch.setattr("spin_trl.arrow_directory.write_rows", write_half_and_fail)
+        patch.setattr("spin_trl.run_directory.arrow_directory.write_rows", write_half_and_fail)
         with pytest.raises(OSError, match="No space left"):
             store.write_pairs(0, answers(0, 1), {})
     assert not store.has_pairs(0)

@@ -14,7 +14,7 @@ from kill_points import FINAL_WEIGHTS, PLACES
 from safetensors.torch import load_file
 
 from spin_trl import load_pairs
-from spin_trl.iteration_store import IterationStore
+from spin_trl.run_directory.store import IterationStore
 
 
 NUM_KILLS_IN_PROCESS = 17

@@ -9,7 +9,7 @@ import torch
 from trl import DPOTrainer
 
 from spin_trl import SPINTrainer
-from spin_trl.losses import SPIN_LOSSES, TRL_LOSSES
+from spin_trl.objectives.losses import SPIN_LOSSES, TRL_LOSSES
 
 
 def sigmoid(t: float) -> float:

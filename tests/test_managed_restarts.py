@@ -14,11 +14,11 @@ from contextlib import suppress
 import psutil
 import pytest
 
-from spin_trl.generation import managed_server
-from spin_trl.generation.managed_server import ManagedServer
 from spin_trl.generation.sampler import SamplerError
-from spin_trl.generation.serve_command import ServeCommand
-from spin_trl.generation.vllm_api import VLLMServer
+from spin_trl.generation.vllm import managed_server
+from spin_trl.generation.vllm.http_api import VLLMServer
+from spin_trl.generation.vllm.managed_server import ManagedServer
+from spin_trl.generation.vllm.serve_command import ServeCommand
 
 
 PATIENCE = 30.0  # seconds until a test gives up; none waits for it when all is well

@@ -16,8 +16,8 @@ import pytest
 from peft import LoraConfig
 
 from spin_trl import SPINTrainer
-from spin_trl.generation.managed_server import ManagedServer
 from spin_trl.generation.sampler import SamplerError
+from spin_trl.generation.vllm.managed_server import ManagedServer
 
 
 class Servers:
@@ -34,7 +34,7 @@ class Servers:
         return [
             command
             for command, environment in running_processes()
-            if mark in environment and ("spin_trl.generation.supervise" in command or "vllm" in command)
+            if mark in environment and ("spin_trl.generation.vllm.supervise" in command or "vllm" in command)
         ]
 
     def wait_until_gone(self, seconds: float) -> list[str]:
@@ -142,6 +142,6 @@ def test_managed_server_needs_a_model_that_lies_in_a_folder(tiny_model, tokenize
 
 
 def test_supervisor_imports_neither_torch_nor_datasets():
-    code = "import sys, spin_trl.generation.supervise; print('torch' in sys.modules, 'datasets' in sys.modules)"
+    code = "import sys, spin_trl.generation.vllm.supervise; print('torch' in sys.modules, 'datasets' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False False\n"

@@ -9,10 +9,10 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from spin_trl.adapters import starts_as_base
-from spin_trl.footprint import estimate_footprint, weights_of
-from spin_trl.merging import check_can_be_merged, fold_scaling, save_merged
-from spin_trl.publication import MERGED_TYPES
+from spin_trl.policy.adapters import starts_as_base
+from spin_trl.policy.merging import check_can_be_merged, fold_scaling, save_merged
+from spin_trl.policy.published_form import MERGED_TYPES
+from spin_trl.run_directory.footprint import estimate_footprint, weights_of
 
 
 IDS = torch.arange(18).reshape(2, 9)

@@ -3,7 +3,7 @@
 import pytest
 
 from spin_trl import SPINTrainer
-from spin_trl.model_card import self_play_section, with_section
+from spin_trl.report.model_card import self_play_section, with_section
 
 
 def test_card_says_spin_with_its_paper_the_table_by_iteration_and_the_settings(

@@ -11,7 +11,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
-from spin_trl.offload import Offloader, training_tensors
+from spin_trl.policy.offload import Offloader, training_tensors
 
 
 CPU = torch.device("cpu")

@@ -13,8 +13,8 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 
 from spin_trl import SPINTrainer
-from spin_trl.generation import managed_server
-from spin_trl.generation.managed_server import ManagedServer
+from spin_trl.generation.vllm import managed_server
+from spin_trl.generation.vllm.managed_server import ManagedServer
 
 
 SLOW_STARTS = [pytest.mark.slow, pytest.mark.timeout(1800)]  # a server that is ended is started for every turn

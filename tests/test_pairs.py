@@ -9,9 +9,8 @@ from datasets import Dataset
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from spin_trl import SPINConfig, SPINTrainer
-from spin_trl.completion_parts import COMPLETION_SCHEMA
-from spin_trl.pair_dataset import TRUTH_COLUMNS, PairDataset
-from spin_trl.pairs import (
+from spin_trl.data.pair_dataset import TRUTH_COLUMNS, PairDataset
+from spin_trl.data.pairs import (
     ANSWER_SCHEMA,
     NoPairsError,
     add_history,
@@ -21,6 +20,7 @@ from spin_trl.pairs import (
     keeps_identical_pairs,
     make_answers,
 )
+from spin_trl.run_directory.completion_parts import COMPLETION_SCHEMA
 
 
 DPO_LOSSES = [

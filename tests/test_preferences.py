@@ -8,10 +8,10 @@ from datasets import Dataset
 from tiny_tokenizers import byte_tokenizer
 
 from spin_trl import SPINConfig, SPINTrainer, load_pairs
-from spin_trl.pair_dataset import PREFERENCE
-from spin_trl.preferences import check_preference_dataset, prepare_preferences
-from spin_trl.run_paths import RunDirectoryError
-from spin_trl.scoring import score_pairs
+from spin_trl.data.pair_dataset import PREFERENCE
+from spin_trl.data.preferences import check_preference_dataset, prepare_preferences
+from spin_trl.policy.log_probs import score_pairs
+from spin_trl.run_directory.run_paths import RunDirectoryError
 
 
 TOKENIZER = byte_tokenizer("<|im_end|>", "qwen2_5", ["<|im_start|>"])

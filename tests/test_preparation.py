@@ -4,7 +4,7 @@ import pytest
 from datasets import Dataset
 from tiny_tokenizers import letter_tokenizer
 
-from spin_trl.preparation import drop_duplicates, drop_long_prompts, percentile_length, prepare_data
+from spin_trl.data.preparation import drop_duplicates, drop_long_prompts, percentile_length, prepare_data
 
 
 def rows(*texts: str) -> Dataset:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from transformers import TrainerState
 
-from spin_trl.progress import RunProgress, TimeLeft, begin_phase
+from spin_trl.processes.progress import RunProgress, TimeLeft, begin_phase
 
 
 PHASES = ("publish", "evaluate", "generate", "score")

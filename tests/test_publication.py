@@ -6,7 +6,7 @@ import pytest
 from peft import AdaptionPromptConfig, IA3Config, LoHaConfig, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from torch import nn
 
-from spin_trl.publication import Publication, plan_publication
+from spin_trl.policy.published_form import Publication, plan_publication
 
 
 def lora(**options) -> LoraConfig:

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from spin_trl.generation.sampler import Completion, SamplerError
-from spin_trl.publish_check import PublishCheck, compare_logps
+from spin_trl.play.publish_check import PublishCheck, compare_logps
 
 
 def completion(*logprobs: float) -> Completion:

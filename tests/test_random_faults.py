@@ -7,8 +7,8 @@ import time
 import pytest
 from fault_server import BASE, HANG_UP, OPPONENT, Answer, CutOff, FakeVLLM
 
-from spin_trl.generation import vllm_sampler
 from spin_trl.generation.sampler import CompletionRequest, SamplingParams
+from spin_trl.generation.vllm import sampler as vllm_sampler
 
 
 NUM_REQUESTS = 400

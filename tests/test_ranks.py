@@ -9,8 +9,8 @@ import pytest
 from torch.distributed import TCPStore
 from two_processes import PATIENCE, TwoProcesses
 
-from spin_trl.peers import Peers
-from spin_trl.ranks import failing_together, main_process_first, on_every_process, on_main_process
+from spin_trl.processes.peers import Peers
+from spin_trl.processes.ranks import failing_together, main_process_first, on_every_process, on_main_process
 
 
 def failing_together_with(function):
@@ -63,7 +63,7 @@ PREAMBLE = """
     from pathlib import Path
     import torch
     from accelerate import PartialState
-    from spin_trl import ranks
+    from spin_trl.processes import ranks
     from spin_trl.ranks import failing_together, main_process_first, on_every_process, on_main_process
     from spin_trl.ranks import raise_if_another_failed
 

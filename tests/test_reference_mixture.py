@@ -8,8 +8,8 @@ from test_opponent_reference import LORA, POLICIES, ScoreAtIterationOne, all_log
 from transformers import AutoModelForCausalLM
 
 from spin_trl import SPINTrainer, load_pairs
-from spin_trl.losses import SPIN_LOSSES, TRL_LOSSES
-from spin_trl.reference_mixture import LOSSES_OF_DIFFERENCES, mix_scores
+from spin_trl.objectives.losses import SPIN_LOSSES, TRL_LOSSES
+from spin_trl.objectives.reference_mixture import LOSSES_OF_DIFFERENCES, mix_scores
 
 
 # The losses that see whether both reference log-probs of a prompt rise by the same number, and more than that.

@@ -11,8 +11,8 @@ from datasets import Dataset, load_dataset
 from tiny_tokenizers import TEMPLATES, byte_tokenizer, letter_tokenizer, special_tokens
 from transformers import PreTrainedTokenizerFast
 
-from spin_trl.chat_template import end_after_first
-from spin_trl.rendering import tokenize_dataset
+from spin_trl.data.chat_template import end_after_first
+from spin_trl.data.rendering import tokenize_dataset
 
 
 MESSAGES = [

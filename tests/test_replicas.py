@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from fault_server import HANG_UP, OPPONENT, FakeVLLM, FaultyServer
 
-from spin_trl.generation import replicas as replicas_module
-from spin_trl.generation import vllm_sampler
-from spin_trl.generation.replicas import ReplicatedSampler
 from spin_trl.generation.sampler import CompletionRequest, SamplerError, SamplingParams
-from spin_trl.generation.vllm_sampler import VLLMSampler
+from spin_trl.generation.vllm import replicas as replicas_module
+from spin_trl.generation.vllm import sampler as vllm_sampler
+from spin_trl.generation.vllm.replicas import ReplicatedSampler
+from spin_trl.generation.vllm.sampler import VLLMSampler
 
 
 PARAMS = SamplingParams(16, (2,))

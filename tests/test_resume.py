@@ -16,8 +16,8 @@ from transformers import TrainerCallback
 
 from spin_trl import SPINTrainer
 from spin_trl.generation.policy_sampler import PolicySampler
-from spin_trl.iteration_store import RunDirectoryError
-from spin_trl.resume import Place
+from spin_trl.run_directory.resume import Place
+from spin_trl.run_directory.store import RunDirectoryError
 
 
 DEFAULT = object()

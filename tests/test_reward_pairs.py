@@ -5,12 +5,12 @@ import pyarrow as pa
 import pytest
 from datasets import Dataset, Features, List, Value
 
-from spin_trl import columns
-from spin_trl.iteration_metrics import describe_scores
-from spin_trl.pair_dataset import TRUTH, PairDataset
-from spin_trl.pairs import NoPairsError, add_history, drop_identical_pairs, find_identical_pairs
-from spin_trl.reward_answers import REWARDED_SCHEMA, describe_rewards
-from spin_trl.reward_pairs import RANKED_SCHEMA, rank_answers, ranked_pairs
+from spin_trl.data import columns
+from spin_trl.data.pair_dataset import TRUTH, PairDataset
+from spin_trl.data.pair_metrics import describe_scores
+from spin_trl.data.pairs import NoPairsError, add_history, drop_identical_pairs, find_identical_pairs
+from spin_trl.data.rewards.judged_answers import REWARDED_SCHEMA, describe_rewards
+from spin_trl.data.rewards.ranked_pairs import RANKED_SCHEMA, rank_answers, ranked_pairs
 
 
 def data(num_rows: int) -> Dataset:

@@ -8,10 +8,10 @@ from conftest import DATA
 from test_distributed import launch
 
 from spin_trl import SPINTrainer, load_pairs
+from spin_trl.data.pair_dataset import TRUTH
+from spin_trl.data.pairs import NoPairsError
 from spin_trl.generation.sampler import Completion
-from spin_trl.pair_dataset import TRUTH
-from spin_trl.pairs import NoPairsError
-from spin_trl.run_paths import RunDirectoryError
+from spin_trl.run_directory.run_paths import RunDirectoryError
 
 
 NUM_ROWS = 8

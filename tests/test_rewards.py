@@ -14,9 +14,9 @@ from tiny_tokenizers import byte_tokenizer
 from transformers import TrainerState
 
 from spin_trl import SPINConfig
-from spin_trl.pairs import ANSWER_SCHEMA
-from spin_trl.reward_answers import REWARDED_SCHEMA, AnswerRewards
-from spin_trl.rewards import RewardFunctions, check_rewards
+from spin_trl.data.pairs import ANSWER_SCHEMA
+from spin_trl.data.rewards.functions import RewardFunctions, check_rewards
+from spin_trl.data.rewards.judged_answers import REWARDED_SCHEMA, AnswerRewards
 
 
 def length(completions, **kwargs):

@@ -6,7 +6,7 @@ import pytest
 from tiny_tokenizers import byte_tokenizer
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from spin_trl.run_setup import _end_token_ids
+from spin_trl.play.setup import _end_token_ids
 
 
 TOKENIZER = byte_tokenizer("<|end_of_text|>", extra_special_tokens=("<|eot_id|>", "<|eom_id|>"))

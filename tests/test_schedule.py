@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from spin_trl import SPINTrainer
-from spin_trl.schedule import check_schedule
+from spin_trl.policy.optimizer import check_schedule
 
 
 def logged(trainer, name: str) -> list[float]:

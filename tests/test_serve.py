@@ -9,8 +9,9 @@ import sys
 import pytest
 
 from spin_trl import serve
-from spin_trl.generation import choice, serve_command
+from spin_trl.generation import choice
 from spin_trl.generation.choice import choose_sampler
+from spin_trl.generation.vllm import serve_command
 
 
 URL = "http://localhost:8000"

@@ -9,12 +9,12 @@ import time
 import pytest
 from test_managed_restarts import PATIENCE, answers, kill, processes_of, wait_for
 
-from spin_trl.generation import managed_server
-from spin_trl.generation.managed_server import ManagedServer
 from spin_trl.generation.sampler import SamplerError
-from spin_trl.generation.serve_command import ServeCommand
-from spin_trl.generation.server_rest import ServerRest
-from spin_trl.generation.vllm_api import VLLMServer
+from spin_trl.generation.vllm import managed_server
+from spin_trl.generation.vllm.http_api import VLLMServer
+from spin_trl.generation.vllm.managed_server import ManagedServer
+from spin_trl.generation.vllm.rest import ServerRest
+from spin_trl.generation.vllm.serve_command import ServeCommand
 
 
 # Answers /health as healthy and writes down what it is asked; with a file "refuse" it answers that path with 500.

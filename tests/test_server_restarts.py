@@ -12,11 +12,11 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from spin_trl import SPINTrainer
-from spin_trl.generation import vllm_sampler
-from spin_trl.generation.managed_server import ManagedServer
 from spin_trl.generation.sampler import Completion, CompletionRequest, SamplerError, SamplingParams
-from spin_trl.generation.vllm_api import VLLMServer
-from spin_trl.generation.vllm_sampler import VLLMSampler
+from spin_trl.generation.vllm import sampler as vllm_sampler
+from spin_trl.generation.vllm.http_api import VLLMServer
+from spin_trl.generation.vllm.managed_server import ManagedServer
+from spin_trl.generation.vllm.sampler import VLLMSampler
 
 
 NUM_REQUESTS = 600

@@ -8,8 +8,8 @@ import pytest
 from trl import DPOConfig, TrlParser
 
 from spin_trl import SPINConfig
-from spin_trl.changed_settings import changed_settings
-from spin_trl.objective import sampling_caveats
+from spin_trl.objectives.loss_settings import sampling_caveats
+from spin_trl.run_directory.changed_settings import changed_settings
 
 
 URL = "http://localhost:8000"

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
 from spin_trl import SPINTrainer, load_pairs
+from spin_trl.data.pairs import NoPairsError
 from spin_trl.generation.sampler import Completion
-from spin_trl.pairs import NoPairsError
 
 
 LORA = {"r": 8, "target_modules": "all-linear", "init_lora_weights": True}

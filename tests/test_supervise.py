@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from spin_trl.generation import managed_server
-from spin_trl.generation.managed_server import ManagedServer
-from spin_trl.generation.serve_command import ServeCommand
+from spin_trl.generation.vllm import managed_server
+from spin_trl.generation.vllm.managed_server import ManagedServer
+from spin_trl.generation.vllm.serve_command import ServeCommand
 
 
 PATIENCE = 20.0  # seconds until a test gives up; none waits for it when all is well
@@ -41,7 +41,7 @@ time.sleep(600)
 # Supervises as a process in a terminal's foreground does, with another time between SIGTERM and SIGKILL.
 SUPERVISOR = """
 import signal, sys
-from spin_trl.generation import supervise
+from spin_trl.generation.vllm import supervise
 signal.signal(signal.SIGINT, signal.default_int_handler)
 supervise.GRACE_PERIOD = float(sys.argv[1])
 sys.exit(supervise.supervise(sys.argv[2:]))
@@ -155,14 +155,14 @@ def test_interrupt_from_the_keyboard_is_left_to_the_parent(processes):
 
 @pytest.mark.parametrize("status", [0, 3])
 def test_exit_status_of_the_command_is_passed_on(status):
-    command = [sys.executable, "-m", "spin_trl.generation.supervise", "sh", "-c", f"exit {status}"]
+    command = [sys.executable, "-m", "spin_trl.generation.vllm.supervise", "sh", "-c", f"exit {status}"]
     process = subprocess.Popen(command, stdin=subprocess.PIPE)
     assert process.wait(timeout=PATIENCE) == status
     process.stdin.close()
 
 
 def test_exit_status_of_a_killed_command_is_a_shells():
-    command = [sys.executable, "-m", "spin_trl.generation.supervise", "sh", "-c", "kill -9 $$"]
+    command = [sys.executable, "-m", "spin_trl.generation.vllm.supervise", "sh", "-c", "kill -9 $$"]
     process = subprocess.Popen(command, stdin=subprocess.PIPE)
     assert process.wait(timeout=PATIENCE) == 128 + signal.SIGKILL
     process.stdin.close()

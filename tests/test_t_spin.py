@@ -16,7 +16,7 @@ from test_resume import assert_same_weights, stop_after, weights
 from transformers import TrainerCallback
 
 from spin_trl import SPINTrainer, load_pairs
-from spin_trl.iteration_store import IterationStore, RunDirectoryError
+from spin_trl.run_directory.store import IterationStore, RunDirectoryError
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ import pytest
 from datasets import Dataset, load_dataset
 from tiny_tokenizers import letter_tokenizer
 
-from spin_trl import rendering
-from spin_trl.rendering import RowRenderer, tokenize_dataset
+from spin_trl.data import rendering
+from spin_trl.data.rendering import RowRenderer, tokenize_dataset
 
 
 @pytest.fixture

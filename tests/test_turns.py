@@ -3,9 +3,10 @@
 import pytest
 from fault_server import FakeVLLM
 
-from spin_trl import SPINTrainer, held_out, self_play
-from spin_trl.offload import Offloader
-from spin_trl.turns import Turns
+from spin_trl import SPINTrainer, self_play
+from spin_trl.evaluation import held_out
+from spin_trl.play.turns import Turns
+from spin_trl.policy.offload import Offloader
 
 
 class Server:

@@ -9,9 +9,9 @@ from collections.abc import Callable
 import pytest
 from fault_server import HANG_UP, PATIENCE, Answer, CutOff, FakeVLLM, completion
 
-from spin_trl.generation import vllm_api
-from spin_trl.generation.attempts import Attempts, Progress
 from spin_trl.generation.sampler import SamplerError
+from spin_trl.generation.vllm import http_api as vllm_api
+from spin_trl.generation.vllm.attempts import Attempts, Progress
 
 
 def in_turn(*answers: Answer) -> Callable[[str, dict | None], Answer]:

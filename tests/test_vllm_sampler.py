@@ -12,11 +12,11 @@ import pytest
 from datasets import Dataset
 from fault_server import HANG_UP, OPPONENT, FakeVLLM
 
-from spin_trl.completions import GenerationJob, Share
-from spin_trl.generation import vllm_api
 from spin_trl.generation.sampler import Completion, CompletionRequest, SamplerError, SamplingParams
-from spin_trl.generation.vllm_sampler import VLLMSampler
-from spin_trl.iteration_store import IterationStore
+from spin_trl.generation.vllm import http_api as vllm_api
+from spin_trl.generation.vllm.sampler import VLLMSampler
+from spin_trl.play.answers import GenerationJob, Share
+from spin_trl.run_directory.store import IterationStore
 
 
 # What the server can do

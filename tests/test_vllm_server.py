@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from spin_trl import SPINTrainer
 from spin_trl.generation.sampler import CompletionRequest, SamplerError, SamplingParams
-from spin_trl.generation.vllm_api import VLLMServer
-from spin_trl.generation.vllm_sampler import VLLMSampler
+from spin_trl.generation.vllm.http_api import VLLMServer
+from spin_trl.generation.vllm.sampler import VLLMSampler
 
 
 LORA = {"r": 8, "target_modules": "all-linear"}

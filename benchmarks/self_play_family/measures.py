@@ -3,7 +3,7 @@
 import pyarrow as pa
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from spin_trl.iteration_metrics import distinct
+from spin_trl.data.pair_metrics import distinct
 
 from .answers import answer, completion_ids, logps
 from .task import Row, Task

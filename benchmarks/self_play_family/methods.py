@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from spin_trl import SPINConfig
-from spin_trl.losses import SPIN_LOSSES, TRL_LOSSES
+from spin_trl.objectives.losses import SPIN_LOSSES, TRL_LOSSES
 
 
 Setting = dict[str, float]  # fields of the configuration

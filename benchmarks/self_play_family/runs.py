@@ -15,7 +15,7 @@ from datasets import Dataset, disable_progress_bars
 from transformers import PreTrainedModel, TrainerCallback
 
 from spin_trl import SPINConfig, SPINTrainer
-from spin_trl.atomic_files import write_text
+from spin_trl.run_directory.whole_files import write_text
 
 from .measures import measure
 from .methods import METHODS, Setting

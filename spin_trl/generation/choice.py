@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from .serve_command import can_serve
+from .vllm.serve_command import can_serve
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from ..atomic_files import write_text
+from ..run_directory.whole_files import write_text
 from . import sections, summary
 from .charts import table
 from .pictures import write_pictures

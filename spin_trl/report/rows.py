@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ..atomic_files import checksum
+from ..run_directory.whole_files import checksum
 
 
 _ITERATION = re.compile(r"iteration-(0|[1-9][0-9]*)")

@@ -1,0 +1,1 @@
+"""Rows -> tokens -> pairs. Knows nothing of models, servers and paths."""

@@ -1,0 +1,197 @@
+"""One row of SFT data -> its games, each a prompt and its ground truth. Knows nothing of tokens and of row numbers."""
+
+from typing import Any, NamedTuple
+
+from .formats import DataFormat
+
+
+class InvalidRowError(ValueError):
+    """A row that cannot be played: the message names the field, what was found and what to do."""
+
+
+class Game(NamedTuple):
+    """
+    A prompt and its ground truth, both text or both lists of messages.
+
+    `prompt_name` and `completion_name` say where in the row they come from, for errors.
+    """
+
+    prompt: str | list[dict]
+    completion: str | list[dict]
+    prompt_name: str = "`prompt`"
+    completion_name: str = "`completion`"
+
+
+def split_row(row: dict[str, Any], data_format: DataFormat, train_on_turns: str = "last") -> list[Game]:
+    """
+    The games of one row: one, or with `train_on_turns="all"` one for every assistant turn of a whole conversation.
+
+    Whole conversations are `messages`, `real`, and a `chosen` that holds its prompt. A separate prompt always is one
+    game, since its row says itself what is the ground truth. An assistant turn that opens a conversation answers
+    nothing and makes no game.
+
+    Raises:
+        `InvalidRowError`: if the prompt or the ground truth is missing, empty, not text or of mixed kinds.
+    """
+    if data_format.name == "named":
+        games = [_named_columns(row, data_format)]
+    elif data_format.name == "prompt_completion":
+        games = [Game(row["prompt"], row["completion"])]
+    elif data_format.name == "preference":
+        games = _preference(row, train_on_turns)
+    else:
+        games = _conversation(row[data_format.completion_column], data_format.completion_column, train_on_turns)
+    for game in games:
+        _check_game(game)
+    return games
+
+
+def _named_columns(row: dict[str, Any], data_format: DataFormat) -> Game:
+    """Several prompt columns are joined by a blank line; empty ones, such as Alpaca's `input`, are left out."""
+    columns, completion = data_format.prompt_columns, data_format.completion_column
+    prompt = row[columns[0]]
+    if len(columns) > 1:
+        for column in columns:
+            if not isinstance(row[column], str | None):
+                raise InvalidRowError(f"`{column}` must be text to be joined, found {_kind(row[column])}.")
+        prompt = "\n\n".join(row[column] for column in columns if (row[column] or "").strip())
+    return Game(prompt, row[completion], f"`{'+'.join(columns)}`", f"`{completion}`")
+
+
+def _preference(row: dict[str, Any], train_on_turns: str) -> list[Game]:
+    prompt, chosen = row.get("prompt"), row["chosen"]
+    if not _is_messages(chosen):
+        if prompt is None and isinstance(chosen, str):
+            raise InvalidRowError(
+                "`chosen` is text without a `prompt`, so there is no telling where the prompt ends. Separate the two, "
+                "for example with `dataset.map(trl.extract_prompt)`."
+            )
+        return [Game(prompt, chosen, completion_name="`chosen`")]
+    is_answer_alone = len(chosen) == 1 and chosen[0]["role"] == "assistant"
+    if is_answer_alone and prompt is not None:
+        return [Game(prompt, chosen, completion_name="`chosen`")]
+    if _is_messages(prompt) and not _begins_with(chosen, prompt):
+        raise InvalidRowError(
+            "`chosen` is a whole conversation that does not begin with `prompt`. Make the two agree, or leave only "
+            "the assistant's message in `chosen`."
+        )
+    return _conversation(chosen, "chosen", train_on_turns)
+
+
+def _conversation(messages: Any, column: str, train_on_turns: str) -> list[Game]:
+    if not _is_messages(messages):
+        raise InvalidRowError(
+            f"`{column}` must be a non-empty list of messages, found {_kind(messages)}. {_way_to_messages(messages)}"
+        )
+    if messages[-1]["role"] != "assistant":
+        raise InvalidRowError(
+            f"`{column}` ends on the role '{messages[-1]['role']}', but the last message is the ground truth and must "
+            "be the assistant's. Remove what follows the last assistant message, or rename the role to 'assistant' if "
+            "that is what it means."
+        )
+    if train_on_turns == "last":
+        turns = [len(messages) - 1]
+    else:
+        turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant" and turn > 0]
+    return [_turn(messages, column, turn) for turn in turns or [0]]
+
+
+def _turn(messages: list[dict], column: str, turn: int) -> Game:
+    place = f"`{column}`" if turn == len(messages) - 1 else f"`{column}[{turn}]`"
+    return Game(messages[:turn], [messages[turn]], f"the prompt of {place}", f"the ground truth of {place}")
+
+
+def _check_game(game: Game) -> None:
+    prompt, completion, prompt_name, completion_name = game
+    for name, value in ((prompt_name, prompt), (completion_name, completion)):
+        _check_value(value, name)
+    if isinstance(prompt, list) != isinstance(completion, list):
+        raise InvalidRowError(
+            f"mixed formats: {prompt_name} is {_kind(prompt)} and {completion_name} is {_kind(completion)}. Make both "
+            "text, or both lists of messages."
+        )
+    if isinstance(completion, list) and (len(completion) != 1 or completion[0]["role"] != "assistant"):
+        raise InvalidRowError(
+            f"{completion_name} must be exactly one assistant message, found the roles "
+            f"{[message['role'] for message in completion]}. Move earlier messages to the prompt."
+        )
+    if isinstance(prompt, list) and prompt and prompt[-1]["role"] == "assistant":
+        raise InvalidRowError(
+            f"{prompt_name} ends on the role 'assistant', but an answer must follow another role. Join two answers in "
+            "a row into one message, or move the prompt's last message to the ground truth."
+        )
+
+
+def _check_value(value: Any, name: str) -> None:
+    if not isinstance(value, str) and value != [] and not _is_messages(value):
+        raise InvalidRowError(
+            f"{name} must be text or a list of messages, found {_kind(value)}. {_way_to_messages(value)}"
+        )
+    messages = value if isinstance(value, list) else [{"content": value}]
+    for message in messages:
+        _check_text(message, name)
+    if all(_is_empty(message) for message in messages):
+        raise InvalidRowError(f"{name} is empty. Every row needs a prompt and a ground truth; remove the row.")
+    for number, message in enumerate(messages):
+        if _is_empty(message) and (message["role"] == "assistant" or message.get("content") is None):
+            raise InvalidRowError(f"{name}: message {number}, of the role '{message['role']}', is empty. Remove it.")
+
+
+def _check_text(message: dict, name: str) -> None:
+    content = message.get("content")
+    if not isinstance(content, str | None):
+        raise InvalidRowError(
+            f"{name} has a message whose `content` is {_kind(content)}, and it must be text. Join the text parts, and "
+            "leave out any others."
+        )
+    for text in (value for value in message.values() if isinstance(value, str)):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidRowError(
+                f"{name} is not valid Unicode: {text[error.start]!r} at character {error.start} stands alone. Clean "
+                "it, for example with `text.encode('utf-8', 'replace').decode()`."
+            ) from None
+
+
+def _is_empty(message: dict) -> bool:
+    return not (message.get("content") or "").strip() and not message.get("tool_calls")
+
+
+def _begins_with(conversation: list[dict], beginning: list[dict]) -> bool:
+    """By role and content alone: Arrow may have filled the two with different empty keys."""
+    pairs = zip(conversation, beginning, strict=False)
+    return len(conversation) > len(beginning) and all(
+        (one["role"], one.get("content")) == (other["role"], other.get("content")) for one, other in pairs
+    )
+
+
+def _is_messages(value: Any) -> bool:
+    if not isinstance(value, list) or not value:
+        return False
+    return all(isinstance(message, dict) and isinstance(message.get("role"), str) for message in value)
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, str):
+        return "text"
+    if isinstance(value, list) and value:
+        if _is_messages(value):
+            return "a list of messages"
+        return f"a list of `{type(value[0]).__name__}`{_keys(value)}"
+    return "an empty list" if isinstance(value, list) else f"`{type(value).__name__}`"
+
+
+def _keys(values: list) -> str:
+    odd = next((v for v in values if not (isinstance(v, dict) and isinstance(v.get("role"), str))), None)
+    return f" with the keys {sorted(odd)}" if isinstance(odd, dict) else ""
+
+
+def _way_to_messages(value: Any) -> str:
+    if isinstance(value, str):
+        return "Parse it, if it is JSON: `dataset.map(lambda row: {column: json.loads(row[column])})`."
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return "Write each message as {'role': ..., 'content': ...}."
+    if isinstance(value, list) and value:
+        return "Give the text itself, or messages such as {'role': ..., 'content': ...}."
+    return "Fill the cell or remove the row."

@@ -1,0 +1,170 @@
+"""Completions -> preference pairs: the ground truth is chosen, the opponent's answer rejected. Knows no models.
+
+Where rewards choose instead, `reward_pairs` goes on from here. No function here holds the pairs: they pass through it
+in batches, or it gives a view of them.
+"""
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset, concatenate_datasets
+
+from ..run_directory.completion_parts import OPPONENT_FIELD
+from .columns import equal_lists, numbers, positions_of
+from .draw import OPPONENT
+from .lengths import column_lengths
+from .pair_dataset import PairDataset
+
+
+# What an iteration adds to the run's data; its scores come later.
+ANSWER_SCHEMA = pa.schema(
+    [
+        ("iteration", pa.int32()),
+        ("row", pa.int64()),
+        ("source_row", pa.int64()),
+        ("sample", pa.int32()),
+        ("rejected_ids", pa.list_(pa.int32())),
+    ]
+)
+
+_SIDES = ("chosen_ids", "rejected_ids")
+
+# DPOTrainer's losses whose gradient on a pair of equal sides is zero, whatever the policy, and that look at each pair
+# by itself: functions of the difference between the sides, and `apo_zero`, whose two terms cancel. (AOT compares the
+# differences of a whole batch, where a zero does have its place.)
+_BLIND_TO_IDENTICAL_PAIRS = {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "apo_zero"}
+_BLIND_TO_IDENTICAL_PAIRS |= {"exponential", "correlation"}  # SPIN's own
+
+
+def answer_schema(has_opponents: bool) -> pa.Schema:
+    """What an iteration adds to the run's data, with `opponent` where several take part."""
+    return pa.schema([*ANSWER_SCHEMA, OPPONENT_FIELD]) if has_opponents else ANSWER_SCHEMA
+
+
+class NoPairsError(RuntimeError):
+    """No pair of an iteration has two sides that can be told apart: there is nothing left to learn from."""
+
+
+def make_answers(data: Dataset, completions: Iterable[pa.Table], iteration: int) -> Iterator[pa.Table]:
+    """
+    The opponent's side of every pair, batch by batch. Completions of rows that the data lack are left out.
+
+    Args:
+        data ([`~datasets.Dataset`]): With the columns `row` and `source_row`.
+        completions (`Iterable[pyarrow.Table]`): With the columns `row`, `sample` and `completion_ids`, perhaps with
+            `opponent`.
+        iteration (`int`): The iteration in which they were made.
+
+    Returns:
+        `Iterator[pyarrow.Table]`: of [`answer_schema`], with `opponent` where the completions have it.
+    """
+    rows, source_rows = numbers(data, "row"), numbers(data, "source_row")
+    for batch in completions:
+        positions, found = positions_of(batch["row"].to_numpy(), rows)
+        batch = batch.filter(pa.array(found))
+        columns = {
+            "iteration": np.full(len(batch), iteration, np.int32),
+            "row": batch["row"],
+            "source_row": source_rows[positions],
+            "sample": batch["sample"],
+            "rejected_ids": batch["completion_ids"],
+        }
+        has_opponents = OPPONENT in batch.column_names
+        if has_opponents:
+            columns[OPPONENT] = batch[OPPONENT]
+        yield pa.table(columns, schema=answer_schema(has_opponents))
+
+
+def keeps_identical_pairs(identical_pairs: str | None, loss_types: list[str]) -> bool:
+    """
+    Whether pairs whose two sides are equal are trained on.
+
+    Args:
+        identical_pairs (`str`, *optional*): "keep", "drop", or `None` for what the losses can use: such a pair
+            moves the policy only if some loss judges the sides separately (`sft`, `bco_pair`, `nca_pair`, ...). A loss
+            that is not known here is taken to be one of those.
+        loss_types (`list[str]`): The losses that are mixed.
+    """
+    if identical_pairs is not None:
+        return identical_pairs == "keep"
+    return not set(loss_types) <= _BLIND_TO_IDENTICAL_PAIRS
+
+
+def find_identical_pairs(pairs: PairDataset) -> np.ndarray:
+    """Which pairs have two equal sides, a mask of shape `(len(pairs),)`."""
+    masks = [equal_lists(batch["chosen_ids"], batch["rejected_ids"]) for batch in pairs.batches(_SIDES)]
+    return np.concatenate([np.empty(0, bool), *masks])
+
+
+def drop_identical_pairs(pairs: PairDataset, is_identical: np.ndarray) -> PairDataset:
+    """
+    Leave out the pairs whose two sides are equal.
+
+    Args:
+        pairs ([`PairDataset`]): All of them.
+        is_identical (`np.ndarray` of shape `(len(pairs),)`): See [`find_identical_pairs`].
+
+    Raises:
+        `NoPairsError`: if no pair is left.
+    """
+    if is_identical.all() and "chosen_sample" in pairs.column_names:  # chosen by rewards
+        raise NoPairsError(
+            f"Both sides of all {len(pairs)} pairs of this iteration are the same, token by token, although their "
+            "rewards differ: there is nothing to tell apart. See whether the reward functions give one text two "
+            "rewards, raise `temperature`, or set `identical_pairs='keep'`."
+        )
+    if is_identical.all():
+        raise NoPairsError(
+            f"The opponent reproduces the ground truth in all {len(pairs)} pairs of this iteration, so self-play has "
+            "converged: there is nothing left to tell apart. The policy is the last iteration's. To go on, use more "
+            "or other data, raise `temperature`, or set `identical_pairs='keep'`."
+        )
+    return pairs.select(np.flatnonzero(~is_identical)) if is_identical.any() else pairs
+
+
+def add_history(pairs: PairDataset, previous: list[tuple[int, PairDataset]]) -> PairDataset:
+    """
+    Join the pairs that older opponents made to the new ones. They are to be scored anew, so their scores are left out.
+
+    Args:
+        pairs ([`PairDataset`]): The new ones.
+        previous (`list[tuple[int, PairDataset]]`): Iteration number and training set of each older iteration to join.
+            Of each only the pairs that its own opponent made are taken.
+    """
+    if not previous:
+        return pairs
+    joined = [pairs]
+    for iteration, older in previous:
+        own = older.select(np.flatnonzero(numbers(older.answers, "iteration") == iteration))
+        joined.append(PairDataset(own.truths, own.answers.select_columns(pairs.answers.column_names)))
+    truths = concatenate_datasets([dataset.truths for dataset in joined])
+    return PairDataset(truths, concatenate_datasets([dataset.answers for dataset in joined]))
+
+
+def describe_pairs(
+    pairs: PairDataset, is_identical: np.ndarray, cut_off_share: float, max_length: int | None = None
+) -> dict[str, float]:
+    """
+    Shares and mean lengths by which one sees how the opponent's answers compare with the ground truth.
+
+    Args:
+        pairs ([`PairDataset`]): As made, the identical ones included.
+        is_identical (`np.ndarray` of shape `(len(pairs),)`): See [`find_identical_pairs`].
+        cut_off_share (`float`): Share of the completions that ran into the length limit.
+        max_length (`int`, *optional*): Length at which DPOTrainer's collator truncates a prompt with one side.
+    """
+    prompts, chosen, rejected = (column_lengths(pairs, name) for name in ("prompt_ids", *_SIDES))
+    return {
+        "num_pairs": len(pairs),
+        "chosen_length": chosen.mean().item(),
+        "rejected_length": rejected.mean().item(),
+        "chosen_truncated_share": _share_longer_than(max_length, prompts + chosen),
+        "rejected_truncated_share": _share_longer_than(max_length, prompts + rejected),
+        "cut_off_share": cut_off_share,
+        "identical_share": is_identical.mean().item(),
+    }
+
+
+def _share_longer_than(max_length: int | None, lengths: np.ndarray) -> float:
+    return 0.0 if max_length is None else (lengths > max_length).mean().item()

@@ -1,0 +1,1 @@
+"""What reward functions say of answers, and the pairs that they make."""

@@ -1,0 +1,204 @@
+"""Rewards of an iteration's ground truths and generations, batch by batch. Knows nothing of files and of pairs."""
+
+import hashlib
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase, TrainerState
+
+from ...processes.progress import progress_bar
+from ..columns import batches, numbers, positions_of
+from ..pairs import ANSWER_SCHEMA, answer_schema
+from .functions import RESERVED_KEYWORDS, RewardFunctions
+
+
+_BATCH_SIZE = 1024  # completions that a function is given at once, whole prompts; a prompt with more comes alone
+_NOT_PASSED = RESERVED_KEYWORDS | {"prompt", "completion"}  # GRPOTrainer does not pass these two either
+
+_TIE = 1e-6  # relative to the greater of 1 and the rewards: the order of a sum's terms is no difference
+_NUM_TRIED = 2  # ground truths; with one, a function that returns one number for all would pass
+
+REWARD_FIELDS = [pa.field("chosen_reward", pa.float64()), pa.field("rejected_reward", pa.float64())]
+REWARDED_SCHEMA = pa.schema([*ANSWER_SCHEMA, *REWARD_FIELDS])
+
+
+def rewarded_schema(has_opponents: bool) -> pa.Schema:
+    """`REWARDED_SCHEMA`, with `opponent` where several take part."""
+    return pa.schema([*answer_schema(has_opponents), *REWARD_FIELDS])
+
+
+class AnswerRewards:
+    """
+    Judges what an opponent has answered, and the ground truths beside it.
+
+    Functions see the ground truths first, then the generations, each as GRPOTrainer shows completions: text for a text
+    prompt, otherwise a list of one assistant message, decoded without special tokens. Keyword arguments are the columns
+    of the user's dataset, `completion_ids`, `trainer_state`, and `ground_truth`, the text of each row's ground truth
+    (unless a column has that name).
+
+    Args:
+        functions ([`RewardFunctions`]): Judge.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Gives the text.
+        source ([`~datasets.Dataset`]): The user's, whose rows are numbered by `source_row`.
+        num_generations (`int`): Of each prompt.
+    """
+
+    def __init__(
+        self, functions: RewardFunctions, tokenizer: PreTrainedTokenizerBase, source: Dataset, num_generations: int
+    ):
+        self.functions = functions
+        self.tokenizer = tokenizer
+        columns = [name for name in source.column_names if name not in _NOT_PASSED]
+        self.source = source.with_format(None).select_columns(columns)
+        self.batch_size = max(1, _BATCH_SIZE // num_generations) * num_generations
+
+    def add(
+        self, data: Dataset, answers: Iterable[pa.Table], state: TrainerState, iteration: int, total: int
+    ) -> Iterator[pa.Table]:
+        """
+        Add the rewards of both sides to the pairs of ground truth and generation.
+
+        Args:
+            data ([`~datasets.Dataset`]): With the columns `row`, `prompt` and `chosen_ids`.
+            answers (`Iterable[pyarrow.Table]`): See [`pairs.make_answers`], sorted by row.
+            state ([`~transformers.TrainerState`]): The trainer's.
+            iteration (`int`), total (`int`): Its number, and about how many answers there are, to show.
+
+        Returns:
+            `Iterator[pyarrow.Table]`: of [`rewarded_schema`].
+        """
+        rows = numbers(data, "row")
+        self._reset()
+        with progress_bar(total=total, desc=f"Iteration {iteration}: rewards", unit=" completions") as bar:
+            for batch in answers:
+                started = time.monotonic()
+                rewarded = self._judge(data, rows, batch.combine_chunks(), state)
+                self._seconds += time.monotonic() - started
+                bar.update(len(batch))
+                yield rewarded
+
+    def try_on(self, data: Dataset) -> None:
+        """
+        Have the first ground truths judged, so that what a function cannot take, or returns, is known before anything
+        is generated.
+
+        Args:
+            data ([`~datasets.Dataset`]): With the columns `source_row`, `prompt` and `chosen_ids`.
+
+        Raises:
+            See [`RewardFunctions`].
+        """
+        truths = data.select(range(min(_NUM_TRIED, len(data))))[:]
+        self._reset()
+        self._judge_truths(truths, np.array(truths["source_row"]), TrainerState())
+        self.functions.take_logged()
+
+    def checksum(self, source_rows: np.ndarray) -> str:
+        """Of all columns that functions are given with these rows: 16 hexadecimal digits."""
+        digest = hashlib.blake2b(source_rows.astype(np.int64).tobytes(), digest_size=8)
+        if columns := self.source.column_names:
+            for batch in batches(self.source.select(source_rows), columns):
+                digest.update(repr(batch.to_pydict()).encode())
+        return digest.hexdigest()
+
+    def take_metrics(self) -> dict[str, float]:
+        """What the functions said of all that was judged since `add` was called, each on its own, and how long."""
+        metrics = {"seconds_rewards": self._seconds, **self.functions.take_logged()}
+        if len(self.functions.names) > 1:
+            for kind, (sums, counts) in self._sums.items():
+                for name, total, count in zip(self.functions.names, sums, counts, strict=True):
+                    if count:
+                        metrics[f"rewards/{name}/{kind}"] = float(total / count)
+        return metrics
+
+    def _judge(self, data: Dataset, rows: np.ndarray, batch: pa.Table, state: TrainerState) -> pa.Table:
+        found, of_row = np.unique(batch["row"].to_numpy(), return_inverse=True)
+        positions, _ = positions_of(found, rows)
+        truths = data.select(positions)[:]
+        # Every answer of a row has the row's source row.
+        source_rows = np.empty(len(found), np.int64)
+        source_rows[of_row] = batch["source_row"].to_numpy()
+        truth_rewards, columns = self._judge_truths(truths, source_rows, state)
+        prompts, answer_ids = list(truths["prompt"]), batch["rejected_ids"].to_pylist()
+        repeated = {name: [values[i] for i in of_row] for name, values in columns.items()}
+        answer_rewards = self._ask(
+            "generations", [prompts[i] for i in of_row], self._decode(answer_ids), answer_ids, repeated, state
+        )
+        for field, rewards in zip(REWARD_FIELDS, (truth_rewards[of_row], answer_rewards), strict=True):
+            batch = batch.append_column(field, pa.array(rewards, from_pandas=True))  # null where there is none
+        return batch
+
+    def _judge_truths(
+        self, truths: dict[str, list], source_rows: np.ndarray, state: TrainerState
+    ) -> tuple[np.ndarray, dict[str, list]]:
+        """Returns the columns that functions are given, too."""
+        texts = self._decode(truths["chosen_ids"])
+        columns = {"ground_truth": texts, **self.source.select(source_rows)[:]}
+        return self._ask("truths", list(truths["prompt"]), texts, list(truths["chosen_ids"]), columns, state), columns
+
+    def _reset(self) -> None:
+        self._sums: dict[str, np.ndarray] = defaultdict(lambda: np.zeros((2, len(self.functions.names))))
+        self._seconds = 0.0
+
+    def _ask(
+        self,
+        kind: str,
+        prompts: list,
+        texts: list[str],
+        ids: list[list[int]],
+        columns: dict[str, list],
+        state: TrainerState,
+    ) -> np.ndarray:
+        completions: list[Any] = [
+            text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+            for prompt, text in zip(prompts, texts, strict=True)
+        ]
+        rewards, each = self.functions(prompts, completions, ids, trainer_state=state, **columns)
+        self._sums[kind] += np.stack([np.nansum(each, axis=0), np.sum(~np.isnan(each), axis=0)])
+        return rewards
+
+    def _decode(self, ids: list[list[int]]) -> list[str]:
+        return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+
+
+def describe_rewards(answers: Dataset) -> dict[str, float]:
+    """
+    Rewards of the ground truths beside those of the generations.
+
+    Args:
+        answers ([`~datasets.Dataset`]): With the columns `row`, sorted, and `REWARD_FIELDS`: ground truth and
+            generation.
+
+    Returns:
+        `dict`: means over prompts and over generations, as far as there are rewards; the shares of prompts whose best
+        generation beats the ground truth, or comes to the same; and the share of both kinds that has no reward.
+    """
+    truth, generation = numbers(answers, "chosen_reward"), numbers(answers, "rejected_reward")
+    starts = group_starts(numbers(answers, "row"))
+    truth, best = truth[starts], np.fmax.reduceat(generation, starts)
+    is_known = ~np.isnan(truth) & ~np.isnan(best)
+    beaten = exceeds(best, truth)
+    described = {
+        "beaten_truths_share": float(beaten.mean()),
+        "tied_truths_share": float((is_known & ~beaten & ~exceeds(truth, best)).mean()),
+        "unjudged_share": float(np.isnan(np.concatenate([truth, generation])).mean()),
+    }
+    for name, rewards in (("truth_reward", truth), ("generation_reward", generation)):
+        if not np.isnan(rewards).all():
+            described[name] = float(np.nanmean(rewards))
+    return described
+
+
+def exceeds(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Where the left reward is the greater one, by more than rounding. Not-a-number exceeds nothing."""
+    return left - right > _TIE * np.maximum(1.0, np.maximum(np.abs(left), np.abs(right)))
+
+
+def group_starts(rows: np.ndarray) -> np.ndarray:
+    """Where each row's answers begin, `rows` being sorted."""
+    return np.flatnonzero(np.concatenate([[True], rows[1:] != rows[:-1]]))

@@ -1,0 +1,192 @@
+"""Pairs by rewards, where it is not always the ground truth that is chosen. Knows nothing of models and files.
+
+SPIN's section 7 leaves the target of self-play, the ground truth, for one that moves. Two such:
+
+`best_of`: of each prompt the ground truth is chosen, unless its best generation (the first of several that are equal)
+has a strictly higher reward. Everything else with a strictly lower reward than the chosen one is rejected, each in a
+pair of its own.
+
+`reward_ranked`, the recipe `spin` of verl: the generation of the highest reward is chosen, that of the lowest
+rejected, and the ground truth plays no part.
+
+With either, equal rewards make no pair: where a rule says that both sides are right, neither is to be unlearned. Nor
+does what has no reward (not-a-number here): a generation takes no part, a ground truth leaves out its prompt.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+from datasets import concatenate_datasets
+
+from ...run_directory.completion_parts import OPPONENT_FIELD
+from ..columns import batches, numbers
+from ..draw import OPPONENT
+from ..pair_dataset import TRUTH, PairDataset
+from ..pairs import ANSWER_SCHEMA, NoPairsError
+from .judged_answers import REWARD_FIELDS, exceeds, group_starts
+
+
+# `sample` is the number of the rejected generation and `chosen_sample` that of the chosen one, `TRUTH` if that side is
+# the ground truth.
+RANKED_SCHEMA = pa.schema(
+    [*ANSWER_SCHEMA, ("chosen_sample", pa.int32()), ("chosen_ids", pa.list_(pa.int32())), *REWARD_FIELDS]
+)
+
+
+def ranked_schema(has_opponents: bool) -> pa.Schema:
+    """`RANKED_SCHEMA`, with `opponent` where several take part. All generations of a prompt are of the same."""
+    return pa.schema([*RANKED_SCHEMA, OPPONENT_FIELD]) if has_opponents else RANKED_SCHEMA
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """
+    Which side of each pair is which.
+
+    Args:
+        num_prompts (`int`): That were answered.
+        num_paired (`int`): That make a pair.
+        owners, chosen, rejected (`np.ndarray`):
+            For each pair the position of an answer to its prompt, and those of the chosen and of the rejected answer,
+            `TRUTH` for the ground truth.
+        truth, reward (`np.ndarray`): Of each answer its ground truth's reward, and its own.
+    """
+
+    num_prompts: int
+    num_paired: int
+    owners: np.ndarray
+    chosen: np.ndarray
+    rejected: np.ndarray
+    truth: np.ndarray
+    reward: np.ndarray
+
+    def describe(self) -> dict[str, float]:
+        """How many pairs there are, and which share of the prompts makes none."""
+        return {"num_pairs": len(self.owners), "no_pair_share": 1 - self.num_paired / self.num_prompts}
+
+
+def rank_answers(answers: PairDataset, pairing: str) -> Ranks:
+    """
+    Choose the sides of the pairs that rewards make of ground truths and generations.
+
+    Args:
+        answers ([`PairDataset`]): Every generation beside its ground truth, sorted by row, with `REWARD_FIELDS`.
+        pairing (`str`): "best_of" or "reward_ranked".
+    """
+    rows, truth = numbers(answers.answers, "row"), numbers(answers.answers, "chosen_reward")
+    reward = numbers(answers.answers, "rejected_reward")
+    starts = group_starts(rows)
+    rank = _best_of if pairing == "best_of" else _best_and_worst
+    owners, chosen, rejected = rank(starts, truth, reward)
+    return Ranks(len(starts), len(np.unique(rows[owners])), owners, chosen, rejected, truth, reward)
+
+
+def no_pairs(pairing: str) -> NoPairsError:
+    """What to say where no prompt of an iteration makes a pair."""
+    if pairing == "best_of":
+        found = "no generation has another reward than its ground truth"
+        remedy = "let more `num_generations` or a higher `temperature` vary them"
+    else:
+        found = "all generations of each prompt have the same reward"
+        remedy = (
+            "let more `num_generations` or a higher `temperature` vary them, or use `pairing='best_of'`, which has the "
+            "ground truths too"
+        )
+    return NoPairsError(
+        f"No prompt of this iteration makes a pair: {found}, so there is nothing left to learn from these rewards. The "
+        "policy is the last iteration's. Start the same command with `stop_when_converged=True` to end the run here as "
+        f"it should end. If that is too soon, see what the reward functions return, and in a new run {remedy}."
+    )
+
+
+def _best_of(starts: np.ndarray, truth: np.ndarray, reward: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """
+    Args:
+        starts: Where each prompt's answers begin.
+        truth, reward: See [`Ranks`].
+
+    Returns:
+        `owners`, `chosen` and `rejected` of [`Ranks`].
+    """
+    group = _groups(starts, len(reward))
+    best = np.fmax.reduceat(reward, starts)
+    beaten = exceeds(best, truth[starts])[group]
+    winner = _first_of_each(~exceeds(best[group], reward) & ~np.isnan(reward), group, len(starts))[group]
+    positions = np.arange(len(reward))
+    is_beating = beaten & (positions == winner)
+    kept = exceeds(np.where(beaten, best[group], truth), reward) | is_beating
+    chosen = np.where(beaten, winner, TRUTH)
+    rejected = np.where(is_beating, TRUTH, positions)  # the winner's own place is the ground truth's pair
+    return positions[kept], chosen[kept], rejected[kept]
+
+
+def _best_and_worst(
+    starts: np.ndarray, truth: np.ndarray, reward: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """As [`_best_of`]."""
+    group = _groups(starts, len(reward))
+    best, worst = np.fmax.reduceat(reward, starts), np.fmin.reduceat(reward, starts)
+    differ, known = exceeds(best, worst), ~np.isnan(reward)
+    chosen = _first_of_each(~exceeds(best[group], reward) & known, group, len(starts))[differ]
+    rejected = _first_of_each(~exceeds(reward, worst[group]) & known, group, len(starts))[differ]
+    return chosen, chosen, rejected
+
+
+def _groups(starts: np.ndarray, count: int) -> np.ndarray:
+    """The number of the prompt that each answer is to."""
+    return np.repeat(np.arange(len(starts)), np.diff([*starts, count]))
+
+
+def _first_of_each(mask: np.ndarray, group: np.ndarray, num_groups: int) -> np.ndarray:
+    """The first position in each group where the mask is true, -1 where it nowhere is."""
+    first = np.full(num_groups, -1)
+    found = np.flatnonzero(mask)
+    groups, positions = np.unique(group[found], return_index=True)
+    first[groups] = found[positions]
+    return first
+
+
+def ranked_pairs(answers: PairDataset, ranks: Ranks) -> Iterator[pa.Table]:
+    """
+    The pairs themselves.
+
+    Args:
+        answers ([`PairDataset`]): As [`rank_answers`] was given.
+        ranks ([`Ranks`]): At least one pair.
+
+    Returns:
+        `Iterator[pyarrow.Table]`: of [`ranked_schema`].
+    """
+    owners, chosen, rejected, truth, reward = ranks.owners, ranks.chosen, ranks.rejected, ranks.truth, ranks.reward
+    samples = numbers(answers.answers, "sample")
+    truths = answers.truths.select_columns(["chosen_ids"]).rename_column("chosen_ids", "ids")
+    generations = answers.answers.select_columns(["rejected_ids"]).rename_column("rejected_ids", "ids")
+    sides = concatenate_datasets([truths, generations])
+
+    def ids_of(side: np.ndarray) -> Iterator[pa.Table]:
+        return batches(sides.select(np.where(side == TRUTH, owners, len(truths) + side)), ["ids"])
+
+    def of(side: np.ndarray, of_truth: np.ndarray | int, of_generation: np.ndarray) -> np.ndarray:
+        return np.where(side == TRUTH, of_truth, of_generation[side])
+
+    values = {
+        "sample": of(rejected, TRUTH, samples),
+        "chosen_sample": of(chosen, TRUTH, samples),
+        "chosen_reward": of(chosen, truth[owners], reward),
+        "rejected_reward": of(rejected, truth[owners], reward),
+    }
+    schema = ranked_schema(OPPONENT in answers.column_names)
+    keys = batches(
+        answers.answers.select(owners),
+        [name for name in ("iteration", "row", "source_row", OPPONENT) if name in schema.names],
+    )
+    start = 0
+    for key, chosen_ids, rejected_ids in zip(keys, ids_of(chosen), ids_of(rejected), strict=True):
+        stop = start + len(key)
+        columns = {name: key[name] for name in key.column_names}
+        columns |= {name: value[start:stop] for name, value in values.items()}
+        columns |= {"chosen_ids": chosen_ids["ids"], "rejected_ids": rejected_ids["ids"]}
+        yield pa.table({name: columns[name] for name in schema.names}).cast(schema)
+        start = stop

@@ -1,0 +1,127 @@
+"""Which iteration made the best policy, by one of the evaluation's metrics, and that policy back in the trainer.
+
+Knows nothing of how the metrics come about.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..play.earlier_policy import take_back
+from ..spin_config import SPINConfig
+from .metric_names import EVALUATION, METRIC_NAMES, evaluation_names
+
+
+if TYPE_CHECKING:
+    from ..spin_trainer import SPINTrainer
+
+
+@dataclass(frozen=True)
+class BestIteration:
+    """
+    Args:
+        opponent (`int`): Number of the opponent that is the best policy: iteration `opponent - 1` has made it.
+        metric (`str`): What was compared.
+        values (`dict[str, float]`): Its value after each iteration, and at the start.
+    """
+
+    opponent: int
+    metric: str
+    values: dict[str, float]
+
+    @property
+    def label(self) -> str:
+        return label(self.opponent)
+
+    def __str__(self) -> str:
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in self.values.items())
+        what = "The start" if self.opponent == 0 else f"The policy after {self.label}"
+        return f"{what} is the best by `{self.metric}`: {shown}."
+
+    def describe(self) -> dict[str, Any]:
+        """For `self_play.json`."""
+        return {**asdict(self), "after": self.label}
+
+
+def label(opponent: int) -> str:
+    """What an evaluation is called: the opponent of an iteration is what the iteration before it made."""
+    return "start" if opponent == 0 else f"iteration {opponent - 1}"
+
+
+def check_best_iteration(args: SPINConfig, has_eval_dataset: bool, has_generation_metrics: bool) -> None:
+    """
+    Raises:
+        `ValueError`: if nothing is evaluated, or no such metric can come.
+    """
+    metric = args.metric_for_best_iteration
+    if metric is None:
+        return
+    if not has_eval_dataset:
+        raise ValueError(
+            f"`metric_for_best_iteration={metric!r}` compares evaluations, but `eval_dataset` is None. Pass an "
+            "`eval_dataset`, or leave the metric and `load_best_iteration_at_end` unset."
+        )
+    if not has_generation_metrics and _plain(metric) not in evaluation_names():
+        raise ValueError(
+            f"`metric_for_best_iteration={metric!r}` is none of the run's metrics: {evaluation_names()}. Name one of "
+            "them, or pass a `compute_generation_metrics` that returns it."
+        )
+
+
+def check_is_evaluated(args: SPINConfig, scores: Mapping[str, float]) -> None:
+    """
+    Raises:
+        `ValueError`: if the metric that iterations are to be compared by is not among those of an evaluation.
+    """
+    metric = args.metric_for_best_iteration
+    known = [*scores, *(name for name in evaluation_names() if name not in scores)]
+    if metric is not None and _plain(metric) not in known:
+        raise ValueError(
+            f"`metric_for_best_iteration={metric!r}` is none of the evaluation's metrics: {known}. Name one of them, "
+            "or have `compute_generation_metrics` return it, and start the same command again."
+        )
+
+
+def find_best(metrics: Iterable[tuple[int, dict[str, Any]]], args: SPINConfig) -> BestIteration | None:
+    """
+    The best of all policies of a run, the earlier one where two are equal; `None` if no value can be compared.
+
+    Args:
+        metrics: Each opponent's number and its iteration's metrics.
+    """
+    metric = _plain(args.metric_for_best_iteration)
+    values = {number: found.get(EVALUATION, {}).get(metric) for number, found in metrics}
+    values = {number: value for number, value in values.items() if value is not None and math.isfinite(value)}
+    if not values:
+        return None
+    choose = max if is_greater_better(metric, args.greater_is_better_iteration) else min
+    best = choose(values, key=values.get)
+    return BestIteration(best, metric, {label(number): value for number, value in values.items()})
+
+
+def is_greater_better(metric: str, given: bool | None = None) -> bool:
+    """Whether the greater value is the better one: as given, as known here, or, as transformers, by the name."""
+    if given is not None:
+        return bool(given)
+    known = METRIC_NAMES.get(f"eval_{metric}")
+    return known.greater_is_better if known is not None else not metric.endswith(("loss", "nll"))
+
+
+def take_best(trainer: "SPINTrainer", best: BestIteration | None, say: Callable[[str], Any]) -> None:
+    """
+    Say which iteration is the best, and load its policy if that is asked for. Every process calls it.
+
+    Raises:
+        [`RunDirectoryError`]: if that policy is not on disk.
+    """
+    if best is None:
+        say(f"No evaluation has a value of `{trainer.args.metric_for_best_iteration}`: no iteration is the best.")
+        return
+    say(str(best))
+    if trainer.args.load_best_iteration_at_end:
+        take_back(trainer, best.opponent)
+
+
+def _plain(metric: str) -> str:
+    return metric.removeprefix("eval_")

@@ -1,0 +1,72 @@
+"""When self-play is over: opponent and data, or the rewards where they choose, no longer differ.
+
+SPIN (arXiv 2401.01335), theorem 5.2: where the opponent is the data's distribution, it is the best reply to itself, so
+that no further iteration moves it. Knows nothing of how the numbers come about.
+"""
+
+from collections.abc import Mapping
+
+from ..spin_config import SPINConfig
+from .run_end import RunEnd
+
+
+class Converged(RunEnd):
+    """There is nothing left to learn."""
+
+    kind = "converged"
+
+    def __init__(self, iteration: int, rule: str, reason: str, **numbers: float):
+        super().__init__(f"Self-play has converged before iteration {iteration}: {reason}", iteration, rule, **numbers)
+
+
+def check_evaluation(iteration: int, scores: Mapping[str, float], args: SPINConfig) -> None:
+    """
+    Raises:
+        [`Converged`]: if that is asked for and what an iteration has taught the policy no longer tells held-out ground
+            truths from its opponent's answers.
+    """
+    accuracy = scores.get("rewards/accuracies")
+    if not args.stop_when_converged or args.pairing != "ground_truth":
+        return  # with another pairing the policy does not learn to tell the ground truths
+    if accuracy is not None and abs(accuracy - 0.5) <= args.convergence_tolerance:
+        raise Converged(
+            iteration,
+            "held-out accuracy",
+            f"on `eval_dataset` the policy after iteration {iteration - 1} tells the ground truth from its opponent's "
+            f"answer in {accuracy:.1%} of the pairs, within {args.convergence_tolerance:.1%} of a coin's toss.",
+            accuracy=accuracy,
+            tolerance=args.convergence_tolerance,
+        )
+
+
+def check_identical_share(iteration: int, identical_share: float, args: SPINConfig) -> None:
+    """
+    Raises:
+        [`Converged`]: if that is asked for and nearly all of the opponent's answers equal the ground truth.
+    """
+    is_judged = args.stop_when_converged and args.pairing == "ground_truth"
+    if is_judged and identical_share >= 1 - args.convergence_tolerance:
+        raise Converged(
+            iteration,
+            "identical pairs",
+            f"its opponent reproduces the ground truth in {identical_share:.1%} of the pairs, at least "
+            f"{1 - args.convergence_tolerance:.1%}.",
+            identical_share=identical_share,
+            tolerance=args.convergence_tolerance,
+        )
+
+
+def check_no_pair_share(iteration: int, no_pair_share: float, args: SPINConfig) -> None:
+    """
+    Raises:
+        [`Converged`]: if that is asked for, rewards choose, and they find hardly any prompt's answers to differ.
+    """
+    if args.stop_when_converged and no_pair_share >= 1 - args.convergence_tolerance:
+        raise Converged(
+            iteration,
+            "equal rewards",
+            f"with `pairing={args.pairing!r}`, {no_pair_share:.1%} of the prompts make no pair, at least "
+            f"{1 - args.convergence_tolerance:.1%}.",
+            no_pair_share=no_pair_share,
+            tolerance=args.convergence_tolerance,
+        )

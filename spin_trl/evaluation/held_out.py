@@ -1,0 +1,142 @@
+"""`HeldOutEvaluation`: what an opponent is worth on `eval_dataset`, and whether it has beaten the one before it.
+
+Knows nothing of how the answers are generated.
+"""
+
+import logging
+import traceback
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset
+
+from ..data.pair_dataset import PairDataset
+from ..data.pairs import make_answers
+from ..policy.log_probs import negative_log_likelihood, score_pairs
+from ..processes.ranks import on_main_process
+from ..run_directory.store import IterationStore
+from .best_iteration import check_is_evaluated
+from .metric_names import evaluation_names
+from .score_table import GenerationMetrics, generation_metrics
+
+
+if TYPE_CHECKING:
+    from ..spin_trainer import SPINTrainer
+
+logger = logging.getLogger(__name__)
+
+
+class HeldOutEvaluation:
+    """
+    Evaluates the policy at the start of each iteration, where it is the opponent, and at the end of the run.
+
+    Args:
+        trainer ([`SPINTrainer`]): Holds the policy.
+        store ([`IterationStore`]): The run directory, with the answers.
+        compute ([`GenerationMetrics`], *optional*): The user's metrics.
+    """
+
+    def __init__(self, trainer: "SPINTrainer", store: IterationStore, compute: GenerationMetrics | None = None):
+        self.trainer = trainer
+        self.store = store
+        self.compute = compute
+
+    def scores(self, iteration: int, dataset: Dataset) -> dict[str, float]:
+        """
+        Metrics of the opponent of `iteration`, which the policy is and whose answers are on disk. Every process calls.
+
+        Args:
+            dataset ([`~datasets.Dataset`]): The run's `eval_dataset`, with `prompt` and token ids.
+
+        Returns:
+            `dict[str, float]`: `nll`, the user's, and, except for the first opponent, DPOTrainer's `rewards/` of the
+            iteration that has made it.
+        """
+        rewards = self._rewards(iteration - 1) if iteration > 0 else {}
+        self._keep_pairs(iteration, dataset)
+        nll = negative_log_likelihood(self.trainer, dataset)
+        return {"nll": nll, **on_main_process(lambda: self._users_metrics(iteration, dataset)), **rewards}
+
+    def _keep_pairs(self, iteration: int, dataset: Dataset) -> None:
+        """
+        The opponent's answers with its own log-probs of both sides. When it is time to see whether the next policy
+        tells them apart, the opponent is gone.
+        """
+        completions = self.store.completions(iteration, "evaluation").batches()
+        answers = Dataset(pa.concat_tables(make_answers(dataset, completions, iteration)))
+        pairs = PairDataset.join(dataset, answers)
+        scores = score_pairs(self.trainer, pairs)
+        table = pa.concat_tables(pairs.batches())
+        for name, logps in scores.items():
+            table = table.append_column(name, pa.array(logps))
+        on_main_process(lambda: self.store.write_evaluation_pairs(iteration, table))
+
+    def _rewards(self, iteration: int) -> dict[str, float]:
+        """What an iteration has taught the policy about its opponent's answers. Nothing, if they were not kept."""
+        table = self.store.read_evaluation_pairs(iteration)
+        if table is None:
+            logger.warning(f"Iteration {iteration} has no evaluation pairs on disk, so its rewards are not known.")
+            return {}
+        pairs = Dataset(table)
+        logps = score_pairs(self.trainer, pairs)
+        logratios = {
+            side: logps[f"ref_{side}_logps"] - table[f"ref_{side}_logps"].to_numpy() for side in ("chosen", "rejected")
+        }
+        identical = np.array([a == b for a, b in zip(pairs["chosen_ids"], pairs["rejected_ids"], strict=True)])
+        return reward_metrics(
+            logratios["chosen"], logratios["rejected"], identical, self.trainer.args.beta_at(iteration)
+        )
+
+    def _users_metrics(self, iteration: int, dataset: Dataset) -> dict[str, float]:
+        if self.compute is None:
+            return {}
+        completions = self.store.completions(iteration, "evaluation").batches()
+        try:
+            found = generation_metrics(self.compute, dataset, completions, self.trainer.processing_class)
+            _check_names(found)
+        except Exception as error:
+            if self.trainer.args.eval_on_error == "warn":
+                logger.warning(
+                    f"`compute_generation_metrics` failed for the opponent of iteration {iteration}; the run goes on "
+                    f"without its metrics (`eval_on_error='warn'`).\n{traceback.format_exc()}"
+                )
+                return {}
+            error.add_note(
+                f"In `compute_generation_metrics`, for the opponent of iteration {iteration}. Its answers are on disk: "
+                "correct the function and resume the run. `eval_on_error='warn'` would go on without its metrics."
+            )
+            raise
+        check_is_evaluated(self.trainer.args, found)
+        return found
+
+
+def reward_metrics(
+    chosen_logratios: np.ndarray, rejected_logratios: np.ndarray, identical: np.ndarray, beta: float
+) -> dict[str, float]:
+    """
+    DPOTrainer's reward metrics, over all held-out pairs at once.
+
+    Args:
+        chosen_logratios, rejected_logratios (`np.ndarray` of shape `(N,)`): `log p - log p_t` of each side, in nats.
+        identical (`np.ndarray` of shape `(N,)`): Which pairs have equal sides. Nobody can tell these apart, so they
+            count half in the accuracy, as does any other tie.
+        beta (`float`): The iteration's.
+    """
+    chosen, rejected = beta * chosen_logratios.astype(np.float64), beta * rejected_logratios.astype(np.float64)
+    tied = identical | (chosen == rejected)
+    return {
+        "rewards/chosen": float(chosen.mean()),
+        "rewards/rejected": float(rejected.mean()),
+        "rewards/accuracies": float(np.where(tied, 0.5, chosen > rejected).mean()),
+        "rewards/margins": float((chosen - rejected).mean()),
+    }
+
+
+def _check_names(found: dict[str, float]) -> None:
+    taken = sorted(set(found) & set(evaluation_names()))
+    if taken:
+        raise ValueError(
+            f"`compute_generation_metrics` returned {taken}, which are names of the run's own metrics. Give yours "
+            "other names."
+        )

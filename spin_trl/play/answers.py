@@ -1,0 +1,155 @@
+"""Completions of a whole dataset, written to the run directory part by part. Knows nothing of models or HTTP."""
+
+import hashlib
+import math
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from datasets import Dataset
+
+from ..data.columns import batches, numbers
+from ..data.draw import OPPONENT, OpponentDraw
+from ..generation.sampler import Completion, CompletionRequest, OpponentSampler, SamplingParams
+from ..processes.progress import progress_bar
+from ..processes.ranks import raise_if_another_failed
+from ..run_directory.store import IterationStore
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which share of the work this process does: number `index` of `count`."""
+
+    index: int = 0
+    count: int = 1
+
+
+@dataclass
+class GenerationJob:
+    """
+    Completions of every prompt of a dataset, those that are missing on disk.
+
+    Args:
+        store ([`IterationStore`]): Where completed parts are, and go.
+        iteration (`int`): Number of the iteration.
+        kind (`str`): "generations" or "evaluation".
+        params ([`SamplingParams`]): How to sample.
+        num_samples (`int`): Completions per prompt.
+        part_size (`int`): Prompts per part; fewer if there would be less than one part for each process.
+        seed (`int`): The run's seed, from which each completion's own is derived.
+        draw ([`OpponentDraw`], *optional*): Who answers which prompt. By default the newest opponent all of them.
+    """
+
+    store: IterationStore
+    iteration: int
+    kind: str
+    params: SamplingParams
+    num_samples: int = 1
+    part_size: int = 256
+    seed: int = 0
+    draw: OpponentDraw | None = None
+
+    def missing_rows(self, prompts: Dataset) -> np.ndarray:
+        """Rows of `prompts` whose completions are not on disk yet."""
+        rows = numbers(prompts, "row")
+        return rows[~np.isin(rows, self.store.completed_rows(self.iteration, self.kind))]
+
+    def run(
+        self, sampler: OpponentSampler, prompts: Dataset, share: Share, missing_rows: np.ndarray | None = None
+    ) -> None:
+        """
+        Sample this process's share of what is missing.
+
+        Args:
+            sampler ([`OpponentSampler`]): The opponent.
+            prompts ([`~datasets.Dataset`]): With the columns `row` and `prompt_ids`.
+            share ([`Share`]): This process's share.
+            missing_rows (`np.ndarray`, *optional*): What all processes together have to sample. They must agree on it,
+                so it has to be found before the first of them writes a part. By default found here.
+        """
+        missing_rows = self.missing_rows(prompts) if missing_rows is None else missing_rows
+        parts = self._parts(missing_rows, share)
+        own_rows = np.concatenate([np.empty(0, np.int64), *parts])
+        part_of = _PartNumbers(parts)
+        collected: dict[int, list[Completion]] = defaultdict(list)
+        requests = self._requests(prompts, own_rows)
+        with _GenerationProgress(self, len(own_rows) * self.num_samples, disable=share.index > 0) as progress:
+            for completion in sampler.sample(requests, self.params):
+                raise_if_another_failed()
+                progress.add(completion)
+                number = part_of[completion.key[0]]
+                collected[number].append(completion)
+                if len(collected[number]) == len(parts[number]) * self.num_samples:
+                    self._write(int(parts[number][0]), collected.pop(number))
+
+    def _parts(self, missing_rows: np.ndarray, share: Share) -> list[np.ndarray]:
+        size = max(1, min(self.part_size, math.ceil(len(missing_rows) / share.count)))
+        parts = [missing_rows[start : start + size] for start in range(0, len(missing_rows), size)]
+        return parts[share.index :: share.count]
+
+    def _requests(self, prompts: Dataset, rows: np.ndarray) -> Iterator[CompletionRequest]:
+        prompts = prompts.select(np.flatnonzero(np.isin(numbers(prompts, "row"), rows)))
+        for batch in batches(prompts, ["row", "prompt_ids"]):
+            for prompt in batch.to_pylist():
+                opponent = None if self.draw is None else self.draw.of_row(prompt["row"])
+                for sample in range(self.num_samples):
+                    key = (prompt["row"], sample)
+                    yield CompletionRequest(key, prompt["prompt_ids"], self._seed_of(key), opponent)
+
+    def _seed_of(self, key: tuple[int, int]) -> int:
+        """A seed of its own for every completion, such that repeating it repeats the completion."""
+        source = repr((self.seed, self.iteration, self.kind, *key)).encode()
+        return int.from_bytes(hashlib.blake2b(source, digest_size=4).digest())
+
+    def _write(self, first_row: int, completions: list[Completion]) -> None:
+        completions.sort(key=lambda completion: completion.key)
+        columns = {
+            "row": [completion.key[0] for completion in completions],
+            "sample": [completion.key[1] for completion in completions],
+            "completion_ids": [completion.token_ids for completion in completions],
+            "finish_reason": [completion.finish_reason for completion in completions],
+        }
+        if self.draw is not None:
+            columns[OPPONENT] = [self.draw.of_row(completion.key[0]) for completion in completions]
+        self.store.write_completions(self.iteration, self.kind, first_row, columns)
+
+
+class _PartNumbers:
+    """By row the number of its part: two numbers for each row, where a `dict` would hold them as objects."""
+
+    def __init__(self, parts: list[np.ndarray]):
+        rows = np.concatenate([np.empty(0, np.int64), *parts])
+        order = np.argsort(rows, kind="stable")
+        self.rows = rows[order]
+        self.numbers = np.repeat(np.arange(len(parts)), [len(part) for part in parts])[order]
+
+    def __getitem__(self, row: int) -> int:
+        return int(self.numbers[np.searchsorted(self.rows, row)])
+
+
+class _GenerationProgress:
+    """A progress bar that counts completions and shows tokens per second."""
+
+    def __init__(self, job: GenerationJob, total: int, disable: bool):
+        self.num_tokens = 0
+        self.started = time.monotonic()
+        self.bar = progress_bar(
+            total=total,
+            desc=f"Iteration {job.iteration}: {job.kind}",
+            unit=" completions",
+            disable=disable or total == 0,
+        )
+
+    def __enter__(self) -> "_GenerationProgress":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.bar.close()
+
+    def add(self, completion: Completion) -> None:
+        self.num_tokens += len(completion.token_ids)
+        rate = self.num_tokens / max(time.monotonic() - self.started, 1e-9)
+        self.bar.set_postfix_str(f"{rate:.0f} tokens/s", refresh=False)
+        self.bar.update()

@@ -1,0 +1,527 @@
+"""Everything a run settles before a model is loaded: tokens, lengths, the sampler, and what of it cannot work.
+
+Knows nothing of training.
+"""
+
+import os
+import shlex
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from accelerate import PartialState
+from accelerate.logging import get_logger
+from accelerate.utils import str_to_bool
+from datasets import Dataset
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
+from trl.trainer.utils import get_config_model_id
+
+from .. import __version__
+from ..data.columns import numbers
+from ..data.formats import check_dataset
+from ..data.preferences import check_preference_dataset, prepare_preferences
+from ..data.preparation import dataset_checksum, drop_long_prompts, percentile_length, prepare_data
+from ..data.rewards.functions import RewardFunctions, check_rewards
+from ..data.rewards.judged_answers import AnswerRewards
+from ..generation.choice import SamplerChoice, choose_sampler
+from ..generation.policy_sampler import PolicySampler
+from ..generation.sampler import OpponentSampler, SamplingParams
+from ..generation.vllm.http_api import VLLMServer
+from ..generation.vllm.managed_server import ManagedServer
+from ..generation.vllm.replicas import ReplicatedSampler
+from ..generation.vllm.rest import ServerRest
+from ..generation.vllm.sampler import VLLMSampler
+from ..generation.vllm.serve_command import serve_command
+from ..objectives.loss_settings import batch_losses_depend_on, sampling_caveats
+from ..policy.adapters import check_trainable, describe_adapter, starts_as_base
+from ..policy.inputs import check_generation_kwargs, check_model, check_peft_config, check_tokenizer, explained
+from ..policy.merging import save_base
+from ..policy.published_form import Publication, adapter_config, plan_publication
+from ..policy.quantization import check_trains_adapter, differs_on_server, find_quantization, serves_dequantized
+from ..policy.sharding import spread_by
+from ..processes.ranks import main_process_first, on_every_process, on_main_process
+from ..run_directory.changed_settings import changed_settings
+from ..run_directory.disk import check_writable
+from ..run_directory.footprint import check_footprint, empty_policy, estimate_footprint, weights_of
+from ..run_directory.resume import check_same_run
+from ..run_directory.store import IterationStore
+from ..run_directory.whole_files import remove, write_directory
+from ..spin_config import SPINConfig
+from .turns import check_turns
+
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+    from transformers import BitsAndBytesConfig
+
+logger = get_logger(__name__)
+
+_DEFAULT_LENGTH_PERCENTILE = 99
+_NO_LIMIT = 1_000_000_000  # tokens
+_RECORDED_PACKAGES = ("trl", "transformers", "accelerate", "peft", "datasets", "torch")
+
+
+@dataclass
+class SelfPlaySetup:
+    """
+    A run's settled inputs.
+
+    Args:
+        args ([`SPINConfig`]): With every default filled in that follows from the data.
+        model_name (`str`): Hub id or folder of the base model.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The model's.
+        train_dataset, eval_dataset ([`~datasets.Dataset`]): Token ids, see [`rendering.TokenizedData`].
+        params ([`SamplingParams`]): How the opponent answers.
+        choice ([`SamplerChoice`]): Which sampler, and why.
+        publication ([`Publication`]): In which form opponents are published.
+        context_length (`int`): Tokens that the model can hold.
+        vocab_size (`int`, *optional*): Number of token ids that the model has, where its configuration says so.
+        base_is_opponent (`bool`): Whether the first opponent is the base model as the server has it.
+        api_key (`str`, *optional*): The server's.
+        adapter (`dict[str, Any]`, *optional*): Configuration of the adapter that is trained.
+        quantization (`dict[str, Any]`, *optional*): Configuration of the base model's.
+        data_report (`dict[str, Any]`): The training data's format, and how many rows were left out for which reason.
+        invalid_rows (`list[dict]`): Which rows were left out as invalid, and why.
+        rewards ([`RewardFunctions`], *optional*): The user's reward functions.
+        preferences ([`~datasets.Dataset`], *optional*): The user's preference pairs, see [`PreparedPreferences`].
+        serves_dequantized (`bool`): Whether the managed server gets the policy's base, its 4-bit weights written out.
+        is_quantized_on_its_own (`bool`): Whether a server plays on base weights that the policy has quantized only.
+    """
+
+    args: SPINConfig
+    model_name: str
+    tokenizer: PreTrainedTokenizerBase
+    train_dataset: Dataset
+    eval_dataset: Dataset | None
+    params: SamplingParams
+    choice: SamplerChoice
+    publication: Publication
+    context_length: int
+    vocab_size: int | None
+    base_is_opponent: bool
+    api_key: str | None = field(repr=False)
+    adapter: dict[str, Any] | None = None
+    quantization: dict[str, Any] | None = None
+    data_report: dict[str, Any] = field(default_factory=dict)
+    invalid_rows: list[dict[str, Any]] = field(default_factory=list)
+    rewards: RewardFunctions | None = None
+    preferences: Dataset | None = None
+    num_dropped: int = 0
+    serves_dequantized: bool = False
+    is_quantized_on_its_own: bool = False
+    managed_server: ManagedServer | None = None
+
+    @classmethod
+    def prepare(
+        cls,
+        model: "str | PreTrainedModel | PeftModel",
+        args: SPINConfig | None,
+        train_dataset: Dataset | None,
+        eval_dataset: Dataset | None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None,
+        peft_config: "PeftConfig | None",
+        quantization_config: "BitsAndBytesConfig | None" = None,
+        reward_funcs: Any = None,
+        preference_dataset: Dataset | None = None,
+    ) -> "SelfPlaySetup":
+        """Check and settle everything; see [`SPINTrainer`] for the arguments and errors."""
+        check_model(model)
+        check_peft_config(peft_config)
+        if not isinstance(model, str):
+            check_trainable(model, peft_config)
+        model_name = model if isinstance(model, str) else get_config_model_id(model.config)
+        args = _check_args(args, model_name)
+        rewards = check_rewards(reward_funcs, args.pairing, args.reward_weights)
+        on_main_process(lambda: check_writable(Path(args.output_dir).absolute()))
+        check_dataset(train_dataset, "train_dataset", args.prompt_column, args.completion_column)
+        if eval_dataset is not None:
+            check_dataset(eval_dataset, "eval_dataset", args.prompt_column, args.completion_column)
+        if preference_dataset is not None:
+            check_preference_dataset(preference_dataset, args.loss_type)
+        choice = choose_sampler(args.use_vllm, args.vllm_mode, args.vllm_server_base_url)
+        PartialState().print(f"Opponents are sampled {_DESCRIPTIONS[choice.mode]}: {choice.reason}.")
+        if choice.mode == "in-process":
+            check_generation_kwargs(args.generation_kwargs)
+        config = _model_config(model, args, whole=True)
+        sharding = spread_by(args)
+        quantization = find_quantization(model, args, quantization_config, config)
+        check_turns(args, choice.mode, _sharding(), quantization)
+        check_trains_adapter(quantization, adapter_config(model, peft_config) is not None)
+        publication = plan_publication(
+            model, peft_config, choice.mode != "in-process", quantization is not None, sharding
+        )
+        if choice.mode == "managed":
+            serve_command(model_name, lora_rank=publication.lora_rank)  # refuses now what it would refuse then
+        writes_base = serves_dequantized(quantization, choice.mode, sharding)
+        if choice.mode == "managed" and not (writes_base or isinstance(model, str) or os.path.isdir(model_name)):
+            raise ValueError(
+                f"A managed server loads the base model itself, but the model passed comes from {model_name!r}, which "
+                "is no folder here. Save it with `model.save_pretrained(folder)` and pass `model=folder`."
+            )
+        config = config.get_text_config()
+        context_length = getattr(config, "max_position_embeddings", None) or _NO_LIMIT
+        tokenizer = _load_tokenizer(processing_class, model_name, args)
+        end_token_ids = _end_token_ids(model, tokenizer, args)
+        data = main_process_first(lambda: prepare_data(args, tokenizer, end_token_ids, train_dataset, eval_dataset))
+        if args.max_completion_length is None:
+            args.max_completion_length = percentile_length(data.train, "chosen_ids", _DEFAULT_LENGTH_PERCENTILE)
+        setup = cls(
+            args=args,
+            model_name=model_name,
+            tokenizer=tokenizer,
+            train_dataset=data.train,
+            eval_dataset=data.eval,
+            params=_sampling_params(args, end_token_ids),
+            choice=choice,
+            publication=publication,
+            context_length=context_length,
+            vocab_size=getattr(config, "vocab_size", None),
+            base_is_opponent=isinstance(model, str) and starts_as_base(peft_config),
+            api_key=_take_api_key(args),
+            adapter=describe_adapter(model, peft_config),
+            quantization=None if quantization is None else quantization.settings,
+            data_report=data.report,
+            invalid_rows=data.invalid_rows,
+            rewards=rewards,
+            serves_dequantized=writes_base,
+            is_quantized_on_its_own=differs_on_server(quantization, choice.mode, sharding),
+        )
+        if preference_dataset is not None:
+            setup._prepare_preferences(preference_dataset)
+        if rewards is not None:
+            setup.data_report["reward_checksum"] = on_main_process(lambda: setup._try_rewards(train_dataset))
+        setup._tell()
+        setup._fit_to_context(setup.context_length, "the model's context")
+        if choice.mode == "server":
+            setup._fit_to_server()
+        elif choice.mode == "managed" and args.vllm_max_model_length is not None:
+            setup._fit_to_context(args.vllm_max_model_length, "`vllm_max_model_length`")
+        store = IterationStore(args.output_dir)
+        if args.resume == "auto" and store.has_run() and not args.overwrite_output_dir:
+            on_main_process(lambda: check_same_run(store, setup.describe()))
+        on_main_process(lambda: setup._check_disk(model, peft_config))
+        return setup
+
+    def build_sampler(self, open_policy: Callable[[], AbstractContextManager[PreTrainedModel]]) -> OpponentSampler:
+        """The chosen sampler, not yet open."""
+        if self.choice.mode == "in-process":
+            batch_size = self.args.per_device_generation_batch_size
+            return PolicySampler(open_policy, self.tokenizer.pad_token_id, batch_size)
+        return self._server_sampler(self.vocab_size)
+
+    def build_rewards(self, train_dataset: Dataset) -> AnswerRewards | None:
+        """What judges answers to the user's `train_dataset`, if there are reward functions."""
+        if self.rewards is None:
+            return None
+        return AnswerRewards(self.rewards, self.tokenizer, train_dataset, self.args.num_generations)
+
+    def _try_rewards(self, train_dataset: Dataset) -> str:
+        """See that the functions can judge. Returns the checksum of the columns that they are given."""
+        rewards = self.build_rewards(train_dataset)
+        rewards.try_on(self.train_dataset)
+        return rewards.checksum(numbers(self.train_dataset, "source_row"))
+
+    def write_served_base(self, policy: PreTrainedModel) -> None:
+        """Write the quantized policy's base model in plain numbers, where a managed server is to serve it so."""
+        if self.serves_dequantized:
+            on_main_process(lambda: write_directory(self._served_base, lambda path: self._write_base(policy, path)))
+
+    def open_sampler(self, sampler: OpponentSampler, store: IterationStore) -> None:
+        """Start the managed server, if there is one, and connect every process to the server."""
+        if not isinstance(sampler, VLLMSampler | ReplicatedSampler):
+            return
+        run_name = on_main_process(lambda: f"spin-{os.urandom(4).hex()}")
+        if self.choice.mode == "managed":
+            server = self._connection(*on_main_process(lambda: self._start_server(store)))
+            on_every_process(lambda: sampler.connect(server, run_name, self._min_context_length()))
+        else:
+            on_every_process(lambda: self._connect(sampler, run_name))
+
+    def server_rest(self, sampler: OpponentSampler) -> ServerRest | None:
+        """How the managed server rests, on the process that has started it."""
+        if self.managed_server is None or not self.args.vllm_sleep:
+            return None
+        return ServerRest(
+            self.managed_server, sampler.server, needs_base_weights=self.publication.lora_rank is not None
+        )
+
+    def close_sampler(self, sampler: OpponentSampler) -> None:
+        sampler.close()
+        if self.managed_server is not None:
+            self.managed_server.stop()
+            self.managed_server = None
+            if self.serves_dequantized:
+                remove(self._served_base)
+
+    @property
+    def _served_base(self) -> Path:
+        return IterationStore(self.args.output_dir).served_base
+
+    def _write_base(self, policy: PreTrainedModel, path: Path) -> None:
+        save_base(policy, str(path))
+        self.tokenizer.save_pretrained(path)
+
+    def _tell(self) -> None:
+        for caveat in sampling_caveats(self.args):
+            logger.warning(caveat)
+        if message := str(self.publication):
+            PartialState().print(message)
+        if self.is_quantized_on_its_own:
+            logger.warning(
+                "The policy's base model is quantized, the server's is not (unless you quantize it alike): opponents "
+                "answer with slightly other probabilities than the policy has. The check of each opponent allows for "
+                "the difference that the first one shows. With `vllm_mode='managed'` and 4 bits, the server gets the "
+                "very numbers that the policy computes with."
+            )
+
+    def describe(self) -> dict[str, Any]:
+        """What this run depends on, for `self_play.json`. Holds no secret."""
+        args = self.args
+        return {
+            "model": self.model_name,
+            "adapter": self.adapter,
+            "quantization": self.quantization,
+            "reward_functions": None if self.rewards is None else self.rewards.names,
+            "sampler": {"mode": self.choice.mode, "reason": self.choice.reason},
+            "config": args.to_dict(),
+            "changed_settings": changed_settings(args),
+            "training": {
+                "total_train_batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+                "sharding": _sharding(),
+                **batch_losses_depend_on(args),
+            },
+            "data": {
+                **self.data_report,
+                "train_checksum": dataset_checksum(self.train_dataset),
+                "eval_checksum": None if self.eval_dataset is None else dataset_checksum(self.eval_dataset),
+                "num_train_rows": len(self.train_dataset),
+                "num_dropped_rows": self.num_dropped,
+                "num_eval_rows": 0 if self.eval_dataset is None else len(self.eval_dataset),
+            },
+            "versions": {"spin_trl": __version__, **{name: version(name) for name in _RECORDED_PACKAGES}},
+        }
+
+    def _check_disk(self, model: "str | PreTrainedModel | PeftModel", peft_config: "PeftConfig | None") -> None:
+        try:
+            if isinstance(model, str) or peft_config is not None:
+                model = empty_policy(_model_config(model, self.args, whole=True), self.args, peft_config)
+            weights = weights_of(model, self.tokenizer, merged=self.publication.kind == "merged")
+        except Exception as error:  # a model that cannot be made empty must not keep the run from being played
+            logger.warning(f"How much the run will write is not known: {type(error).__name__}: {error}")
+            return
+        footprint = estimate_footprint(
+            self.args,
+            weights,
+            self.train_dataset,
+            self.eval_dataset,
+            saves_opponents=self.choice.mode != "in-process",
+            base_is_opponent=self.base_is_opponent,
+            writes_base=self.serves_dequantized,
+            preferences=self.preferences,
+        )
+        check_footprint(footprint, Path(self.args.output_dir).absolute(), PartialState().print, logger.warning)
+
+    def _start_server(self, store: IterationStore) -> tuple[str, str, Path]:
+        model_init_kwargs = self.args.model_init_kwargs or {}
+        self.managed_server = ManagedServer(
+            log_path=store.server_log,
+            timeout=self.args.vllm_server_timeout,
+            max_restarts=self.args.vllm_max_restarts,
+            model=str(self._served_base) if self.serves_dequantized else self.model_name,
+            lora_rank=self.publication.lora_rank,
+            max_loras=min(self.args.num_opponents, self.args.num_iterations),
+            max_model_length=self.args.vllm_max_model_length or self._longest_sequence(),
+            dtype="bfloat16" if self.args.bf16 else "float16" if self.args.fp16 else "float32",
+            gpu_memory_utilization=self.args.vllm_gpu_memory_utilization,
+            tensor_parallel_size=self.args.vllm_tensor_parallel_size,
+            revision=None if os.path.isdir(self.model_name) else model_init_kwargs.get("revision"),
+            trust_remote_code=self.args.trust_remote_code,
+            sleep_mode=self.args.vllm_sleep,
+            extra=shlex.split(self.args.vllm_server_args or ""),
+        )
+        self.managed_server.start()
+        return self.managed_server.base_url, self.managed_server.api_key, self.managed_server.death_notice
+
+    def _server_sampler(self, vocab_size: int | None = None) -> VLLMSampler | ReplicatedSampler:
+        served_model = str(self._served_base) if self.serves_dequantized else self.args.vllm_server_model
+        names = self.model_name, self.publication.lora_rank, served_model
+        replicas = [VLLMSampler(*names, vocab_size) for _ in self.args.vllm_server_base_urls or [None]]
+        return replicas[0] if len(replicas) == 1 else ReplicatedSampler(replicas)
+
+    def _connect(self, sampler: VLLMSampler | ReplicatedSampler, run_name: str) -> None:
+        servers = [self._connection(base_url, self.api_key) for base_url in self.args.vllm_server_base_urls]
+        sampler.connect(servers if len(servers) > 1 else servers[0], run_name, self._min_context_length())
+
+    def _connection(self, base_url: str, api_key: str | None, death_notice: Path | None = None) -> VLLMServer:
+        return VLLMServer(
+            base_url,
+            api_key,
+            server_timeout=self.args.vllm_server_timeout,
+            request_timeout=self.args.vllm_request_timeout,
+            progress_timeout=self.args.vllm_progress_timeout,
+            death_notice=death_notice,
+            max_concurrent_requests=self.args.vllm_max_concurrent_requests,
+        )
+
+    def _fit_to_server(self) -> None:
+        """See, before a model is loaded, that the server can play this run, and drop what it cannot hold."""
+
+        def look() -> int:
+            sampler = self._server_sampler()
+            try:
+                self._connect(sampler, "spin-probe")
+                return sampler.context_length
+            finally:
+                sampler.close()
+
+        self._fit_to_context(on_main_process(look), "the server's context (`--max-model-len`)")
+
+    def _prepare_preferences(self, dataset: Dataset) -> None:
+        end_token_ids = self.params.end_token_ids
+        prepared = main_process_first(
+            lambda: prepare_preferences(self.args, self.tokenizer, end_token_ids, dataset, self.context_length)
+        )
+        self.preferences = prepared.dataset
+        self.data_report |= prepared.report
+        self.invalid_rows += prepared.invalid_rows
+
+    def _fit_to_context(self, context_length: int, source: str) -> None:
+        """Drop prompts that leave no room for a single token, in the context or in `max_length`."""
+        max_length = self.args.max_length
+        if max_length is not None and max_length <= context_length:
+            context_length, source = max_length, "`max_length`"
+        reason = f"{source} ({context_length} tokens)"
+
+        def drop() -> int:
+            self.train_dataset, num_dropped = drop_long_prompts(self.train_dataset, context_length - 1, reason)
+            if self.eval_dataset is not None:
+                self.eval_dataset, num_dropped_eval = drop_long_prompts(self.eval_dataset, context_length - 1, reason)
+                num_dropped += num_dropped_eval
+            return num_dropped
+
+        num_dropped = main_process_first(drop)
+        self.num_dropped += num_dropped
+        if num_dropped > 0:
+            logger.warning(f"Dropped {num_dropped} row(s) whose prompt leaves no room for an answer in {reason}.")
+
+    def _datasets(self) -> list[Dataset]:
+        return [self.train_dataset] if self.eval_dataset is None else [self.train_dataset, self.eval_dataset]
+
+    def _min_context_length(self) -> int:
+        return 1 + min(percentile_length(dataset, "prompt_ids", 0) for dataset in self._datasets())
+
+    def _longest_sequence(self) -> int:
+        longest_prompt = max(percentile_length(dataset, "prompt_ids", 100) for dataset in self._datasets())
+        return min(self.context_length, longest_prompt + self.args.max_completion_length)
+
+
+_DESCRIPTIONS = {
+    "server": "from a running vLLM server",
+    "managed": "from a vLLM server that this run starts",
+    "in-process": "in-process by transformers",
+}
+
+
+def _check_args(args: SPINConfig | None, model_name: str) -> SPINConfig:
+    if args is None:
+        return SPINConfig(f"{model_name.split('/')[-1]}-SPIN")
+    if not isinstance(args, SPINConfig):
+        raise TypeError(
+            f"`args` must be a `SPINConfig`, got `{type(args).__name__}`. Write `SPINConfig(...)`, which takes every "
+            "field of `DPOConfig`."
+        )
+    if args.eval_strategy != "no":
+        raise ValueError(
+            f"`eval_strategy={args.eval_strategy.value!r}` evaluates within an iteration, which is not supported: "
+            "every opponent and the final policy are evaluated as soon as an `eval_dataset` is given. Leave "
+            "`eval_strategy` unset."
+        )
+    return args
+
+
+def _sharding() -> str | None:
+    """What spreads the weights over the processes. Its checkpoints are its own."""
+    for name in ("deepspeed", "fsdp"):
+        if str_to_bool(os.environ.get(f"ACCELERATE_USE_{name.upper()}", "false")):
+            return name
+    return None
+
+
+def _take_api_key(args: SPINConfig) -> str | None:
+    """The key leaves the arguments, which Trainer pickles into every checkpoint."""
+    key, args.vllm_api_key = args.vllm_api_key or os.environ.get("VLLM_API_KEY"), None
+    return key
+
+
+def _load_tokenizer(
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin | None, model_name: str, args: SPINConfig
+) -> PreTrainedTokenizerBase:
+    if processing_class is None:
+        revision = (args.model_init_kwargs or {}).get("revision")
+        with explained("tokenizer", model_name):
+            processing_class = AutoTokenizer.from_pretrained(
+                model_name, revision=revision, trust_remote_code=args.trust_remote_code
+            )
+    check_tokenizer(processing_class)
+    tokenizer = processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            "The tokenizer has no end token, so no answer could ever end. Set `tokenizer.eos_token` to the token at "
+            "which the model stops, and pass the tokenizer as `processing_class`."
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _end_token_ids(
+    model: "str | PreTrainedModel", tokenizer: PreTrainedTokenizerBase, args: SPINConfig
+) -> tuple[int, ...]:
+    """Token ids at which the model stops: the tokenizer's end token first, then what its generation config adds."""
+    if isinstance(model, str):
+        try:
+            config = GenerationConfig.from_pretrained(model, revision=(args.model_init_kwargs or {}).get("revision"))
+        except OSError:  # then the model's generation config is made from its own
+            config = _model_config(model, args)
+    else:
+        config = model.generation_config or GenerationConfig()
+    also = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    return tuple(dict.fromkeys([tokenizer.eos_token_id, *(i for i in also if i is not None)]))
+
+
+def _model_config(model: "str | PreTrainedModel", args: SPINConfig, whole: bool = False) -> PretrainedConfig:
+    """The configuration of the model's language part, or of the whole model."""
+    if isinstance(model, str):
+        with explained("configuration", model):
+            config = AutoConfig.from_pretrained(
+                model,
+                revision=(args.model_init_kwargs or {}).get("revision"),
+                trust_remote_code=args.trust_remote_code,
+            )
+    else:
+        config = model.config
+    return config if whole else config.get_text_config()
+
+
+def _sampling_params(args: SPINConfig, end_token_ids: tuple[int, ...]) -> SamplingParams:
+    return SamplingParams(
+        max_completion_length=args.max_completion_length,
+        end_token_ids=end_token_ids,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
+        extra=args.generation_kwargs or {},
+    )

@@ -1,0 +1,121 @@
+"""Is the policy's base model quantized, what does a server play then, and what does bitsandbytes need for training?
+
+Knows nothing of servers.
+"""
+
+import importlib.util
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from transformers import PretrainedConfig
+
+from ..spin_config import SPINConfig
+
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import BitsAndBytesConfig, PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """
+    How the base model is quantized.
+
+    Args:
+        method (`str`): As transformers names it, such as `"bitsandbytes"`.
+        is_4bit (`bool`): Whether it is bitsandbytes with 4 bits, whose weights stand for numbers that can be written
+            down: a model of those computes the same.
+        settings (`dict[str, Any]`): All of the configuration.
+        of_checkpoint (`bool`): Whether the checkpoint is quantized itself, so that a server loads the same numbers.
+    """
+
+    method: str
+    is_4bit: bool
+    of_checkpoint: bool
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+def find_quantization(
+    model: "str | PreTrainedModel | PeftModel",
+    args: SPINConfig,
+    quantization_config: "BitsAndBytesConfig | dict[str, Any] | None",
+    model_config: PretrainedConfig,
+) -> Quantization | None:
+    """
+    Args:
+        quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*): As passed to the trainer.
+        model_config ([`~transformers.PretrainedConfig`]): The model's.
+
+    Raises:
+        `ValueError`: if it needs a package that is not installed.
+    """
+    asked = quantization_config or (args.model_init_kwargs or {}).get("quantization_config")
+    found = getattr(model_config, "quantization_config", None)
+    if asked is None and found is None:
+        return None
+    settings = asked or found
+    settings = settings if isinstance(settings, dict) else settings.to_dict()
+    if settings.get("dequantize"):  # as it is loaded
+        return None
+    quantizer = getattr(model, "hf_quantizer", None)
+    is_4bit = bool(settings.get("load_in_4bit") or settings.get("_load_in_4bit"))
+    method = settings.get("quant_method")
+    if method is None and (is_4bit or settings.get("load_in_8bit")):  # as transformers completes it
+        method = "bitsandbytes"
+    quantization = Quantization(
+        method=str(getattr(method, "value", method)),
+        is_4bit=is_4bit,
+        of_checkpoint=found is not None if quantizer is None else quantizer.pre_quantized,
+        settings=settings,
+    )
+    if quantization.method == "bitsandbytes" and importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError(
+            "The model is to be quantized by bitsandbytes, which is not installed. Install it: "
+            "`pip install spin_trl[qlora]`."
+        )
+    return quantization
+
+
+def check_trains_adapter(quantization: Quantization | None, has_adapter: bool) -> None:
+    """
+    Raises:
+        `ValueError`: if the quantized weights themselves would be trained.
+    """
+    if quantization is not None and quantization.method == "bitsandbytes" and not has_adapter:
+        raise ValueError(
+            "The model is quantized by bitsandbytes, and quantized weights cannot be trained: only an adapter to them "
+            "can. Pass a `peft_config` such as `LoraConfig(r=16, target_modules='all-linear')` (with "
+            "recipes/spin.py: `use_peft: true`), or leave the quantization out."
+        )
+
+
+def serves_dequantized(quantization: Quantization | None, mode: str, sharding: str | None) -> bool:
+    """Whether this run's own server is given the numbers that the 4-bit weights stand for, so that it plays exactly."""
+    return quantization is not None and quantization.is_4bit and mode == "managed" and sharding is None
+
+
+def differs_on_server(quantization: Quantization | None, mode: str, sharding: str | None) -> bool:
+    """Whether a server computes with other base weights than the policy: those before quantization."""
+    if quantization is None or quantization.of_checkpoint or mode == "in-process":
+        return False
+    return not serves_dequantized(quantization, mode, sharding)
+
+
+def keep_weights_as_quantized(model: nn.Module) -> None:
+    """
+    Keep bitsandbytes from packing 4-bit weights for inference, which it does on some CPUs in the first forward pass in
+    evaluation mode. They never become trainable again: gradients then silently stop at them.
+
+    Raises:
+        `ValueError`: if it has done so already.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+            if getattr(module.weight.quant_state, "packing_format_for_cpu", False):
+                raise ValueError(
+                    "bitsandbytes has packed the model's 4-bit weights for inference, because the model was run in "
+                    "evaluation mode: no gradient would pass them. Load the model anew, and pass it before it is run."
+                )

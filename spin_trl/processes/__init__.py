@@ -1,0 +1,1 @@
+"""Several processes failing, stopping and showing progress as one. Knows nothing of pairs and models."""

@@ -1,0 +1,146 @@
+"""Completions on disk, in parts that are known to be whole by their names and to be the run's by their content.
+
+A part is a Parquet file: row, sample, completion_ids, finish_reason, and, where several opponents answer, opponent (the
+number of its iteration). Its name holds its first row, its size in bytes
+and its checksum; its metadata the run, the iteration and the kind. Parts are read one after the other, never all at
+once.
+"""
+
+import logging
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from ..data.draw import OPPONENT
+from .run_paths import RunDirectoryError
+from .whole_files import checksum_of, remove, write_file
+
+
+logger = logging.getLogger(__name__)
+
+_PART_NAME = re.compile(r"part-\d{8,}-(?P<size>\d+)-(?P<checksum>[0-9a-f]{16})\.parquet")
+_BATCH_SIZE = 4096  # completions
+
+COMPLETION_SCHEMA = pa.schema(
+    [
+        ("row", pa.int64()),
+        ("sample", pa.int32()),
+        ("completion_ids", pa.list_(pa.int32())),
+        ("finish_reason", pa.string()),
+    ]
+)
+OPPONENT_FIELD = pa.field(OPPONENT, pa.int32())
+_FIELDS = pa.schema([*COMPLETION_SCHEMA, OPPONENT_FIELD])
+
+
+@dataclass(frozen=True)
+class CompletionParts:
+    """
+    The completions of one kind of one iteration.
+
+    Args:
+        directory (`Path`): Where the parts lie.
+        origin (`dict[str, str]`): What they are of: run, iteration and kind.
+    """
+
+    directory: Path
+    origin: dict[str, str]
+
+    def write(self, first_row: int, columns: dict[str, list]) -> None:
+        """Write one part."""
+        schema = _FIELDS if OPPONENT in columns else COMPLETION_SCHEMA
+        table = pa.table(columns, schema=schema.with_metadata(self.origin))
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink)
+        content = sink.getvalue().to_pybytes()
+
+        def write(temporary: Path) -> None:
+            temporary.write_bytes(content)
+
+        name = f"part-{first_row:08d}-{len(content)}-{checksum_of(content)}.parquet"
+        write_file(self.directory / name, write, num_bytes=len(content))
+
+    def completed_rows(self) -> np.ndarray:
+        """Rows that are on disk, ascending. Parts that are torn or of another run are deleted first."""
+        rows = [np.empty(0, np.int64)]
+        for path in self._paths():
+            try:
+                rows.append(self._read(path, ["row"])["row"].to_numpy())
+            except RunDirectoryError as error:
+                logger.warning(f"{error} Its completions are redone.")
+                remove(path)
+        return np.unique(np.concatenate(rows))
+
+    def batches(self, batch_size: int = _BATCH_SIZE) -> Iterator[pa.Table]:
+        """
+        All completions, sorted by row and sample, so many at a time.
+
+        Raises:
+            [`RunDirectoryError`]: if a part is torn, or of another run.
+        """
+        paths = self._paths()
+        keys = [self._read(path, ["row", "sample"]) for path in paths]  # two numbers for each completion
+        if not keys:
+            return
+        order = np.lexsort([np.concatenate([part[name].to_numpy() for part in keys]) for name in ("sample", "row")])
+        starts = np.cumsum([0, *map(len, keys)])
+        del keys
+        for first in range(0, len(order), batch_size):
+            wanted = order[first : first + batch_size]
+            part_of = np.searchsorted(starts, wanted, side="right") - 1
+            parts, number = np.unique(part_of, return_inverse=True)
+            tables = [self._read(paths[part]) for part in parts]
+            starts_here = np.cumsum([0, *map(len, tables)])
+            yield pa.concat_tables(tables).take(wanted - starts[part_of] + starts_here[number])
+
+    def cut_off_share(self) -> float:
+        """Share of the completions that ran into the length limit; 0 where there are none."""
+        num_cut_off = num_completions = 0
+        for path in self._paths():
+            reasons = self._read(path, ["finish_reason"])["finish_reason"]
+            num_cut_off += pc.sum(pc.equal(reasons, "length")).as_py() or 0
+            num_completions += len(reasons)
+        return num_cut_off / max(1, num_completions)
+
+    def num_bytes(self) -> int:
+        """Bytes of all parts, compressed as they are."""
+        return sum(path.stat().st_size for path in self._paths())
+
+    def _paths(self) -> list[Path]:
+        return sorted(self.directory.glob("part-*.parquet"))
+
+    def _read(self, path: Path, columns: list[str] | None = None) -> pa.Table:
+        """
+        Some columns of a part, or all.
+
+        Raises:
+            [`RunDirectoryError`]: if it is not a whole part of this run's.
+        """
+
+        def refuse(problem: str) -> RunDirectoryError:
+            return RunDirectoryError(f"{path} {problem}. Delete it and start again: its completions are made again.")
+
+        expected = _PART_NAME.fullmatch(path.name)
+        if expected is None:
+            raise refuse("is not a part of a run: its name should hold its first row, size and checksum")
+        content = path.read_bytes()
+        if len(content) != int(expected["size"]):
+            raise refuse(f"is torn: {len(content)} bytes, not the {expected['size']} of its name")
+        if checksum_of(content) != expected["checksum"]:
+            raise refuse("is damaged: its content does not have the checksum of its name")
+        file = pq.ParquetFile(pa.BufferReader(content))
+        metadata = file.schema_arrow.metadata or {}
+        found = {name: metadata.get(name.encode(), b"").decode(errors="replace") for name in self.origin}
+        if found != self.origin:
+            raise refuse(f"is of another origin: {found}, not {self.origin}")
+        if columns is None:
+            has_opponents = OPPONENT in file.schema_arrow.names
+            columns = _FIELDS.names if has_opponents else COMPLETION_SCHEMA.names
+        schema = pa.schema([_FIELDS.field(name) for name in columns])
+        return file.read(columns, use_threads=False).replace_schema_metadata(None).cast(schema)

@@ -1,0 +1,50 @@
+"""What an iteration of a run trained on, for whoever wants to look at it. Needs the run directory alone."""
+
+import os
+from pathlib import Path
+
+from datasets import Dataset, Features
+from datasets.fingerprint import get_temporary_cache_files_directory
+
+from ..data.columns import write_rows
+from .run_paths import RunDirectoryError
+from .store import IterationStore
+
+
+def load_pairs(output_dir: str | Path, iteration: int) -> Dataset:
+    """
+    The pairs that an iteration trained on, with all their columns.
+
+    Args:
+        output_dir (`str` or `Path`): The run directory.
+        iteration (`int`): Number of the iteration.
+
+    Returns:
+        [`~datasets.Dataset`] with `iteration` (whose opponent answered: with history that of an older one), `row`,
+        `source_row` (the row of the user's dataset), `sample`, `prompt_ids`, `chosen_ids`, `rejected_ids`,
+        `ref_chosen_logps` and `ref_rejected_logps`; with the loss `t_spin`, from iteration 1 on, `initial_ids` too, the
+        initial policy's answer. With reward functions also `chosen_reward` and `rejected_reward`, and with a `pairing`
+        that they decide, `chosen_sample`; -1 then stands for the ground truth, there and in `sample`. With
+        `num_opponents` above 1 also `opponent`, the number of the iteration whose opponent answered; `iteration` is
+        then that in which it did. It lies in a temporary file until the process ends.
+
+    Raises:
+        [`RunDirectoryError`]: if the iteration has no pairs, or they or the run's data are damaged.
+    """
+    store = IterationStore(output_dir)
+    store.run_id = store.read_run()["run"] if store.has_run() else ""
+    found = [number for number in store.iterations() if store.has_whole_pairs(number)]
+    if iteration not in found:
+        raise RunDirectoryError(
+            f"There are no whole pairs of iteration {iteration} in {store.output_dir}. Iterations with such: {found}."
+        )
+    if not store.has_whole_data():
+        raise RunDirectoryError(
+            f"The run's data, `train_data` in {store.output_dir}, are missing or damaged. Resume the run: they are "
+            "written again."
+        )
+    pairs = store.read_pairs(iteration)
+    features = Features({name: pairs.holder_of(name).features[name] for name in pairs.column_names})
+    path = Path(get_temporary_cache_files_directory(), f"pairs-{os.urandom(8).hex()}.arrow")
+    write_rows(path, pairs.batches(), features.arrow_schema)
+    return Dataset.from_file(str(path))
