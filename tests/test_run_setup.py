@@ -6,7 +6,7 @@ import pytest
 from tiny_tokenizers import byte_tokenizer
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from spin_trl.play.setup import _end_token_ids
+from spin_trl.policy.inputs import end_token_ids
 
 
 TOKENIZER = byte_tokenizer("<|end_of_text|>", extra_special_tokens=("<|eot_id|>", "<|eom_id|>"))
@@ -39,7 +39,7 @@ def test_model_stops_at_the_tokenizers_end_token_and_at_those_of_its_generation_
     tmp_path, make_config, config_eos, generation_eos, expected
 ):
     model = model_folder(tmp_path, config_eos, generation_eos)
-    assert _end_token_ids(model, TOKENIZER, make_config()) == expected
+    assert end_token_ids(model, TOKENIZER, make_config()) == expected
 
 
 @pytest.mark.parametrize(
@@ -50,4 +50,4 @@ def test_loaded_model_stops_where_its_generation_config_says(make_config, eos_to
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(TOKENIZER), **sizes))
     model.generation_config = GenerationConfig(eos_token_id=eos_token_id)
-    assert _end_token_ids(model, TOKENIZER, make_config()) == expected
+    assert end_token_ids(model, TOKENIZER, make_config()) == expected

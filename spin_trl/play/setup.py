@@ -17,10 +17,6 @@ from accelerate.logging import get_logger
 from accelerate.utils import str_to_bool
 from datasets import Dataset
 from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    GenerationConfig,
-    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
@@ -45,7 +41,15 @@ from ..generation.vllm.sampler import VLLMSampler
 from ..generation.vllm.serve_command import serve_command
 from ..objectives.loss_settings import batch_losses_depend_on, sampling_caveats
 from ..policy.adapters import check_trainable, describe_adapter, starts_as_base
-from ..policy.inputs import check_generation_kwargs, check_model, check_peft_config, check_tokenizer, explained
+from ..policy.inputs import (
+    check_generation_kwargs,
+    check_model,
+    check_peft_config,
+    end_token_ids,
+    load_tokenizer,
+    model_config,
+    source_kwargs,
+)
 from ..policy.merging import save_base
 from ..policy.published_form import Publication, adapter_config, plan_publication
 from ..policy.quantization import check_trains_adapter, differs_on_server, find_quantization, serves_dequantized
@@ -153,7 +157,7 @@ class SelfPlaySetup:
         PartialState().print(f"Opponents are sampled {_DESCRIPTIONS[choice.mode]}: {choice.reason}.")
         if choice.mode == "in-process":
             check_generation_kwargs(args.generation_kwargs)
-        config = _model_config(model, args, whole=True)
+        config = model_config(model, args)
         sharding = spread_by(args)
         quantization = find_quantization(model, args, quantization_config, config)
         check_turns(args, choice.mode, _sharding(), quantization)
@@ -171,9 +175,9 @@ class SelfPlaySetup:
             )
         config = config.get_text_config()
         context_length = getattr(config, "max_position_embeddings", None) or _NO_LIMIT
-        tokenizer = _load_tokenizer(processing_class, model_name, args)
-        end_token_ids = _end_token_ids(model, tokenizer, args)
-        data = main_process_first(lambda: prepare_data(args, tokenizer, end_token_ids, train_dataset, eval_dataset))
+        tokenizer = load_tokenizer(processing_class, model_name, args)
+        end_ids = end_token_ids(model, tokenizer, args)
+        data = main_process_first(lambda: prepare_data(args, tokenizer, end_ids, train_dataset, eval_dataset))
         if args.max_completion_length is None:
             args.max_completion_length = percentile_length(data.train, "chosen_ids", _DEFAULT_LENGTH_PERCENTILE)
         setup = cls(
@@ -182,7 +186,7 @@ class SelfPlaySetup:
             tokenizer=tokenizer,
             train_dataset=data.train,
             eval_dataset=data.eval,
-            params=_sampling_params(args, end_token_ids),
+            params=_sampling_params(args, end_ids),
             choice=choice,
             publication=publication,
             context_length=context_length,
@@ -315,7 +319,7 @@ class SelfPlaySetup:
     def _check_disk(self, model: "str | PreTrainedModel | PeftModel", peft_config: "PeftConfig | None") -> None:
         try:
             if isinstance(model, str) or peft_config is not None:
-                model = empty_policy(_model_config(model, self.args, whole=True), self.args, peft_config)
+                model = empty_policy(model_config(model, self.args), self.args, peft_config)
             weights = weights_of(model, self.tokenizer, merged=self.publication.kind == "merged")
         except Exception as error:  # a model that cannot be made empty must not keep the run from being played
             logger.warning(f"How much the run will write is not known: {type(error).__name__}: {error}")
@@ -333,7 +337,6 @@ class SelfPlaySetup:
         check_footprint(footprint, Path(self.args.output_dir).absolute(), PartialState().print, logger.warning)
 
     def _start_server(self, store: IterationStore) -> tuple[str, str, Path]:
-        model_init_kwargs = self.args.model_init_kwargs or {}
         self.managed_server = ManagedServer(
             log_path=store.server_log,
             timeout=self.args.vllm_server_timeout,
@@ -345,7 +348,7 @@ class SelfPlaySetup:
             dtype="bfloat16" if self.args.bf16 else "float16" if self.args.fp16 else "float32",
             gpu_memory_utilization=self.args.vllm_gpu_memory_utilization,
             tensor_parallel_size=self.args.vllm_tensor_parallel_size,
-            revision=None if os.path.isdir(self.model_name) else model_init_kwargs.get("revision"),
+            revision=None if os.path.isdir(self.model_name) else source_kwargs(self.args)["revision"],
             trust_remote_code=self.args.trust_remote_code,
             sleep_mode=self.args.vllm_sleep,
             extra=shlex.split(self.args.vllm_server_args or ""),
@@ -388,9 +391,9 @@ class SelfPlaySetup:
         self._fit_to_context(on_main_process(look), "the server's context (`--max-model-len`)")
 
     def _prepare_preferences(self, dataset: Dataset) -> None:
-        end_token_ids = self.params.end_token_ids
+        end_ids = self.params.end_token_ids
         prepared = main_process_first(
-            lambda: prepare_preferences(self.args, self.tokenizer, end_token_ids, dataset, self.context_length)
+            lambda: prepare_preferences(self.args, self.tokenizer, end_ids, dataset, self.context_length)
         )
         self.preferences = prepared.dataset
         self.data_report |= prepared.report
@@ -462,56 +465,6 @@ def _take_api_key(args: SPINConfig) -> str | None:
     """The key leaves the arguments, which Trainer pickles into every checkpoint."""
     key, args.vllm_api_key = args.vllm_api_key or os.environ.get("VLLM_API_KEY"), None
     return key
-
-
-def _load_tokenizer(
-    processing_class: PreTrainedTokenizerBase | ProcessorMixin | None, model_name: str, args: SPINConfig
-) -> PreTrainedTokenizerBase:
-    if processing_class is None:
-        revision = (args.model_init_kwargs or {}).get("revision")
-        with explained("tokenizer", model_name):
-            processing_class = AutoTokenizer.from_pretrained(
-                model_name, revision=revision, trust_remote_code=args.trust_remote_code
-            )
-    check_tokenizer(processing_class)
-    tokenizer = processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
-    if tokenizer.eos_token_id is None:
-        raise ValueError(
-            "The tokenizer has no end token, so no answer could ever end. Set `tokenizer.eos_token` to the token at "
-            "which the model stops, and pass the tokenizer as `processing_class`."
-        )
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def _end_token_ids(
-    model: "str | PreTrainedModel", tokenizer: PreTrainedTokenizerBase, args: SPINConfig
-) -> tuple[int, ...]:
-    """Token ids at which the model stops: the tokenizer's end token first, then what its generation config adds."""
-    if isinstance(model, str):
-        try:
-            config = GenerationConfig.from_pretrained(model, revision=(args.model_init_kwargs or {}).get("revision"))
-        except OSError:  # then the model's generation config is made from its own
-            config = _model_config(model, args)
-    else:
-        config = model.generation_config or GenerationConfig()
-    also = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    return tuple(dict.fromkeys([tokenizer.eos_token_id, *(i for i in also if i is not None)]))
-
-
-def _model_config(model: "str | PreTrainedModel", args: SPINConfig, whole: bool = False) -> PretrainedConfig:
-    """The configuration of the model's language part, or of the whole model."""
-    if isinstance(model, str):
-        with explained("configuration", model):
-            config = AutoConfig.from_pretrained(
-                model,
-                revision=(args.model_init_kwargs or {}).get("revision"),
-                trust_remote_code=args.trust_remote_code,
-            )
-    else:
-        config = model.config
-    return config if whole else config.get_text_config()
 
 
 def _sampling_params(args: SPINConfig, end_token_ids: tuple[int, ...]) -> SamplingParams:

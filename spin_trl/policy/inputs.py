@@ -1,16 +1,29 @@
-"""What is passed to the trainer beside data and configuration: of which kind it must be, told without loading a model.
+"""What is passed to the trainer beside data and configuration: of which kind it must be, and what comes with a model.
 
-Knows nothing of servers and run directories.
+Loads no weights. Knows nothing of servers and run directories.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peft import PeftConfig
 from torch import nn
-from transformers import GenerationConfig, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
+
+from ..spin_config import SPINConfig
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def check_model(model: Any) -> None:
@@ -126,6 +139,62 @@ def check_generation_kwargs(generation_kwargs: dict[str, Any] | None) -> None:
 
 def _sampling_names(known: dict[str, Any]) -> list[str]:
     return sorted(name for name in known if name.endswith(("_p", "_k", "_cutoff", "_penalty")))
+
+
+def source_kwargs(args: SPINConfig) -> dict[str, Any]:
+    """How whatever belongs to the base model is to be loaded: with which `revision` and `trust_remote_code`."""
+    revision = (args.model_init_kwargs or {}).get("revision")
+    return {"revision": revision, "trust_remote_code": args.trust_remote_code}
+
+
+def model_config(model: "str | PreTrainedModel", args: SPINConfig) -> PretrainedConfig:
+    """
+    Raises:
+        `ValueError`: if it cannot be loaded.
+    """
+    if not isinstance(model, str):
+        return model.config
+    with explained("configuration", model):
+        return AutoConfig.from_pretrained(model, **source_kwargs(args))
+
+
+def load_tokenizer(
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin | None, model_name: str, args: SPINConfig
+) -> PreTrainedTokenizerBase:
+    """
+    The tokenizer as passed, or the model's own. It pads with the end token if it has no other.
+
+    Raises:
+        `TypeError`, `ValueError`: if there is none, or it has no end token.
+    """
+    if processing_class is None:
+        with explained("tokenizer", model_name):
+            processing_class = AutoTokenizer.from_pretrained(model_name, **source_kwargs(args))
+    check_tokenizer(processing_class)
+    tokenizer = processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            "The tokenizer has no end token, so no answer could ever end. Set `tokenizer.eos_token` to the token at "
+            "which the model stops, and pass the tokenizer as `processing_class`."
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def end_token_ids(
+    model: "str | PreTrainedModel", tokenizer: PreTrainedTokenizerBase, args: SPINConfig
+) -> tuple[int, ...]:
+    """Token ids at which the model stops: the tokenizer's end token first, then what its generation config adds."""
+    if isinstance(model, str):
+        try:
+            config = GenerationConfig.from_pretrained(model, revision=source_kwargs(args)["revision"])
+        except OSError:  # then the model's generation config is made from its own
+            config = model_config(model, args).get_text_config()
+    else:
+        config = model.generation_config or GenerationConfig()
+    also = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    return tuple(dict.fromkeys([tokenizer.eos_token_id, *(i for i in also if i is not None)]))
 
 
 @contextmanager

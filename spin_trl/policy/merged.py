@@ -14,6 +14,7 @@ from trl.trainer.utils import create_model_from_path
 from ..processes.ranks import on_every_process, on_main_process
 from ..run_directory.footprint import of_this_process_alone, size_of_weights
 from ..run_directory.whole_files import remove, temporary_path, write_directory
+from .inputs import source_kwargs
 
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def check_can_merge(
             "`merge_adapter_at_end=True` merges into the base model as it was saved, but the model passed comes from "
             "no folder and no hub. Save it with `model.save_pretrained(folder)` and pass `model=folder`."
         )
-    config = AutoConfig.from_pretrained(base_model, **_source_kwargs(args))
+    config = AutoConfig.from_pretrained(base_model, **source_kwargs(args))
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(
             f"`merge_adapter_at_end=True` merges into unquantised weights, but those of {base_model!r} are saved "
@@ -98,10 +99,5 @@ def _merge(base_model: str, adapter: Path, args: "SPINConfig") -> "PreTrainedMod
     from peft import PeftModel
 
     with of_this_process_alone():
-        base = create_model_from_path(base_model, **_source_kwargs(args), dtype="auto", device_map=None)
+        base = create_model_from_path(base_model, **source_kwargs(args), dtype="auto", device_map=None)
         return PeftModel.from_pretrained(base, adapter).merge_and_unload(safe_merge=True)
-
-
-def _source_kwargs(args: "SPINConfig") -> dict:
-    revision = (args.model_init_kwargs or {}).get("revision")
-    return {"trust_remote_code": args.trust_remote_code, **({"revision": revision} if revision else {})}
