@@ -11,7 +11,7 @@ export HF_HUB_OFFLINE := 1
 LAUNCH = $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 	$(shell nvidia-smi -L >/dev/null 2>&1 || echo --cpu --num_cpu_threads_per_process $$(getconf _NPROCESSORS_ONLN))
 
-.PHONY: help install demo test test-slow test-gpu bench bench-gpu bench-demo bench-quality bench-reliability docs lint clean
+.PHONY: help install demo test test-slow test-gpu bench bench-gpu bench-demo bench-quality bench-reliability docs numbers lint clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -59,6 +59,9 @@ bench-reliability: $(INSTALLED)  ## kills survived, faults injected, seconds unt
 
 docs: $(INSTALLED)  ## write the tables of docs/configuration.md from the docstrings
 	$(BIN)/python scripts/document_fields.py
+
+numbers: $(INSTALLED)  ## how large and how tangled the code is, beside its limits
+	@$(BIN)/python scripts/code_numbers.py
 
 lint: $(INSTALLED)  ## check style and format
 	$(BIN)/ruff check
