@@ -23,7 +23,7 @@ from .objectives.gather import join_log_probs
 from .objectives.loss_settings import loss_parameters
 from .objectives.losses import BATCH_LOSSES, SPIN_LOSSES, LogProbs
 from .objectives.third_side import INITIAL_IDS, InitialSideCollator, join_initial, take_initial, without_initial
-from .play.earlier_policy import check_can_lend, check_can_take_back, take_back
+from .play.earlier_policy import take_back
 from .play.setup import SelfPlaySetup
 from .play.turns import Turns
 from .policy.adapters import check_initial_reference, check_trainable, complete_reference_adapter
@@ -33,8 +33,9 @@ from .policy.merged import check_can_merge, save_merged_model
 from .policy.merging import check_can_be_merged, fold_scaling, save_merged
 from .policy.offload import Offloader, training_tensors
 from .policy.optimizer import check_schedule
+from .policy.published_form import check_can_lend, check_can_take_back
 from .policy.quantization import keep_weights_as_quantized
-from .policy.sharding import check_can_generate, whole_policy
+from .policy.sharding import Sharding, check_can_generate, whole_policy
 from .processes.compiler_locks import warn_of_old_locks
 from .processes.progress import RunProgress
 from .processes.ranks import failing_together, on_main_process
@@ -170,12 +171,13 @@ class SPINTrainer(HubTrainer):
         args = self.self_play_setup.args
         check_schedule(args, *optimizers)
         check_best_iteration(args, eval_dataset is not None, compute_generation_metrics is not None)
+        sharding = Sharding.of(args)
         for setting in args.takes_back_policies:
-            check_can_take_back(setting, self.self_play_setup.publication, self.self_play_setup.adapter)
+            check_can_take_back(setting, self.self_play_setup.publication, sharding)
         if self.self_play_setup.choice.mode == "in-process":
-            check_can_generate()
+            check_can_generate(sharding)
             if args.num_opponents > 1:
-                check_can_lend(args.num_opponents, self.self_play_setup.publication, self.self_play_setup.adapter)
+                check_can_lend(args.num_opponents, self.self_play_setup.publication, sharding)
         if args.initial_reference is not None:
             check_initial_reference(peft_config, args.initial_reference)
         if args.merge_adapter_at_end:
@@ -307,7 +309,7 @@ class SPINTrainer(HubTrainer):
                 self.processing_class.save_pretrained(directory)
             return
         self.save_model(directory, _internal_call=True)
-        if publication.lora_rank is not None and self.args.should_save:
+        if publication.folds_scaling and self.args.should_save:
             fold_scaling(directory)
 
     def size_of_opponent(self) -> int:

@@ -5,6 +5,7 @@ All of it is refused before a model is loaded: the folder that stands for the mo
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -516,13 +517,16 @@ RUNS = {
 
 
 @pytest.mark.parametrize(
-    ("launcher", "remedy"),
-    [("DEEPSPEED", "DeepSpeed's own `offload_optimizer`"), ("FSDP", "FSDP's own `offload_params`")],
+    ("engine", "remedy"),
+    [("DeepSpeed ZeRO-1", "DeepSpeed's own `offload_optimizer`"), ("FSDP", "FSDP's own `offload_params`")],
 )
-def test_sharded_policy_that_makes_way_is_refused(play, make_config, monkeypatch, launcher, remedy):
+def test_sharded_policy_that_makes_way_is_refused(play, make_config, monkeypatch, engine, remedy):
     args = make_config(**MANAGED, offload_policy_during_generation=True)
-    monkeypatch.setenv(f"ACCELERATE_USE_{launcher}", "true")
-    refused(Refusal(f"{launcher.lower()} holds", "moves whole tensors", remedy), play, args=args)
+    if engine != "FSDP":
+        args.deepspeed_plugin = SimpleNamespace(zero_stage=1, deepspeed_config={})
+    else:
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    refused(Refusal(f"{engine} holds", "moves whole tensors", remedy), play, args=args)
 
 
 @catalogue(RUNS)

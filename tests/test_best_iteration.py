@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -94,10 +95,10 @@ class TestRefusedBeforeTheModelIsLoaded:
                 eval_dataset=eval_dataset,
             )
 
-    def test_policy_in_shards(self, tiny_model, make_config, train_dataset, eval_dataset, monkeypatch):
+    def test_policy_in_shards(self, tiny_model, make_config, train_dataset, eval_dataset):
         settings = {"metric_for_best_iteration": "nll", "load_best_iteration_at_end": True}
         configuration = make_config(**settings)
-        monkeypatch.setattr("spin_trl.play.earlier_policy.is_deepspeed_zero3_enabled", lambda: True)
+        configuration.deepspeed_plugin = SimpleNamespace(zero_stage=3, deepspeed_config={})
         with pytest.raises(ValueError, match="under ZeRO-3 and FSDP each process holds only shards"):
             SPINTrainer(tiny_model, configuration, train_dataset=train_dataset, eval_dataset=eval_dataset)
 

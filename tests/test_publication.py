@@ -7,6 +7,7 @@ from peft import AdaptionPromptConfig, IA3Config, LoHaConfig, LoraConfig, PeftMo
 from torch import nn
 
 from spin_trl.policy.published_form import Publication, plan_publication
+from spin_trl.policy.sharding import Sharding
 
 
 def lora(**options) -> LoraConfig:
@@ -50,7 +51,7 @@ def test_full_fine_tuning_publishes_weights(model, served):
 )
 def test_adapter_that_vllm_loads_is_published_alone(options):
     publication = plan(config=lora(**options))
-    assert publication == Publication("adapter", lora_rank=4)
+    assert publication == Publication("adapter", lora_rank=4, folds_scaling="alpha_pattern" in options)
     assert str(publication) == ""
 
 
@@ -105,18 +106,18 @@ def test_merging_into_a_quantized_or_a_sharded_base_is_refused(config):
     with pytest.raises(ValueError, match="into a quantized base they cannot be merged without loss.*`use_vllm=False`"):
         plan(config=config, quantized=True)
     with pytest.raises(ValueError, match="which DeepSpeed ZeRO-3 spreads.*plain `LoraConfig`"):
-        plan(config=config, sharding="DeepSpeed ZeRO-3")
+        plan(config=config, sharding=Sharding("deepspeed", 3))
 
 
 def test_plain_adapter_to_a_quantized_or_a_sharded_base_is_published_alone():
-    assert plan(config=lora(), quantized=True, sharding="FSDP") == Publication("adapter", lora_rank=4)
+    assert plan(config=lora(), quantized=True, sharding=Sharding("fsdp", 2)) == Publication("adapter", lora_rank=4)
 
 
 @pytest.mark.parametrize(
     "config", [lora(use_dora=True), IA3, PromptTuningConfig(num_virtual_tokens=4)], ids=["dora", "ia3", "prompt"]
 )
 def test_in_process_plays_adapters_of_every_kind_as_they_are(config):
-    assert plan(config=config, served=False, quantized=True, sharding="FSDP") == Publication("adapter")
+    assert plan(config=config, served=False, quantized=True, sharding=Sharding("fsdp", 2)) == Publication("adapter")
 
 
 def test_adapter_of_another_name_than_dpo_trainer_trains_is_refused_by_its_name():

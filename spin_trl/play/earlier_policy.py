@@ -3,66 +3,20 @@
 Knows nothing of why.
 """
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from accelerate.utils import is_peft_model, str_to_bool
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from accelerate.utils import is_peft_model
 
-from ..policy.published_form import Publication
 from ..processes.ranks import on_every_process
 from ..run_directory.run_paths import RunDirectoryError
 
 
 if TYPE_CHECKING:
     from ..spin_trainer import SPINTrainer
-
-
-_ON_DISK = (
-    "Leave it unset: every opponent is saved in `iteration-*/opponent`, and `self_play.json` names the one that counts."
-)
-
-
-def check_can_take_back(
-    setting: str, publication: Publication, adapter: dict[str, Any] | None, remedy: str = _ON_DISK
-) -> None:
-    """
-    Args:
-        setting (`str`): What asks for it, as in the configuration.
-        publication ([`Publication`]): In which form opponents are saved.
-        adapter (`dict`, *optional*): Configuration of the adapter that is trained.
-        remedy (`str`): What to do about it.
-
-    Raises:
-        `ValueError`: if a saved opponent could not be loaded into the policy.
-    """
-    adapter = adapter or {}
-    reason = None
-    if is_deepspeed_zero3_enabled() or str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false")):
-        reason = "under ZeRO-3 and FSDP each process holds only shards of it"
-    elif publication.kind == "merged":
-        reason = f"opponents are saved merged here, because vLLM cannot load adapters with {publication.reason}"
-    elif publication.lora_rank is not None and (adapter.get("rank_pattern") or adapter.get("alpha_pattern")):
-        reason = "for vLLM, opponents are saved with the scaling of `rank_pattern` and `alpha_pattern` in their weights"
-    if reason is not None:
-        raise ValueError(
-            f"`{setting}` loads the opponent of an earlier iteration into the policy, but {reason}. {remedy}"
-        )
-
-
-def check_can_lend(num_opponents: int, publication: Publication, adapter: dict[str, Any] | None) -> None:
-    """
-    As [`check_can_take_back`], for [`lent_to_opponent`].
-
-    Raises:
-        `ValueError`: if the policy could not play an earlier opponent in-process.
-    """
-    remedy = "Use a vLLM server, which loads opponents itself, or leave `num_opponents` unset."
-    check_can_take_back(f"num_opponents={num_opponents}", publication, adapter, remedy)
 
 
 def take_back(trainer: "SPINTrainer", opponent: int) -> None:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate import PartialState
 from accelerate.logging import get_logger
-from accelerate.utils import str_to_bool
 from datasets import Dataset
 from transformers import (
     PreTrainedModel,
@@ -53,7 +52,7 @@ from ..policy.inputs import (
 from ..policy.merging import save_base
 from ..policy.published_form import Publication, adapter_config, plan_publication
 from ..policy.quantization import check_trains_adapter, differs_on_server, find_quantization, serves_dequantized
-from ..policy.sharding import spread_by
+from ..policy.sharding import Sharding
 from ..processes.ranks import main_process_first, on_every_process, on_main_process
 from ..run_directory.changed_settings import changed_settings
 from ..run_directory.disk import check_writable
@@ -158,9 +157,9 @@ class SelfPlaySetup:
         if choice.mode == "in-process":
             check_generation_kwargs(args.generation_kwargs)
         config = model_config(model, args)
-        sharding = spread_by(args)
+        sharding = Sharding.of(args)
         quantization = find_quantization(model, args, quantization_config, config)
-        check_turns(args, choice.mode, _sharding(), quantization)
+        check_turns(args, choice.mode, sharding, quantization)
         check_trains_adapter(quantization, adapter_config(model, peft_config) is not None)
         publication = plan_publication(
             model, peft_config, choice.mode != "in-process", quantization is not None, sharding
@@ -302,7 +301,7 @@ class SelfPlaySetup:
             "changed_settings": changed_settings(args),
             "training": {
                 "total_train_batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-                "sharding": _sharding(),
+                "sharding": None if (sharding := Sharding.of(args)) is None else sharding.engine,
                 **batch_losses_depend_on(args),
             },
             "data": {
@@ -451,14 +450,6 @@ def _check_args(args: SPINConfig | None, model_name: str) -> SPINConfig:
             "`eval_strategy` unset."
         )
     return args
-
-
-def _sharding() -> str | None:
-    """What spreads the weights over the processes. Its checkpoints are its own."""
-    for name in ("deepspeed", "fsdp"):
-        if str_to_bool(os.environ.get(f"ACCELERATE_USE_{name.upper()}", "false")):
-            return name
-    return None
 
 
 def _take_api_key(args: SPINConfig) -> str | None:

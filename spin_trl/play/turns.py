@@ -15,6 +15,7 @@ from accelerate.logging import get_logger
 from ..generation.vllm.rest import ServerRest
 from ..policy.offload import Offloader
 from ..policy.quantization import Quantization
+from ..policy.sharding import Sharding
 from ..processes.ranks import on_every_process, on_main_process
 from ..spin_config import SPINConfig
 
@@ -120,13 +121,13 @@ def _gpu_memory_in_use() -> int:
     return total - free
 
 
-def check_turns(args: SPINConfig, mode: str, sharding: str | None, quantization: Quantization | None) -> None:
+def check_turns(args: SPINConfig, mode: str, sharding: Sharding | None, quantization: Quantization | None) -> None:
     """
     Refuse what could not take turns, before a model is loaded.
 
     Args:
         mode (`str`): Of the sampler, see [`SamplerChoice`].
-        sharding (`str`, *optional*): What spreads the weights over processes.
+        sharding ([`Sharding`], *optional*): What is spread over processes.
         quantization ([`Quantization`], *optional*): How the policy's weights are quantized.
 
     Raises:
@@ -147,7 +148,9 @@ def check_turns(args: SPINConfig, mode: str, sharding: str | None, quantization:
             "leave it unset."
         )
     if sharding is not None:
-        remedy = "DeepSpeed's own `offload_optimizer`" if sharding == "deepspeed" else "FSDP's own `offload_params`"
+        remedy = (
+            "DeepSpeed's own `offload_optimizer`" if sharding.engine == "deepspeed" else "FSDP's own `offload_params`"
+        )
         raise ValueError(
             f"{name} moves whole tensors, but {sharding} holds the weights in shards of its own. Leave it unset, and "
             f"use {remedy} or a server on another GPU."

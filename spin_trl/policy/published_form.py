@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from accelerate.utils import is_peft_model
 
+from .sharding import Sharding
+
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -76,6 +78,10 @@ MERGED_TYPES = {
     "WAVEFT",
 }
 
+_ON_DISK = (
+    "Leave it unset: every opponent is saved in `iteration-*/opponent`, and `self_play.json` names the one that counts."
+)
+
 
 @dataclass(frozen=True)
 class Publication:
@@ -86,11 +92,13 @@ class Publication:
         kind (`str`): `"weights"`, `"adapter"` or `"merged"`.
         lora_rank (`int`, *optional*): Largest rank of the adapters that a server is given; `None` for weights.
         reason (`str`): Why they are merged.
+        folds_scaling (`bool`): Whether adapters are rewritten for vLLM, see [`fold_scaling`].
     """
 
     kind: Literal["weights", "adapter", "merged"]
     lora_rank: int | None = None
     reason: str = ""
+    folds_scaling: bool = False
 
     def __str__(self) -> str:
         """What the user should know about it; empty for what they would expect."""
@@ -108,13 +116,13 @@ def plan_publication(
     peft_config: "PeftConfig | None",
     served: bool,
     quantized: bool = False,
-    sharding: str | None = None,
+    sharding: Sharding | None = None,
 ) -> Publication:
     """
     Args:
         served (`bool`): Whether a server is to play the opponents. In-process everything that trains can play.
         quantized (`bool`): Whether the base model is.
-        sharding (`str`, *optional*): What will spread the weights over the processes, if anything does.
+        sharding ([`Sharding`], *optional*): What will be spread over the processes, if anything is.
 
     Raises:
         `ValueError`: if the opponents can be had on a server in no way.
@@ -126,7 +134,8 @@ def plan_publication(
         return Publication("adapter")
     problems = _not_served(config)
     if not problems:
-        return Publication("adapter", max([config.r, *(config.rank_pattern or {}).values()]))
+        largest_rank = max([config.r, *config.rank_pattern.values()])
+        return Publication("adapter", largest_rank, folds_scaling=bool(config.rank_pattern or config.alpha_pattern))
     reason = " and ".join(f"`{problem}`" for problem in problems)
     if (obstacle := _obstacle_to_merging(config, problems, quantized, sharding)) is not None:
         raise ValueError(
@@ -134,6 +143,41 @@ def plan_publication(
             "`use_vllm=False` to generate in-process."
         )
     return Publication("merged", reason=reason)
+
+
+def check_can_take_back(
+    setting: str, publication: Publication, sharding: Sharding | None, remedy: str = _ON_DISK
+) -> None:
+    """
+    Args:
+        setting (`str`): What asks for it, as in the configuration.
+        remedy (`str`): What to do about it.
+
+    Raises:
+        `ValueError`: if a saved opponent could not be loaded into the policy.
+    """
+    reason = None
+    if sharding is not None and sharding.spreads_weights:
+        reason = "under ZeRO-3 and FSDP each process holds only shards of it"
+    elif publication.kind == "merged":
+        reason = f"opponents are saved merged here, because vLLM cannot load adapters with {publication.reason}"
+    elif publication.folds_scaling:
+        reason = "for vLLM, opponents are saved with the scaling of `rank_pattern` and `alpha_pattern` in their weights"
+    if reason is not None:
+        raise ValueError(
+            f"`{setting}` loads the opponent of an earlier iteration into the policy, but {reason}. {remedy}"
+        )
+
+
+def check_can_lend(num_opponents: int, publication: Publication, sharding: Sharding | None) -> None:
+    """
+    As [`check_can_take_back`], for a while.
+
+    Raises:
+        `ValueError`: if the policy could not play an earlier opponent in-process.
+    """
+    remedy = "Use a vLLM server, which loads opponents itself, or leave `num_opponents` unset."
+    check_can_take_back(f"num_opponents={num_opponents}", publication, sharding, remedy)
 
 
 def adapter_config(model: "str | PreTrainedModel | PeftModel", peft_config: "PeftConfig | None") -> "PeftConfig | None":
@@ -188,7 +232,7 @@ def _unusual_lora_fields(config: "PeftConfig") -> dict[str, Any]:
 
 
 def _obstacle_to_merging(
-    config: "PeftConfig", problems: list[str], quantized: bool, sharding: str | None
+    config: "PeftConfig", problems: list[str], quantized: bool, sharding: Sharding | None
 ) -> str | None:
     """Why the adapter cannot be merged into the weights either, in words."""
     if config.is_prompt_learning:
@@ -198,6 +242,6 @@ def _obstacle_to_merging(
         return "PEFT is not known to merge them into the weights exactly"
     if quantized:
         return "into a quantized base they cannot be merged without loss"
-    if sharding is not None:
+    if sharding is not None and sharding.spreads_weights:
         return f"they are merged only where each process has all weights, which {sharding} spreads"
     return None

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from ..spin_config import SPINConfig
+from .sharding import Sharding
 
 
 if TYPE_CHECKING:
@@ -91,12 +92,13 @@ def check_trains_adapter(quantization: Quantization | None, has_adapter: bool) -
         )
 
 
-def serves_dequantized(quantization: Quantization | None, mode: str, sharding: str | None) -> bool:
+def serves_dequantized(quantization: Quantization | None, mode: str, sharding: Sharding | None) -> bool:
     """Whether this run's own server is given the numbers that the 4-bit weights stand for, so that it plays exactly."""
-    return quantization is not None and quantization.is_4bit and mode == "managed" and sharding is None
+    is_whole = sharding is None or not sharding.spreads_weights
+    return quantization is not None and quantization.is_4bit and mode == "managed" and is_whole
 
 
-def differs_on_server(quantization: Quantization | None, mode: str, sharding: str | None) -> bool:
+def differs_on_server(quantization: Quantization | None, mode: str, sharding: Sharding | None) -> bool:
     """Whether a server computes with other base weights than the policy: those before quantization."""
     if quantization is None or quantization.of_checkpoint or mode == "in-process":
         return False

@@ -5,8 +5,9 @@ loaded beside it for a while. Knows nothing of pairs and iterations. Every proce
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from accelerate.utils import fsdp2_prepare_model, release_memory, str_to_bool
 from torch import nn
@@ -21,25 +22,49 @@ if TYPE_CHECKING:
     from trl import DPOConfig, DPOTrainer
 
 
-def check_can_generate() -> None:
+@dataclass(frozen=True)
+class Sharding:
+    """
+    What of the training is spread over the processes.
+
+    Args:
+        engine (`str`): Who spreads it, "deepspeed" or "fsdp". Its checkpoints are its own.
+        level (`int`): DeepSpeed's ZeRO stage, or FSDP's version.
+    """
+
+    engine: Literal["deepspeed", "fsdp"]
+    level: int
+
+    def __str__(self) -> str:
+        return "FSDP" if self.engine == "fsdp" else f"DeepSpeed ZeRO-{self.level}"
+
+    @property
+    def spreads_weights(self) -> bool:
+        """Whether each process holds shards of the weights, instead of all of them."""
+        return self.engine == "fsdp" or self.level == 3
+
+    @classmethod
+    def of(cls, args: "DPOConfig") -> "Sharding | None":
+        """As the arguments or the launcher say; `None` if nothing is spread. Needs no accelerator yet."""
+        if args.deepspeed_plugin is not None:
+            return cls("deepspeed", args.deepspeed_plugin.zero_stage)
+        if args.fsdp_plugin_args is not None:
+            return cls("fsdp", args.fsdp_plugin_args["fsdp_version"])
+        if str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false")):
+            return cls("fsdp", int(os.environ.get("FSDP_VERSION", "1")))
+        return None
+
+
+def check_can_generate(sharding: Sharding | None) -> None:
     """
     Raises:
         `ValueError`: if the policy will be sharded such that it cannot generate in-process.
     """
-    if str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false")) and os.environ.get("FSDP_VERSION", "1") == "1":
+    if sharding == Sharding("fsdp", 1):
         raise ValueError(
             "In-process generation is not possible with version 1 of FSDP, where every process would have to generate "
             "in lockstep. Use `fsdp_version: 2` (see recipes/accelerate/fsdp2.yaml), or a vLLM server."
         )
-
-
-def spread_by(args: "DPOConfig") -> str | None:
-    """What will spread the weights over the processes; `None` if each holds all of them."""
-    plugin = args.deepspeed_plugin
-    if plugin is not None and plugin.zero_stage == 3:
-        return "DeepSpeed ZeRO-3"
-    uses_fsdp = bool(args.fsdp) or str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false"))
-    return "FSDP" if uses_fsdp else None
 
 
 @contextmanager
