@@ -21,8 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import DPOTrainer
 
 from .data.batching import epoch_order
-from .data.lengths import pair_lengths
-from .data.pair_dataset import PairDataset
+from .data.pair_dataset import PairDataset, pair_lengths
 from .policy.log_probs import forget_loader
 from .policy.optimizer import forget_moments, set_learning_rate
 from .processes.ranks import on_every_process

@@ -23,14 +23,15 @@ from .data.pair_dataset import PairDataset
 from .data.pair_metrics import describe_generations, describe_scores, generation_rates
 from .data.pairs import (
     add_history,
+    add_preferences,
     answer_schema,
     describe_pairs,
     drop_identical_pairs,
     find_identical_pairs,
     keeps_identical_pairs,
     make_answers,
+    preference_share,
 )
-from .data.preferences import add_preferences, preference_share
 from .data.rewards.judged_answers import AnswerRewards
 from .evaluation.best_iteration import label
 from .evaluation.collapse_guard import CollapseGuard

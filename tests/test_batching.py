@@ -5,7 +5,7 @@ import pytest
 from datasets import Dataset, concatenate_datasets
 
 from spin_trl.data.batching import epoch_order, scoring_batches
-from spin_trl.data.lengths import pair_lengths
+from spin_trl.data.pair_dataset import pair_lengths
 
 
 def lognormal_lengths(num_pairs: int) -> np.ndarray:

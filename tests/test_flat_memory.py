@@ -14,8 +14,7 @@ from datasets import Dataset
 from tiny_tokenizers import letter_tokenizer
 
 from spin_trl.data.columns import write_rows
-from spin_trl.data.lengths import pair_lengths
-from spin_trl.data.pair_dataset import PairDataset
+from spin_trl.data.pair_dataset import PairDataset, pair_lengths
 from spin_trl.data.pairs import (
     ANSWER_SCHEMA,
     add_history,

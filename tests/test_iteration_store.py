@@ -205,7 +205,7 @@ def test_data_of_another_run_are_not_this_ones(store):
 def test_pairs_of_rows_that_the_data_lack_are_refused(store):
     store.write_data(run_data(0, 1))
     store.write_pairs(0, answers(1, 2), {})
-    with pytest.raises(RunDirectoryError, match="have no row 2.*not of the same run"):
+    with pytest.raises(RunDirectoryError, match="have no row 2.*not of the same run.*overwrite_output_dir"):
         store.read_pairs(0)
 
 

@@ -5,8 +5,7 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 
 from spin_trl import SPINTrainer, load_pairs
-from spin_trl.data.lengths import pair_lengths
-from spin_trl.data.pair_dataset import PairDataset
+from spin_trl.data.pair_dataset import PairDataset, pair_lengths
 from spin_trl.run_directory.store import RunDirectoryError
 
 

@@ -15,7 +15,7 @@ from rooms import FLOORS, PACKAGE, files, imports_of, name_of, upward_imports  #
 # Files that still import from above; to be emptied.
 DEBTS = set(
     """
-    data/pair_dataset data/pairs data/rewards/ranked_pairs evaluation/best_iteration evaluation/collapse_guard
+    evaluation/best_iteration evaluation/collapse_guard
     evaluation/held_out objectives/loss_settings objectives/reference_mixture play/earlier_policy play/opponents
     play/pairing report/completion_table report/log_file report/logs self_play spin_config
     """.split()

@@ -37,13 +37,26 @@ def byte_tokenizer(
     return wrapped
 
 
+class CountingTokenizer(PreTrainedTokenizerFast):
+    """Counts how often it is called."""
+
+    num_calls = 0
+
+    def __call__(self, *args, **kwargs):
+        self.num_calls += 1
+        return super().__call__(*args, **kwargs)
+
+
 def letter_tokenizer(
-    template: str = "$A", merges: tuple = (), chat_template: str | None = None
+    template: str = "$A",
+    merges: tuple = (),
+    chat_template: str | None = None,
+    kind: type[PreTrainedTokenizerFast] = PreTrainedTokenizerFast,
 ) -> PreTrainedTokenizerFast:
     """One token a letter, `<s>`, `</s>` and what `merges` makes of neighbours; `template` says what is put around."""
     letters = ["<s>", "</s>", *"abcdefgh", *("".join(pair) for pair in merges)]
     tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(letters)}, merges=list(merges)))
     tokenizer.post_processor = processors.TemplateProcessing(template, special_tokens=[("<s>", 0), ("</s>", 1)])
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    wrapped = kind(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
     wrapped.chat_template = chat_template
     return wrapped

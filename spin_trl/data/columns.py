@@ -23,24 +23,23 @@ def batches(dataset: Dataset, columns: Sequence[str], batch_size: int = BATCH_SI
 
 def numbers(dataset: Dataset, column: str) -> np.ndarray:
     """A column of numbers, of shape `(len(dataset),)`."""
-    return _joined(batch[column].to_numpy() for batch in batches(dataset, [column]))
+    return joined(batch[column].to_numpy() for batch in batches(dataset, [column]))
 
 
 def list_lengths(dataset: Dataset, column: str) -> np.ndarray:
     """Lengths of a column's lists, of shape `(len(dataset),)`. The lists themselves are not looked at."""
-    return _joined(pc.list_value_length(batch[column]).to_numpy() for batch in batches(dataset, [column]))
+    return joined(lengths_of(batch[column]) for batch in batches(dataset, [column]))
 
 
-def equal_lists(left: pa.ChunkedArray, right: pa.ChunkedArray) -> np.ndarray:
-    """Where two columns hold the same list of numbers, of shape `(len(left),)`."""
-    lengths = pc.list_value_length(left).to_numpy()
-    equal = lengths == pc.list_value_length(right).to_numpy()
-    of_equal_length = np.flatnonzero(equal)
-    values = [_values(column.filter(pa.array(equal))) for column in (left, right)]
-    differing = np.flatnonzero(values[0] != values[1])
-    ends = np.cumsum(lengths[of_equal_length])
-    equal[of_equal_length[np.searchsorted(ends, differing, side="right")]] = False
-    return equal
+def lengths_of(lists: pa.ChunkedArray) -> np.ndarray:
+    """Lengths of the lists of one batch, of shape `(len(lists),)`."""
+    return pc.list_value_length(lists).to_numpy()
+
+
+def equal_lists(tables: Iterable[pa.Table], left: str, right: str) -> np.ndarray:
+    """Where two columns hold the same list of numbers: a mask of the shape `(rows of all tables,)`."""
+    masks = (_equal_lists(table[left], table[right]) for table in tables)
+    return joined(masks).astype(bool)
 
 
 def num_bytes_of(dataset: Dataset) -> int:
@@ -69,10 +68,20 @@ def write_rows(path: Path, tables: Iterable[pa.Table], schema: pa.Schema) -> Non
             writer.write_table(table.cast(schema).combine_chunks(), max_chunksize=BATCH_SIZE)
 
 
-def _values(lists: pa.ChunkedArray) -> np.ndarray:
-    return lists.combine_chunks().flatten().to_numpy(zero_copy_only=False)
-
-
-def _joined(arrays: Iterable[np.ndarray]) -> np.ndarray:
+def joined(arrays: Iterable[np.ndarray]) -> np.ndarray:
+    """The arrays of all batches as one; of no batch, an empty one of whole numbers."""
     arrays = list(arrays)
     return np.concatenate(arrays) if arrays else np.empty(0, np.int64)
+
+
+def _equal_lists(left: pa.ChunkedArray, right: pa.ChunkedArray) -> np.ndarray:
+    lengths = lengths_of(left)
+    equal = lengths == lengths_of(right)
+    candidates = np.flatnonzero(equal)
+    one, other = (
+        column.filter(pa.array(equal)).combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        for column in (left, right)
+    )
+    ends = np.cumsum(lengths[candidates])
+    equal[candidates[np.searchsorted(ends, np.flatnonzero(one != other), side="right")]] = False
+    return equal

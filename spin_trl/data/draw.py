@@ -9,9 +9,11 @@ import hashlib
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 
 
 OPPONENT = "opponent"  # column: the number of the iteration whose opponent answered
+OPPONENT_FIELD = pa.field(OPPONENT, pa.int32())
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,7 @@ import pyarrow as pa
 import torch
 from datasets import Dataset
 
-from ..run_directory.run_paths import RunDirectoryError
-from .columns import batches, numbers, positions_of
+from .columns import batches, list_lengths, numbers, positions_of
 
 
 TRUTH_COLUMNS = ["prompt_ids", "chosen_ids"]
@@ -35,7 +34,7 @@ class PairDataset(torch.utils.data.Dataset):
     def __init__(self, truths: Dataset, answers: Dataset, *others: Dataset):
         self.truths = truths
         self.answers = answers
-        self.others = others
+        self.holders = (answers, truths, *others)
 
     @classmethod
     def join(cls, data: Dataset, answers: Dataset) -> "PairDataset":
@@ -48,33 +47,26 @@ class PairDataset(torch.utils.data.Dataset):
             answers ([`~datasets.Dataset`]): With the column `row`.
 
         Raises:
-            [`RunDirectoryError`]: if the data lack a row.
+            `LookupError`: if the data lack a row.
         """
         rows = numbers(answers, "row")
         positions, found = positions_of(rows, numbers(data, "row"))
         if not found.all():
-            raise RunDirectoryError(
-                f"The run's data have no row {rows[~found][0]}, which pairs are of: they are not of the same run. Play "
-                "it again with `overwrite_output_dir=True`."
-            )
+            raise LookupError(f"The data have no row {rows[~found][0]}, which pairs are of.")
         columns = [name for name in TRUTH_COLUMNS if name not in answers.column_names]
         return cls(data.select_columns(columns).select(positions), answers)
 
     def joined_with(self, other: Dataset) -> "PairDataset":
         """These pairs with further columns, of which `other` has a row for each."""
-        return PairDataset(self.truths, self.answers, *self.others, other)
-
-    @property
-    def _holders(self) -> tuple[Dataset, ...]:
-        return (self.answers, self.truths, *self.others)
+        return PairDataset(self.truths, self.answers, *self.holders[2:], other)
 
     @property
     def column_names(self) -> list[str]:
-        return [name for holder in self._holders for name in holder.column_names]
+        return [name for holder in self.holders for name in holder.column_names]
 
     def holder_of(self, column: str) -> Dataset:
         """The dataset that a column lies in."""
-        return next((holder for holder in self._holders if column in holder.column_names), self.answers)
+        return next((holder for holder in self.holders if column in holder.column_names), self.answers)
 
     def __len__(self) -> int:
         return len(self.answers)
@@ -83,28 +75,49 @@ class PairDataset(torch.utils.data.Dataset):
         """A row, the columns of several rows, or a column, as [`~datasets.Dataset`] has it."""
         if isinstance(key, str):
             return self.holder_of(key)[key]
-        return _merged(holder[key] for holder in self._holders)
+        return _merged(holder[key] for holder in self.holders)
 
     def __getitems__(self, keys: list[int]) -> list[dict[str, Any]]:
-        rows = zip(*(holder.__getitems__(keys) for holder in self._holders), strict=True)
-        return [_merged(parts) for parts in rows]
+        return [_merged(parts) for parts in zip(*(holder.__getitems__(keys) for holder in self.holders), strict=True)]
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        for parts in zip(*self._holders, strict=True):
-            yield _merged(parts)
+        return map(_merged, zip(*self.holders, strict=True))
 
     def select(self, indices: Sequence[int] | np.ndarray) -> "PairDataset":
         """The pairs at these positions, in this order."""
-        others = (other.select(indices) for other in self.others)
-        return PairDataset(self.truths.select(indices), self.answers.select(indices), *others)
+        answers, truths, *others = (holder.select(indices) for holder in self.holders)
+        return PairDataset(truths, answers, *others)
 
     def batches(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """Rows of some columns, or of all, so many at a time."""
         columns = self.column_names if columns is None else columns
-        split = [(holder, [name for name in columns if self.holder_of(name) is holder]) for holder in self._holders]
+        split = [(holder, [name for name in columns if self.holder_of(name) is holder]) for holder in self.holders]
         for parts in zip(*(batches(holder, names) for holder, names in split if names), strict=True):
             found = {name: part[name] for part in parts for name in part.column_names}
             yield pa.table({name: found[name] for name in columns})
+
+
+def column_lengths(pairs: Dataset | PairDataset, column: str) -> np.ndarray:
+    """Lengths of one column, of shape `(len(pairs),)`, in tokens. No token is read."""
+    return list_lengths(pairs.holder_of(column) if isinstance(pairs, PairDataset) else pairs, column)
+
+
+def pair_lengths(pairs: Dataset | PairDataset, max_length: int | None = None) -> np.ndarray:
+    """
+    Tokens of the longest of a pair's sequences, two or three: what each of them is padded to.
+
+    Args:
+        pairs ([`PairDataset`] or [`~datasets.Dataset`]): With the columns `prompt_ids`, `chosen_ids` and
+            `rejected_ids`, perhaps `initial_ids`.
+        max_length (`int`, *optional*): Length at which DPOTrainer's collator truncates a sequence.
+
+    Returns:
+        `np.ndarray` of shape `(len(pairs),)` and integer type: prompt and longest side together.
+    """
+    sides = [name for name in ("chosen_ids", "rejected_ids", "initial_ids") if name in pairs.column_names]
+    longest = np.maximum.reduce([column_lengths(pairs, name) for name in sides])
+    lengths = column_lengths(pairs, "prompt_ids") + longest
+    return lengths if max_length is None else np.minimum(lengths, max_length)
 
 
 def _merged(parts: Iterable[dict[str, Any]]) -> dict[str, Any]:

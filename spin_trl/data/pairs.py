@@ -1,7 +1,7 @@
 """Completions -> preference pairs: the ground truth is chosen, the opponent's answer rejected. Knows no models.
 
-Where rewards choose instead, `reward_pairs` goes on from here. No function here holds the pairs: they pass through it
-in batches, or it gives a view of them.
+Where rewards choose instead, `rewards/ranked_pairs.py` goes on from here. No function here holds the pairs: they pass
+through it in batches, or it gives a view of them.
 """
 
 from collections.abc import Iterable, Iterator
@@ -10,11 +10,9 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset, concatenate_datasets
 
-from ..run_directory.completion_parts import OPPONENT_FIELD
 from .columns import equal_lists, numbers, positions_of
-from .draw import OPPONENT
-from .lengths import column_lengths
-from .pair_dataset import PairDataset
+from .draw import OPPONENT, OPPONENT_FIELD
+from .pair_dataset import PREFERENCE, PairDataset, column_lengths
 
 
 # What an iteration adds to the run's data; its scores come later.
@@ -63,17 +61,14 @@ def make_answers(data: Dataset, completions: Iterable[pa.Table], iteration: int)
     for batch in completions:
         positions, found = positions_of(batch["row"].to_numpy(), rows)
         batch = batch.filter(pa.array(found))
+        schema = answer_schema(OPPONENT in batch.column_names)
         columns = {
+            **{name: batch[name] for name in ("row", "sample", OPPONENT) if name in schema.names},
             "iteration": np.full(len(batch), iteration, np.int32),
-            "row": batch["row"],
             "source_row": source_rows[positions],
-            "sample": batch["sample"],
             "rejected_ids": batch["completion_ids"],
         }
-        has_opponents = OPPONENT in batch.column_names
-        if has_opponents:
-            columns[OPPONENT] = batch[OPPONENT]
-        yield pa.table(columns, schema=answer_schema(has_opponents))
+        yield pa.table(columns, schema=schema)
 
 
 def keeps_identical_pairs(identical_pairs: str | None, loss_types: list[str]) -> bool:
@@ -93,8 +88,7 @@ def keeps_identical_pairs(identical_pairs: str | None, loss_types: list[str]) ->
 
 def find_identical_pairs(pairs: PairDataset) -> np.ndarray:
     """Which pairs have two equal sides, a mask of shape `(len(pairs),)`."""
-    masks = [equal_lists(batch["chosen_ids"], batch["rejected_ids"]) for batch in pairs.batches(_SIDES)]
-    return np.concatenate([np.empty(0, bool), *masks])
+    return equal_lists(pairs.batches(_SIDES), *_SIDES)
 
 
 def drop_identical_pairs(pairs: PairDataset, is_identical: np.ndarray) -> PairDataset:
@@ -132,14 +126,40 @@ def add_history(pairs: PairDataset, previous: list[tuple[int, PairDataset]]) -> 
         previous (`list[tuple[int, PairDataset]]`): Iteration number and training set of each older iteration to join.
             Of each only the pairs that its own opponent made are taken.
     """
-    if not previous:
+    own = [older.select(np.flatnonzero(numbers(older.answers, "iteration") == number)) for number, older in previous]
+    return _concatenate(pairs, [(older.truths, older.answers) for older in own])
+
+
+def add_preferences(pairs: PairDataset, preferences: Dataset | None) -> PairDataset:
+    """
+    Join the preference pairs, where there are any, to an iteration's. They have no rewards.
+
+    Args:
+        pairs ([`PairDataset`]): The iteration's, with its history, not scored yet.
+        preferences ([`~datasets.Dataset`], *optional*): See [`PreparedPreferences`].
+    """
+    return _concatenate(pairs, [] if preferences is None else [(preferences, preferences)])
+
+
+def _concatenate(pairs: PairDataset, others: list[tuple[Dataset, Dataset]]) -> PairDataset:
+    """Further truths and answers behind those of the pairs, with the same columns: nulls where they lack one."""
+
+    def joined(own: Dataset, further: tuple[Dataset, ...]) -> Dataset:
+        names = set(own.column_names)
+        return concatenate_datasets(
+            [own, *(other.select_columns([n for n in other.column_names if n in names]) for other in further)]
+        )
+
+    if not others:
         return pairs
-    joined = [pairs]
-    for iteration, older in previous:
-        own = older.select(np.flatnonzero(numbers(older.answers, "iteration") == iteration))
-        joined.append(PairDataset(own.truths, own.answers.select_columns(pairs.answers.column_names)))
-    truths = concatenate_datasets([dataset.truths for dataset in joined])
-    return PairDataset(truths, concatenate_datasets([dataset.answers for dataset in joined]))
+    truths, answers = zip(*others, strict=True)
+    return PairDataset(joined(pairs.truths, truths), joined(pairs.answers, answers))
+
+
+def preference_share(pairs: PairDataset) -> dict[str, float]:
+    """Which share of an iteration's training set are preference pairs, as a metric, if any are."""
+    is_preference = numbers(pairs.answers, "iteration") == PREFERENCE
+    return {"preference_share": float(is_preference.mean())} if is_preference.any() else {}
 
 
 def describe_pairs(
@@ -154,17 +174,14 @@ def describe_pairs(
         cut_off_share (`float`): Share of the completions that ran into the length limit.
         max_length (`int`, *optional*): Length at which DPOTrainer's collator truncates a prompt with one side.
     """
+    limit = np.inf if max_length is None else max_length
     prompts, chosen, rejected = (column_lengths(pairs, name) for name in ("prompt_ids", *_SIDES))
     return {
         "num_pairs": len(pairs),
         "chosen_length": chosen.mean().item(),
         "rejected_length": rejected.mean().item(),
-        "chosen_truncated_share": _share_longer_than(max_length, prompts + chosen),
-        "rejected_truncated_share": _share_longer_than(max_length, prompts + rejected),
+        "chosen_truncated_share": (prompts + chosen > limit).mean().item(),
+        "rejected_truncated_share": (prompts + rejected > limit).mean().item(),
         "cut_off_share": cut_off_share,
         "identical_share": is_identical.mean().item(),
     }
-
-
-def _share_longer_than(max_length: int | None, lengths: np.ndarray) -> float:
-    return 0.0 if max_length is None else (lengths > max_length).mean().item()

@@ -4,37 +4,28 @@ They are no answers of an opponent, so their `iteration` is `PREFERENCE`, and th
 beside the run's own. Knows nothing of files, servers and models.
 """
 
-import os
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from accelerate.logging import get_logger
 from datasets import Dataset, concatenate_datasets
-from datasets.fingerprint import get_temporary_cache_files_directory
 from transformers import PreTrainedTokenizerBase
 
 from ..objectives.pairings import check_goes_with_preferences
 from ..spin_config import SPINConfig
-from .columns import batches, equal_lists, numbers, write_rows
+from .columns import batches, equal_lists, numbers
 from .games import InvalidRowError
-from .pair_dataset import PREFERENCE, PairDataset
-from .pairs import ANSWER_SCHEMA
-from .preparation import dataset_checksum, drop_long_prompts
-from .rendering import TokenizedData, tokenize_dataset
+from .pair_dataset import PREFERENCE
+from .preparation import dataset_checksum, drop_long_prompts, render
 
 
 logger = get_logger(__name__)
 
 _SIDES = ("chosen", "rejected")
 _SHARED_COLUMNS = ("prompt", "tools", "chat_template_kwargs")
-PREFERENCE_SCHEMA = pa.schema(
-    [field for field in ANSWER_SCHEMA if field.name != "rejected_ids"]
-    + [(name, pa.list_(pa.int32())) for name in ("prompt_ids", "chosen_ids", "rejected_ids")]
-)
+_TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 
 @dataclass
@@ -100,126 +91,63 @@ def prepare_preferences(
             `skip_invalid_rows` is not set.
         `ValueError`: if no row is left.
     """
-    sides = [_render(args, tokenizer, end_token_ids, dataset, side) for side in _SIDES]
-    reasons = {row: f"its `rejected`, read as a `chosen`: {reason}" for row, reason in sides[1].invalid_rows}
-    reasons |= dict(sides[0].invalid_rows)
-    chosen, rejected = _side_by_side(*(side.dataset for side in sides))
-    differing = ~_equal(chosen, rejected, "prompt_ids")
-    for row in numbers(chosen, "source_row")[differing].tolist():
+    shared = [name for name in _SHARED_COLUMNS if name in dataset.column_names]
+    note = "In `preference_dataset`."
+    chosen = render(args, tokenizer, end_token_ids, dataset.select_columns([*shared, "chosen"]), note)
+    rejected = dataset.select_columns([*shared, "rejected"]).rename_column("rejected", "chosen")
+    rejected = render(args, tokenizer, end_token_ids, rejected, f"{note} In its `rejected`, read as a `chosen`.")
+    reasons = {row: f"its `rejected`, read as a `chosen`: {reason}" for row, reason in rejected.invalid_rows}
+    reasons |= dict(chosen.invalid_rows)
+    pairs = _side_by_side(chosen.dataset, rejected.dataset)
+    same_prompt = equal_lists(batches(pairs, ["prompt_ids", "other_prompt_ids"]), "prompt_ids", "other_prompt_ids")
+    for row in numbers(pairs, "source_row")[~same_prompt].tolist():
         reasons[row] = (
             "`chosen` and `rejected` answer different prompts (in conversations, all messages but the last). Cut both "
             "after the first answer in which they differ."
         )
         if not args.skip_invalid_rows:
             raise InvalidRowError(f"Row {row} of `preference_dataset`: {reasons[row]}")
-    identical = _equal(chosen, rejected, "chosen_ids")
-    kept = np.flatnonzero(~differing & ~identical)
+    is_identical = same_prompt & equal_lists(batches(pairs, _TOKEN_COLUMNS), "chosen_ids", "rejected_ids")
+    kept = np.flatnonzero(same_prompt & ~is_identical)
     if len(kept) == 0:
         raise ValueError(
             f"No row of `preference_dataset` is left: of {len(dataset)}, {len(reasons)} are invalid and "
-            f"{(identical & ~differing).sum()} have equal sides. See whether `chosen` and `rejected` hold the answers."
+            f"{is_identical.sum()} have equal sides. See whether `chosen` and `rejected` hold the answers."
         )
-    joined = _join(chosen.select(kept), rejected.select(kept))
     limit = context_length if args.max_length is None else min(args.max_length, context_length)
-    joined, num_long = _noting(lambda: drop_long_prompts(joined, limit - 1, f"the limit of {limit} tokens"))
-    report = {
-        "preference_checksum": dataset_checksum(joined, ("prompt_ids", "chosen_ids", "rejected_ids")),
-        "num_preference_rows": len(joined),
-        "num_dropped_preference_rows": len(dataset) - len(joined),
-    }
-    if len(joined) < len(dataset):
+    reason = f"the limit of {limit} tokens for `preference_dataset`"
+    pairs, num_long = drop_long_prompts(pairs.remove_columns("other_prompt_ids").select(kept), limit - 1, reason)
+    num_dropped = len(dataset) - len(pairs)
+    if num_dropped:
         logger.warning(
-            f"Left out {len(dataset) - len(joined)} row(s) of `preference_dataset`: {len(reasons)} invalid, "
-            f"{(identical & ~differing).sum()} of equal sides, {num_long} whose prompt leaves no room for an answer."
+            f"Left out {num_dropped} row(s) of `preference_dataset`: {len(reasons)} invalid, {is_identical.sum()} of "
+            f"equal sides, {num_long} whose prompt leaves no room for an answer."
         )
+    report = {
+        "preference_checksum": dataset_checksum(pairs, _TOKEN_COLUMNS),
+        "num_preference_rows": len(pairs),
+        "num_dropped_preference_rows": num_dropped,
+    }
     invalid = [{"dataset": "preference_dataset", "row": row, "reason": reasons[row]} for row in sorted(reasons)]
-    return PreparedPreferences(joined, report, invalid)
+    return PreparedPreferences(_numbered(pairs), report, invalid)
 
 
-def add_preferences(pairs: PairDataset, preferences: Dataset | None) -> PairDataset:
-    """
-    Join the preference pairs, where there are any, to an iteration's. They have no rewards.
-
-    Args:
-        pairs ([`PairDataset`]): The iteration's, with its history, not scored yet.
-        preferences ([`~datasets.Dataset`], *optional*): See [`PreparedPreferences`].
-    """
-    if preferences is None:
-        return pairs
-    known = [name for name in pairs.answers.column_names if name in preferences.column_names]
-    return PairDataset(
-        concatenate_datasets([pairs.truths, preferences.select_columns(pairs.truths.column_names)]),
-        concatenate_datasets([pairs.answers, preferences.select_columns(known)]),  # nulls where columns are missing
-    )
-
-
-def preference_share(pairs: PairDataset) -> dict[str, float]:
-    """Which share of an iteration's training set are preference pairs, as a metric, if any are."""
-    is_preference = numbers(pairs.answers, "iteration") == PREFERENCE
-    return {"preference_share": float(is_preference.mean())} if is_preference.any() else {}
-
-
-def _render(
-    args: SPINConfig, tokenizer: PreTrainedTokenizerBase, end_token_ids: Collection[int], dataset: Dataset, side: str
-) -> TokenizedData:
-    columns = [name for name in _SHARED_COLUMNS if name in dataset.column_names]
-    one_side = dataset.select_columns([*columns, side])
-    if side != "chosen":
-        one_side = one_side.rename_column(side, "chosen")
-
-    def render() -> TokenizedData:
-        return tokenize_dataset(
-            one_side,
-            tokenizer,
-            end_token_ids,
-            chat_template_kwargs=args.chat_template_kwargs,
-            skip_invalid_rows=args.skip_invalid_rows,
-            num_proc=args.dataset_num_proc,
-        )
-
-    return _noting(render, f" In its `{side}`, read as a `chosen`." if side != "chosen" else "")
-
-
-def _noting(function: Callable[[], Any], more: str = "") -> Any:
-    """What a function returns; its error says that it is of this dataset."""
-    try:
-        return function()
-    except ValueError as error:
-        error.add_note(f"In `preference_dataset`.{more}")
-        raise
-
-
-def _side_by_side(chosen: Dataset, rejected: Dataset) -> tuple[Dataset, Dataset]:
-    """The rows that are valid on both sides."""
+def _side_by_side(chosen: Dataset, rejected: Dataset) -> Dataset:
+    """The rows that are valid on both sides, with the prompt of either."""
     rows = [numbers(side, "source_row") for side in (chosen, rejected)]
     _, *positions = np.intersect1d(*rows, assume_unique=True, return_indices=True)
-    return tuple(side.select(found) for side, found in zip((chosen, rejected), positions, strict=True))
+    chosen, rejected = (side.select(found) for side, found in zip((chosen, rejected), positions, strict=True))
+    names = {"prompt_ids": "other_prompt_ids", "chosen_ids": "rejected_ids"}
+    rejected = rejected.select_columns(list(names)).rename_columns(names)
+    return concatenate_datasets([chosen.select_columns(["source_row", "prompt_ids", "chosen_ids"]), rejected], axis=1)
 
 
-def _equal(left: Dataset, right: Dataset, column: str) -> np.ndarray:
-    both = zip(batches(left, [column]), batches(right, [column]), strict=True)
-    return np.concatenate([np.empty(0, bool), *(equal_lists(one[column], other[column]) for one, other in both)])
-
-
-def _join(chosen: Dataset, rejected: Dataset) -> Dataset:
-    """Both sides of every pair, in a temporary file until the process ends."""
-
-    def tables() -> Iterator[pa.Table]:
-        number = 0
-        sides = (batches(side, ["source_row", "prompt_ids", "chosen_ids"]) for side in (chosen, rejected))
-        for one, other in zip(*sides, strict=True):
-            columns = {
-                "iteration": np.full(len(one), PREFERENCE),
-                "row": -1 - np.arange(number, number + len(one)),
-                "source_row": one["source_row"],
-                "sample": np.zeros(len(one), np.int64),
-                "prompt_ids": one["prompt_ids"],
-                "chosen_ids": one["chosen_ids"],
-                "rejected_ids": other["chosen_ids"],
-            }
-            number += len(one)
-            yield pa.table(columns)
-
-    path = Path(get_temporary_cache_files_directory(), f"preferences-{os.urandom(8).hex()}.arrow")
-    write_rows(path, tables(), PREFERENCE_SCHEMA)
-    return Dataset.from_file(str(path))
+def _numbered(pairs: Dataset) -> Dataset:
+    columns = {
+        "iteration": np.full(len(pairs), PREFERENCE, np.int32),
+        "row": -1 - np.arange(len(pairs)),
+        "sample": np.zeros(len(pairs), np.int32),
+    }
+    for name, values in columns.items():
+        pairs = pairs.add_column(name, values)
+    return pairs

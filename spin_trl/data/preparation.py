@@ -15,9 +15,9 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ..spin_config import SPINConfig
-from .columns import batches, list_lengths
+from .columns import batches, joined, lengths_of, list_lengths
 from .formats import detect_format
-from .rendering import tokenize_dataset
+from .rendering import TokenizedData, tokenize_dataset
 
 
 logger = get_logger(__name__)
@@ -55,30 +55,16 @@ def prepare_data(
     Raises:
         `ValueError`: see [`rendering.tokenize_dataset`]; the message names the dataset.
     """
-    invalid_rows = []
-
-    def prepare(dataset: Dataset, name: str) -> Dataset:
-        try:
-            tokenized = tokenize_dataset(
-                dataset,
-                tokenizer,
-                end_token_ids,
-                prompt_column=args.prompt_column,
-                completion_column=args.completion_column,
-                train_on_turns=args.train_on_turns,
-                chat_template_kwargs=args.chat_template_kwargs,
-                skip_invalid_rows=args.skip_invalid_rows,
-                num_proc=args.dataset_num_proc,
+    columns = {"prompt_column": args.prompt_column, "completion_column": args.completion_column}
+    prepared, invalid_rows = {}, []
+    for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+        if dataset is not None:
+            rendered = render(
+                args, tokenizer, end_token_ids, dataset, f"In `{name}`.", train_on_turns=args.train_on_turns, **columns
             )
-        except ValueError as error:
-            error.add_note(f"In `{name}`.")
-            raise
-        invalid_rows.extend({"dataset": name, "row": row, "reason": reason} for row, reason in tokenized.invalid_rows)
-        return tokenized.dataset
-
-    train = prepare(train_dataset, "train_dataset")
-    train, num_duplicates = drop_duplicates(train)
-    evaluation = None if eval_dataset is None else prepare(eval_dataset, "eval_dataset")
+            prepared[name] = rendered.dataset
+            invalid_rows += [{"dataset": name, "row": row, "reason": why} for row, why in rendered.invalid_rows]
+    train, num_duplicates = drop_duplicates(prepared["train_dataset"])
     if num_duplicates:
         logger.warning(f"Dropped {num_duplicates} row(s) of `train_dataset` that repeat an earlier one.")
     if invalid_rows:
@@ -87,12 +73,36 @@ def prepare_data(
             f"first: row {invalid_rows[0]['row']} of `{invalid_rows[0]['dataset']}`, {invalid_rows[0]['reason']}"
         )
     report = {
-        "format": detect_format(train_dataset.column_names, args.prompt_column, args.completion_column).name,
+        "format": detect_format(train_dataset.column_names, **columns).name,
         "num_source_rows": len(train_dataset),
         "num_invalid_rows": len(invalid_rows),
         "num_duplicate_rows": num_duplicates,
     }
-    return PreparedData(train, evaluation, report, invalid_rows)
+    return PreparedData(train, prepared.get("eval_dataset"), report, invalid_rows)
+
+
+def render(
+    args: SPINConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    end_token_ids: Collection[int],
+    dataset: Dataset,
+    note: str,
+    **layout: Any,
+) -> TokenizedData:
+    """As [`rendering.tokenize_dataset`], with the run's settings. An error carries the note, which says of what."""
+    try:
+        return tokenize_dataset(
+            dataset,
+            tokenizer,
+            end_token_ids,
+            chat_template_kwargs=args.chat_template_kwargs,
+            skip_invalid_rows=args.skip_invalid_rows,
+            num_proc=args.dataset_num_proc,
+            **layout,
+        )
+    except ValueError as error:
+        error.add_note(note)
+        raise
 
 
 def dataset_checksum(dataset: Dataset, columns: Sequence[str] = _TOKEN_COLUMNS) -> str:
@@ -100,33 +110,30 @@ def dataset_checksum(dataset: Dataset, columns: Sequence[str] = _TOKEN_COLUMNS) 
     digest = hashlib.blake2b(digest_size=8)
     for batch in batches(dataset, columns):
         for name in columns:
-            lists = batch[name].combine_chunks()
-            digest.update(lists.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64).tobytes())
-            digest.update(lists.flatten().to_numpy(zero_copy_only=False).astype(np.int64).tobytes())
+            digest.update(lengths_of(batch[name]).astype(np.int64).tobytes())
+            digest.update(_tokens(batch[name]).tobytes())
     return digest.hexdigest()
 
 
 def drop_duplicates(dataset: Dataset) -> tuple[Dataset, int]:
     """Keep the first of all rows with the same prompt and ground truth, in tokens; and how many were dropped."""
-    digests = np.concatenate([_row_digests(batch) for batch in batches(dataset, _TOKEN_COLUMNS)])
+    digests = joined(_row_digests(batch) for batch in batches(dataset, _TOKEN_COLUMNS))
     _, first = np.unique(digests, return_index=True)
-    num_dropped = len(dataset) - len(first)
-    return (dataset.select(np.sort(first)) if num_dropped else dataset), num_dropped
+    return _select(dataset, np.sort(first))
 
 
 def _row_digests(batch: pa.Table) -> np.ndarray:
     """Sixteen bytes for each row, as two numbers."""
-    lists = [batch[name].combine_chunks() for name in _TOKEN_COLUMNS]
-    values = [column.flatten().to_numpy(zero_copy_only=False).astype(np.int64) for column in lists]
-    ends = [np.cumsum(column.value_lengths().to_numpy(zero_copy_only=False)) for column in lists]
+    sides = [np.split(_tokens(batch[name]), np.cumsum(lengths_of(batch[name]))[:-1]) for name in _TOKEN_COLUMNS]
     digests = bytearray()
-    starts = [0, 0]
-    for stops in zip(*ends, strict=True):
-        prompt, truth = (ids[start:stop] for ids, start, stop in zip(values, starts, stops, strict=True))
+    for prompt, truth in zip(*sides, strict=True):
         content = len(prompt).to_bytes(8, "little") + prompt.tobytes() + truth.tobytes()
         digests += hashlib.blake2b(content, digest_size=16).digest()
-        starts = stops
     return np.frombuffer(digests, dtype=[("first", np.uint64), ("second", np.uint64)])
+
+
+def _tokens(lists: pa.ChunkedArray) -> np.ndarray:
+    return lists.combine_chunks().flatten().to_numpy(zero_copy_only=False).astype(np.int64)
 
 
 def percentile_length(dataset: Dataset, column: str, percentile: float) -> int:
@@ -156,5 +163,9 @@ def drop_long_prompts(dataset: Dataset, max_prompt_length: int, reason: str) -> 
             f"All {len(dataset)} prompts are too long: the shortest has {lengths.min()} tokens, and {reason} leaves "
             f"room for at most {max_prompt_length}. Raise that limit or shorten the prompts."
         )
+    return _select(dataset, kept)
+
+
+def _select(dataset: Dataset, kept: np.ndarray) -> tuple[Dataset, int]:
     num_dropped = len(dataset) - len(kept)
     return (dataset.select(kept) if num_dropped else dataset), num_dropped

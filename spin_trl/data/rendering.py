@@ -1,24 +1,28 @@
 """SFT rows -> token ids, such that a sampler which repeats the ground truth gives the same ids.
 
 Every prompt is rendered once, here. The sampler is sent these ids, and the ids that come back are trained on as they
-are. Knows nothing of HTTP, models or paths.
+are. Rows that were rendered before, in whatever process, are found again by `datasets`. Knows nothing of HTTP, models
+or paths.
 """
 
+import inspect
 import json
-from collections.abc import Callable, Collection
+import os
+from collections.abc import Collection
+from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset, Features, List, Value
+from datasets.fingerprint import Hasher, get_temporary_cache_files_directory
 from transformers import PreTrainedTokenizerBase
 from trl.trainer.utils import remove_none_values
 
 from .chat_template import ChatTemplate, end_after_first
-from .columns import batches
+from .columns import batches, joined
 from .formats import DataFormat, detect_format
 from .games import Game, InvalidRowError, split_row
-from .token_cache import cache_file_for, rendering_fingerprint
 
 
 _FEATURES = {
@@ -28,7 +32,6 @@ _FEATURES = {
     "chosen_ids": List(Value("int32")),
     "invalid": Value("string"),
 }
-_RENDERING_MODULES = (__name__, ChatTemplate.__module__, Game.__module__)
 
 
 class TokenizedData(NamedTuple):
@@ -61,7 +64,7 @@ def tokenize_dataset(
     Render every row of an SFT dataset into token ids.
 
     Args:
-        dataset ([`~datasets.Dataset`]): Rows in one of the accepted formats (see `data.ACCEPTED_FORMATS`).
+        dataset ([`~datasets.Dataset`]): Rows in one of the accepted formats (see `formats.ACCEPTED_FORMATS`).
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): With a chat template if the rows are conversational.
         end_token_ids (`Collection[int]`): Token ids at which the model stops; the first is appended to plain text.
         prompt_column, completion_column, train_on_turns, chat_template_kwargs, skip_invalid_rows:
@@ -73,49 +76,54 @@ def tokenize_dataset(
         `ValueError`: if no row is valid, or if there is no chat template for conversations.
     """
     data_format = detect_format(dataset.column_names, prompt_column, completion_column)
-    prompt_feature = data_format.prompt_feature(dataset)
-    chat_template = None
-    if prompt_feature != Value("string") and tokenizer.chat_template is not None:
-        chat_template = ChatTemplate(tokenizer, end_token_ids, chat_template_kwargs)
-    renderer = RowRenderer(data_format, train_on_turns, tokenizer, tuple(end_token_ids), chat_template)
-    features = Features({**_FEATURES, "prompt": prompt_feature})
+    features = Features({**_FEATURES, "prompt": data_format.prompt_feature(dataset)})
     unreadable = _unreadable_rows(dataset)
     if unreadable and not skip_invalid_rows:
         raise InvalidRowError(_refusal(*unreadable[0]))
     readable = np.setdiff1d(np.arange(len(dataset)), [number for number, _ in unreadable])
-    settings = {
-        "format": data_format,
-        "train_on_turns": train_on_turns,
-        "end_token_ids": tuple(end_token_ids),
-        "chat_template_kwargs": chat_template_kwargs,
-        "skip_invalid_rows": skip_invalid_rows,
-        "features": features,
-    }
-    fingerprint = rendering_fingerprint(dataset, tokenizer, settings, _RENDERING_MODULES)
+    settings = (data_format, train_on_turns, tuple(end_token_ids), chat_template_kwargs, skip_invalid_rows)
+    fingerprint = _fingerprint(dataset, tokenizer, (*settings, str(features)))
+    chat_template = None
+    if features["prompt"] != Value("string") and tokenizer.chat_template is not None:
+        chat_template = ChatTemplate(tokenizer, end_token_ids, chat_template_kwargs)
+    renderer = _Renderer(data_format, train_on_turns, tokenizer, tuple(end_token_ids), chat_template)
     rendered = (dataset.select(readable) if unreadable else dataset).map(
-        _batch_renderer(renderer, readable, list(features), skip_invalid_rows),
+        renderer.render_batch,
         batched=True,
         with_indices=True,
+        fn_kwargs={"row_numbers": readable, "columns": list(features), "skip_invalid_rows": skip_invalid_rows},
         remove_columns=dataset.column_names,
         features=features,
         num_proc=num_proc,
         new_fingerprint=fingerprint,
-        cache_file_name=cache_file_for(dataset, fingerprint),
+        cache_file_name=_cache_file(dataset, fingerprint),
         desc="Tokenizing prompts and truths",
     )
     return _without_invalid_rows(rendered, len(dataset), unreadable)
 
 
-def _batch_renderer(
-    renderer: "RowRenderer", row_numbers: np.ndarray, columns: list[str], skip_invalid_rows: bool
-) -> Callable[[dict[str, list], list[int]], dict[str, list]]:
-    """What renders a batch of rows, given their positions, whose numbers in the user's data are `row_numbers`."""
+class _Renderer(NamedTuple):
+    """Splits rows into their games and renders them."""
 
-    def render_batch(batch: dict[str, list], positions: list[int]) -> dict[str, list]:
+    data_format: DataFormat
+    train_on_turns: str
+    tokenizer: PreTrainedTokenizerBase
+    end_token_ids: tuple[int, ...]
+    chat_template: ChatTemplate | None
+
+    def render_batch(
+        self,
+        batch: dict[str, list],
+        positions: list[int],
+        row_numbers: np.ndarray,
+        columns: list[str],
+        skip_invalid_rows: bool,
+    ) -> dict[str, list]:
+        """The games of a batch of rows, whose numbers in the user's data are `row_numbers` at their positions."""
         games = []
         for place, number in enumerate(row_numbers[positions].tolist()):
             try:
-                rendered = renderer.render({name: values[place] for name, values in batch.items()})
+                rendered = self.render({name: values[place] for name, values in batch.items()})
             except InvalidRowError as error:
                 if not skip_invalid_rows:
                     raise InvalidRowError(_refusal(number, str(error))) from error
@@ -123,7 +131,43 @@ def _batch_renderer(
             games += [{"source_row": number, **game} for game in rendered]
         return {name: [game.get(name) for game in games] for name in columns}
 
-    return render_batch
+    def render(self, row: dict[str, Any]) -> list[dict[str, Any]]:
+        """The row's games, each with `prompt`, `prompt_ids` and `chosen_ids`."""
+        template_kwargs = {"tools": _structure(row, "tools"), **(_structure(row, "chat_template_kwargs") or {})}
+        games = []
+        for game in split_row(row, self.data_format, self.train_on_turns):
+            if isinstance(game.prompt, str):
+                prompt_ids, chosen_ids = self._render_text(game)
+            elif self.chat_template is not None:
+                prompt_ids, chosen_ids = self.chat_template.render(game, **template_kwargs)
+            else:
+                raise ValueError(
+                    f"The dataset is conversational ({game.completion_name} is a message), but the tokenizer has no "
+                    "chat template. Set `tokenizer.chat_template` to the model's own and pass the tokenizer as "
+                    "`processing_class`; for a base model give the prompts and ground truths as text, or add a "
+                    "template with `trl.clone_chat_template`."
+                )
+            games.append({"prompt": game.prompt, "prompt_ids": prompt_ids, "chosen_ids": chosen_ids})
+        return games
+
+    def _render_text(self, game: Game) -> tuple[list[int], list[int]]:
+        prompt_ids = self.tokenizer(game.prompt)["input_ids"]
+        # Some tokenizers end every text with their end token; nothing can follow it.
+        while prompt_ids and prompt_ids[-1] == self.tokenizer.eos_token_id:
+            prompt_ids = prompt_ids[:-1]
+        full_ids = self.tokenizer(game.prompt + game.completion)["input_ids"]
+        chosen_ids = full_ids[len(prompt_ids) :]
+        if full_ids[: len(prompt_ids)] != prompt_ids:
+            # Tokens merge across the boundary. The sampler goes on from the prompt's own, so must the ground truth.
+            chosen_ids = self.tokenizer(game.completion, add_special_tokens=False)["input_ids"]
+        chosen_ids = end_after_first(chosen_ids, self.end_token_ids)
+        for name, ids in ((game.prompt_name, prompt_ids), (game.completion_name, chosen_ids[:-1])):
+            if not ids:
+                raise InvalidRowError(
+                    f"the tokenizer makes no tokens of {name}, but at least one is needed. Remove the row, or pass as "
+                    "`processing_class` the tokenizer of a model that knows these characters."
+                )
+        return prompt_ids, chosen_ids
 
 
 def _without_invalid_rows(rendered: Dataset, num_source_rows: int, unreadable: list[tuple[int, str]]) -> TokenizedData:
@@ -132,81 +176,12 @@ def _without_invalid_rows(rendered: Dataset, num_source_rows: int, unreadable: l
         is_valid.append(batch["invalid"].is_null().to_numpy())
         refused = batch.filter(batch["invalid"].is_valid())
         invalid += zip(refused["source_row"].to_pylist(), refused["invalid"].to_pylist(), strict=True)
-    valid = np.flatnonzero(np.concatenate([np.empty(0, bool), *is_valid]))
+    valid = np.flatnonzero(joined(is_valid))
     invalid.sort()
     if not len(valid):
         raise ValueError(f"None of the {num_source_rows} rows is valid. {_refusal(*invalid[0])}")
     rendered = (rendered.select(valid) if invalid else rendered).remove_columns("invalid")
     return TokenizedData(rendered.add_column("row", np.arange(len(rendered))), invalid)
-
-
-class RowRenderer:
-    """
-    Splits one row into its games and renders them.
-
-    Args:
-        data_format ([`DataFormat`]): How to read the row.
-        train_on_turns (`str`): "last" or "all".
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): For text.
-        end_token_ids (`tuple[int, ...]`): Token ids at which the model stops.
-        chat_template ([`ChatTemplate`], *optional*): For conversations.
-    """
-
-    def __init__(
-        self,
-        data_format: DataFormat,
-        train_on_turns: str,
-        tokenizer: PreTrainedTokenizerBase,
-        end_token_ids: tuple[int, ...],
-        chat_template: ChatTemplate | None,
-    ):
-        self.data_format = data_format
-        self.train_on_turns = train_on_turns
-        self.tokenizer = tokenizer
-        self.end_token_ids = end_token_ids
-        self.chat_template = chat_template
-
-    def render(self, row: dict[str, Any]) -> list[dict[str, Any]]:
-        """
-        The row's games, each with `prompt`, `prompt_ids` and `chosen_ids`.
-
-        Raises:
-            `InvalidRowError`: if the row cannot be played.
-            `ValueError`: if it is a conversation and there is no chat template.
-        """
-        template_kwargs = {
-            "tools": _structure(row, "tools"),
-            **(_structure(row, "chat_template_kwargs") or {}),
-        }
-        games = []
-        for game in split_row(row, self.data_format, self.train_on_turns):
-            if isinstance(game.prompt, str):
-                prompt_ids, chosen_ids = _render_text(game.prompt, game.completion, self.tokenizer)
-                chosen_ids = end_after_first(chosen_ids, self.end_token_ids)
-                _require_tokens(prompt_ids, game.prompt_name)
-                _require_tokens(chosen_ids[:-1], game.completion_name)
-            else:
-                prompt_ids, chosen_ids = self._require_chat_template(game).render(game, **template_kwargs)
-            games.append({"prompt": game.prompt, "prompt_ids": prompt_ids, "chosen_ids": chosen_ids})
-        return games
-
-    def _require_chat_template(self, game: Game) -> ChatTemplate:
-        if self.chat_template is None:
-            raise ValueError(
-                f"The dataset is conversational ({game.completion_name} is a message), but the tokenizer has no chat "
-                "template. Set `tokenizer.chat_template` to the model's own and pass the tokenizer as "
-                "`processing_class`; for a base model give the prompts and ground truths as text, or add a template "
-                "with `trl.clone_chat_template`."
-            )
-        return self.chat_template
-
-
-def _require_tokens(ids: list[int], name: str) -> None:
-    if not ids:
-        raise InvalidRowError(
-            f"the tokenizer makes no tokens of {name}, but at least one is needed. Remove the row, or pass as "
-            "`processing_class` the tokenizer of a model that knows these characters."
-        )
 
 
 def _refusal(number: int, reason: str) -> str:
@@ -227,9 +202,8 @@ def _unreadable_rows(dataset: Dataset) -> list[tuple[int, str]]:
             try:
                 cells[number]
             except UnicodeDecodeError as error:
-                reasons.setdefault(
-                    number, f"`{column}` is not valid Unicode: {error}. Load the file in its own encoding."
-                )
+                reason = f"`{column}` is not valid Unicode: {error}. Load the file in its own encoding."
+                reasons.setdefault(number, reason)
     return sorted(reasons.items())
 
 
@@ -244,13 +218,35 @@ def _structure(row: dict[str, Any], column: str) -> Any:
     return remove_none_values(value) if value else None
 
 
-def _render_text(prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    prompt_ids = tokenizer(prompt)["input_ids"]
-    # Some tokenizers end every text with their end token; nothing can follow it.
-    while prompt_ids and prompt_ids[-1] == tokenizer.eos_token_id:
-        prompt_ids = prompt_ids[:-1]
-    full_ids = tokenizer(prompt + completion)["input_ids"]
-    if full_ids[: len(prompt_ids)] == prompt_ids:
-        return prompt_ids, full_ids[len(prompt_ids) :]
-    # Tokens merge across the boundary. The sampler goes on from the prompt's own tokens, so must the ground truth.
-    return prompt_ids, tokenizer(completion, add_special_tokens=False)["input_ids"]
+# Rendered once
+
+
+def _fingerprint(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, settings: tuple) -> str:
+    """
+    What rendered rows depend on. The library's own would hash the function that renders, and with it objects whose
+    pickles differ from process to process; of our classes it would see the names alone, not what a newer version does.
+    """
+    code = [inspect.getsource(inspect.getmodule(part)) for part in (tokenize_dataset, ChatTemplate, split_row)]
+    packages = [version(name) for name in ("trl", "transformers", "tokenizers", "jinja2")]
+    return Hasher.hash((dataset._fingerprint, _tokenizer_state(tokenizer), settings, code, packages))
+
+
+def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> Any:
+    """All that token ids depend on. Padding and truncation are left by whoever called the tokenizer last."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return tokenizer
+    state = json.loads(backend.to_str()) | {"padding": None, "truncation": None}
+    options = {name: value for name, value in tokenizer.init_kwargs.items() if name != "name_or_path"}
+    name = type(tokenizer).__qualname__
+    return json.dumps([name, state, options, tokenizer.special_tokens_map, tokenizer.chat_template], default=str)
+
+
+def _cache_file(dataset: Dataset, fingerprint: str) -> str | None:
+    """
+    Where what is made of a dataset is kept. `None` leaves it to the library: beside the dataset's own files. A dataset
+    in memory has none, so what is made of it goes to a file that is gone when the process ends, and not to memory too.
+    """
+    if dataset.cache_files:
+        return None
+    return os.path.join(get_temporary_cache_files_directory(), f"cache-{fingerprint}.arrow")

@@ -18,8 +18,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ..data.batching import scoring_batches
-from ..data.lengths import pair_lengths
-from ..data.pair_dataset import PairDataset
+from ..data.pair_dataset import PairDataset, pair_lengths
 from ..processes.progress import progress_bar
 from .finite import require_finite_truths, take_origins
 from .sharding import initial_model

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ..data.draw import OPPONENT
+from ..data.draw import OPPONENT, OPPONENT_FIELD
 from .run_paths import RunDirectoryError
 from .whole_files import checksum_of, remove, write_file
 
@@ -35,7 +35,6 @@ COMPLETION_SCHEMA = pa.schema(
         ("finish_reason", pa.string()),
     ]
 )
-OPPONENT_FIELD = pa.field(OPPONENT, pa.int32())
 _FIELDS = pa.schema([*COMPLETION_SCHEMA, OPPONENT_FIELD])
 
 

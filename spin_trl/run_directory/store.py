@@ -354,7 +354,12 @@ class IterationStore:
         if preferences is not None:
             columns = ["row", *TRUTH_COLUMNS]
             data = concatenate_datasets([data.select_columns(columns), preferences.select_columns(columns)])
-        pairs = PairDataset.join(data, read_arrow(self.path(iteration, "pairs")))
+        try:
+            pairs = PairDataset.join(data, read_arrow(self.path(iteration, "pairs")))
+        except LookupError as error:
+            raise RunDirectoryError(
+                f"{error} They are not of the same run. Play it again with `overwrite_output_dir=True`."
+            ) from error
         return self.initial_answers.join(pairs) if iteration > 0 and self.initial_answers.are_kept else pairs
 
     @property

@@ -20,9 +20,8 @@ import numpy as np
 import pyarrow as pa
 from datasets import concatenate_datasets
 
-from ...run_directory.completion_parts import OPPONENT_FIELD
 from ..columns import batches, numbers
-from ..draw import OPPONENT
+from ..draw import OPPONENT, OPPONENT_FIELD
 from ..pair_dataset import TRUTH, PairDataset
 from ..pairs import ANSWER_SCHEMA, NoPairsError
 from .judged_answers import REWARD_FIELDS, exceeds, group_starts
