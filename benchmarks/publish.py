@@ -80,7 +80,7 @@ class Side:
         self.seconds: dict[str, list[float]] = {step: [] for step in STEPS}
 
     def __enter__(self) -> "Side":
-        self.trainer.self_play_setup.open_sampler(self.trainer.sampler, self.trainer.store)
+        self.trainer.self_play_setup.open_sampler(self.trainer.sampler)
         return self
 
     def __exit__(self, *exception) -> None:

@@ -430,7 +430,7 @@ class SPINTrainer(HubTrainer):
     def _start_sampler(self) -> None:
         self.self_play_setup.write_served_base(self.model)
         self.turns.give_to_server()  # it takes its memory when it starts
-        self.self_play_setup.open_sampler(self.sampler, self.store)
+        self.self_play_setup.open_sampler(self.sampler)
         self.turns.begin(self.self_play_setup.server_rest(self.sampler))
         self.turns.give_to_policy(briefly=True)
 

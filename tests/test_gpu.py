@@ -9,7 +9,7 @@ import pytest
 import torch
 from gpu_runs import Place, Record, play
 
-from spin_trl.generation.choice import can_serve
+from spin_trl.generation.vllm.serve_command import can_serve
 
 
 ON_GPU = [

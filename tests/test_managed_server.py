@@ -95,7 +95,7 @@ def test_server_is_gone_when_the_trainer_is_killed(servers, tiny_model, tmp_path
     script = f"""
     import time
     from pathlib import Path
-    from spin_trl.generation.managed_server import ManagedServer
+    from spin_trl.generation.vllm.managed_server import ManagedServer
 
     server = ManagedServer(Path({str(tmp_path / "log")!r}), 240, model={tiny_model!r}, dtype="float32")
     server.start(show_progress=False)

@@ -9,8 +9,7 @@ import sys
 import pytest
 
 from spin_trl import serve
-from spin_trl.generation import choice
-from spin_trl.generation.choice import choose_sampler
+from spin_trl.generation.opening import choose_sampler
 from spin_trl.generation.vllm import serve_command
 
 
@@ -194,20 +193,16 @@ def test_server_is_refused_where_vllm_is_not_installed(monkeypatch, capsys):
         (False, None, None, None, "in-process", "vLLM is not installed"),
     ],
 )
-def test_sampler_follows_from_the_settings_and_what_is_installed(
-    monkeypatch, installed, use_vllm, vllm_mode, url, mode, reason
-):
-    monkeypatch.setattr(choice, "can_serve", lambda: installed)
-    chosen = choose_sampler(use_vllm, vllm_mode, url)
+def test_sampler_follows_from_the_settings_and_what_is_installed(installed, use_vllm, vllm_mode, url, mode, reason):
+    chosen = choose_sampler(use_vllm, vllm_mode, url, installed)
     assert chosen.mode == mode
     assert reason in chosen.reason
 
 
 @pytest.mark.parametrize(("use_vllm", "vllm_mode"), [(True, None), (None, "managed"), (True, "managed")])
-def test_managed_server_is_refused_where_vllm_is_not_installed(monkeypatch, use_vllm, vllm_mode):
-    monkeypatch.setattr(choice, "can_serve", lambda: False)
+def test_managed_server_is_refused_where_vllm_is_not_installed(use_vllm, vllm_mode):
     with pytest.raises(ValueError, match="vLLM is not installed.*`vllm_server_base_url`.*`use_vllm=False`"):
-        choose_sampler(use_vllm, vllm_mode, None)
+        choose_sampler(use_vllm, vllm_mode, None, is_installed=False)
 
 
 @pytest.mark.parametrize(

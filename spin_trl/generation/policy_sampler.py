@@ -8,14 +8,14 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from .sampler import Completion, CompletionRequest, SamplingParams
+from .sampler import Completion, CompletionRequest, OpponentSampler, SamplingParams
 
 
 # Requests that are read ahead and sorted by length, in batches: neighbours in length waste little padding.
 _NUM_BATCHES_AHEAD = 16
 
 
-class PolicySampler:
+class PolicySampler(OpponentSampler):
     """
     An [`OpponentSampler`] for machines without vLLM. At the start of an iteration the policy is the opponent, so there
     is nothing to publish.
@@ -27,7 +27,6 @@ class PolicySampler:
     """
 
     reads_checkpoints = False
-    plays_several = False
 
     def __init__(
         self, open_policy: Callable[[], AbstractContextManager[PreTrainedModel]], pad_token_id: int, batch_size: int
@@ -39,12 +38,6 @@ class PolicySampler:
     def publish(
         self, iteration: int, checkpoint: Path | None, earlier: Mapping[int, Path | None] | None = None
     ) -> None:
-        pass
-
-    def select(self, iteration: int, checkpoint: Path | None, earlier: Mapping[int, Path | None] | None = None) -> None:
-        pass
-
-    def close(self) -> None:
         pass
 
     def sample(

@@ -1,5 +1,6 @@
 """The protocol between the self-play and whatever makes an opponent's completions."""
 
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,47 +67,70 @@ class Completion:
 
 
 class OpponentSampler(Protocol):
-    """Answers prompts as a published opponent."""
+    """
+    Answers prompts as a published opponent. Pass one of your own to [`SPINTrainer`] as `sampler`.
 
-    # Whether an opponent has to be saved to disk before it can be published.
-    reads_checkpoints: bool
-    # Whether earlier opponents can be published beside the newest, and each request says who is to answer.
-    plays_several: bool
+    A class that inherits from this one needs `publish` and `sample` alone; see `docs/samplers.md`. In every iteration
+    `publish` is called first, then `select`, then `sample` any number of times, for different prompts and parameters.
+    An error that one of them raises ends the run on all processes.
+    """
 
+    # Whether opponents are saved to disk and passed to `publish` as folders. If not, the policy's weights are never
+    # written for the sampler, and the log-probs that it gives are not compared with the policy's.
+    reads_checkpoints: bool = True
+    # Whether earlier opponents can be published beside the newest, and each request says who is to answer. If not, one
+    # after the other is published where `num_opponents` asks for several.
+    plays_several: bool = False
+
+    @abstractmethod
     def publish(
         self, iteration: int, checkpoint: Path | None, earlier: Mapping[int, Path | None] | None = None
     ) -> None:
         """
-        Make the opponent of `iteration` available. Called on the main process only, and before `select`.
+        Make the opponent of `iteration` available. Called on the main process only, while the others wait.
 
         Args:
-            iteration (`int`): Number of the iteration.
-            checkpoint (`Path`, *optional*): Where the opponent was saved. `None` for the base model.
-            earlier (`dict[int, Path]`, *optional*): Further opponents and their checkpoints, in the same manner. Only
-                where several can be played.
+            iteration (`int`): Number of the iteration, from 0.
+            checkpoint (`Path`, *optional*): Folder in which the opponent was saved: a PEFT adapter where the run trains
+                one, else a whole model. `None` for the base model, and where `reads_checkpoints` is false.
+            earlier (`dict[int, Path]`, *optional*): Further opponents and their folders, in the same manner. Only
+                where `plays_several` is true.
         """
 
     def select(self, iteration: int, checkpoint: Path | None, earlier: Mapping[int, Path | None] | None = None) -> None:
         """Play the opponent of `iteration` from now on. Called on every process, with what was published."""
 
+    @abstractmethod
     def sample(
         self, requests: Iterable[CompletionRequest], params: SamplingParams, logprobs: bool = False
     ) -> Iterator[Completion]:
         """
-        Complete the prompts, in any order, lazily: `requests` is read only as far as there is room for more.
+        Complete the prompts. Called on every process, with that process's own share of them.
+
+        Args:
+            requests (iterable of [`CompletionRequest`]): Read lazily: take only as many as there is room for.
+            params ([`SamplingParams`]): How to sample.
+            logprobs (`bool`): Whether each completion needs its `logprobs`.
+
+        Returns:
+            An iterator over one [`Completion`] for each request, in any order. It is closed early where a run ends.
 
         Raises:
-            `SamplerError`: if a completion cannot be had.
+            [`SamplerError`]: if a completion cannot be had.
         """
 
     def sample_each(
         self, requests: list[CompletionRequest], params: SamplingParams, logprobs: bool = False
     ) -> dict[str, list[Completion]]:
-        """What each of those that play the opponent answers to the same prompts, by where it is. Only where opponents
-        are published to them, as to servers (`reads_checkpoints`)."""
+        """
+        What each of those that play the opponent, such as several servers, answers to the same prompts, by its name.
+        Called on the main process, with `logprobs`, to see that the opponent published is the one that plays. Not
+        called where `reads_checkpoints` is false, or with `publish_check_samples=0`.
+        """
+        return {type(self).__name__: list(self.sample(requests, params, logprobs))}
 
     def close(self) -> None:
-        """Free what the sampler holds."""
+        """Free what the sampler holds. Called on every process when a `train()` ends; another may follow."""
 
 
 class SamplerError(RuntimeError):

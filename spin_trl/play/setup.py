@@ -4,7 +4,6 @@ Knows nothing of training.
 """
 
 import os
-import shlex
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -29,15 +28,11 @@ from ..data.preferences import check_preference_dataset, prepare_preferences
 from ..data.preparation import dataset_checksum, drop_long_prompts, percentile_length, prepare_data
 from ..data.rewards.functions import RewardFunctions, check_rewards
 from ..data.rewards.judged_answers import AnswerRewards
-from ..generation.choice import SamplerChoice, choose_sampler
-from ..generation.policy_sampler import PolicySampler
+from ..generation.opening import SamplerChoice, SamplerHost, choose_sampler
 from ..generation.sampler import OpponentSampler, SamplingParams
-from ..generation.vllm.http_api import VLLMServer
 from ..generation.vllm.managed_server import ManagedServer
-from ..generation.vllm.replicas import ReplicatedSampler
 from ..generation.vllm.rest import ServerRest
-from ..generation.vllm.sampler import VLLMSampler
-from ..generation.vllm.serve_command import serve_command
+from ..generation.vllm.serve_command import can_serve, serve_command
 from ..objectives.loss_settings import batch_losses_depend_on, sampling_caveats
 from ..policy.adapters import check_trainable, describe_adapter, starts_as_base
 from ..policy.inputs import (
@@ -47,19 +42,18 @@ from ..policy.inputs import (
     end_token_ids,
     load_tokenizer,
     model_config,
-    source_kwargs,
 )
 from ..policy.merging import save_base
 from ..policy.published_form import Publication, adapter_config, plan_publication
 from ..policy.quantization import check_trains_adapter, differs_on_server, find_quantization, serves_dequantized
 from ..policy.sharding import Sharding
-from ..processes.ranks import main_process_first, on_every_process, on_main_process
+from ..processes.ranks import main_process_first, on_main_process
 from ..run_directory.changed_settings import changed_settings
 from ..run_directory.disk import check_writable
 from ..run_directory.footprint import check_footprint, empty_policy, estimate_footprint, weights_of
 from ..run_directory.resume import check_same_run
 from ..run_directory.store import IterationStore
-from ..run_directory.whole_files import remove, write_directory
+from ..run_directory.whole_files import write_directory
 from ..spin_config import SPINConfig
 from .turns import check_turns
 
@@ -123,7 +117,19 @@ class SelfPlaySetup:
     num_dropped: int = 0
     serves_dequantized: bool = False
     is_quantized_on_its_own: bool = False
-    managed_server: ManagedServer | None = None
+    sampler_host: SamplerHost = field(init=False)
+
+    def __post_init__(self):
+        store = IterationStore(self.args.output_dir)
+        self.sampler_host = SamplerHost(
+            self.args,
+            self.choice,
+            self.model_name,
+            self.publication.lora_rank,
+            self.api_key,
+            log_path=store.server_log,
+            served_base=store.served_base if self.serves_dequantized else None,
+        )
 
     @classmethod
     def prepare(
@@ -152,8 +158,8 @@ class SelfPlaySetup:
             check_dataset(eval_dataset, "eval_dataset", args.prompt_column, args.completion_column)
         if preference_dataset is not None:
             check_preference_dataset(preference_dataset, args.loss_type)
-        choice = choose_sampler(args.use_vllm, args.vllm_mode, args.vllm_server_base_url)
-        PartialState().print(f"Opponents are sampled {_DESCRIPTIONS[choice.mode]}: {choice.reason}.")
+        choice = choose_sampler(args.use_vllm, args.vllm_mode, args.vllm_server_base_url, can_serve())
+        PartialState().print(str(choice))
         if choice.mode == "in-process":
             check_generation_kwargs(args.generation_kwargs)
         config = model_config(model, args)
@@ -207,7 +213,8 @@ class SelfPlaySetup:
         setup._tell()
         setup._fit_to_context(setup.context_length, "the model's context")
         if choice.mode == "server":
-            setup._fit_to_server()
+            context_length = setup.sampler_host.find_context_length(setup._min_context_length())
+            setup._fit_to_context(context_length, "the server's context (`--max-model-len`)")
         elif choice.mode == "managed" and args.vllm_max_model_length is not None:
             setup._fit_to_context(args.vllm_max_model_length, "`vllm_max_model_length`")
         store = IterationStore(args.output_dir)
@@ -218,10 +225,7 @@ class SelfPlaySetup:
 
     def build_sampler(self, open_policy: Callable[[], AbstractContextManager[PreTrainedModel]]) -> OpponentSampler:
         """The chosen sampler, not yet open."""
-        if self.choice.mode == "in-process":
-            batch_size = self.args.per_device_generation_batch_size
-            return PolicySampler(open_policy, self.tokenizer.pad_token_id, batch_size)
-        return self._server_sampler(self.vocab_size)
+        return self.sampler_host.build(open_policy, self.tokenizer.pad_token_id, self.vocab_size)
 
     def build_rewards(self, train_dataset: Dataset) -> AnswerRewards | None:
         """What judges answers to the user's `train_dataset`, if there are reward functions."""
@@ -237,39 +241,23 @@ class SelfPlaySetup:
 
     def write_served_base(self, policy: PreTrainedModel) -> None:
         """Write the quantized policy's base model in plain numbers, where a managed server is to serve it so."""
-        if self.serves_dequantized:
-            on_main_process(lambda: write_directory(self._served_base, lambda path: self._write_base(policy, path)))
+        if (folder := self.sampler_host.served_base) is not None:
+            on_main_process(lambda: write_directory(folder, lambda path: self._write_base(policy, path)))
 
-    def open_sampler(self, sampler: OpponentSampler, store: IterationStore) -> None:
+    def open_sampler(self, sampler: OpponentSampler) -> None:
         """Start the managed server, if there is one, and connect every process to the server."""
-        if not isinstance(sampler, VLLMSampler | ReplicatedSampler):
-            return
-        run_name = on_main_process(lambda: f"spin-{os.urandom(4).hex()}")
-        if self.choice.mode == "managed":
-            server = self._connection(*on_main_process(lambda: self._start_server(store)))
-            on_every_process(lambda: sampler.connect(server, run_name, self._min_context_length()))
-        else:
-            on_every_process(lambda: self._connect(sampler, run_name))
+        self.sampler_host.open(sampler, self._min_context_length(), self._longest_sequence())
 
     def server_rest(self, sampler: OpponentSampler) -> ServerRest | None:
         """How the managed server rests, on the process that has started it."""
-        if self.managed_server is None or not self.args.vllm_sleep:
-            return None
-        return ServerRest(
-            self.managed_server, sampler.server, needs_base_weights=self.publication.lora_rank is not None
-        )
+        return self.sampler_host.rest(sampler)
 
     def close_sampler(self, sampler: OpponentSampler) -> None:
-        sampler.close()
-        if self.managed_server is not None:
-            self.managed_server.stop()
-            self.managed_server = None
-            if self.serves_dequantized:
-                remove(self._served_base)
+        self.sampler_host.close(sampler)
 
     @property
-    def _served_base(self) -> Path:
-        return IterationStore(self.args.output_dir).served_base
+    def managed_server(self) -> ManagedServer | None:
+        return self.sampler_host.managed_server
 
     def _write_base(self, policy: PreTrainedModel, path: Path) -> None:
         save_base(policy, str(path))
@@ -335,60 +323,6 @@ class SelfPlaySetup:
         )
         check_footprint(footprint, Path(self.args.output_dir).absolute(), PartialState().print, logger.warning)
 
-    def _start_server(self, store: IterationStore) -> tuple[str, str, Path]:
-        self.managed_server = ManagedServer(
-            log_path=store.server_log,
-            timeout=self.args.vllm_server_timeout,
-            max_restarts=self.args.vllm_max_restarts,
-            model=str(self._served_base) if self.serves_dequantized else self.model_name,
-            lora_rank=self.publication.lora_rank,
-            max_loras=min(self.args.num_opponents, self.args.num_iterations),
-            max_model_length=self.args.vllm_max_model_length or self._longest_sequence(),
-            dtype="bfloat16" if self.args.bf16 else "float16" if self.args.fp16 else "float32",
-            gpu_memory_utilization=self.args.vllm_gpu_memory_utilization,
-            tensor_parallel_size=self.args.vllm_tensor_parallel_size,
-            revision=None if os.path.isdir(self.model_name) else source_kwargs(self.args)["revision"],
-            trust_remote_code=self.args.trust_remote_code,
-            sleep_mode=self.args.vllm_sleep,
-            extra=shlex.split(self.args.vllm_server_args or ""),
-        )
-        self.managed_server.start()
-        return self.managed_server.base_url, self.managed_server.api_key, self.managed_server.death_notice
-
-    def _server_sampler(self, vocab_size: int | None = None) -> VLLMSampler | ReplicatedSampler:
-        served_model = str(self._served_base) if self.serves_dequantized else self.args.vllm_server_model
-        names = self.model_name, self.publication.lora_rank, served_model
-        replicas = [VLLMSampler(*names, vocab_size) for _ in self.args.vllm_server_base_urls or [None]]
-        return replicas[0] if len(replicas) == 1 else ReplicatedSampler(replicas)
-
-    def _connect(self, sampler: VLLMSampler | ReplicatedSampler, run_name: str) -> None:
-        servers = [self._connection(base_url, self.api_key) for base_url in self.args.vllm_server_base_urls]
-        sampler.connect(servers if len(servers) > 1 else servers[0], run_name, self._min_context_length())
-
-    def _connection(self, base_url: str, api_key: str | None, death_notice: Path | None = None) -> VLLMServer:
-        return VLLMServer(
-            base_url,
-            api_key,
-            server_timeout=self.args.vllm_server_timeout,
-            request_timeout=self.args.vllm_request_timeout,
-            progress_timeout=self.args.vllm_progress_timeout,
-            death_notice=death_notice,
-            max_concurrent_requests=self.args.vllm_max_concurrent_requests,
-        )
-
-    def _fit_to_server(self) -> None:
-        """See, before a model is loaded, that the server can play this run, and drop what it cannot hold."""
-
-        def look() -> int:
-            sampler = self._server_sampler()
-            try:
-                self._connect(sampler, "spin-probe")
-                return sampler.context_length
-            finally:
-                sampler.close()
-
-        self._fit_to_context(on_main_process(look), "the server's context (`--max-model-len`)")
-
     def _prepare_preferences(self, dataset: Dataset) -> None:
         end_ids = self.params.end_token_ids
         prepared = main_process_first(
@@ -426,13 +360,6 @@ class SelfPlaySetup:
     def _longest_sequence(self) -> int:
         longest_prompt = max(percentile_length(dataset, "prompt_ids", 100) for dataset in self._datasets())
         return min(self.context_length, longest_prompt + self.args.max_completion_length)
-
-
-_DESCRIPTIONS = {
-    "server": "from a running vLLM server",
-    "managed": "from a vLLM server that this run starts",
-    "in-process": "in-process by transformers",
-}
 
 
 def _check_args(args: SPINConfig | None, model_name: str) -> SPINConfig:

