@@ -221,8 +221,6 @@ class IterativeTrainer(DPOTrainer):
                 remove(self._staging)
             self._staging = None
         self._saved_step = self.state.global_step
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(directory / name))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """
@@ -266,7 +264,3 @@ class IterativeTrainer(DPOTrainer):
 
     def _get_output_dir(self, trial) -> str:
         return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self._staging is None:  # else it is pushed as soon as it has its name
-            super()._push_from_checkpoint(checkpoint_folder)

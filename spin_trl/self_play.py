@@ -33,11 +33,10 @@ from .data.pairs import (
     preference_share,
 )
 from .data.rewards.judged_answers import AnswerRewards
-from .evaluation.best_iteration import label
 from .evaluation.collapse_guard import CollapseGuard
 from .evaluation.endings import check_evaluation, check_identical_share
 from .evaluation.held_out import HeldOutEvaluation
-from .evaluation.metric_names import EVALUATION
+from .evaluation.metric_names import EVALUATION, label
 from .evaluation.run_end import RunEnd
 from .evaluation.score_table import GenerationMetrics, ScoreTable
 from .generation.sampler import CompletionRequest, OpponentSampler, SamplingParams
@@ -149,7 +148,6 @@ class SelfPlayCallback(TrainerCallback):
             if self.end is None:
                 self._judge_last(iteration)
             self._log_recorded(iteration)
-        self.trainer.push_results(iteration if self.end is None else self.end.result, is_end=True)
 
     @property
     def sampler(self) -> OpponentSampler:
@@ -190,7 +188,6 @@ class SelfPlayCallback(TrainerCallback):
                 self._make_pairs(iteration)
                 self._record_costs(iteration)
             self.trainer.turns.give_to_policy()  # as it is by now, unless the pairs were there already
-            self.trainer.push_results(iteration)
             self.iteration = iteration
             self._log_recorded(iteration)
             self.trainer.begin_iteration(iteration, self._read_pairs(iteration))

@@ -326,7 +326,7 @@ class SPINConfig(DPOConfig):
 
         hub_iteration_revisions (`bool`, *optional*, defaults to `False`):
             Whether the model that each iteration made is pushed as a revision of its own, `iteration-0` and so on.
-            Goes with `push_to_hub`, which pushes the newest one to the main revision at the end of each iteration.
+            Goes with `push_to_hub`, which pushes the final model to the main revision when the run is over.
         merge_adapter_at_end (`bool`, *optional*, defaults to `False`):
             Whether the trained adapter is also saved merged into its base model, in `output_dir/merged`, to be served
             or trained on without PEFT. The main process loads the base once more for that, in its own memory.
@@ -346,6 +346,7 @@ class SPINConfig(DPOConfig):
     > - `num_train_epochs`: Follows from `num_iterations` and `epochs_per_iteration`; setting it is refused.
     > - `precompute_ref_log_probs`: Always `True`. The opponent's log-probs are computed once per iteration, by the
     >   policy itself; no reference model is ever loaded.
+    > - `hub_strategy`: Always `"end"`: the others push the run directory, the user's data included.
     """
 
     _VALID_DICT_FIELDS = DPOConfig._VALID_DICT_FIELDS + ["chat_template_kwargs", "generation_kwargs"]
@@ -386,6 +387,10 @@ class SPINConfig(DPOConfig):
         metadata={
             "help": "Always true: the opponent's log-probs are computed once per iteration, by the policy itself."
         },
+    )
+    hub_strategy: str = field(
+        default="end",
+        metadata={"help": "Always 'end': `hub_iteration_revisions` pushes each iteration's model too."},
     )
 
     # Parameters that control the data
@@ -945,11 +950,10 @@ class SPINConfig(DPOConfig):
                 f"`hub_revision={self.hub_revision!r}` is for the newest model, but `hub_iteration_revisions=True` "
                 "gives revisions of that form to the iterations. Choose another name, or leave it unset for 'main'."
             )
-        if self.push_to_hub and self.hub_strategy in ("checkpoint", "all_checkpoints"):
+        if self.push_to_hub and self.hub_strategy != "end":
             raise ValueError(
-                f"`hub_strategy={str(self.hub_strategy)!r}` pushes the optimizer's state and the pickled arguments; a "
-                "run is resumed from its `output_dir` only. Use 'every_save' (the end of each iteration) or 'end'; "
-                "`hub_iteration_revisions=True` keeps each iteration's model."
+                f"`hub_strategy={str(self.hub_strategy)!r}` would push the whole run directory, your data and the "
+                "answers to it included. Leave it at 'end'; `hub_iteration_revisions=True` adds each iteration's model."
             )
 
     def __getstate__(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset
+from huggingface_hub import CommitInfo
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
@@ -19,6 +20,7 @@ from trl import DPOTrainer
 from .data.rewards.functions import RewardFunction
 from .evaluation.best_iteration import check_best_iteration, find_best, take_best
 from .evaluation.score_table import GenerationMetrics
+from .iterative_trainer import IterativeTrainer
 from .objectives.gather import join_log_probs
 from .objectives.loss_settings import loss_parameters
 from .objectives.losses import BATCH_LOSSES, SPIN_LOSSES, LogProbs
@@ -41,8 +43,9 @@ from .processes.progress import RunProgress
 from .processes.ranks import failing_together, on_main_process
 from .processes.stop_signal import EXIT_STATUS, StopOnSigterm
 from .report.end_report import write_end_report
-from .report.hub_mixin import HubTrainer
+from .report.hub import PushIterations, push_model, warns_of_failed_push
 from .report.log_file import LogFileCallback
+from .report.model_card import complete_card
 from .run_directory.footprint import size_of_base, size_of_weights
 from .run_directory.resume import Place, RunStart, start_run
 from .run_directory.store import IterationStore
@@ -55,7 +58,7 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
 
 
-class SPINTrainer(HubTrainer):
+class SPINTrainer(IterativeTrainer):
     """
     Trainer for Self-Play Fine-Tuning (SPIN).
 
@@ -227,6 +230,8 @@ class SPINTrainer(HubTrainer):
         # First of all, so that trackers and the progress bar are still open when the final policy is evaluated.
         self.callback_handler.callbacks.insert(0, self.self_play)
         self.add_callback(LogFileCallback(self, self.store))
+        if args.hub_iteration_revisions:
+            self.add_callback(PushIterations(self.store, self.hub_model_id))
         self._show_progress()
         self.stop_signal = StopOnSigterm()
         self.add_callback(self.stop_signal)
@@ -361,7 +366,6 @@ class SPINTrainer(HubTrainer):
             self.start = on_main_process(lambda: self._start_run(requested))
             self.store.run_id = self.start.run_id
             self.self_play.begin_run(self.start)
-            self._begin_pushes()
             stack.callback(self._stop_progress)
             stack.enter_context(self.stop_signal.listening())
             if not self.start.is_finished:
@@ -382,7 +386,39 @@ class SPINTrainer(HubTrainer):
             self._save_merged()
             if self.args.report and not self.start.is_finished:
                 on_main_process(lambda: write_end_report(self.store.output_dir))
+            if self.args.push_to_hub:
+                with warns_of_failed_push(self.hub_model_id, self.args.hub_revision):
+                    self.push_to_hub()
             return output
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """As [`~trl.DPOTrainer`]'s, with scores and answers by iteration and the settings."""
+        super().create_model_card(*args, **kwargs)
+        self._in_step(self._complete_card)
+
+    def _complete_card(self) -> None:
+        if self.is_world_process_zero():
+            complete_card(self.store, self.args, self.self_play_setup.model_name)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        **kwargs,
+    ) -> CommitInfo | None:
+        """As [`~transformers.Trainer.push_to_hub`], but only the model and its card, and it waits for the push."""
+        token = token or self.args.hub_token
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token)
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        self.save_model(_internal_call=True)
+        self.create_model_card(**{"model_name": Path(self.args.hub_model_id or self.args.output_dir).name, **kwargs})
+        if not self.is_world_process_zero():
+            return None
+        revision = revision or self.args.hub_revision
+        return push_model(self.args.output_dir, self.hub_model_id, revision, commit_message, token)
 
     def _take_best(self) -> dict[str, Any]:
         """Find the best iteration, and load its policy, as asked. Returns what `self_play.json` says of it."""

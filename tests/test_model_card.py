@@ -3,7 +3,7 @@
 import pytest
 
 from spin_trl import SPINTrainer
-from spin_trl.report.model_card import self_play_section, with_section
+from spin_trl.report.model_card import with_self_play
 
 
 def test_card_says_spin_with_its_paper_the_table_by_iteration_and_the_settings(
@@ -35,20 +35,19 @@ def test_card_says_spin_with_its_paper_the_table_by_iteration_and_the_settings(
     ],
 )
 def test_card_says_what_is_chosen(make_config, pairing, words):
-    section = self_play_section([], make_config(pairing=pairing, num_generations=2))
+    section = with_self_play("", [], make_config(pairing=pairing, num_generations=2))
     assert words in section and f"| `pairing` | `{pairing}` |" in section
 
 
 def test_fields_of_the_losses_are_shown_where_they_are_used(make_config):
-    section = self_play_section([], make_config(loss_type=["t_spin", "sft"], t_spin_beta=0.3))
+    section = with_self_play("", [], make_config(loss_type=["t_spin", "sft"], t_spin_beta=0.3))
     assert "| `t_spin_alpha` | `1.0` |\n| `t_spin_beta` | `0.3` |" in section
     assert "space_mu" not in section and "iris_alpha" not in section
 
 
 def test_section_replaces_an_older_one_and_stands_before_the_versions(make_config):
     metrics = [(0, {"evaluation": {"nll": 2.0}, "cut_off_share": 0.25, "seconds_score": 3.0})]
-    section = self_play_section(metrics, make_config())
-    assert "| start | 2 |" in section and "| iteration 0 | 0.25 |" in section and "seconds" not in section
-    card = with_section("# Card\n\n### Framework versions\n- TRL\n", section)
+    card = with_self_play("# Card\n\n### Framework versions\n- TRL\n", metrics, make_config())
+    assert "| start | 2 |" in card and "| iteration 0 | 0.25 |" in card and "seconds" not in card
     assert card.index("### Self-play") < card.index("### Framework versions")
-    assert with_section(card, section) == card
+    assert with_self_play(card, metrics, make_config()) == card

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..play.earlier_policy import take_back
 from ..spin_config import SPINConfig
-from .metric_names import EVALUATION, METRIC_NAMES, evaluation_names
+from .metric_names import EVALUATION, METRIC_NAMES, evaluation_names, label
 
 
 if TYPE_CHECKING:
@@ -42,11 +42,6 @@ class BestIteration:
     def describe(self) -> dict[str, Any]:
         """For `self_play.json`."""
         return {**asdict(self), "after": self.label}
-
-
-def label(opponent: int) -> str:
-    """What an evaluation is called: the opponent of an iteration is what the iteration before it made."""
-    return "start" if opponent == 0 else f"iteration {opponent - 1}"
 
 
 def check_best_iteration(args: SPINConfig, has_eval_dataset: bool, has_generation_metrics: bool) -> None:

@@ -194,6 +194,11 @@ METRIC_NAMES: dict[str, MetricName] = {
 }
 
 
+def label(opponent: int) -> str:
+    """What an evaluation is called: the opponent of an iteration is what the iteration before it made."""
+    return "start" if opponent == 0 else f"iteration {opponent - 1}"
+
+
 def evaluation_names() -> list[str]:
     """Names of the evaluation metrics that every run has, without `eval_`."""
     return [name.removeprefix("eval_") for name in METRIC_NAMES if name.startswith("eval_")]

@@ -1,33 +1,31 @@
-"""What of a run goes to the hub: each iteration's result as a revision, the newest one on the main revision.
+"""A model to the hub, and nothing else of a run: no data, no answers, no optimizer. Knows nothing of training.
 
-Only files that make a model are ever pushed. The main process works here alone; knows nothing of training.
+Trainer's own upload takes the whole run directory; this one picks the files. The hub makes no new commit of files that
+it has already, so a model may be pushed again whenever it is not known whether that was done.
 """
 
-import json
 import logging
-import os
-import shutil
-from collections.abc import Callable, Iterator
-from fnmatch import fnmatch
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from huggingface_hub import CommitInfo, CommitOperationAdd
-from transformers.trainer_utils import HubStrategy
-from transformers.utils.hub import hf_api
+from huggingface_hub import CommitInfo, create_branch, upload_folder
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
+from ..processes.ranks import on_main_process
 from ..run_directory.resume import Place
-from ..run_directory.store import IterationStore, to_json
-from ..run_directory.whole_files import remove, write_directory, write_text
+from ..run_directory.store import IterationStore
+from ..run_directory.whole_files import write_text
 from ..spin_config import SPINConfig
+from .model_card import CARD, with_self_play
 
 
 logger = logging.getLogger(__name__)
 
-_RECORD = "pushed.json"
-_KEPT = "unpushed"
 _MODEL_FILES = (
     "*.safetensors",
     "*.safetensors.index.json",
+    "README.md",
     "adapter_config.json",
     "added_tokens.json",
     "additional_chat_templates/*.jinja",
@@ -42,163 +40,87 @@ _MODEL_FILES = (
 )
 
 
-def push(
-    folder: Path, card: str, repo_id: str, revision: str | None, message: str, token: str | None = None
+def push_model(
+    folder: str | Path, repo_id: str, revision: str | None, message: str | None, token: str | None
 ) -> CommitInfo:
     """
-    Push the model that lies in a folder, in one commit. Where it is there already, no commit is made.
+    Push weights, configuration, tokenizer and card that lie in a folder, in one commit.
 
     Args:
-        folder (`Path`): Holds the model; whatever else lies in it stays.
-        card (`str`): The model card, in place of any in the folder.
+        folder (`str` or `Path`): Whatever else lies in it, folders included, stays there.
         repo_id (`str`): Where to.
         revision (`str`, *optional*): Branch; made where there is none. By default the main one.
+        message (`str`): Of the commit.
+        token (`str`, *optional*): By default the one of this machine.
 
     Raises:
-        `FileNotFoundError`: if the folder holds no model.
         Whatever `huggingface_hub` raises.
     """
-    names = model_files(folder)
-    if not any(name.endswith(".safetensors") for name in names):
-        raise FileNotFoundError(f"{folder} holds no model: there is no safetensors file among {names}")
+    files = {path.relative_to(folder).as_posix() for pattern in _MODEL_FILES for path in Path(folder).glob(pattern)}
     if revision not in (None, "main"):
-        hf_api().create_branch(repo_id, branch=revision, token=token, exist_ok=True)
-    operations = [CommitOperationAdd(name, str(folder / name)) for name in names]
-    operations.append(CommitOperationAdd("README.md", card.encode()))
-    return hf_api().create_commit(repo_id, operations, commit_message=message, revision=revision, token=token)
+        create_branch(repo_id, branch=revision, token=token, exist_ok=True)
+    return upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        allow_patterns=sorted(files),
+        revision=revision,
+        commit_message=message,
+        token=token,
+    )
 
 
-def model_files(folder: Path) -> list[str]:
-    """Names of the files in a folder that make a model: weights, configuration and tokenizer."""
-    files = [*folder.glob("*"), *folder.glob("additional_chat_templates/*")]
-    names = [path.relative_to(folder).as_posix() for path in files if path.is_file()]
-    return sorted(name for name in names if any(_matches(name, pattern) for pattern in _MODEL_FILES))
+@contextmanager
+def warns_of_failed_push(repo_id: str, revision: str | None) -> Iterator[None]:
+    """Training is worth more than its copy on the hub: whatever goes wrong with that is a warning."""
+    try:
+        yield
+    except Exception as error:
+        logger.warning(
+            f"The model could not be pushed to {repo_id}, revision {revision or 'main'!r}: {type(error).__name__}: "
+            f"{error}\nThe run goes on. What is missing on the hub is pushed when the next iteration begins, when the "
+            "run is over, and when it is started again with `resume='auto'`, as long as its checkpoint is there; "
+            "`trainer.push_to_hub()` does it too."
+        )
 
 
-def _matches(name: str, pattern: str) -> bool:
-    return name.count("/") == pattern.count("/") and fnmatch(name, pattern)
-
-
-class IterationPusher:
+class PushIterations(TrainerCallback):
     """
-    Pushes what iterations made, and knows from the run directory what is still missing on the hub.
+    Pushes what each iteration made, once it has been evaluated, as a revision of its own: `iteration-0` and so on.
 
-    A push that fails is a warning. The model is then kept in `unpushed/`, to be pushed when the next iteration begins,
-    when the run is resumed, or by hand.
+    It takes the checkpoints in which iterations end. An epoch begins for it after the one that plays has seen it begin.
 
     Args:
         store ([`IterationStore`]): The run directory.
-        args ([`SPINConfig`]): `hub_iteration_revisions`, `hub_strategy`, `hub_revision` and `hub_token`.
         repo_id (`str`): The repository.
-        make_card (`Callable[[int], str]`): Gives the model card of what an iteration made.
     """
 
-    def __init__(self, store: IterationStore, args: SPINConfig, repo_id: str, make_card: Callable[[int], str]):
+    def __init__(self, store: IterationStore, repo_id: str):
         self.store = store
-        self.args = args
         self.repo_id = repo_id
-        self.make_card = make_card
+        self._pushed: set[Path] = set()
 
-    def forget_from(self, iteration: int) -> None:
-        """Iterations from this one on are played again: what was pushed of them is out of date."""
-        for number in self.store.iterations():
-            if number >= iteration:
-                remove(self.store.path(number, _RECORD))
-        for number in range(iteration, self.args.num_iterations):
-            remove(self._kept(number))
+    def on_epoch_begin(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
+        on_main_process(lambda: self._push_missing(args))
 
-    def push_results(self, num_iterations: int, is_end: bool = False) -> None:
-        """
-        Push what is missing of the results of the first `num_iterations` iterations.
+    def on_push_begin(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
+        on_main_process(lambda: self._push_missing(args))
 
-        Args:
-            is_end (`bool`): Whether the run is over, so that the last one's result is the newest checkpoint.
-        """
-        for iteration, revision in self._wanted(num_iterations, is_end):
-            if revision in self._pushed(iteration):
+    def _push_missing(self, args: SPINConfig) -> None:
+        for checkpoint in reversed(self.store.checkpoints()):
+            iteration = _iteration_that_ends_in(checkpoint, self.store.run_id)
+            if iteration is None or checkpoint in self._pushed:
                 continue
-            source = self._source(iteration, is_end and iteration == num_iterations - 1)
-            if source is None:
-                logger.warning(
-                    f"The model that iteration {iteration} made is not pushed to {self.repo_id}, revision "
-                    f"{revision!r}: no checkpoint holds it."
-                )
-            else:
-                self._push(iteration, revision, source)
-
-    def _wanted(self, num_iterations: int, is_end: bool) -> Iterator[tuple[int, str]]:
-        if self.args.hub_iteration_revisions:
-            yield from ((iteration, f"iteration-{iteration}") for iteration in range(num_iterations))
-        if num_iterations > 0 and (is_end or self.args.hub_strategy != HubStrategy.END):
-            yield num_iterations - 1, self.args.hub_revision or "main"
-
-    def _push(self, iteration: int, revision: str, source: Path) -> None:
-        card = self.make_card(iteration)
-        message = f"SPIN, iteration {iteration}"
-        try:
-            commit = push(source, card, self.repo_id, revision, message, self.args.hub_token)
-        except Exception as error:  # of whatever kind: training is worth more than its copy on the hub
-            kept = self._keep(iteration, source, card)
-            logger.warning(
-                f"The model that iteration {iteration} made could not be pushed to {self.repo_id}, revision "
-                f"{revision!r}: {type(error).__name__}: {error}\nTraining goes on. The model is kept in {kept}; it is "
-                "pushed again when the next iteration begins and when the run is resumed. By hand: "
-                f"`hf upload {self.repo_id} {kept} --revision {revision}`."
-            )
-            return
-        revisions = {**self._pushed(iteration), revision: commit.oid}
-        write_text(self.store.path(iteration, _RECORD), to_json({"repo": self.repo_id, "revisions": revisions}))
-        if all(name in revisions for number, name in self._wanted(iteration + 1, False) if number == iteration):
-            remove(self._kept(iteration))
-        if not self.args.hub_iteration_revisions:  # then only the newest counts
-            remove(self.store.output_dir / _KEPT)
-
-    def _pushed(self, iteration: int) -> dict[str, str]:
-        """Revisions of the repository that have an iteration's result, and their commits."""
-        path = self.store.path(iteration, _RECORD)
-        record = json.loads(path.read_text()) if path.exists() else {}
-        return record["revisions"] if record.get("repo") == self.repo_id else {}
-
-    def _source(self, iteration: int, is_end: bool) -> Path | None:
-        kept = self._kept(iteration)
-        if kept.is_dir():
-            return kept
-        for checkpoint in self.store.checkpoints():
-            place = _place_of(checkpoint)
-            if place is not None and place.run_id == self.store.run_id and place.iteration == iteration:
-                if place.is_iteration_done or is_end:
-                    return checkpoint
-        return None
-
-    def _keep(self, iteration: int, source: Path, card: str) -> Path:
-        """A copy of a model that could not be pushed, since its checkpoint will be deleted one day."""
-        path = self._kept(iteration)
-
-        def write(temporary: Path) -> None:
-            temporary.mkdir()
-            for name in model_files(source):
-                (temporary / name).parent.mkdir(exist_ok=True)
-                _link_or_copy(source / name, temporary / name)
-            (temporary / "README.md").write_text(card)
-
-        if source != path:
-            write_directory(path, write)
-        return path
-
-    def _kept(self, iteration: int) -> Path:
-        return self.store.output_dir / _KEPT / f"iteration-{iteration}"
+            revision = f"iteration-{iteration}"
+            with warns_of_failed_push(self.repo_id, revision):
+                card = (self.store.output_dir / CARD).read_text()
+                write_text(checkpoint / CARD, with_self_play(card, self.store.all_metrics(), args, last=iteration))
+                push_model(checkpoint, self.repo_id, revision, f"SPIN, iteration {iteration}", args.hub_token)
+                self._pushed.add(checkpoint)
 
 
-def _link_or_copy(source: Path, target: Path) -> None:
-    """Checkpoints never change, so that a second name for the same file is as good as a copy."""
-    try:
-        os.link(source, target)
-    except OSError:  # a file system without hard links
-        shutil.copyfile(source, target)
-
-
-def _place_of(checkpoint: Path) -> Place | None:
-    try:
-        return Place.read(checkpoint)
-    except (OSError, ValueError, TypeError):
-        return None
+def _iteration_that_ends_in(checkpoint: Path, run_id: str) -> int | None:
+    with suppress(OSError, ValueError, TypeError):  # it is none of a self-play run
+        place = Place.read(checkpoint)
+        if place.run_id == run_id and place.is_iteration_done:
+            return place.iteration
+    return None

@@ -1,12 +1,17 @@
 """What a model card says of the self-play: scores and answers by iteration, and settings. Knows nothing of the hub."""
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
+from ..evaluation.metric_names import EVALUATION, label
 from ..objectives.loss_settings import fields_in_use
+from ..run_directory.store import IterationStore
+from ..run_directory.whole_files import write_text
 from ..spin_config import SPINConfig
 
 
+CARD = "README.md"
 _BEGIN, _END = "<!-- self-play -->", "<!-- end of self-play -->"
 _NEXT_HEADING = "### Framework versions"
 _SETTINGS = (
@@ -33,7 +38,7 @@ _SETTINGS = (
     "eval_temperature",
     "seed",
 )
-_TRAINED_TO = {
+_GOALS = {
     "ground_truth": "it is then trained to tell the ground truth from its own answers",
     "best_of": "it is then trained to tell the best of ground truth and answers, by their rewards, from the others",
     "reward_ranked": "it is then trained to tell the best of its own answers, by their rewards, from the worst",
@@ -50,48 +55,51 @@ _SHOWN_OF_ANSWERS = (
 )
 
 
-def self_play_section(metrics: Iterable[tuple[int, dict[str, Any]]], args: SPINConfig, last: int | None = None) -> str:
+def complete_card(store: IterationStore, args: SPINConfig, base_model: str) -> None:
+    """Add the run so far to the card that TRL wrote into `output_dir`."""
+    path = store.output_dir / CARD
+    # TRL takes model and base for repositories of the hub; of what is not one it writes 'None'.
+    card = path.read_text().replace("[None](https://huggingface.co/None)", f"`{base_model}`")
+    card = card.replace('model="None"', f'model="{args.output_dir}"')
+    write_text(path, with_self_play(card, store.all_metrics(), args))
+
+
+def with_self_play(
+    card: str, metrics: Iterable[tuple[int, dict[str, Any]]], args: SPINConfig, last: int | None = None
+) -> str:
     """
-    The part of a model card that is SPIN's, as Markdown.
+    A model card with a section on the self-play: before the versions, or in place of the section that it has.
 
     Args:
+        card (`str`): The card, as Markdown.
         metrics (`Iterable[tuple[int, dict]]`): Number and `metrics.json` of each iteration.
         args ([`SPINConfig`]): The settings.
         last (`int`, *optional*): The iteration that made the model: nothing later is shown. By default everything is.
     """
-    shown = [(i, values) for i, values in metrics if last is None or i <= last + 1]
-    scores = {_label(i): values["evaluation"] for i, values in shown if "evaluation" in values}
-    answers = {f"iteration {i}": _numbers(values) for i, values in shown if last is None or i <= last}
-    parts = [_BEGIN, "### Self-play", ""]
-    parts += [
-        f"In every iteration the model as it stands, the opponent, answers every prompt; {_TRAINED_TO[args.pairing]}."
-    ]
-    if scores:
-        parts += ["", "Evaluation of the model after each iteration:", "", *_table("after", scores)]
-    if any(answers.values()):
-        parts += ["", "The opponent's answers beside the ground truth (in tokens, shares, and nats per token):", ""]
-        parts += _table("", {label: values for label, values in answers.items() if values})
-    config = args.to_dict()
-    parts += ["", "Settings:", "", "| setting | value |", "| --- | --- |"]
-    names = [*_SETTINGS, *fields_in_use(args)]
-    parts += [f"| `{name}` | `{config[name]}` |" for name in names if config.get(name) is not None]
-    return "\n".join([*parts, "", _END])
-
-
-def with_section(card: str, section: str) -> str:
-    """A model card with this section of ours in place of the one that it has, or before the versions."""
-    if _BEGIN in card and _END in card:
+    section = _section(list(metrics), args, last)
+    if _BEGIN in card:
         before, _, rest = card.partition(_BEGIN)
         return before + section + rest.partition(_END)[2]
     before, heading, after = card.partition(_NEXT_HEADING)
     return f"{before.rstrip()}\n\n{section}\n\n{heading}{after}"
 
 
-def without_hub(card: str, base_model: str, folder: str) -> str:
-    """TRL's card takes model and base for repositories of the hub; of what is not one it writes 'None'."""
-    return card.replace("[None](https://huggingface.co/None)", f"`{base_model}`").replace(
-        'model="None"', f'model="{folder}"'
-    )
+def _section(metrics: list[tuple[int, dict[str, Any]]], args: SPINConfig, last: int | None) -> str:
+    last = math.inf if last is None else last
+    scores = {label(i): values[EVALUATION] for i, values in metrics if i <= last + 1 and EVALUATION in values}
+    answers = {f"iteration {i}": _numbers(values) for i, values in metrics if i <= last and _numbers(values)}
+    lines = [_BEGIN, "### Self-play", ""]
+    lines += [f"In every iteration the model as it stands, the opponent, answers every prompt; {_GOALS[args.pairing]}."]
+    if scores:
+        lines += ["", "Evaluation of the model after each iteration:", "", *_table("after", scores)]
+    if answers:
+        lines += ["", "The opponent's answers beside the ground truth (in tokens, shares, and nats per token):", ""]
+        lines += _table("", answers)
+    config = args.to_dict()
+    lines += ["", "Settings:", "", "| setting | value |", "| --- | --- |"]
+    names = [*_SETTINGS, *fields_in_use(args)]
+    lines += [f"| `{name}` | `{config[name]}` |" for name in names if config.get(name) is not None]
+    return "\n".join([*lines, "", _END])
 
 
 def _table(corner: str, columns: dict[str, dict[str, float]]) -> list[str]:
@@ -106,8 +114,3 @@ def _table(corner: str, columns: dict[str, dict[str, float]]) -> list[str]:
 
 def _numbers(values: dict[str, Any]) -> dict[str, float]:
     return {name: values[name] for name in _SHOWN_OF_ANSWERS if name in values}
-
-
-def _label(iteration: int) -> str:
-    """An opponent is what the iteration before it made."""
-    return "start" if iteration == 0 else f"iteration {iteration - 1}"

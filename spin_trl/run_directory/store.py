@@ -22,9 +22,7 @@
                                     chosen_reward and rejected_reward, and where these choose the sides, chosen_sample
                                     and chosen_ids; with several opponents, opponent
         metrics.json
-        pushed.json                 where on the hub the model that the iteration made is
       iteration-1/ ...
-      unpushed/iteration-0/         that model, where it could not be pushed
       merged/                       the final adapter merged into its base
       checkpoint-*/                 Trainer's own, and `self_play.json`: the place in the run, see `checkpoints`
 
@@ -53,7 +51,7 @@ from .run_paths import RunDirectoryError, is_numbered, numbered, own_path
 from .whole_files import finish_directory, is_temporary, make_directory, remove, temporary_path, write_file, write_text
 
 
-_FILES_OF_A_RUN = ("self_play.json", "invalid_rows.jsonl", "log.jsonl", "report.html", "report", "merged", "unpushed")
+_FILES_OF_A_RUN = ("self_play.json", "invalid_rows.jsonl", "log.jsonl", "report.html", "report", "merged")
 _KINDS = ("generations", "evaluation")
 
 
