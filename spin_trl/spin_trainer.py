@@ -31,10 +31,10 @@ from .play.turns import Turns
 from .policy.adapters import check_initial_reference, check_trainable, complete_reference_adapter
 from .policy.finite import ORIGIN_COLUMNS, OriginCollator, StepNumbers, take_origins
 from .policy.inputs import check_generation_metrics, check_optimizers
-from .policy.merged import check_can_merge, save_merged_model
-from .policy.merging import check_can_be_merged, fold_scaling, save_merged
+from .policy.merging import check_can_be_merged, check_can_merge_at_end, fold_scaling, save_merged
 from .policy.offload import Offloader, training_tensors
 from .policy.optimizer import check_schedule
+from .policy.policy import Policy
 from .policy.published_form import check_can_lend, check_can_take_back
 from .policy.quantization import keep_weights_as_quantized
 from .policy.sharding import Sharding, check_can_generate, whole_policy
@@ -184,7 +184,7 @@ class SPINTrainer(IterativeTrainer):
         if args.initial_reference is not None:
             check_initial_reference(peft_config, args.initial_reference)
         if args.merge_adapter_at_end:
-            check_can_merge(model, peft_config, self.self_play_setup.model_name, args)
+            check_can_merge_at_end(model, peft_config, self.self_play_setup.model_name, args)
         super().__init__(
             model=model,
             args=args,
@@ -438,7 +438,7 @@ class SPINTrainer(IterativeTrainer):
         directory = self.store.output_dir / "merged"
         is_there = on_main_process(lambda: self.start.is_finished and directory.is_dir())
         if self.args.merge_adapter_at_end and not is_there:
-            save_merged_model(self, self.self_play_setup.model_name, directory)
+            Policy(self, self.self_play_setup.publication).save_merged(self.self_play_setup.model_name, directory)
 
     def _show_progress(self) -> None:
         """One bar for the whole run. Where the bar is not Trainer's usual one (a notebook's, or none), it stays."""

@@ -1,18 +1,24 @@
-"""Merged weights compute what the adapter does, lie in files that transformers loads, and leave the policy alone."""
+"""Merged weights compute what the adapter does, lie in files that anybody loads, and leave the policy alone."""
 
 import copy
+import json
+import re
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, PeftType, get_peft_model
+from conftest import ROOT
+from peft import LoraConfig, PeftModel, PeftType, PromptTuningConfig, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from spin_trl import SPINTrainer
 from spin_trl.policy.adapters import starts_as_base
 from spin_trl.policy.merging import check_can_be_merged, fold_scaling, save_merged
 from spin_trl.policy.published_form import MERGED_TYPES
-from spin_trl.run_directory.footprint import estimate_footprint, weights_of
 
 
 IDS = torch.arange(18).reshape(2, 9)
@@ -28,11 +34,15 @@ SETTINGS = {
     "VBLORA": {**TARGETS, "vector_length": 16, "num_vectors": 32},
     "VERA": {"target_modules": ["q_proj"]},
     "RANDLORA": {"target_modules": ["q_proj"]},
+    "TRAINABLE_TOKENS": {"token_indices": [1, 2]},
     "WAVEFT": {**TARGETS, "n_frequency": 50},
 }
 LORAS = {
     "dora": {"use_dora": True},
     "bias": {"bias": "all"},
+    "gaussian": {"init_lora_weights": "gaussian"},
+    "orthogonal": {"init_lora_weights": "orthogonal"},
+    "random": {"init_lora_weights": False},
     "pissa": {"init_lora_weights": "pissa"},
     "olora": {"init_lora_weights": "olora"},
     "head": {"modules_to_save": ["lm_head"]},
@@ -65,9 +75,9 @@ def make_policy(base: LlamaForCausalLM, config) -> PeftModel:
     return policy
 
 
-def logits(model) -> torch.Tensor:
+def logits(model, ids: torch.Tensor = IDS) -> torch.Tensor:
     with torch.no_grad():
-        return model(IDS).logits
+        return model.eval()(ids).logits
 
 
 @pytest.mark.parametrize("kind", [*LORAS, *sorted(MERGED_TYPES)])
@@ -89,14 +99,18 @@ def test_merged_files_compute_what_the_policy_does_and_leave_it_as_it_was(kind, 
 
 @pytest.mark.parametrize("kind", [*LORAS, *sorted(MERGED_TYPES)])
 def test_new_adapter_of_each_kind_is_taken_for_the_base_model_only_if_it_changes_nothing(kind):
+    """PiSSA and OLoRA move a part of the base weights to the adapter: without it, a server's base model is another."""
     base = make_base()
     config = make_config_of(kind)
     torch.manual_seed(2)
     policy = get_peft_model(copy.deepcopy(base), config).eval()
+    changes_nothing = torch.allclose(logits(policy), logits(base), atol=1e-6)
+    with policy.disable_adapter():
+        base_is_untouched = torch.allclose(logits(policy), logits(base), atol=1e-6)
     if starts_as_base(config):
-        assert torch.allclose(logits(policy), logits(base), atol=1e-6)
-        with policy.disable_adapter():
-            assert torch.allclose(logits(policy), logits(base), atol=1e-6)
+        assert changes_nothing and base_is_untouched
+    elif kind in LORAS:  # of other types it is not always known
+        assert not (changes_nothing and base_is_untouched)
 
 
 def test_tied_embeddings_that_are_trained_together_stay_tied(tmp_path):
@@ -108,13 +122,9 @@ def test_tied_embeddings_that_are_trained_together_stay_tied(tmp_path):
     assert (logits(AutoModelForCausalLM.from_pretrained(tmp_path)) - logits(policy)).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"modules_to_save": ["lm_head"]}, {"modules_to_save": ["embed_tokens"]}, LORAS["dora-embeddings"]],
-    ids=["head", "embeddings", "dora"],
-)
-def test_adapter_that_would_untie_the_embeddings_is_refused(options):
-    policy = make_policy(make_base(tie_word_embeddings=True), LoraConfig(**{"r": 4, **TARGETS, **options}))
+@pytest.mark.parametrize("kind", ["head", "embeddings", "dora-embeddings"])
+def test_adapter_that_would_untie_the_embeddings_is_refused(kind):
+    policy = make_policy(make_base(tie_word_embeddings=True), make_config_of(kind))
     with pytest.raises(ValueError, match="ties its input and output embeddings.*`ensure_weight_tying=True`"):
         check_can_be_merged(policy)
 
@@ -126,7 +136,7 @@ def test_adapter_with_ranks_and_alphas_of_its_own_is_scaled_as_vllm_scales_it(tm
         r=4,
         lora_alpha=6,
         target_modules=["q_proj", "v_proj", "down_proj"],
-        rank_pattern={"q_proj": 9, "layers.1.down_proj": 1},
+        rank_pattern={"q_proj": 9, "model.layers.1.mlp.down_proj": 1},
         alpha_pattern={"v_proj": 5, "q_proj": 3},
         use_rslora=use_rslora,
     )
@@ -145,22 +155,82 @@ def test_adapter_with_ranks_and_alphas_of_its_own_is_scaled_as_vllm_scales_it(tm
     assert (logits(again) - logits(policy)).abs().max() < 1e-5
 
 
-def test_plain_adapter_is_left_as_it_was_saved(tmp_path):
-    make_policy(make_base(), LoraConfig(r=4, **TARGETS)).save_pretrained(tmp_path)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    fold_scaling(str(tmp_path))
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+# At the end of a run
 
 
-@pytest.mark.parametrize("kind", ["dora", "head", "IA3", "LN_TUNING"])
-def test_disk_estimate_counts_merged_opponents_as_whole_models(kind, tmp_path, tokenizer, make_config, train_dataset):
-    policy = make_policy(make_base(), make_config_of(kind))
-    save_merged(policy, str(tmp_path / "merged"))
-    weights = weights_of(policy, tokenizer, merged=True)
-    written = (tmp_path / "merged" / "model.safetensors").stat().st_size
-    assert written == pytest.approx(weights.published, rel=0.05)
+@pytest.fixture
+def play(tiny_model, tokenizer, train_dataset, make_config):
+    def make(train: bool = True, model=tiny_model, lora: bool = True, peft_config=None, **overrides) -> SPINTrainer:
+        settings = {"num_iterations": 1, "save_strategy": "epoch", "resume": "auto", "merge_adapter_at_end": True}
+        lora_config = LoraConfig(r=4, target_modules="all-linear") if lora else None
+        trainer = SPINTrainer(
+            model,
+            make_config(**{**settings, **overrides}),
+            train_dataset=train_dataset.select(range(16)),
+            processing_class=tokenizer,
+            peft_config=peft_config or lora_config,
+        )
+        if train:
+            trainer.train()
+        return trainer
 
-    rows = train_dataset.map(lambda row: {"prompt_ids": [1] * 4, "chosen_ids": [1] * 6})
-    footprint = estimate_footprint(make_config(num_iterations=3), weights, rows, None, True, True)
-    assert footprint.opponents == 2 * (weights.published + weights.tokenizer)
-    assert footprint.lower_bound == 2 * weights.published
+    return make
+
+
+def test_merged_model_of_a_run_computes_what_its_adapter_does_and_grpo_goes_on_from_it(play, tiny_model, tmp_path):
+    """With the lines that README shows, but for a tiny model's settings."""
+    trainer = play(learning_rate=1e-2)
+    folder = tmp_path / "run" / "merged"
+    merged = AutoModelForCausalLM.from_pretrained(folder)
+    assert type(merged) is LlamaForCausalLM
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    unmerged = logits(base)
+    expected = logits(PeftModel.from_pretrained(base, trainer.store.checkpoints()[0]))
+    assert torch.allclose(logits(merged), expected, atol=1e-5) and not torch.allclose(unmerged, expected, atol=1e-2)
+    assert not list((tmp_path / "run").glob("merged-adapter*"))
+
+    code = re.search(r"```python\n([^`]*GRPOTrainer\([^`]*)```", (ROOT / "README.md").read_text())[1]
+    tiny = "max_steps=1, use_cpu=True, bf16=False, report_to='none', max_completion_length=4, num_generations=2, "
+    tiny += f"per_device_train_batch_size=2, gradient_checkpointing=False, output_dir={str(tmp_path / 'grpo')!r}, "
+    assert "out/merged" in code and 'output_dir="out/grpo", ' in code
+    code = code.replace("out/merged", str(folder)).replace('output_dir="out/grpo", ', tiny)
+    code += "\nassert trainer.state.global_step == 1\n"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+def test_finished_run_that_lacks_the_merged_model_gets_it_and_a_played_on_one_a_new_one(play, tmp_path):
+    directory = tmp_path / "run" / "merged"
+    play(merge_adapter_at_end=False)
+    assert not directory.exists()
+    play()
+    first = (directory / "model.safetensors").read_bytes()
+    made = directory.stat().st_mtime_ns
+    play()
+    assert directory.stat().st_mtime_ns == made  # it was there
+    play(num_iterations=2)
+    assert (directory / "model.safetensors").read_bytes() != first
+
+
+@pytest.fixture
+def quantised_folder(tiny_model, tmp_path) -> str:
+    folder = shutil.copytree(tiny_model, tmp_path / "quantised")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps({**config, "quantization_config": {"quant_method": "gptq", "bits": 4}})
+    )
+    return str(folder)
+
+
+def test_merging_what_cannot_be_merged_is_refused(play, tiny_model, quantised_folder):
+    with pytest.raises(ValueError, match="`merge_adapter_at_end=True`.*there is no adapter.*`peft_config`"):
+        play(train=False, lora=False)
+    prompt = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    with pytest.raises(ValueError, match="`peft_type=PROMPT_TUNING` a learned prompt.*`LoraConfig`"):
+        play(train=False, peft_config=prompt)
+    with pytest.raises(ValueError, match="are saved quantised.*`quantization_config`"):
+        play(train=False, model=quantised_folder)
+    nowhere = AutoModelForCausalLM.from_pretrained(tiny_model)
+    nowhere.config._name_or_path = ""
+    with pytest.raises(ValueError, match="no folder and no hub.*save_pretrained"):
+        play(train=False, model=nowhere)

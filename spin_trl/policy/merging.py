@@ -1,7 +1,7 @@
-"""A policy with an adapter -> files that a server loads: merged or plain weights, adapters as vLLM reads them.
+"""A policy with an adapter -> files that vLLM, or anybody without PEFT, loads: merged or plain weights, plain adapters.
 
-The policy itself is never touched: what is merged is a copy of one layer at a time, so no rounding creeps into what is
-trained. Knows nothing of servers and iterations. Needs the weights whole: not for sharded policies.
+The policy itself is never touched: what is merged is a copy, so no rounding creeps into what is trained. Knows nothing
+of servers and iterations.
 """
 
 import copy
@@ -11,23 +11,59 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import AutoConfig
 from transformers.integrations.bitsandbytes import dequantize_bnb_weight
+from trl.trainer.utils import create_model_from_path
+
+from ..run_directory.footprint import of_this_process_alone
+from ..spin_config import SPINConfig
+from .inputs import source_kwargs
+from .published_form import adapter_config, obstacle_to_merging
 
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from peft import PeftConfig
     from transformers import PreTrainedModel
 
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _ADAPTER_CONFIG = "adapter_config.json"
 
 
-def check_can_be_merged(model: "PeftModel") -> None:
+def check_can_merge_at_end(
+    model: "str | PreTrainedModel | PeftModel", peft_config: "PeftConfig | None", base_model: str, args: SPINConfig
+) -> None:
+    """
+    See, before a model is loaded, that there will be an adapter that can be merged, and a base to merge it into.
+
+    Raises:
+        `ValueError`: if not.
+    """
+    config = adapter_config(model, peft_config)
+    found = None
+    if config is None:
+        found = "there is no adapter: all weights are trained, and saved. Leave it unset, or pass a `peft_config`"
+    elif (obstacle := obstacle_to_merging(config)) is not None:
+        found = f"with `peft_type={config.peft_type.value}` {obstacle}. Leave it unset, or use a plain `LoraConfig`"
+    elif not base_model:
+        found = (
+            "the model passed comes from no folder and no hub, so there is no saved base to merge into. Save it with "
+            "`model.save_pretrained(folder)` and pass `model=folder`"
+        )
+    elif hasattr(AutoConfig.from_pretrained(base_model, **source_kwargs(args)), "quantization_config"):
+        found = (
+            f"the weights of {base_model!r} are saved quantised. Pass the model that was quantised and a "
+            "`quantization_config`, or leave it unset"
+        )
+    if found is not None:
+        raise ValueError(f"`merge_adapter_at_end=True` merges the adapter into the base model's weights, but {found}.")
+
+
+def check_can_be_merged(model: PeftModel) -> None:
     """
     Raises:
         `ValueError`: if merging would give the input and the output embeddings, which are one, two values.
@@ -44,14 +80,31 @@ def check_can_be_merged(model: "PeftModel") -> None:
         )
 
 
-def save_merged(model: "PeftModel", directory: str) -> None:
-    """Save a model with its active adapter merged into the weights, as `save_pretrained` would."""
-    _save(model.get_base_model(), _plain_weights(model, merge=True), directory)
+def merge_into_saved(base_model: str, adapter: Path, args: SPINConfig) -> "PreTrainedModel":
+    """
+    A saved adapter merged into the base model as that was saved, in its own precision: so it makes no difference
+    whether the policy is sharded or its base is quantised. One process calls it.
+
+    Args:
+        base_model (`str`): Folder or hub id of the base.
+        adapter (`Path`): Folder of the adapter.
+    """
+    with of_this_process_alone():
+        base = create_model_from_path(base_model, **source_kwargs(args), dtype="auto", device_map=None)
+        return PeftModel.from_pretrained(base, adapter).merge_and_unload(safe_merge=True)
 
 
-def save_base(model: "PeftModel", directory: str) -> None:
+def save_merged(model: PeftModel, directory: str) -> None:
+    """Save a model with its active adapter merged into the weights. Needs all weights, none of them quantized."""
+    _copy_in_host_memory(model).merge_and_unload().save_pretrained(directory)
+
+
+def save_base(model: PeftModel, directory: str) -> None:
     """Save the model below the adapter, with 4-bit weights as the numbers that they stand for."""
-    _save(model.get_base_model(), _plain_weights(model, merge=False), directory)
+    base = _copy_in_host_memory(model).unload()
+    if getattr(base, "hf_quantizer", None) is not None:
+        base.hf_quantizer.remove_quantization_config(base)
+    base.save_pretrained(directory)
 
 
 def fold_scaling(directory: str) -> None:
@@ -81,62 +134,13 @@ def fold_scaling(directory: str) -> None:
     config_path.write_text(json.dumps(config, indent=2, sort_keys=True))
 
 
-def _save(base: "PreTrainedModel", weights: dict[str, torch.Tensor], directory: str) -> None:
-    config = copy.deepcopy(base.config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    with torch.device("meta"):
-        bare = type(base)(config)  # knows the names of the files' weights; holds no adapter, no quantization
-    bare.generation_config = base.generation_config
-    bare.to(base.dtype).save_pretrained(directory, state_dict=weights)
+def _copy_in_host_memory(model: PeftModel) -> PeftModel:
+    """A copy whose tensors lie in host memory, 4-bit weights among them as plain numbers. What is tied stays tied."""
+    numbers = {id(p): nn.Parameter(_plain(p), requires_grad=False) for p in model.parameters()}
+    numbers |= {id(buffer): buffer.to("cpu", copy=True) for buffer in model.buffers()}
+    return copy.deepcopy(model, numbers)  # takes these for what it has copied already
 
 
-def _plain_weights(model: "PeftModel", merge: bool) -> dict[str, torch.Tensor]:
-    """The weights under the names that they have without PEFT. Only those that are merged or dequantized are copies."""
-    base = model.get_base_model()
-    wrapped = _wrapped_modules(base)
-    weights = _numbers(base, skipped=tuple(f"{name}." for name in wrapped))
-    for name, module in wrapped.items():
-        weights |= {f"{name}.{key}": value for key, value in _numbers(_plain(module, merge)).items()}
-    return weights
-
-
-def _wrapped_modules(base: nn.Module) -> dict[str, nn.Module]:
-    """The outermost modules that PEFT put in place of the model's own, by the names of those."""
-    found: dict[str, nn.Module] = {}
-
-    def look(module: nn.Module, name: str) -> None:
-        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
-            found[name] = module
-            return
-        for child_name, child in module.named_children():
-            look(child, f"{name}.{child_name}" if name else child_name)
-
-    look(base, "")
-    return found
-
-
-def _plain(module: nn.Module, merge: bool) -> nn.Module:
-    """The module without PEFT around it, with the adapter merged into a copy of it or left out."""
-    if isinstance(module, ModulesToSaveWrapper):
-        inner = module.modules_to_save[module.active_adapter] if merge else module.original_module
-        return _plain(inner, merge) if isinstance(inner, BaseTunerLayer) else inner
-    if isinstance(module, AuxiliaryTrainingWrapper):
-        return copy.deepcopy(module).unload_and_optionally_merge_module(merge, safe_merge=False, adapter_names=None)
-    if not merge:
-        return module.get_base_layer()
-    merged = copy.deepcopy(module)
-    merged.merge(safe_merge=False)
-    return merged.get_base_layer()
-
-
-def _numbers(module: nn.Module, skipped: tuple[str, ...] = ()) -> dict[str, torch.Tensor]:
-    """A module's state, on the CPU, without what lies under the `skipped` names."""
-    state = {key: value for key, value in module.state_dict().items() if not key.startswith(skipped)}
-    for name, child in module.named_modules():
-        key = f"{name}.weight" if name else "weight"
-        if type(getattr(child, "weight", None)).__name__ == "Params4bit" and not key.startswith(skipped):
-            for stale in [other for other in state if other.startswith(key)]:  # the packed numbers and their scales
-                del state[stale]
-            state[key] = dequantize_bnb_weight(child.weight)
-    return {key: value.detach().cpu() for key, value in state.items()}
+def _plain(parameter: nn.Parameter) -> torch.Tensor:
+    is_4bit = type(parameter).__name__ == "Params4bit"
+    return dequantize_bnb_weight(parameter).cpu() if is_4bit else parameter.detach().to("cpu", copy=True)

@@ -12,10 +12,11 @@ from datasets import Dataset
 from transformers import PreTrainedModel
 
 from ..data.pair_dataset import PairDataset
-from ..processes.ranks import on_every_process
+from ..processes.ranks import on_every_process, on_main_process
 from ..run_directory.footprint import size_of_base, size_of_weights
+from ..run_directory.whole_files import remove, temporary_path, write_directory
 from .log_probs import completion_logps, initial_policy_as_reference, negative_log_likelihood, score_pairs
-from .merging import fold_scaling, save_merged
+from .merging import fold_scaling, merge_into_saved, save_merged
 from .published_form import Publication
 from .sharding import whole_policy
 
@@ -46,8 +47,40 @@ class Policy:
                 trainer.processing_class.save_pretrained(directory)
             return
         trainer.save_model(directory, _internal_call=True)
-        if self._publication.lora_rank is not None and trainer.args.should_save:
+        if self._publication.folds_scaling and trainer.args.should_save:
             fold_scaling(directory)
+
+    def save_merged(self, base_model: str, directory: Path) -> None:
+        """
+        Save the policy with its adapter merged into the base model as that was saved, to be loaded without PEFT.
+
+        Args:
+            base_model (`str`): Folder or hub id of the base.
+            directory (`Path`): Where to. What lies there is replaced, in one step.
+
+        Raises:
+            [`DiskError`]: if the disk does not take it.
+        """
+        trainer = self._trainer
+        adapter = temporary_path(directory.with_name(f"{directory.name}-adapter"), shared=True)
+
+        def merge() -> None:
+            merged = merge_into_saved(base_model, adapter, trainer.args)
+
+            def write(temporary: Path) -> None:
+                merged.save_pretrained(temporary)
+                trainer.processing_class.save_pretrained(temporary)
+
+            write_directory(directory, write, num_bytes=size_of_weights(merged))
+
+        on_every_process(lambda: trainer.save_model(str(adapter), _internal_call=True))
+        try:
+            on_main_process(merge)
+        finally:
+            if trainer.is_world_process_zero():
+                remove(adapter)
+        quantised = " without its quantisation" if getattr(trainer.model, "is_quantized", False) else ""
+        trainer.accelerator.print(f"Saved the adapter merged into {base_model}{quantised} to {directory}")
 
     @property
     def num_bytes(self) -> int:

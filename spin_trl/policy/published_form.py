@@ -23,61 +23,25 @@ if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
     from transformers import PreTrainedModel
 
-# Fields of `LoraConfig` that vLLM reads, or that say nothing about a trained adapter's weights.
-_SERVED_LORA_FIELDS = {
-    "alpha_pattern",  # vLLM ignores it, and `rank_pattern`: `merging.fold_scaling`
-    "corda_config",
-    "ensure_weight_tying",
-    "eva_config",
-    "exclude_modules",
-    "fan_in_fan_out",
-    "layers_pattern",
-    "layers_to_transform",
-    "loftq_config",
-    "lora_alpha",
-    "lora_dropout",
-    "lora_ga_config",
-    "megatron_config",
-    "megatron_core",
-    "qalora_group_size",
-    "r",
-    "rank_pattern",
-    "runtime_config",
-    "target_modules",
-    "use_rslora",
-}
-_MERGED_LORA_FIELDS = {
-    "bias",
-    "init_lora_weights",
-    "lora_bias",
-    "modules_to_save",
-    "trainable_token_indices",
-    "use_dora",
-}
+# Fields of `LoraConfig` that vLLM reads, or that say nothing about a trained adapter's weights. It ignores
+# `rank_pattern` and `alpha_pattern`: `merging.fold_scaling` sees to them.
+_SERVED_LORA_FIELDS = set(
+    """
+    alpha_pattern corda_config ensure_weight_tying eva_config exclude_modules fan_in_fan_out layers_pattern
+    layers_to_transform loftq_config lora_alpha lora_dropout lora_ga_config megatron_config megatron_core
+    qalora_group_size r rank_pattern runtime_config target_modules use_rslora
+    """.split()
+)
+_MERGED_LORA_FIELDS = set("bias init_lora_weights lora_bias modules_to_save trainable_token_indices use_dora".split())
 # The others move a part of the base weights into the adapter, which alone is not the policy then.
 _INITIALISATIONS_BESIDE_THE_BASE = (True, False, "gaussian", "orthogonal", "eva", "mica")
 # Types whose merged weights compute what the adapter did: tests/test_merging.py sees to it for each.
-MERGED_TYPES = {
-    "ADALORA",
-    "BOFT",
-    "C3A",
-    "DELORA",
-    "FOURIERFT",
-    "GRALORA",
-    "HIRA",
-    "HRA",
-    "IA3",
-    "LN_TUNING",
-    "LOHA",
-    "LOKR",
-    "MISS",
-    "OFT",
-    "RANDLORA",
-    "VBLORA",
-    "VERA",
-    "WAVEFT",
-}
-
+MERGED_TYPES = set(
+    """
+    ADALORA BOFT C3A DEFT DELORA FOURIERFT FROD GLORA GRALORA HIRA HRA IA3 LN_TUNING LOHA LOKR MISS OFT OSF PEANUT PSOFT
+    PVERA RANDLORA ROAD SHIRA SUPERTUNING TINYLORA TRAINABLE_TOKENS UNILORA VBLORA VERA WAVEFT
+    """.split()
+)
 _ON_DISK = (
     "Leave it unset: every opponent is saved in `iteration-*/opponent`, and `self_play.json` names the one that counts."
 )
@@ -137,7 +101,7 @@ def plan_publication(
         largest_rank = max([config.r, *config.rank_pattern.values()])
         return Publication("adapter", largest_rank, folds_scaling=bool(config.rank_pattern or config.alpha_pattern))
     reason = " and ".join(f"`{problem}`" for problem in problems)
-    if (obstacle := _obstacle_to_merging(config, problems, quantized, sharding)) is not None:
+    if (obstacle := obstacle_to_merging(config) or _obstacle_here(quantized, sharding)) is not None:
         raise ValueError(
             f"A vLLM server cannot load adapters with {reason}, and {obstacle}. Use a plain `LoraConfig`, or set "
             "`use_vllm=False` to generate in-process."
@@ -231,15 +195,18 @@ def _unusual_lora_fields(config: "PeftConfig") -> dict[str, Any]:
     return unusual
 
 
-def _obstacle_to_merging(
-    config: "PeftConfig", problems: list[str], quantized: bool, sharding: Sharding | None
-) -> str | None:
-    """Why the adapter cannot be merged into the weights either, in words."""
+def obstacle_to_merging(config: "PeftConfig") -> str | None:
+    """Why an adapter cannot be merged exactly into the weights of its base model, in words."""
     if config.is_prompt_learning:
         return "a learned prompt is no part of the weights, so it cannot be merged into them"
-    unmerged = [problem for problem in problems if problem.partition("=")[0] not in {*_MERGED_LORA_FIELDS, "peft_type"}]
-    if unmerged or (config.peft_type != "LORA" and config.peft_type.value not in MERGED_TYPES):
-        return "PEFT is not known to merge them into the weights exactly"
+    if config.peft_type == "LORA":
+        is_exact = set(_unusual_lora_fields(config)) <= _MERGED_LORA_FIELDS
+    else:
+        is_exact = config.peft_type.value in MERGED_TYPES
+    return None if is_exact else "PEFT is not known to merge them into the weights exactly"
+
+
+def _obstacle_here(quantized: bool, sharding: Sharding | None) -> str | None:
     if quantized:
         return "into a quantized base they cannot be merged without loss"
     if sharding is not None and sharding.spreads_weights:
