@@ -8,9 +8,10 @@ PACKAGE = Path(__file__).parents[1] / "spin_trl"
 
 # From the ground up: a room imports only rooms of lines above its own.
 ROOMS = (
+    "config_checks",
     "objectives",
     "processes",
-    "config_checks spin_config",
+    "spin_config",
     "data",
     "run_directory",
     "policy",

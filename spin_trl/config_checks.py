@@ -20,6 +20,7 @@ class NumberRule:
         whole (`bool`): Whether it has to be an integer.
         optional (`bool`): Whether `None` is allowed.
         remedy (`str`, *optional*): What to do. By default: leave the field unset.
+        at_most (`str`, *optional*): Another field, whose value it must not exceed.
     """
 
     expected: str
@@ -27,6 +28,7 @@ class NumberRule:
     whole: bool = False
     optional: bool = False
     remedy: str | None = None
+    at_most: str | None = None
 
 
 def at_least(minimum: int, optional: bool = False) -> NumberRule:
@@ -34,9 +36,9 @@ def at_least(minimum: int, optional: bool = False) -> NumberRule:
     return NumberRule(f"at least {minimum}", lambda value: value >= minimum, whole=True, optional=optional)
 
 
-def positive(expected: str = "positive", remedy: str | None = None) -> NumberRule:
+def positive(expected: str = "positive", remedy: str | None = None, at_most: str | None = None) -> NumberRule:
     """Numbers above zero."""
-    return NumberRule(expected, lambda value: value > 0, remedy=remedy)
+    return NumberRule(expected, lambda value: value > 0, remedy=remedy, at_most=at_most)
 
 
 def not_negative(expected: str = "at least 0", optional: bool = False) -> NumberRule:
@@ -68,6 +70,11 @@ def check_numbers(config: Any, rules: Mapping[str, NumberRule]) -> None:
             raise ValueError(f"`{name}` must be a whole number, got {value}. {remedy}")
         if not rule.accepts(value):
             raise ValueError(f"`{name}` must be {rule.expected}, got {value}. {remedy}")
+        if rule.at_most is not None and value > (limit := getattr(config, rule.at_most)):
+            raise ValueError(
+                f"`{name}` must be at most `{rule.at_most}`, which is {limit}, got {value}. Lower the one, or raise "
+                "the other."
+            )
 
 
 def is_number(value: Any) -> bool:
@@ -86,17 +93,19 @@ def check_choices(config: Any, choices: Mapping[str, tuple]) -> None:
             raise ValueError(f"`{name}` must be one of {allowed}, got {value!r}. {_leave_unset(config, name)}")
 
 
-def check_weights(name: str, weights: Any, remedy: str) -> None:
+def check_weights(name: str, weights: Any, remedy: str, minimum: float = -math.inf) -> None:
     """
-    Check a field that holds a list of weights, of either sign.
+    Check a field that holds a list of weights.
 
     Raises:
-        `ValueError`: if it is no list of finite numbers, or all of them are 0.
+        `ValueError`: if it is no list of finite numbers of at least `minimum`, or all of them are 0.
     """
     if weights is None:
         return
-    if not isinstance(weights, list | tuple) or not all(is_number(weight) for weight in weights) or not any(weights):
-        raise ValueError(f"`{name}` must be a list of finite numbers, not all of them 0, got {weights!r}. {remedy}")
+    numbers = weights if isinstance(weights, list | tuple) else []
+    if not any(numbers) or not all(is_number(weight) and weight >= minimum for weight in numbers):
+        kind = "finite numbers" if minimum == -math.inf else f"numbers of at least {minimum:g}"
+        raise ValueError(f"`{name}` must be a list of {kind}, not all of them 0, got {weights!r}. {remedy}")
 
 
 def check_mappings(config: Any, names: tuple[str, ...]) -> None:

@@ -28,7 +28,6 @@ from .data.pairs import (
     describe_pairs,
     drop_identical_pairs,
     find_identical_pairs,
-    keeps_identical_pairs,
     make_answers,
     preference_share,
 )
@@ -41,6 +40,7 @@ from .evaluation.run_end import RunEnd
 from .evaluation.score_table import GenerationMetrics, ScoreTable
 from .generation.sampler import CompletionRequest, OpponentSampler, SamplingParams
 from .objectives.reference_mixture import mix_scores
+from .objectives.settings import keeps_identical_pairs, needs_initial_answers
 from .objectives.third_side import INITIAL_IDS
 from .play.answers import GenerationJob, Share
 from .play.opponents import Opponents
@@ -53,7 +53,6 @@ from .processes.random_state import preserved_random_state
 from .processes.ranks import on_every_process, on_main_process
 from .report.completion_table import log_completions
 from .report.logs import IterationLog
-from .run_directory.initial_answers import needs_initial_answers
 from .run_directory.resume import RunStart
 from .run_directory.run_paths import RunDirectoryError
 from .run_directory.store import IterationStore
@@ -196,10 +195,12 @@ class SelfPlayCallback(TrainerCallback):
 
     def _read_pairs(self, iteration: int) -> PairDataset:
         pairs = self.store.read_pairs(iteration)
-        if iteration > 0 and needs_initial_answers(self.trainer.args) and INITIAL_IDS not in pairs.column_names:
+        args = self.trainer.args
+        needs_initial = needs_initial_answers(args.loss_type, vars(args))
+        if iteration > 0 and needs_initial and INITIAL_IDS not in pairs.column_names:
             raise RunDirectoryError(
-                f"{self.store.initial_answers.path} is gone, but `loss_type='t_spin'` compares with the initial "
-                "answers in it. Start the same command again: they are made again from the answers of iteration 0."
+                f"{self.store.initial_answers.path} is gone, but `loss_type` ({args.loss_type}) compares with the "
+                "initial answers in it. Start the same command again: they are made again from iteration 0's."
             )
         return pairs
 
@@ -312,7 +313,8 @@ class SelfPlayCallback(TrainerCallback):
     def _pair_and_score(self, iteration: int) -> None:
         try:
             on_main_process(lambda: self._write_answers(iteration))
-            if iteration == 0 and needs_initial_answers(self.trainer.args):
+            args = self.trainer.args
+            if iteration == 0 and needs_initial_answers(args.loss_type, vars(args)):
                 on_main_process(self.store.initial_answers.keep)
             answers = PairDataset.join(self.dataset, self.store.read_answers(iteration))
             pairs = self._select_pairs(iteration, answers)

@@ -1,7 +1,7 @@
 """`SPINConfig`: the fields that self-play adds to DPOConfig, and their checks. Knows no files, servers or models."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from trl import DPOConfig
@@ -20,10 +20,18 @@ from .config_checks import (
     positive,
     share,
 )
-from .objectives.loss_settings import OBJECTIVE_NUMBERS, check_objective, loss_defaults
-from .objectives.losses import SPIN_LOSSES, TRL_LOSSES, check_loss_types
-from .objectives.pairings import PAIRINGS, check_pairing, max_pairs_per_prompt
-from .objectives.reference_mixture import check_reference_mixture
+from .objectives import OBJECTIVES
+from .objectives.settings import (
+    PAIRINGS,
+    check_fields_are_used,
+    check_losses,
+    check_pairs_per_forward,
+    check_reference,
+    check_settings,
+    default_settings,
+    fields_in_use,
+    max_pairs_per_prompt,
+)
 
 
 _NUMBERS = {
@@ -34,7 +42,6 @@ _NUMBERS = {
     "num_generations": at_least(1),
     "num_opponents": at_least(1),
     "reference_mixture_alpha": NumberRule("in [0, 1]", lambda value: 0 <= value <= 1),
-    **OBJECTIVE_NUMBERS,
     "convergence_tolerance": NumberRule("in (0, 0.5)", lambda value: 0 < value < 0.5),
     # generation
     "max_completion_length": at_least(1, optional=True),
@@ -366,8 +373,7 @@ class SPINConfig(DPOConfig):
     loss_type: list[str] = field(
         default_factory=lambda: ["sigmoid"],
         metadata={
-            "help": f"One or several of {', '.join([*TRL_LOSSES, *SPIN_LOSSES])}. Several are added, with the weights "
-            "of `loss_weights`."
+            "help": f"One or several of {', '.join(OBJECTIVES)}. Several are added, with the weights of `loss_weights`."
         },
     )
     train_sampling_strategy: str | None = field(
@@ -680,28 +686,28 @@ class SPINConfig(DPOConfig):
     )
 
     def __post_init__(self):
-        self._take_defaults()
-        check_numbers(self, _NUMBERS)
+        self._check_losses()
+        check_numbers(self, _NUMBERS | fields_in_use(self.loss_type))
         check_mappings(self, ("chat_template_kwargs", "generation_kwargs", "model_init_kwargs"))
         self._check_run_directory()
         self._check_hub()
         self._check_data()
         self._check_evaluation()
         self._check_self_play()
+        self._check_reference()
         self._check_pairing()
         self._check_generation()
         self._check_server()
-        self._check_losses()
         self._take_schedules()
         self.num_train_epochs = float(self.num_iterations * self.epochs_per_iteration)
         super().__post_init__()
-        self._check_objective()
+        check_settings(self.loss_type, vars(self))
+        check_pairs_per_forward(self.loss_type, self.pairs_per_forward)
 
-    def _take_defaults(self):
-        losses = [self.loss_type] if isinstance(self.loss_type, str) else self.loss_type or []
-        for name, value in loss_defaults(losses).items():
-            if getattr(self, name) is None:
-                setattr(self, name, value)
+    @property
+    def pairs_per_forward(self) -> int:
+        """Pairs of one forward pass in training, on all processes."""
+        return self.train_batch_size * self.world_size
 
     def learning_rate_at(self, iteration: int) -> float:
         """The peak learning rate of an iteration."""
@@ -736,40 +742,35 @@ class SPINConfig(DPOConfig):
             if len(values) > 1:
                 self._schedules[name] = dict(enumerate(values))
 
-    def _check_objective(self):
-        check_loss_types(self.loss_type)
-        check_objective(self)
-        own = [name for name in self.loss_type if name in SPIN_LOSSES]
-        for name, neutral in (("ld_alpha", None), ("use_weighting", False), ("f_divergence_type", "reverse_kl")):
-            if own and getattr(self, name) != neutral:
-                raise ValueError(
-                    f"`{name}={getattr(self, name)!r}` is not defined for the loss type(s) {own}. Leave it at "
-                    f"{neutral!r}, or use only TRL's loss types: {list(TRL_LOSSES)}."
-                )
+    def _check_losses(self):
+        if isinstance(self.loss_type, str):
+            self.loss_type = [self.loss_type]
+        check_losses(self.loss_type, self.loss_weights)
+        changed = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        check_fields_are_used(self.loss_type, changed)
+        for name, value in default_settings(self.loss_type).items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+
+    def _check_reference(self):
         if self.opponent_reference not in ("previous", "fixed"):
             raise ValueError(
                 f"`opponent_reference` must be 'previous' or 'fixed', got {self.opponent_reference!r}. Leave it unset "
                 "for 'previous', as in the paper."
             )
-        check_reference_mixture(self)
-
-    def _check_losses(self):
-        """The number of weights, and that each is one. DPOConfig makes a list of a single loss type."""
-        names = [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type or [])
-        weights = self.loss_weights
-        if not names:
-            raise ValueError("`loss_type` is empty: at least one loss is needed. Leave it unset for SPIN's, 'sigmoid'.")
-        if weights is None:
+        if self.initial_reference is None:
             return
-        if len(weights) != len(names):
+        check_reference(self.loss_type, self.initial_reference)
+        if self.opponent_reference == "fixed" and self.reference_mixture_alpha > 0:
             raise ValueError(
-                f"`loss_weights` has {len(weights)} value(s) ({weights}), but `loss_type` names {len(names)} "
-                f"({names}). Give one weight for each loss, or leave `loss_weights` unset to weigh all alike."
+                f"`reference_mixture_alpha={self.reference_mixture_alpha:g}` contradicts `opponent_reference='fixed'`, "
+                "which is the initial model alone: a mixture with `reference_mixture_alpha=1`. Set only one of the two."
             )
-        if not all(is_number(weight) and weight >= 0 for weight in weights) or not any(weights):
+        if 0 < self.reference_mixture_alpha < 1 and self.f_divergence_type != "reverse_kl":
             raise ValueError(
-                f"`loss_weights` must be numbers of at least 0, not all of them 0, got {weights}. Leave out the "
-                "losses that should not count."
+                f"`reference_mixture_alpha={self.reference_mixture_alpha:g}` contradicts `f_divergence_type="
+                f"{self.f_divergence_type!r}`, which takes a function of each side's log-ratio: the normaliser of the "
+                "mixture, which cancels in their difference, is missing there. Leave one of the two unset."
             )
 
     def _check_data(self):
@@ -834,8 +835,11 @@ class SPINConfig(DPOConfig):
 
     def _check_pairing(self):
         check_choices(self, {"pairing": PAIRINGS})
-        loss_types = [self.loss_type] if isinstance(self.loss_type, str) else self.loss_type or []
-        check_pairing(self.pairing, self.num_generations, loss_types)
+        if self.pairing == "reward_ranked" and self.num_generations < 2:
+            raise ValueError(
+                "`pairing='reward_ranked'` takes the best and the worst of several answers to a prompt, but "
+                f"`num_generations` is {self.num_generations}. Set it to 2 or more, or use `pairing='best_of'`."
+            )
         check_weights("reward_weights", self.reward_weights, "Leave out the functions that should not count.")
 
     @property

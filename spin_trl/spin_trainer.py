@@ -21,10 +21,9 @@ from .data.rewards.functions import RewardFunction
 from .evaluation.best_iteration import check_best_iteration, find_best, take_best
 from .evaluation.score_table import GenerationMetrics
 from .iterative_trainer import IterativeTrainer
-from .objectives.gather import join_log_probs
-from .objectives.loss_settings import loss_parameters
-from .objectives.losses import BATCH_LOSSES, SPIN_LOSSES, LogProbs
-from .objectives.third_side import INITIAL_IDS, InitialSideCollator, join_initial, take_initial, without_initial
+from .objectives import LogProbs
+from .objectives.own_losses import OwnLosses
+from .objectives.third_side import INITIAL_IDS, ForwardOfSides, InitialSideCollator
 from .play.earlier_policy import take_back
 from .play.setup import SelfPlaySetup
 from .play.turns import Turns
@@ -205,7 +204,8 @@ class SPINTrainer(IterativeTrainer):
         # Errors name rows of the user's data, so they travel with each batch. The collator sees what it always saw.
         hidden = ORIGIN_COLUMNS if args.remove_unused_columns else []
         self.data_collator = OriginCollator(InitialSideCollator(self.data_collator), hidden)
-        self._split_losses()
+        self.own_losses = OwnLosses(self.loss_types, self.loss_weights, vars(args), self.accelerator)
+        self.loss_types, self.loss_weights = self.own_losses.trl_loss_types, self.own_losses.trl_loss_weights
         if is_peft_model(self.model) and "ref" in self.model.peft_config:
             if args.initial_reference is None:
                 self.model.delete_adapter("ref")  # DPOTrainer's copy of a trained adapter; the reference moves here
@@ -246,40 +246,19 @@ class SPINTrainer(IterativeTrainer):
 
     # Objectives that DPOTrainer lacks
 
-    def _split_losses(self) -> None:
-        """Keep DPOTrainer's own losses in `loss_types`, where it computes them, and ours apart."""
-        losses = list(zip(self.loss_types, self.loss_weights, strict=True))
-        self.spin_losses = [(name, weight) for name, weight in losses if name in SPIN_LOSSES]
-        self.loss_types = [name for name, _ in losses if name not in SPIN_LOSSES]
-        self.loss_weights = [weight for name, weight in losses if name not in SPIN_LOSSES]
-
     def _compute_loss(self, model, inputs, return_outputs):
-        """DPOTrainer's losses and all its metrics, and the losses of `losses.py` from the same forward pass."""
-        origins, initial = take_origins(inputs), take_initial(inputs)
-        log_probs = []
-
-        def forward(**kwargs):
-            if not kwargs.get("fused_lm_head"):  # the logits that `compute_metrics` asks for
-                return model(**kwargs)
-            outputs = model(**join_initial(kwargs, initial))
-            log_probs.append(outputs.log_probs)
-            return outputs if initial is None else without_initial(outputs, len(kwargs["input_ids"]))
-
+        """DPOTrainer's losses and all its metrics, and the losses that it lacks from the same forward pass."""
+        origins, forward = take_origins(inputs), ForwardOfSides(model, inputs)
         result = super()._compute_loss(forward, inputs, return_outputs)
-        num_tokens = inputs["completion_mask"].size(1) - 1  # prompt-learning PEFT puts virtual tokens before them
-        logps = log_probs[0][:, -num_tokens:].sum(dim=1)  # (2 * B,), or with the initial answers (3 * B,)
-        sides = ("chosen", "rejected") if initial is None else ("chosen", "rejected", "initial")
-        self._numbers = StepNumbers(logps.detach(), origins, sides)
-        if not self.spin_losses:
-            return result
-        loss, *outputs = result if return_outputs else [result]
-        by_side = dict(zip(sides, logps.chunk(len(sides)), strict=True))  # (B,) each
-        if initial is not None:
+        sides = forward.sides()
+        self._numbers = StepNumbers(torch.cat([*sides.values()]).detach(), origins, tuple(sides))
+        if "initial" in sides:
             mode = "train" if self.model.training else "eval"
-            initial_logps = self.accelerator.gather(by_side["initial"].detach())
+            initial_logps = self.accelerator.gather(sides["initial"].detach())
             self._metrics[mode]["logps/initial"].append(initial_logps.mean().item())
-        reference = {f"ref_{side}": inputs[f"ref_{side}_logps"] for side in ("chosen", "rejected")}
-        loss = loss + self._spin_loss(LogProbs(**by_side, **reference))
+        loss, *outputs = result if return_outputs else [result]
+        logps = LogProbs(**sides, ref_chosen=inputs["ref_chosen_logps"], ref_rejected=inputs["ref_rejected_logps"])
+        loss = loss + self.own_losses(logps, self.beta)
         return (loss, *outputs) if return_outputs else loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -294,14 +273,6 @@ class SPINTrainer(IterativeTrainer):
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         self._signature_columns = list(dict.fromkeys([*self._signature_columns, *ORIGIN_COLUMNS, INITIAL_IDS]))
-
-    def _spin_loss(self, logps: LogProbs) -> torch.Tensor:
-        parameters = loss_parameters(self.args, self.beta)
-        loss = torch.zeros((), device=logps.chosen.device)
-        for name, weight in self.spin_losses:
-            seen = join_log_probs(logps, self.accelerator) if name in BATCH_LOSSES else logps
-            loss = loss + weight * SPIN_LOSSES[name](seen, parameters).mean()
-        return loss
 
     # What the callback asks of the policy
 

@@ -1,12 +1,11 @@
 """The trainer's loss without a language model."""
 
-from dataclasses import asdict
 from types import SimpleNamespace
 
 import torch
 
 from spin_trl import SPINTrainer
-from spin_trl.objectives.losses import LossParameters
+from spin_trl.objectives.own_losses import OwnLosses
 
 
 class LossProbe:
@@ -27,13 +26,9 @@ class LossProbe:
         """
         trainer = self.trainer
         trainer.beta, trainer.label_smoothing = beta, label_smoothing
-        for name, default in asdict(LossParameters(beta)).items():
-            if name != "beta":
-                setattr(trainer.args, name, fields.pop(name, default))
-        assert not fields
-        trainer.loss_types = list(loss_types)
-        trainer.loss_weights = loss_weights or [1.0] * len(loss_types)
-        trainer._split_losses()
+        weights = loss_weights or [1.0] * len(loss_types)
+        own = OwnLosses(loss_types, weights, vars(trainer.args) | fields, trainer.accelerator)
+        trainer.own_losses, trainer.loss_types, trainer.loss_weights = own, own.trl_loss_types, own.trl_loss_weights
         log_probs = torch.cat(logps).unsqueeze(1)  # one token for each completion, chosen ones first
         num_pairs = len(logps[0])
 

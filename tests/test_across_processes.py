@@ -10,8 +10,9 @@ from test_distributed import TRAIN_FILE, launch, slow
 
 from spin_trl import SPINConfig
 from spin_trl.objectives.gather import join_log_probs
-from spin_trl.objectives.loss_settings import batch_losses_depend_on
-from spin_trl.objectives.losses import LogProbs, LossParameters, iris
+from spin_trl.objectives.losses.iris import iris
+from spin_trl.objectives.objective import LogProbs
+from spin_trl.objectives.settings import depends_on_batch
 from spin_trl.run_directory.description import differences
 
 
@@ -32,14 +33,13 @@ def process(index: int, count: int, everything: list[torch.Tensor]) -> SimpleNam
 def test_averaged_gradient_is_that_of_one_batch(num_processes):
     """A model of one weight for each pair and side: what DDP averages is the gradient of each process."""
     sides = {name: values.requires_grad_() for name, values in random_sides(6).items()}
-    parameters = LossParameters(0.1, iris_alpha=0.7)
-    expected = iris(LogProbs(**sides), parameters)
+    expected = iris(LogProbs(**sides), 0.1, iris_alpha=0.7)
     expected_gradient = torch.autograd.grad(expected, [sides["chosen"], sides["rejected"]])
     losses, gradients = [], []
     for index in range(num_processes):
         own = LogProbs(**{name: values.chunk(num_processes)[index] for name, values in sides.items()})
         accelerator = process(index, num_processes, [values.detach() for values in sides.values()])
-        losses.append(iris(join_log_probs(own, accelerator), parameters))
+        losses.append(iris(join_log_probs(own, accelerator), 0.1, iris_alpha=0.7))
         gradients.append(torch.autograd.grad(losses[-1], [sides["chosen"], sides["rejected"]]))
     assert [loss.item() for loss in losses] == pytest.approx([expected.item()] * num_processes, rel=1e-12)
     for side in range(2):
@@ -58,7 +58,10 @@ def test_run_of_a_batch_loss_is_not_continued_with_its_steps_divided_otherwise(t
         config = SPINConfig(
             loss_type=loss_type, per_device_train_batch_size=size, gradient_accumulation_steps=steps, **base
         )
-        return {"config": config.to_dict(), "training": batch_losses_depend_on(config)}
+        return {
+            "config": config.to_dict(),
+            "training": {"pairs_per_forward": depends_on_batch(config.loss_type) and config.pairs_per_forward},
+        }
 
     assert differences(describe("sigmoid", 8, 2), describe("sigmoid", 4, 4)) == []
     assert differences(describe("iris", 8, 2), describe("iris", 4, 4)) == [

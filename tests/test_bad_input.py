@@ -188,7 +188,7 @@ CONFIGURATIONS = {
     ),
     "weight that is not a number": (
         {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, NAN]},
-        Refusal("got [1.0, nan]", "`loss_weights` must be numbers of at least 0", "Leave out the losses"),
+        Refusal("got [1.0, nan]", "`loss_weights` must be a list of numbers of at least 0", "Leave out the losses"),
     ),
     "no batch": (
         {"per_device_train_batch_size": 0},

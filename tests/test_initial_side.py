@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from spin_trl import SPINConfig, SPINTrainer
-from spin_trl.objectives.third_side import InitialSideCollator, join_initial, take_initial
+from spin_trl.objectives.third_side import ForwardOfSides, InitialSideCollator
 from spin_trl.policy.finite import StepNumbers
 
 
@@ -22,7 +22,7 @@ WITHOUT = [{name: value for name, value in pair.items() if name != "initial_ids"
 
 def test_three_sides_by_hand():
     batch = InitialSideCollator(DataCollatorForPreference(pad_token_id=0))(PAIRS)
-    initial = take_initial(batch)
+    initial = ForwardOfSides(None, batch).initial
     assert batch["input_ids"].tolist() == [
         [3, 4, 5, 2, 0, 0],
         [3, 5, 5, 2, 0, 0],
@@ -42,7 +42,7 @@ def test_three_sides_by_hand():
 def test_third_side_is_truncated_as_the_others_are(mode, kept):
     collator = DataCollatorForPreference(pad_token_id=0, max_length=4, truncation_mode=mode)
     batch = InitialSideCollator(collator)(PAIRS)
-    assert take_initial(batch)["input_ids"].tolist() == [kept, [3, 2, 0, 0]]
+    assert ForwardOfSides(None, batch).initial["input_ids"].tolist() == [kept, [3, 2, 0, 0]]
     assert batch["input_ids"].shape == (4, 4)
 
 
@@ -50,7 +50,6 @@ def test_pairs_without_one_make_the_batch_that_they_always_made():
     collator = DataCollatorForPreference(pad_token_id=0)
     batch, expected = InitialSideCollator(collator)(WITHOUT), collator(WITHOUT)
     assert batch.keys() == expected.keys() and all(torch.equal(batch[name], expected[name]) for name in batch)
-    assert take_initial(batch) is None and join_initial(batch, None) is batch
 
 
 @pytest.fixture(scope="module")

@@ -3,13 +3,14 @@
 import inspect
 import math
 import re
+from functools import partial
 
 import pytest
 import torch
 from trl import DPOTrainer
 
 from spin_trl import SPINTrainer
-from spin_trl.objectives.losses import SPIN_LOSSES, TRL_LOSSES
+from spin_trl.objectives import OBJECTIVES, LogProbs, Objective, register
 
 
 def sigmoid(t: float) -> float:
@@ -137,7 +138,7 @@ def test_agrees_with_the_papers_own_code_on_random_log_probs(loss, name, beta):
     assert loss([name], logps, ref_logps, beta=beta).item() == pytest.approx(expected.item(), rel=1e-6)
 
 
-@pytest.mark.parametrize("name", [*TRL_LOSSES, *SPIN_LOSSES])
+@pytest.mark.parametrize("name", list(OBJECTIVES))
 def test_every_loss_type_has_a_gradient_where_policy_and_opponent_differ(loss, name):
     logps = tuple(side.clone().requires_grad_() for side in random_logps(4))
     # EXO needs a label smoothing above 0.
@@ -171,7 +172,7 @@ def test_metrics_are_logged_whatever_the_loss_type(loss):
 
 def test_trl_losses_are_those_that_dpo_trainer_computes():
     source = inspect.getsource(DPOTrainer._compute_loss)
-    assert set(re.findall(r'loss_type == "(\w+)"', source)) == set(TRL_LOSSES)
+    assert set(re.findall(r'loss_type == "(\w+)"', source)) == {n for n, loss in OBJECTIVES.items() if not loss.is_own}
 
 
 @pytest.mark.parametrize(
@@ -201,6 +202,45 @@ def test_whole_run_with_a_loss_that_trl_lacks(tiny_model, train_dataset, make_co
         if first_loss is not None:
             assert first["loss"] == pytest.approx(first_loss, abs=1e-4)
     assert steps[5]["rewards/margins"] > 0
+
+
+def squared(logps: LogProbs, beta: float, target: float) -> torch.Tensor:
+    return (beta * (logps.chosen_logratios - logps.rejected_logratios) - target) ** 2
+
+
+@pytest.fixture
+def loss_from_outside():
+    register(Objective("squared", partial(squared, target=2.0), is_of_difference=True))
+    yield "squared"
+    del OBJECTIVES["squared"]
+
+
+def test_loss_from_outside_has_its_value_and_gradient_by_hand(loss, loss_from_outside):
+    """r(y) - r(y') = 3, beta 0.1: (0.3 - 2)^2, and 2 * 0.1 * (0.3 - 2) by log p(y)."""
+    logps = torch.tensor([-1.0], requires_grad=True), torch.tensor([-4.0], requires_grad=True)
+    value = loss([loss_from_outside], logps, (EQUAL[:1], EQUAL[:1]))
+    value.backward()
+    assert value.item() == pytest.approx(2.89, rel=1e-5)
+    assert [side.grad.item() for side in logps] == pytest.approx([-0.34, 0.34], rel=1e-5)
+
+
+def test_run_trains_with_a_loss_from_outside_and_settings_are_held_against_its_traits(
+    tiny_model, train_dataset, make_config, loss_from_outside
+):
+    config = make_config(num_iterations=2, loss_type=[loss_from_outside, "sft"], loss_weights=[1.0, 0.0])
+    trainer = SPINTrainer(tiny_model, config, train_dataset=train_dataset)
+    trainer.train()
+    steps = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(steps) == 18 and steps[0] == pytest.approx(4.0, abs=1e-4) and steps[-1] < 3.9
+    assert make_config(loss_type=loss_from_outside, reference_mixture_alpha=0.5).loss_type == [loss_from_outside]
+    with pytest.raises(ValueError, match=f"`loss_type='{loss_from_outside}'` contradicts `ld_alpha=0.5`"):
+        make_config(loss_type=loss_from_outside, ld_alpha=0.5)
+
+
+def test_name_is_registered_once(loss_from_outside):
+    for name in (loss_from_outside, "sigmoid", "space"):
+        with pytest.raises(ValueError, match=f"'{name}' is registered already. Give yours another name"):
+            register(Objective(name, squared))
 
 
 @pytest.mark.parametrize(("loss_type", "max_steps"), [("t_spin", 12), ("iris", 1)])

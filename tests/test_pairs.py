@@ -17,9 +17,9 @@ from spin_trl.data.pairs import (
     describe_pairs,
     drop_identical_pairs,
     find_identical_pairs,
-    keeps_identical_pairs,
     make_answers,
 )
+from spin_trl.objectives.settings import keeps_identical_pairs
 from spin_trl.run_directory.completion_parts import COMPLETION_SCHEMA
 
 
@@ -194,7 +194,6 @@ def test_identical_pairs_are_dropped_if_and_only_if_a_batch_is_the_same_without_
         (None, ["space"], True),
         (None, ["iris"], True),
         (None, ["t_spin"], True),
-        (None, ["a loss of tomorrow"], True),
         ("drop", ["sft"], False),
         ("keep", ["sigmoid"], True),
     ],

@@ -128,7 +128,7 @@ def test_what_is_no_preference_dataset_is_refused(dataset, found):
 
 
 def test_losses_of_data_against_opponent_take_no_preferences():
-    with pytest.raises(ValueError, match="`loss_type='space'` contradicts a `preference_dataset`"):
+    with pytest.raises(ValueError, match="`loss_type='space'` contradicts `preference_dataset`"):
         check_preference_dataset(Dataset.from_dict({"prompt": ["a"]}), ["sft", "space"])
 
 

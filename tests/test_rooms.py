@@ -16,8 +16,8 @@ from rooms import FLOORS, PACKAGE, files, imports_of, name_of, upward_imports  #
 DEBTS = set(
     """
     evaluation/best_iteration evaluation/collapse_guard
-    evaluation/held_out objectives/loss_settings objectives/reference_mixture play/earlier_policy play/opponents
-    play/pairing report/completion_table report/log_file report/logs self_play spin_config
+    evaluation/held_out play/earlier_policy play/opponents
+    play/pairing report/completion_table report/log_file report/logs self_play
     """.split()
 )
 

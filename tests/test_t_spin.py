@@ -130,7 +130,7 @@ def test_initial_answers_that_are_gone_are_made_again_and_if_they_cannot_be_the_
     expected = (kept / "rows.arrow").read_bytes()
     shutil.rmtree(kept)
     moved = generations.rename(tmp_path / "moved")
-    with pytest.raises(RunDirectoryError, match="`loss_type='t_spin'` compares with.*generations has 0 of the 16"):
+    with pytest.raises(RunDirectoryError, match="`loss_type` compares with.*generations has 0 of the 16"):
         make_trainer(num_iterations=2).train()
     moved.rename(generations)
     make_trainer(num_iterations=2).train()

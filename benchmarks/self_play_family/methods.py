@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from spin_trl import SPINConfig
-from spin_trl.objectives.losses import SPIN_LOSSES, TRL_LOSSES
+from spin_trl.objectives import OBJECTIVES
 
 
 Setting = dict[str, float]  # fields of the configuration
@@ -50,7 +50,7 @@ class Method:
         names = [*self.arguments, *([self.searched] if self.searched else [])]
         losses = self.arguments.get("loss_type", [])
         unknown = [name for name in names if name not in known]
-        return unknown + [f"loss_type {loss!r}" for loss in losses if loss not in {*TRL_LOSSES, *SPIN_LOSSES}]
+        return unknown + [f"loss_type {loss!r}" for loss in losses if loss not in OBJECTIVES]
 
 
 METHODS: dict[str, Method] = {

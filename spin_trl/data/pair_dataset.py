@@ -11,6 +11,7 @@ import pyarrow as pa
 import torch
 from datasets import Dataset
 
+from ..objectives.third_side import INITIAL_IDS
 from .columns import batches, list_lengths, numbers, positions_of
 
 
@@ -114,7 +115,7 @@ def pair_lengths(pairs: Dataset | PairDataset, max_length: int | None = None) ->
     Returns:
         `np.ndarray` of shape `(len(pairs),)` and integer type: prompt and longest side together.
     """
-    sides = [name for name in ("chosen_ids", "rejected_ids", "initial_ids") if name in pairs.column_names]
+    sides = [name for name in ("chosen_ids", "rejected_ids", INITIAL_IDS) if name in pairs.column_names]
     longest = np.maximum.reduce([column_lengths(pairs, name) for name in sides])
     lengths = column_lengths(pairs, "prompt_ids") + longest
     return lengths if max_length is None else np.minimum(lengths, max_length)

@@ -28,12 +28,6 @@ ANSWER_SCHEMA = pa.schema(
 
 _SIDES = ("chosen_ids", "rejected_ids")
 
-# DPOTrainer's losses whose gradient on a pair of equal sides is zero, whatever the policy, and that look at each pair
-# by itself: functions of the difference between the sides, and `apo_zero`, whose two terms cancel. (AOT compares the
-# differences of a whole batch, where a zero does have its place.)
-_BLIND_TO_IDENTICAL_PAIRS = {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "apo_zero"}
-_BLIND_TO_IDENTICAL_PAIRS |= {"exponential", "correlation"}  # SPIN's own
-
 
 def answer_schema(has_opponents: bool) -> pa.Schema:
     """What an iteration adds to the run's data, with `opponent` where several take part."""
@@ -69,21 +63,6 @@ def make_answers(data: Dataset, completions: Iterable[pa.Table], iteration: int)
             "rejected_ids": batch["completion_ids"],
         }
         yield pa.table(columns, schema=schema)
-
-
-def keeps_identical_pairs(identical_pairs: str | None, loss_types: list[str]) -> bool:
-    """
-    Whether pairs whose two sides are equal are trained on.
-
-    Args:
-        identical_pairs (`str`, *optional*): "keep", "drop", or `None` for what the losses can use: such a pair
-            moves the policy only if some loss judges the sides separately (`sft`, `bco_pair`, `nca_pair`, ...). A loss
-            that is not known here is taken to be one of those.
-        loss_types (`list[str]`): The losses that are mixed.
-    """
-    if identical_pairs is not None:
-        return identical_pairs == "keep"
-    return not set(loss_types) <= _BLIND_TO_IDENTICAL_PAIRS
 
 
 def find_identical_pairs(pairs: PairDataset) -> np.ndarray:

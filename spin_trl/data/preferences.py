@@ -13,7 +13,7 @@ from accelerate.logging import get_logger
 from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
-from ..objectives.pairings import check_goes_with_preferences
+from ..objectives.settings import check_settings
 from ..spin_config import SPINConfig
 from .columns import batches, equal_lists, numbers
 from .games import InvalidRowError
@@ -49,7 +49,6 @@ def check_preference_dataset(dataset: Any, loss_types: Sequence[str]) -> None:
         `TypeError`: if it is no map-style dataset.
         `ValueError`: if it is empty or lacks a column, or one of the losses cannot use it.
     """
-    check_goes_with_preferences(loss_types)
     expected = "`chosen`, `rejected` and, unless these are whole conversations, `prompt`"
     if not isinstance(dataset, Dataset):
         raise TypeError(
@@ -57,6 +56,7 @@ def check_preference_dataset(dataset: Any, loss_types: Sequence[str]) -> None:
             f"`{type(dataset).__name__}`. Load one split with `datasets.load_dataset(..., split='train')`, without "
             "`streaming=True`."
         )
+    check_settings(loss_types, {"preference_dataset": dataset})
     missing = [name for name in _SIDES if name not in dataset.column_names]
     if missing:
         raise ValueError(

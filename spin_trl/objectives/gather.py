@@ -5,7 +5,7 @@ from dataclasses import fields, replace
 import torch
 from accelerate import Accelerator
 
-from .losses import LogProbs
+from .objective import LogProbs
 
 
 def join_log_probs(logps: LogProbs, accelerator: Accelerator) -> LogProbs:

@@ -44,22 +44,41 @@ class InitialSideCollator:
         return own
 
 
-def take_initial(batch: dict[str, Any]) -> dict[str, torch.Tensor] | None:
-    """Take the third side out of a batch: DPOTrainer would hand it to the model as it is."""
-    return batch.pop(_BATCH_KEY, None)
+class ForwardOfSides:
+    """
+    A model as DPOTrainer calls it, which keeps the log-probs of the forward pass that computes the loss, and puts the
+    third side into it.
 
+    Args:
+        model (`Callable`): The policy, as the trainer has it.
+        batch (`dict[str, Any]`): Of the collator. The third side is taken out of it: no model knows it.
+    """
 
-def join_initial(inputs: dict[str, Any], initial: dict[str, torch.Tensor] | None) -> dict[str, Any]:
-    """What the model is given: the two sides, of shape `(2 * B, T)`, with the third below them."""
-    if initial is None:
-        return inputs
-    return {**inputs, **{name: torch.cat([inputs[name], initial[name]]) for name in initial}}
+    def __init__(self, model: Callable[..., Any], batch: dict[str, Any]):
+        self.model = model
+        self.initial: dict[str, torch.Tensor] | None = batch.pop(_BATCH_KEY, None)
+        self.num_tokens = batch["completion_mask"].size(1) - 1
+        self.log_probs: torch.Tensor | None = None
 
+    def __call__(self, **kwargs) -> Any:
+        if not kwargs.get("fused_lm_head"):  # the logits that `compute_metrics` asks for
+            return self.model(**kwargs)
+        num_rows = len(kwargs["input_ids"])
+        if self.initial is not None:
+            kwargs |= {name: torch.cat([kwargs[name], ids]) for name, ids in self.initial.items()}
+        outputs = self.model(**kwargs)
+        self.log_probs = outputs.log_probs
+        if self.initial is None:
+            return outputs
+        first = {name: value[:num_rows] if _has_rows(value) else value for name, value in vars(outputs).items()}
+        return SimpleNamespace(**first)
 
-def without_initial(outputs: Any, num_rows: int) -> Any:
-    """The model's outputs for the first `num_rows` sequences, which are the two sides."""
-    first = {name: value[:num_rows] if _has_rows(value) else value for name, value in vars(outputs).items()}
-    return SimpleNamespace(**first)
+    def sides(self) -> dict[str, torch.Tensor]:
+        """Log-probs of `chosen`, `rejected` and, where there is a third side, `initial`, of shape `(B,)` each."""
+        names = ("chosen", "rejected") if self.initial is None else ("chosen", "rejected", "initial")
+        # Prompt-learning PEFT puts virtual tokens before the real ones.
+        logps = self.log_probs[:, -self.num_tokens :].sum(dim=1)
+        return dict(zip(names, logps.chunk(len(names)), strict=True))
 
 
 def _has_rows(value: Any) -> bool:

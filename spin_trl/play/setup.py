@@ -33,7 +33,7 @@ from ..generation.sampler import OpponentSampler, SamplingParams
 from ..generation.vllm.managed_server import ManagedServer
 from ..generation.vllm.rest import ServerRest
 from ..generation.vllm.serve_command import can_serve, serve_command
-from ..objectives.loss_settings import batch_losses_depend_on, sampling_caveats
+from ..objectives.settings import depends_on_batch, sampling_caveats
 from ..policy.adapters import check_trainable, describe_adapter, starts_as_base
 from ..policy.inputs import (
     check_generation_kwargs,
@@ -264,7 +264,7 @@ class SelfPlaySetup:
         self.tokenizer.save_pretrained(path)
 
     def _tell(self) -> None:
-        for caveat in sampling_caveats(self.args):
+        for caveat in sampling_caveats(self.args.loss_type, vars(self.args)):
             logger.warning(caveat)
         if message := str(self.publication):
             PartialState().print(message)
@@ -290,7 +290,7 @@ class SelfPlaySetup:
             "training": {
                 "total_train_batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
                 "sharding": None if (sharding := Sharding.of(args)) is None else sharding.engine,
-                **batch_losses_depend_on(args),
+                **({"pairs_per_forward": args.pairs_per_forward} if depends_on_batch(args.loss_type) else {}),
             },
             "data": {
                 **self.data_report,

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from ..evaluation.metric_names import EVALUATION, label
-from ..objectives.loss_settings import fields_in_use
+from ..objectives.settings import fields_in_use
 from ..run_directory.store import IterationStore
 from ..run_directory.whole_files import write_text
 from ..spin_config import SPINConfig
@@ -97,7 +97,7 @@ def _section(metrics: list[tuple[int, dict[str, Any]]], args: SPINConfig, last: 
         lines += _table("", answers)
     config = args.to_dict()
     lines += ["", "Settings:", "", "| setting | value |", "| --- | --- |"]
-    names = [*_SETTINGS, *fields_in_use(args)]
+    names = [*_SETTINGS, *fields_in_use(args.loss_type)]
     lines += [f"| `{name}` | `{config[name]}` |" for name in names if config.get(name) is not None]
     return "\n".join([*lines, "", _END])
 

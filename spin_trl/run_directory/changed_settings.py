@@ -3,7 +3,7 @@
 from dataclasses import MISSING, fields
 from typing import Any
 
-from ..objectives.loss_settings import loss_defaults
+from ..objectives.settings import default_settings
 from ..spin_config import SPINConfig
 
 
@@ -23,7 +23,7 @@ _DERIVED = {
 def changed_settings(args: SPINConfig) -> list[str]:
     """Names of the fields whose values are not the defaults, sorted. A list of one value counts as that value."""
     values = args.to_dict()
-    defaults = {field.name: _default_of(field) for field in fields(args)} | loss_defaults(args.loss_type)
+    defaults = {field.name: _default_of(field) for field in fields(args)} | default_settings(args.loss_type)
     names = (name for name, default in defaults.items() if not _is_default(values.get(name), default))
     return sorted(name for name in names if name not in _DERIVED and name in values)
 

@@ -27,9 +27,9 @@ from transformers.integrations import deepspeed
 from transformers.trainer_utils import SaveStrategy
 
 from ..data.columns import list_lengths, num_bytes_of
+from ..objectives.settings import needs_initial_answers
 from ..spin_config import SPINConfig
 from .disk import DiskError, free_bytes, readable
-from .initial_answers import needs_initial_answers
 
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ def estimate_footprint(
     own_pairs = len(train_dataset) * args.max_pairs_per_prompt * _PAIR_BYTES
     own_pairs += own_sides * answer_tokens * _ANSWER_TOKEN_BYTES["pairs"]
     pairs = sum(own_pairs * (1 + min(i, args.num_history_iterations)) + _FILE_BYTES for i in iterations)
-    if needs_initial_answers(args):
+    if needs_initial_answers(args.loss_type, vars(args)):
         pairs += own_pairs
     preference_bytes = 0 if preferences is None else num_bytes_of(preferences)
     pairs += len(iterations) * preference_bytes  # less, since the prompts are not repeated

@@ -6,7 +6,6 @@ an Arrow file, which pairs are joined with when they are read, as they are with 
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -20,16 +19,7 @@ from .completion_parts import CompletionParts
 from .run_paths import RunDirectoryError
 
 
-if TYPE_CHECKING:
-    from ..spin_config import SPINConfig
-
-
 _SCHEMA = pa.schema([("row", pa.int64()), ("sample", pa.int32()), (INITIAL_IDS, pa.list_(pa.int32()))])
-
-
-def needs_initial_answers(args: "SPINConfig") -> bool:
-    """Whether a loss compares with the initial policy's answers."""
-    return "t_spin" in args.loss_type and args.t_spin_beta > 0
 
 
 class InitialAnswers:
@@ -104,7 +94,7 @@ class InitialAnswers:
 
     def _lost(self, problem: str) -> RunDirectoryError:
         return RunDirectoryError(
-            f"`loss_type='t_spin'` compares with what the initial policy answered, but {self.path} is missing or "
+            f"`loss_type` compares with what the initial policy answered, but {self.path} is missing or "
             f"damaged, and so is what it is made from: {problem} The policy that gave these answers is gone. Bring "
             "back one of the two directories, or play the run again with `overwrite_output_dir=True`."
         )

@@ -13,9 +13,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..objectives.settings import needs_initial_answers
 from ..spin_config import SPINConfig
 from .description import differences
-from .initial_answers import needs_initial_answers
 from .run_paths import RunDirectoryError
 from .store import IterationStore, to_json
 from .whole_files import remove, write_text
@@ -227,7 +227,7 @@ def _resume(
         logger.warning(f"The pairs of iteration {start.iteration} are damaged, and made again.")
         remove(store.path(start.iteration, "pairs"))
     _require_history(store, args, start)
-    if needs_initial_answers(args) and store.has_pairs(0) and not start.is_trained:
+    if needs_initial_answers(args.loss_type, vars(args)) and store.has_pairs(0) and not start.is_trained:
         IterationStore(store.output_dir, run_id).initial_answers.restore(
             stored["data"]["num_train_rows"] * args.num_generations
         )

@@ -1,0 +1,202 @@
+"""What a run's losses ask of its other settings. Knows their traits, and no formula, no files and no models.
+
+Settings come as mappings of names to values.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from ..config_checks import NumberRule, check_weights
+from .objective import OBJECTIVES, objectives_of
+
+
+PAIRINGS = ("ground_truth", "best_of", "reward_ranked")
+
+
+class _Conflict(NamedTuple):
+    """A setting that goes with no loss of a trait."""
+
+    trait: str
+    field: str
+    is_set: Callable[[Any], bool]
+    reason: str
+
+
+_ONE_REFERENCE = (
+    "it leads to the data's distribution only if the reference is the opponent that the answers were sampled from"
+)
+_ONE_BY_ONE = (
+    "it learns from the two sides one by one, and without those pairs they are no longer the data's and the opponent's"
+)
+_OTHER_PAIRS = (
+    "it leads to the data's distribution where every chosen side is a ground truth and every rejected one the "
+    "opponent's answer, and these pairs are others"
+)
+_ONE_LENGTH = "it is of all pairs of one forward pass, and those of one length are not the data's"
+_PASS_CHANGES = "its value depends on how many pairs a forward pass holds, which that changes during the run"
+_NORMALISER = "it does not see the difference of the two sides alone, in which the mixture's normaliser cancels"
+_NOT_DEFINED = "the two are not defined together"
+
+_CONFLICTS = (
+    _Conflict("needs_samples_of_reference", "opponent_reference", lambda name: name == "fixed", _ONE_REFERENCE),
+    _Conflict("needs_samples_of_reference", "reference_mixture_alpha", lambda alpha: alpha > 0, _ONE_REFERENCE),
+    _Conflict("needs_samples_of_reference", "num_opponents", lambda number: number > 1, _ONE_REFERENCE),
+    _Conflict("needs_samples_of_reference", "identical_pairs", lambda name: name == "drop", _ONE_BY_ONE),
+    _Conflict("needs_data_and_opponent", "pairing", lambda name: name != "ground_truth", _OTHER_PAIRS),
+    _Conflict("needs_data_and_opponent", "preference_dataset", bool, _OTHER_PAIRS),
+    _Conflict("is_of_batch", "train_sampling_strategy", lambda name: name == "group_by_length", _ONE_LENGTH),
+    _Conflict("is_of_batch", "auto_find_batch_size", bool, _PASS_CHANGES),
+    _Conflict("needs_normaliser", "reference_mixture_alpha", lambda alpha: 0 < alpha < 1, _NORMALISER),
+    _Conflict("is_own", "ld_alpha", lambda alpha: alpha is not None, _NOT_DEFINED),
+    _Conflict("is_own", "use_weighting", bool, _NOT_DEFINED),
+    _Conflict("is_own", "f_divergence_type", lambda name: name != "reverse_kl", _NOT_DEFINED),
+)
+
+
+def check_losses(loss_types: Sequence[str], loss_weights: Any) -> None:
+    """
+    Raises:
+        `ValueError`: if no loss is named, or one that is unknown, or the weights are not theirs.
+    """
+    if not loss_types:
+        raise ValueError("`loss_type` is empty: at least one loss is needed. Leave it unset for SPIN's, 'sigmoid'.")
+    objectives_of(loss_types)
+    check_weights("loss_weights", loss_weights, "Leave out the losses that should not count.", minimum=0)
+    if loss_weights is not None and len(loss_weights) != len(loss_types):
+        raise ValueError(
+            f"`loss_weights` has {len(loss_weights)} value(s) ({loss_weights}), but `loss_type` names "
+            f"{len(loss_types)} ({loss_types}). Give one weight for each loss, or leave `loss_weights` unset to weigh "
+            "all alike."
+        )
+
+
+def check_settings(loss_types: Sequence[str], settings: Mapping[str, Any]) -> None:
+    """
+    Args:
+        settings (`Mapping[str, Any]`): Those that are to be held against the losses.
+
+    Raises:
+        `ValueError`: if one of them contradicts a loss.
+    """
+    for loss in objectives_of(loss_types):
+        for trait, field, is_set, reason in _CONFLICTS:
+            if field in settings and getattr(loss, trait) and is_set(settings[field]):
+                value = settings[field]
+                shown = f"{field}={value!r}" if isinstance(value, str | int | float) else field
+                others = [other.name for other in OBJECTIVES.values() if not getattr(other, trait)]
+                raise ValueError(
+                    f"`loss_type={loss.name!r}` contradicts `{shown}`: {reason}. Leave `{field}` unset, or use "
+                    f"one of {others}."
+                )
+
+
+def check_reference(loss_types: Sequence[str], setting: str) -> None:
+    """
+    Args:
+        setting (`str`): That by which the reference is another one.
+
+    Raises:
+        `ValueError`: if no loss has a reference.
+    """
+    if not any(loss.sees_reference for loss in objectives_of(loss_types)):
+        raise ValueError(
+            f"`{setting}` has no effect: of `loss_type` ({loss_types}) no loss has a reference. Leave it unset, or add "
+            "a loss that has one, such as 'sigmoid'."
+        )
+
+
+def check_pairs_per_forward(loss_types: Sequence[str], num_pairs: int) -> None:
+    """
+    Args:
+        num_pairs (`int`): Pairs of one forward pass, on all processes.
+
+    Raises:
+        `ValueError`: if they are too few for a loss of a whole batch.
+    """
+    names = [loss.name for loss in objectives_of(loss_types) if loss.is_of_batch]
+    if names and num_pairs < 2:
+        raise ValueError(
+            f"`loss_type={names[0]!r}` takes its expectations over the pairs of one forward pass, on all processes, "
+            "but `per_device_train_batch_size` makes that a single pair. Raise it, and lower "
+            "`gradient_accumulation_steps` as much; or use more processes."
+        )
+
+
+def check_fields_are_used(loss_types: Sequence[str], changed: Mapping[str, Any]) -> None:
+    """
+    Args:
+        changed (`Mapping[str, Any]`): The settings that are not at their defaults.
+
+    Raises:
+        `ValueError`: if one of them is read by another loss alone.
+    """
+    in_use = fields_in_use(loss_types)
+    for loss in OBJECTIVES.values():
+        for name in loss.fields:
+            if name in changed and name not in in_use:
+                raise ValueError(
+                    f"`{name}={changed[name]!r}` belongs to the loss '{loss.name}', which `loss_type` ({loss_types}) "
+                    f"does not name. Add '{loss.name}' to `loss_type`, or leave `{name}` unset."
+                )
+
+
+def fields_in_use(loss_types: Sequence[str]) -> dict[str, NumberRule]:
+    """The fields that these losses read, besides `beta`, and what they may be."""
+    return {name: rule for loss in objectives_of(loss_types) for name, rule in loss.fields.items()}
+
+
+def default_settings(loss_types: Sequence[str]) -> dict[str, Any]:
+    """
+    What the fields that are left unset are for these losses.
+
+    Answers of an older opponent are no samples of the reference: a loss that needs such leaves the optimum again that
+    it has reached (`tests/test_theory.py`). And the expectations of a loss of a batch are those of the data only over
+    pairs that were drawn whatever their lengths.
+    """
+    losses = objectives_of(loss_types)
+    return {
+        "num_history_iterations": 0 if any(loss.needs_samples_of_reference for loss in losses) else 1,
+        "train_sampling_strategy": "random" if any(loss.is_of_batch for loss in losses) else "group_by_length",
+    }
+
+
+def sampling_caveats(loss_types: Sequence[str], settings: Mapping[str, Any]) -> list[str]:
+    """What keeps the answers from being samples of the reference, where a loss needs that they are."""
+    names = [loss.name for loss in objectives_of(loss_types) if loss.needs_samples_of_reference]
+    plain = {"temperature": 1, "top_p": 1, "top_k": 0, "min_p": None, "repetition_penalty": 1}
+    plain["num_history_iterations"] = 0
+    return [
+        f"`loss_type='{names[0]}'` leads to the data's distribution if the answers are samples of the opponent as it "
+        f"is; with `{field}={settings[field]!r}` they are others. Leave it unset, unless you have measured that it "
+        "helps."
+        for field, value in plain.items()
+        if names and settings[field] != value
+    ]
+
+
+def needs_initial_answers(loss_types: Sequence[str], settings: Mapping[str, Any]) -> bool:
+    """Whether a loss compares with the initial policy's answers."""
+    seen = [loss.sees_initial for loss in objectives_of(loss_types)]
+    return any(settings[weight] > 0 if isinstance(weight, str) else weight for weight in seen)
+
+
+def keeps_identical_pairs(identical_pairs: str | None, loss_types: Sequence[str]) -> bool:
+    """
+    Whether pairs whose two sides are equal are trained on.
+
+    Args:
+        identical_pairs (`str`, *optional*): "keep", "drop", or `None` for what the losses can use.
+    """
+    if identical_pairs is not None:
+        return identical_pairs == "keep"
+    return any(loss.learns_from_identical_pairs for loss in objectives_of(loss_types))
+
+
+def depends_on_batch(loss_types: Sequence[str]) -> bool:
+    """Whether a loss has another value if an optimizer step is divided otherwise over forward passes."""
+    return any(loss.is_of_batch for loss in objectives_of(loss_types))
+
+
+def max_pairs_per_prompt(pairing: str, num_generations: int) -> int:
+    """How many pairs the answers to a prompt make at most."""
+    return 1 if pairing == "reward_ranked" else num_generations
