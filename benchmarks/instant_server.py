@@ -51,7 +51,8 @@ class Connection(asyncio.Protocol):
 
     def answer(self, path: str, body: dict) -> tuple[int, dict]:
         if path == "/v1/completions":
-            return 200, {"choices": [self.complete(body)]}
+            prompts = body["prompt"] if isinstance(body["prompt"][0], list) else [body["prompt"]]
+            return 200, {"choices": [self.complete(body, prompt) for prompt in prompts]}
         if path == "/v1/models":
             name = self.options.model
             return 200, {"data": [{"id": name, "root": name, "max_model_len": self.options.max_model_length}]}
@@ -59,12 +60,12 @@ class Connection(asyncio.Protocol):
             return 404, {"error": f"{body['lora_name']} cannot be found"}
         return 200, {}
 
-    def complete(self, body: dict) -> dict:
-        source = random.Random(body["seed"])
+    def complete(self, body: dict, prompt: list[int]) -> dict:
+        source = random.Random(body.get("seed"))
         length = min(self.options.length, body["max_tokens"])
         first, last = self.options.tokens
-        token_ids = [source.randint(first, last) for _ in range(length - 1)] + body["stop_token_ids"][:1]
-        return {"token_ids": token_ids, "finish_reason": "stop"}
+        token_ids = [source.randint(first, last) for _ in range(length - 1)] + body.get("stop_token_ids", [])[:1]
+        return {"prompt_token_ids": prompt, "token_ids": token_ids, "finish_reason": "stop", "logprobs": None}
 
 
 async def serve(options: argparse.Namespace) -> None:

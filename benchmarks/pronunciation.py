@@ -1,6 +1,6 @@
 """What the demo gives, over several seeds, next to further SFT with the same number of gradient steps.
 
-    python benchmarks/pronunciation.py [--seeds 42 1 2] [--output runs/benchmarks/pronunciation.json]
+    make bench-demo [ARGS="--seeds 42 1 2"]
 
 Plays `recipes/pronunciation.yaml` once per seed, and trains the same starting model with `recipes/pronunciation_sft.py`
 on the same 1,000 words for as many steps of the same batch size. Prints a Markdown table and writes JSON. Everything is
@@ -10,128 +10,132 @@ measured on the 1,000 words of `accent_test.jsonl`, answered greedily. About 15 
 import argparse
 import json
 import math
-import os
-import platform
-import statistics
-import subprocess
 import sys
-from datetime import date
 from pathlib import Path
 
+import torch
+from measure import (
+    RECIPES,
+    ROOT,
+    flags,
+    launched,
+    make_untrained_start,
+    parse,
+    parser,
+    read_metrics,
+    run,
+    write_demo_config,
+    write_result,
+)
+from self_play_family.answers import answer_in_text, completion_ids, logps
+from self_play_family.supervised import load
+from self_play_family.tables import markdown, mean_and_deviation
 
-ROOT = Path(__file__).parents[1]
-RECIPES = ROOT / "recipes"
+
+sys.path.insert(0, str(RECIPES))  # recipes are scripts, not a package
+
+from pronunciation_metrics import compute_generation_metrics  # noqa: E402
+
+
 DATA = RECIPES / "data" / "pronunciation"
 START = ROOT / "runs" / "pronunciation" / "sft"
 SFT_LEARNING_RATES = ("3e-5", "3e-4")  # that of the demo, and the best known for SFT on these words
 MEASURES = {"word_accuracy": "words right, %", "phone_error_rate": "phone error rate, %", "nll": "nats per token"}
-LAUNCH = "accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no --cpu"
-
-sys.path.insert(0, str(RECIPES))
+Scores = dict[str, float]
 
 
-def run(command: list[str]) -> None:
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-
-
-def play_spin(seed: int, folder: Path) -> tuple[list[dict[str, float]], int]:
+def play_spin(seed: int, start: Path, test_file: Path, folder: Path, is_quick: bool) -> tuple[list[Scores], int]:
     """The scores at the start and after each iteration, and the number of gradient steps."""
-    threads = ["--num_cpu_threads_per_process", str(os.cpu_count())]
-    script = ["recipes/spin.py", "--config", "recipes/pronunciation.yaml", "--overwrite_output_dir", "true"]
-    script += ["--seed", str(seed), "--output_dir", str(folder), "--disable_tqdm", "true"]
-    run([*LAUNCH.split(), *threads, *script])
-    metrics = [json.loads(path.read_text()) for path in sorted(folder.glob("iteration-*/metrics.json"))]
+    config = folder.with_suffix(".yaml")
+    changes = {"model_name_or_path": str(start), "eval_file": str(test_file), "output_dir": str(folder), "seed": seed}
+    if is_quick:
+        changes |= {"use_vllm": False, "num_iterations": 1, "max_completion_length": 8, "train_file": str(test_file)}
+    write_demo_config(config, ["vllm_mode"] if is_quick else [], **changes, overwrite_output_dir=True)
+    run([*launched("recipes/spin.py", is_quick), "--config", config, "--disable_tqdm", "true"])
+    metrics = read_metrics(folder)
     config = json.loads((folder / "self_play.json").read_text())["config"]
     batches = [math.ceil(m["num_training_pairs"] / config["per_device_train_batch_size"]) for m in metrics[:-1]]
     return [m["evaluation"] for m in metrics], sum(batches) * config["epochs_per_iteration"]
 
 
-def train_further(seed: int, learning_rate: str, num_steps: int, folder: Path) -> dict[str, float]:
+def train_further(seed: int, learning_rate: str, num_steps: int, start: Path, test_file: Path, folder: Path) -> Scores:
     """The scores of the starting model after more SFT."""
-    arguments = {
-        "init_from": START,
-        "train_file": DATA / "accent_train.jsonl",
-        "output_dir": folder,
-        "overwrite": "true",
-        "seed": seed,
-        "max_steps": num_steps,
-        "learning_rate": learning_rate,
-        "per_device_train_batch_size": 32,
-        "warmup_steps": 0.1,
-        "disable_tqdm": "true",
-    }
-    flags = [text for name, value in arguments.items() for text in (f"--{name}", str(value))]
-    run([sys.executable, "recipes/pronunciation_sft.py", *flags])
-    return score(folder)
+    arguments = flags(
+        init_from=start,
+        train_file=DATA / "accent_train.jsonl",
+        output_dir=folder,
+        overwrite="true",
+        evaluate="false",
+        seed=seed,
+        max_steps=num_steps,
+        learning_rate=learning_rate,
+        per_device_train_batch_size=32,
+        warmup_steps=0.1,
+        disable_tqdm="true",
+    )
+    run([sys.executable, "recipes/pronunciation_sft.py", *arguments])
+    return score(folder, test_file)
 
 
-def score(folder: Path) -> dict[str, float]:
+@torch.no_grad()
+def score(folder: Path, test_file: Path) -> Scores:
     """The demo's measures of a model in a folder."""
-    import torch
-    from datasets import Dataset
-    from pronunciation_metrics import compute_generation_metrics
-    from pronunciation_sft import pronounce
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    rows = Dataset.from_json(str(DATA / "accent_test.jsonl"))
-    prompts, references = list(rows["prompt"]), list(rows["completion"])
-    total, num_tokens = 0.0, 0
-    for prompt, reference in zip(prompts, references, strict=True):
-        ids = tokenizer(prompt + reference + tokenizer.eos_token)["input_ids"]
-        start = len(tokenizer(prompt)["input_ids"])
-        with torch.no_grad():
-            logps = model(torch.tensor([ids])).logits[0].log_softmax(-1)
-        total -= sum(logps[i - 1, ids[i]].item() for i in range(start, len(ids)))
-        num_tokens += len(ids) - start
-    return {
-        **compute_generation_metrics(prompts, references, pronounce(model, tokenizer, prompts)),
-        "nll": total / num_tokens,
-    }
+    model, tokenizer = load(folder)
+    model.eval()
+    rows = [json.loads(line) for line in test_file.read_text().splitlines()]
+    prompts, references = [row["prompt"] for row in rows], [row["completion"] for row in rows]
+    truths = [completion_ids(tokenizer, row["prompt"], row["completion"]) for row in rows]
+    nats = -sum(logps(model, tokenizer(prompts)["input_ids"], truths))
+    answers = answer_in_text(model, tokenizer, prompts, max_new_tokens=40)
+    metrics = compute_generation_metrics(prompts, references, answers)
+    return {**metrics, "nll": nats / sum(len(truth) for truth in truths)}
 
 
-def table(rows: dict[str, list[dict[str, float]]]) -> str:
+def table(rows: dict[str, list[Scores]]) -> str:
     """Markdown: mean and sample standard deviation over the seeds."""
-    lines = [f"| | {' | '.join(MEASURES.values())} |", "|---|" + "---|" * len(MEASURES)]
-    for label, scores in rows.items():
-        cells = []
-        for name in MEASURES:
-            factor, digits = (1, 3) if name == "nll" else (100, 1)
-            values = [factor * s[name] for s in scores]
-            spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.{digits}f}{spread}")
-        lines.append(f"| {label} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+
+    def cell(name: str, scores: list[Scores]) -> str:
+        factor, digits = (1, 3) if name == "nll" else (100, 1)
+        return mean_and_deviation([factor * one[name] for one in scores], digits)
+
+    cells = [[label, *(cell(name, scores) for name in MEASURES)] for label, scores in rows.items()]
+    return markdown(["", *MEASURES.values()], cells)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[42, 1, 2])
-    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "benchmarks" / "pronunciation.json")
-    options = parser.parse_args()
-    if not START.is_dir():
-        raise SystemExit(f"{START} is missing: make it with `python recipes/pronunciation_sft.py` (or `make demo`).")
+    arguments = parser(__doc__)
+    arguments.add_argument("--seeds", type=int, nargs="+", default=[42, 1, 2])
+    options = parse(arguments)
+    folder = options.output / "pronunciation"
+    folder.mkdir(exist_ok=True)
+    start, test_file, learning_rates = START, DATA / "accent_test.jsonl", SFT_LEARNING_RATES
+    if options.quick:
+        make_toys(folder, options)
+        start, test_file, learning_rates = folder / "start", folder / "test.jsonl", SFT_LEARNING_RATES[:1]
+    elif not start.is_dir():
+        raise SystemExit(f"{start} is missing: make it with `python recipes/pronunciation_sft.py` (or `make demo`).")
 
-    folder = options.output.parent / "pronunciation"
-    rows: dict[str, list[dict[str, float]]] = {}
+    rows: dict[str, list[Scores]] = {}
     for seed in options.seeds:
-        spin, num_steps = play_spin(seed, folder / f"spin-{seed}")
+        spin, num_steps = play_spin(seed, start, test_file, folder / f"spin-{seed}", options.quick)
         for i, scores in enumerate(spin):
             rows.setdefault("start" if i == 0 else f"SPIN, after iteration {i - 1}", []).append(scores)
-        for learning_rate in SFT_LEARNING_RATES:
-            scores = train_further(seed, learning_rate, num_steps, folder / f"sft-{learning_rate}-{seed}")
+        for learning_rate in learning_rates:
+            trained = folder / f"sft-{learning_rate}-{seed}"
+            scores = train_further(seed, learning_rate, num_steps, start, test_file, trained)
             rows.setdefault(f"further SFT, {num_steps} steps at {learning_rate}", []).append(scores)
         print(f"seed {seed} done", flush=True)
     rows = dict(sorted(rows.items(), key=lambda item: item[0].startswith("further")))  # SPIN's rows first
     print(table(rows))
-    machine = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
-    result = {"date": date.today().isoformat(), "machine": machine, "seeds": options.seeds, "rows": rows}
-    options.output.write_text(json.dumps(result, indent=2) + "\n")
-    print(f"\n{result['date']}, {machine}, seeds {options.seeds}. Written to {options.output}")
+    write_result(options, "pronunciation", {"seeds": options.seeds, "rows": rows})
+
+
+def make_toys(folder: Path, options: argparse.Namespace) -> None:
+    """An untrained model, a few words, and one seed."""
+    make_untrained_start(folder / "start")
+    lines = (DATA / "accent_test.jsonl").read_text().splitlines(keepends=True)
+    (folder / "test.jsonl").write_text("".join(lines[:32]))
+    options.seeds = options.seeds[:1]
 
 
 if __name__ == "__main__":

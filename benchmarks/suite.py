@@ -1,32 +1,30 @@
-"""All benchmarks of scale and speed, one after the other: `make bench [ARGS="generation client"]`, only some of them.
+"""All benchmarks of scale and speed, one after the other: `make bench [ARGS="--quick generation scale"]`.
 
 Each is a script of its own, which prints its figures and writes them to `runs/benchmarks/NAME.json`.
 """
 
-import os
 import subprocess
 import sys
 
-from measure import ROOT
+from measure import ROOT, parse, parser
 
 
-BENCHMARKS = ("client", "generation", "training", "iteration", "publish", "scale")
+BENCHMARKS = ("generation", "training", "iteration", "publish", "scale")
 
 
-def main(names: list[str]) -> None:
-    unknown = set(names) - set(BENCHMARKS)
-    if unknown:
-        raise SystemExit(f"Unknown benchmark(s) {sorted(unknown)}; there are {', '.join(BENCHMARKS)}.")
+def main() -> None:
+    arguments = parser(__doc__)
+    arguments.add_argument("names", nargs="*", choices=[*BENCHMARKS, []], help="by default all")
+    options = parse(arguments)
+    common = ["--output", str(options.output), *(["--quick"] if options.quick else [])]
     failed = []
-    for name in names or BENCHMARKS:
+    for name in options.names or BENCHMARKS:
         print(f"== {name}", flush=True)
-        script = str(ROOT / "benchmarks" / f"{name}.py")
-        done = subprocess.run([sys.executable, script], cwd=ROOT, env={**os.environ, "HF_HUB_OFFLINE": "1"})
-        if done.returncode != 0:
-            failed.append(name)
+        done = subprocess.run([sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), *common], cwd=ROOT)
+        failed += [name] if done.returncode != 0 else []
     if failed:
         raise SystemExit(f"Failed: {', '.join(failed)}.")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -40,6 +40,7 @@ class ScriptArguments:
         default=None, metadata={"help": "Folder of a model to train further. If not set, a new model is made."}
     )
     overwrite: bool = field(default=False, metadata={"help": "Train again although `output_dir` is there already."})
+    evaluate: bool = field(default=True, metadata={"help": "Whether to measure the model at the end."})
 
 
 def build_tokenizer(phones: list[str]) -> PreTrainedTokenizerFast:
@@ -125,7 +126,7 @@ def main(script_args: ScriptArguments, training_args: SFTConfig) -> None:
         shutil.rmtree(output_dir)
     partial_dir.rename(output_dir)
     print(f"Saved to {output_dir}")
-    for name in ("test.jsonl", "accent_test.jsonl"):
+    for name in ("test.jsonl", "accent_test.jsonl") if script_args.evaluate else ():
         rows = Dataset.from_json(str(DATA_DIR / name))
         prompts, references = list(rows["prompt"]), list(rows["completion"])
         metrics = compute_generation_metrics(prompts, references, pronounce(model, tokenizer, prompts))

@@ -2,23 +2,30 @@
 
 import sys
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import ROOT, read_rows
 
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))  # benchmarks are scripts, not a package
+sys.path.insert(0, str(ROOT / "benchmarks"))  # benchmarks are scripts, not a package
 
-from self_play_family import language, report, runs  # noqa: E402
+from self_play_family import language, report  # noqa: E402
 from self_play_family.answers import completion_ids, logps  # noqa: E402
-from self_play_family.findings import SEARCH_SEED, Findings, chosen_runs, collect, search_runs, start_runs  # noqa: E402
+from self_play_family.findings import (  # noqa: E402
+    SEARCH_SEED,
+    Tried,
+    at_the_edge,
+    best,
+    chosen_runs,
+    collect,
+    search_runs,
+    start_runs,
+)
 from self_play_family.measures import distinct_n  # noqa: E402
-from self_play_family.methods import METHODS, Method, known_methods  # noqa: E402
-from self_play_family.runs import Run  # noqa: E402
-from self_play_family.search import Tried, at_the_edge, best  # noqa: E402
+from self_play_family.methods import METHODS  # noqa: E402
+from self_play_family.runs import Run, perform  # noqa: E402
 from self_play_family.supervised import character_tokenizer  # noqa: E402
 from self_play_family.tables import by_iteration, mean_and_deviation, of_settings  # noqa: E402
 from self_play_family.tasks import TASKS  # noqa: E402
@@ -43,9 +50,8 @@ class TestData:
                 assert int(first) + int(second) == int(row["completion"])
 
     def test_pronunciations_to_validate_and_test_on_are_in_no_data_of_the_start(self):
-        pronunciation = sys.modules["self_play_family.pronunciation"]
-        seen = {row["prompt"] for row in pronunciation._read("train.jsonl")}
-        rows = pronunciation.make_rows()
+        seen = {row["prompt"] for row in read_rows("train.jsonl", 10_000)}
+        rows = TASKS["pronunciation"].make_rows()
         assert not seen & {row["prompt"] for part in ("validation", "test") for row in rows[part]}
 
 
@@ -110,13 +116,6 @@ class TestMethods:
         assert {len(method.settings(rates)) for method in METHODS.values()} == {6}
         assert {len({str(s) for s in method.settings(rates)}) for method in METHODS.values()} == {6}
 
-    def test_what_this_version_does_not_know_is_left_out_with_a_line(self, monkeypatch, capsys):
-        monkeypatch.setitem(METHODS, "new", Method("new", "New", {"loss_type": ["newest"], "new_field": 1}))
-        assert [method.name for method in known_methods(["sft", "new", "spin"])] == ["sft", "spin"]
-        assert capsys.readouterr().out == (
-            "New is left out: this version of spin_trl has no new_field, loss_type 'newest'.\n"
-        )
-
 
 class TestSearch:
     TRIED = [Tried({"learning_rate": rate}, score) for rate, score in ((1, 0.3), (2, 0.5), (3, 0.1), (4, None))]
@@ -138,17 +137,15 @@ class TestSearch:
 
 
 @pytest.fixture
-def finished(tmp_path, monkeypatch):
+def finished(tmp_path):
     """Results of SPIN on the addition task, as if played: the second setting is the best on the validation part."""
-    monkeypatch.setattr(Run, "fingerprint", lambda self: "same")
-    task = TASKS["addition"]
-    (tmp_path / "addition" / "start").mkdir(parents=True)
-    character_tokenizer("0123456789+=").save_pretrained(tmp_path / "addition" / "start")
+    task, start = TASKS["addition"], tmp_path / "addition" / "start"
+    character_tokenizer("0123456789+=").save_pretrained(start)
+    (start / "model.safetensors").write_bytes(b"weights")
 
     def finish(run: Run, scores: list[float]) -> None:
         measures = [{"score": s, "nll": s / 100, "distinct_1": 0.1, "distinct_2": 0.2} for s in scores]
-        monkeypatch.setattr(runs, "scores_of", lambda run, task: measures)
-        runs.perform(run)
+        perform(run, lambda run, task: measures)
 
     for run, score in zip(start_runs(tmp_path, "addition", False), [60.0, 65.0], strict=True):
         finish(run, [score])
@@ -168,10 +165,10 @@ class TestResults:
         assert [(run.setting, run.seed, run.part) for run in tested] == [(chosen, 1, "test"), (chosen, 2, "test")]
         assert SEARCH_SEED not in [run.seed for run in tested]
 
-    def test_a_finished_run_is_read_back_and_one_of_other_data_is_not(self, finished, monkeypatch):
+    def test_a_finished_run_is_read_back_and_one_of_another_start_is_not(self, finished):
         run, _ = start_runs(finished, "addition", False)
         assert run.result()["scores"][0]["score"] == 60.0
-        monkeypatch.setattr(Run, "fingerprint", lambda self: "other")
+        (run.start / "model.safetensors").write_bytes(b"other weights")
         assert run.result() is None
 
     def test_each_run_has_a_file_of_its_own(self, tmp_path):
@@ -186,12 +183,11 @@ class TestResults:
         assert findings.values("score")["SPIN"] == [[70.0 + s, 75.0, 80.0 + 2 * s] for s in (1, 2, 3)]
         assert collect(finished, [1, 2, 3, 4], False) == []
 
-    def test_a_run_whose_loss_is_no_number_is_kept_without_scores(self, finished, monkeypatch):
+    def test_a_run_whose_loss_is_no_number_is_kept_without_scores(self, finished):
         def fails(run, task):
             raise FloatingPointError("The loss is nan.")
 
-        monkeypatch.setattr(runs, "scores_of", fails)
-        run = runs.perform(Run(finished, "addition", "spin", {"learning_rate": 1.0}, 1, "test"))
+        run = perform(Run(finished, "addition", "spin", {"learning_rate": 1.0}, 1, "test"), fails)
         assert run.result()["scores"] is None and run.result()["error"] == "The loss is nan."
 
 
@@ -217,10 +213,10 @@ class TestReport:
         path = tmp_path / "quality.md"
         report.write_report(collect(finished, [1, 2, 3], False), [1, 2, 3], path, "2026-01-01, here")
         written = path.read_text()
-        assert written.count(report._TO_FILL_IN) == 1
-        path.write_text(written.replace(report._TO_FILL_IN, "Choose SPIN.\n\nOr not.").replace("84.0 ± 2.0", "0"))
+        assert written.count(report.TO_FILL_IN) == 1
+        path.write_text(written.replace(report.TO_FILL_IN, "Choose SPIN.\n\nOr not.").replace("84.0 ± 2.0", "0"))
         report.write_report(collect(finished, [1, 2, 3], False), [1, 2, 3], path, "2026-01-01, here")
-        assert path.read_text() == written.replace(report._TO_FILL_IN, "Choose SPIN.\n\nOr not.")
+        assert path.read_text() == written.replace(report.TO_FILL_IN, "Choose SPIN.\n\nOr not.")
         assert "| SPIN | 60.0 | 72.0 ± 1.0 | 75.0 ± 0.0 | 84.0 ± 2.0 |" in written
         assert "the start has 65.0:" in written  # on the validation part, as the settings have
         assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
@@ -228,7 +224,6 @@ class TestReport:
     def test_an_end_of_the_learning_rates_and_lost_runs_are_said(self, finished):
         (findings,) = collect(finished, [1, 2, 3], False)
         findings.diverged = ["SPIN, seed 7"]
-        assert isinstance(findings, Findings)
         text = report.document([findings], [1, 2, 3], "kept", "quality.png", "here")
         assert "perhaps not at its best: SPIN." in text
         assert "left out: SPIN, seed 7." in text

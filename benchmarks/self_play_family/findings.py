@@ -1,5 +1,6 @@
 """What the runs that are over have found, task by task, read back from their results. Knows nothing of Markdown."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,13 +11,45 @@ from .answers import completion_ids
 from .measures import distinct_n
 from .methods import METHODS, Method, Setting
 from .runs import START, Run
-from .search import Tried, best
 from .task import Task
 from .tasks import TASKS, get_task
 
 
 SEARCH_SEED = 0  # none of those that the chosen settings are run with
 Scores = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Tried:
+    """
+    Args:
+        setting (`Setting`): What was tried.
+        score (`float`, *optional*): On the validation part, after the last iteration. `None` where the loss stopped
+            being a number.
+    """
+
+    setting: Setting
+    score: float | None
+
+
+def best(tried: Sequence[Tried], greater_is_better: bool) -> Setting:
+    """
+    The setting with the best score; of equal ones the first.
+
+    Raises:
+        `ValueError`: if none has a score.
+    """
+    scored = [t for t in tried if t.score is not None and math.isfinite(t.score)]
+    if not scored:
+        raise ValueError(f"None of {len(tried)} settings has a score: {[t.setting for t in tried]}.")
+    choose = max if greater_is_better else min
+    return choose(scored, key=lambda t: t.score).setting
+
+
+def at_the_edge(setting: Setting, tried: Sequence[Tried]) -> bool:
+    """Whether its learning rate is the smallest or greatest that was tried: beyond it there may be a better one."""
+    rates = [t.setting["learning_rate"] for t in tried]
+    return setting["learning_rate"] in (min(rates), max(rates))
 
 
 @dataclass
@@ -55,7 +88,7 @@ def start_runs(root: Path, task: str, is_quick: bool) -> list[Run]:
 
 
 def search_runs(root: Path, task: Task, method: Method, is_quick: bool) -> list[Run]:
-    settings = method.settings(task.learning_rates)
+    settings = method.settings(task.learning_rates)[: 1 if is_quick else None]
     return [Run(root, task.name, method.name, setting, SEARCH_SEED, "validation", is_quick) for setting in settings]
 
 

@@ -1,9 +1,6 @@
 """What every model is measured by: the task's score, negative log-likelihood and distinct-n."""
 
-import pyarrow as pa
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-from spin_trl.data.pair_metrics import distinct
 
 from .answers import answer, completion_ids, logps
 from .task import Row, Task
@@ -34,4 +31,9 @@ def measure(
 
 
 def distinct_n(answers: list[list[int]]) -> dict[str, float]:
-    return {f"distinct_{n}": distinct(pa.array(answers, pa.list_(pa.int64())), n) for n in (1, 2)}
+    """Different n-grams of the answers over all of them, for n of 1 and 2."""
+    found = {}
+    for n in (1, 2):
+        grams = [tuple(ids[i : i + n]) for ids in answers for i in range(len(ids) - n + 1)]
+        found[f"distinct_{n}"] = len(set(grams)) / max(1, len(grams))
+    return found

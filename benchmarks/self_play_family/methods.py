@@ -1,11 +1,8 @@
 """The methods that are compared, and which settings of each are tried. Knows nothing of tasks but learning rates."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
-
-from spin_trl import SPINConfig
-from spin_trl.objectives import OBJECTIVES
 
 
 Setting = dict[str, float]  # fields of the configuration
@@ -44,14 +41,6 @@ class Method:
         rates = learning_rates[:: len(self.values)]
         return [{"learning_rate": rate, self.searched: value} for rate in rates for value in self.values]
 
-    def missing(self) -> list[str]:
-        """What of it this version of `SPINConfig` does not know."""
-        known = {f.name for f in fields(SPINConfig)}
-        names = [*self.arguments, *([self.searched] if self.searched else [])]
-        losses = self.arguments.get("loss_type", [])
-        unknown = [name for name in names if name not in known]
-        return unknown + [f"loss_type {loss!r}" for loss in losses if loss not in OBJECTIVES]
-
 
 METHODS: dict[str, Method] = {
     method.name: method
@@ -76,14 +65,3 @@ METHODS: dict[str, Method] = {
         ),
     )
 }
-
-
-def known_methods(names: Sequence[str]) -> list[Method]:
-    """Those of these names that this version can play. Prints which are left out."""
-    found = []
-    for name in names:
-        if missing := METHODS[name].missing():
-            print(f"{METHODS[name].title} is left out: this version of spin_trl has no {', '.join(missing)}.")
-        else:
-            found.append(METHODS[name])
-    return found

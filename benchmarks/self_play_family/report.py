@@ -6,15 +6,14 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from .findings import Findings
+from .findings import Findings, at_the_edge
 from .methods import METHODS
 from .picture import Panel, draw
-from .search import at_the_edge
 from .tables import by_iteration, of_settings
 
 
 _BEGIN, _END = "<!-- what to choose: written by hand, kept when the tables are -->", "<!-- until here -->"
-_TO_FILL_IN = "**To be filled in from the tables below: what to choose, and when.**"
+TO_FILL_IN = "**To be filled in from the tables below: what to choose, and when.**"
 # name of the measure -> its heading, digits
 _MEASURES = {
     "nll": ("Negative log-likelihood of the ground truths, nats per token (lower is better)", 3),
@@ -53,7 +52,7 @@ def write_report(findings: Sequence[Findings], seeds: Sequence[int], path: Path,
 def paragraph_to_keep(text: str) -> str:
     """What stands between the marks, or, where there are none, a place to fill in."""
     found = re.search(f"{re.escape(_BEGIN)}\n(.*?)\n{re.escape(_END)}", text, re.DOTALL)
-    return found[1] if found else _TO_FILL_IN
+    return found[1] if found else TO_FILL_IN
 
 
 def document(findings: Sequence[Findings], seeds: Sequence[int], kept: str, picture: str, where: str) -> str:

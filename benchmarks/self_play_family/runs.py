@@ -15,7 +15,6 @@ from datasets import Dataset, disable_progress_bars
 from transformers import PreTrainedModel, TrainerCallback
 
 from spin_trl import SPINConfig, SPINTrainer
-from spin_trl.run_directory.whole_files import write_text
 
 from .measures import measure
 from .methods import METHODS, Setting
@@ -95,20 +94,6 @@ def make_start(root: Path, name: str, is_quick: bool) -> str:
     return name
 
 
-def perform(run: Run) -> Run:
-    """Train, measure, and write the result. A run whose loss stops being a number has no scores."""
-    started = time.monotonic()
-    result = {**asdict(run), "root": None, "fingerprint": run.fingerprint()}
-    with alone_on_a_core(run.path.with_suffix(".log")):
-        try:
-            result["scores"] = scores_of(run, get_task(run.task, run.is_quick))
-        except FloatingPointError as error:
-            result |= {"scores": None, "error": str(error)}
-    result["seconds"] = time.monotonic() - started
-    write_text(run.path, json.dumps(result, indent=2) + "\n")
-    return run
-
-
 def scores_of(run: Run, task: Task) -> list[dict[str, float]]:
     """After each iteration; of the start, one."""
     rows = task.rows()
@@ -183,6 +168,22 @@ def play(run: Run, task: Task, model, tokenizer, folder: Path, callback: Measure
         callbacks=[callback],
     )
     trainer.train()
+
+
+def perform(run: Run, scores_of: Callable[[Run, Task], list[dict[str, float]]] = scores_of) -> Run:
+    """Train, measure, and write the result. A run whose loss stops being a number has no scores."""
+    started = time.monotonic()
+    result = {**asdict(run), "root": None, "fingerprint": run.fingerprint()}
+    with alone_on_a_core(run.path.with_suffix(".log")):
+        try:
+            result["scores"] = scores_of(run, get_task(run.task, run.is_quick))
+        except FloatingPointError as error:
+            result |= {"scores": None, "error": str(error)}
+    result["seconds"] = time.monotonic() - started
+    unfinished = run.path.with_suffix(".partial")
+    unfinished.write_text(json.dumps(result, indent=2) + "\n")
+    unfinished.rename(run.path)
+    return run
 
 
 def _made(folder: Path) -> Path:

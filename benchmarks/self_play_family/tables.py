@@ -3,8 +3,8 @@
 import statistics
 from collections.abc import Mapping, Sequence
 
+from .findings import Tried
 from .methods import Setting
-from .search import Tried
 
 
 Scores = Mapping[str, float]
