@@ -5,37 +5,32 @@ Knows nothing of where the pairs come from.
 
 import math
 import os
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import ProgressCallback
 from transformers.trainer import SCHEDULER_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import DPOTrainer
 
 from .data.batching import epoch_order
 from .data.pair_dataset import PairDataset, pair_lengths
+from .policy.adapters import precisions_of, restore_precisions
 from .policy.log_probs import forget_loader
 from .policy.optimizer import forget_moments, set_learning_rate
-from .processes.ranks import on_every_process
-from .run_directory.disk import writing
-from .run_directory.footprint import size_of_checkpoint, size_of_weights
+from .policy.sizes import size_of_checkpoint
+from .run_directory.checkpoints import saving_checkpoints
 from .run_directory.resume import RunStart
-from .run_directory.whole_files import finish_directory, remove, temporary_path
 from .spin_config import SPINConfig
 
 
 class IterativeTrainer(DPOTrainer):
     """
     Differs from [`~trl.DPOTrainer`] in the training loop: `begin_iteration` gives each iteration its own pairs, however
-    many, and a checkpoint carries its name only when it is whole.
+    many, with the schedule and the optimizer begun anew.
 
     Args:
         args ([`SPINConfig`]): Has the schedules.
@@ -53,11 +48,10 @@ class IterativeTrainer(DPOTrainer):
         # Groups of an optimizer that was passed have rates of their own; ours all have `args.learning_rate`.
         self._own_rates = [group["lr"] for group in optimizers[0].param_groups] if optimizers[0] is not None else None
         self._keeps_scheduler = optimizers[1] is not None
-        self._staging: Path | None = None
-        self._saved_step: int | None = None
         self.start = RunStart("")
         self.iteration = self.epoch = self.first_step = self.steps_per_epoch = 0
         super().__init__(*other, args=args, optimizers=optimizers, **more)
+        self._precisions = precisions_of(self.model)
 
     def _num_new_pairs(self) -> int:
         """An estimate of how many pairs each iteration adds."""
@@ -66,9 +60,6 @@ class IterativeTrainer(DPOTrainer):
     def _num_other_pairs(self) -> int:
         """How many pairs join in every iteration."""
         return 0
-
-    def _complete_checkpoint(self, checkpoint: Path) -> None:
-        """Add to a checkpoint what is not Trainer's. Called by one process, before the checkpoint has its name."""
 
     # Iterations of different lengths
 
@@ -111,17 +102,18 @@ class IterativeTrainer(DPOTrainer):
 
     def _init_training_state(self, *args) -> tuple[int, int]:
         # Trainer would count epochs by the steps of a single one; the checkpoint's place in the run is known.
-        self._saved_step = None
         epochs_trained, batches_in_epoch = super()._init_training_state(*args)
         if self.start.checkpoint is None:
             return epochs_trained, batches_in_epoch
+        restore_precisions(self.model, self._precisions)  # the checkpoint is loaded, the optimizer not yet
         if self.start.is_trained:
             self.state.max_steps = self.state.global_step
             return int(self.args.num_train_epochs), 0
         return self.start.epochs_trained, self.start.steps_in_epoch * self.args.gradient_accumulation_steps
 
     def _get_train_sampler(self, train_dataset: PairDataset | None = None) -> Sequence[int]:
-        # The same on every process, whatever random numbers it has drawn, and after a resumption too.
+        # Trainer's depends on random numbers that were drawn before; an order must be the same on every process, and
+        # after a resumption.
         pairs = self.train_dataset if train_dataset is None else train_dataset
         if "rejected_ids" not in pairs.column_names:  # before the first opponent has answered
             return range(len(pairs))
@@ -135,15 +127,8 @@ class IterativeTrainer(DPOTrainer):
             self.args.dataloader_drop_last,
         ).tolist()
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """As Trainer's, which leaves an adapter to a quantized model in another precision than it was trained in."""
-        dtypes = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad and parameter.dtype != dtypes[name]:
-                parameter.data = parameter.data.to(dtypes[name])
-
     def _run_epoch(self, **kwargs) -> None:
+        # Trainer fixes the loader and its length before the first epoch, but every iteration has its own.
         if self.control.should_training_stop:  # before its first step
             return
         self.epoch = kwargs["epoch"]
@@ -151,7 +136,8 @@ class IterativeTrainer(DPOTrainer):
         kwargs["train_dataloader"] = loader
         kwargs["steps_in_epoch"] = len(loader)
         kwargs["num_update_steps_per_epoch"] = math.ceil(len(loader) / self.args.gradient_accumulation_steps)
-        super()._run_epoch(**kwargs)
+        with saving_checkpoints(self.args, self.state, lambda: size_of_checkpoint(self.model, self.args)):
+            super()._run_epoch(**kwargs)
         forget_loader(self, loader)
 
     def _num_update_steps(self, num_pairs: int) -> int:
@@ -200,67 +186,3 @@ class IterativeTrainer(DPOTrainer):
         self.lr_scheduler.load_state_dict(torch.load(path, weights_only=True))
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
-
-    # Checkpoints
-
-    @property
-    def has_checkpoint(self) -> bool:
-        """Whether this run has saved a checkpoint of its present step."""
-        return self._saved_step == self.state.global_step
-
-    def _save_checkpoint(self, model, trial) -> None:
-        """As Trainer's, but written elsewhere, completed, and given its name when it is whole."""
-        directory = Path(super()._get_output_dir(trial))
-        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        self._staging = temporary_path(directory / PREFIX_CHECKPOINT_DIR, shared=True)
-        try:
-            on_every_process(lambda: self._write_checkpoint(model, trial, directory / name))
-            on_every_process(lambda: self._finish_checkpoint(self._staging / name, directory / name))
-        finally:
-            if self.args.should_save:
-                remove(self._staging)
-            self._staging = None
-        self._saved_step = self.state.global_step
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """
-        As [`~transformers.Trainer.save_model`].
-
-        Raises:
-            [`DiskError`]: if the disk does not take it.
-        """
-        if self._staging is not None:
-            self._in_step(lambda: super(IterativeTrainer, self).save_model(output_dir, _internal_call))
-            return
-        path = Path(output_dir or self.args.output_dir)
-        with nullcontext() if _internal_call else writing(path, lambda: size_of_weights(self.model)):
-            super().save_model(output_dir, _internal_call)
-
-    # The parts of a checkpoint that one process may fail to write, before the next in which all of them communicate.
-
-    def create_model_card(self, *args, **kwargs) -> None:
-        self._in_step(lambda: super(IterativeTrainer, self).create_model_card(*args, **kwargs))
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        self._in_step(lambda: super(IterativeTrainer, self)._save_optimizer_and_scheduler(output_dir))
-
-    def _in_step(self, write: Callable[[], None]) -> None:
-        """Within a checkpoint, where every process comes by: raise the error of one on all."""
-        if self._staging is None:
-            write()
-        else:
-            on_every_process(write)
-
-    def _write_checkpoint(self, model, trial, path: Path) -> None:
-        with writing(path, lambda: size_of_checkpoint(self.model, self.args)):
-            super()._save_checkpoint(model, trial)
-
-    def _finish_checkpoint(self, written: Path, path: Path) -> None:
-        if self.args.should_save:
-            with writing(path, lambda: size_of_checkpoint(self.model, self.args)):
-                self._complete_checkpoint(written)
-                finish_directory(written, path)
-            rotate_checkpoints(str(path.parent), self.args.save_total_limit, use_mtime=True)
-
-    def _get_output_dir(self, trial) -> str:
-        return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)

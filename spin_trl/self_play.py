@@ -15,7 +15,6 @@ from datasets import Dataset
 from torch import nn
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState
-from transformers.trainer_utils import SaveStrategy
 
 from .data.columns import numbers
 from .data.draw import OpponentDraw
@@ -132,11 +131,6 @@ class SelfPlayCallback(TrainerCallback):
     def on_save(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
         if self._training_since is not None:  # a run that goes on from here has these seconds behind it
             self._record_training_seconds()
-
-    def on_epoch_end(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
-        """The policy at the end of an iteration is the next opponent: a stopped run must be able to have it back."""
-        if self.trainer.is_iteration_done and args.save_strategy != SaveStrategy.NO:
-            control.should_save = control.should_save or not self.trainer.has_checkpoint
 
     def on_train_end(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
         if self.trainer.stop_signal.has_stopped:

@@ -37,6 +37,7 @@ from .policy.policy import Policy
 from .policy.published_form import check_can_lend, check_can_take_back
 from .policy.quantization import keep_weights_as_quantized
 from .policy.sharding import Sharding, check_can_generate, whole_policy
+from .policy.sizes import size_of_base, size_of_weights
 from .processes.compiler_locks import warn_of_old_locks
 from .processes.progress import RunProgress
 from .processes.ranks import failing_together, on_main_process
@@ -45,8 +46,9 @@ from .report.end_report import write_end_report
 from .report.hub import PushIterations, push_model, warns_of_failed_push
 from .report.log_file import LogFileCallback
 from .report.model_card import complete_card
-from .run_directory.footprint import size_of_base, size_of_weights
-from .run_directory.resume import Place, RunStart, start_run
+from .run_directory.checkpoints import MarkCheckpoint, Place
+from .run_directory.disk import writing
+from .run_directory.resume import RunStart, start_run
 from .run_directory.store import IterationStore
 from .self_play import SelfPlayCallback
 from .spin_config import SPINConfig
@@ -232,6 +234,7 @@ class SPINTrainer(IterativeTrainer):
         self.add_callback(LogFileCallback(self, self.store))
         if args.hub_iteration_revisions:
             self.add_callback(PushIterations(self.store, self.hub_model_id))
+        self.add_callback(MarkCheckpoint(self._place, args.save_total_limit))
         self._show_progress()
         self.stop_signal = StopOnSigterm()
         self.add_callback(self.stop_signal)
@@ -364,12 +367,10 @@ class SPINTrainer(IterativeTrainer):
 
     def create_model_card(self, *args, **kwargs) -> None:
         """As [`~trl.DPOTrainer`]'s, with scores and answers by iteration and the settings."""
-        super().create_model_card(*args, **kwargs)
-        self._in_step(self._complete_card)
-
-    def _complete_card(self) -> None:
-        if self.is_world_process_zero():
-            complete_card(self.store, self.args, self.self_play_setup.model_name)
+        with writing(Path(self.args.output_dir, "README.md")):
+            super().create_model_card(*args, **kwargs)
+            if self.is_world_process_zero():
+                complete_card(self.store, self.args, self.self_play_setup.model_name)
 
     def push_to_hub(
         self,
@@ -461,9 +462,6 @@ class SPINTrainer(IterativeTrainer):
     def _num_other_pairs(self) -> int:
         preferences = self.self_play_setup.preferences
         return 0 if preferences is None else len(preferences)
-
-    def _complete_checkpoint(self, checkpoint: Path) -> None:
-        self._place().write(checkpoint)
 
 
 def _as_bool_or_path(value: str | bool | None) -> str | bool | None:

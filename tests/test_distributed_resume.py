@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_distributed import TRAIN_FILE, launch, slow
 
-from spin_trl.run_directory.resume import Place
+from spin_trl.run_directory.checkpoints import Place
 from spin_trl.run_directory.store import IterationStore
 
 

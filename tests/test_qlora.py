@@ -14,7 +14,7 @@ from spin_trl import SPINConfig, SPINTrainer
 from spin_trl.play.publish_check import allow_for_quantization
 from spin_trl.policy.merging import save_base
 from spin_trl.policy.quantization import keep_weights_as_quantized
-from spin_trl.run_directory.footprint import size_of_base
+from spin_trl.policy.sizes import size_of_base
 
 
 NF4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)

@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 
 from spin_trl import SPINTrainer
 from spin_trl.generation.policy_sampler import PolicySampler
-from spin_trl.run_directory.resume import Place
+from spin_trl.run_directory.checkpoints import Place
 from spin_trl.run_directory.store import RunDirectoryError
 
 

@@ -374,7 +374,9 @@ def test_servers_log_is_not_written_through_a_link(store, elsewhere):
 
 def test_linked_checkpoint_is_none(store, elsewhere):
     (store.output_dir / "checkpoint-5").symlink_to(elsewhere)
-    (store.output_dir / "checkpoint-4").mkdir()
+    for checkpoint in (elsewhere, store.output_dir / "checkpoint-4"):
+        checkpoint.mkdir(exist_ok=True)
+        (checkpoint / "self_play.json").touch()
     assert [path.name for path in store.checkpoints()] == ["checkpoint-4"]
 
 

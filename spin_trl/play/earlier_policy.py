@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from accelerate.utils import is_peft_model
 
+from ..policy.adapters import precisions_of, restore_precisions
 from ..processes.ranks import on_every_process
 from ..run_directory.run_paths import RunDirectoryError
 
@@ -32,7 +33,9 @@ def take_back(trainer: "SPINTrainer", opponent: int) -> None:
             f"{path}, the policy to return to, is not there. The last policy is in the newest checkpoint; to go on "
             "without the earlier one, leave `load_best_iteration_at_end` and `on_collapse` unset."
         )
+    precisions = precisions_of(trainer.model)
     trainer._load_from_checkpoint(str(path))
+    restore_precisions(trainer.model, precisions)
     trainer.accelerator.print(f"The policy is again the opponent of iteration {opponent}, from {path}.")
 
 

@@ -47,10 +47,11 @@ from ..policy.merging import save_base
 from ..policy.published_form import Publication, adapter_config, plan_publication
 from ..policy.quantization import check_trains_adapter, differs_on_server, find_quantization, serves_dequantized
 from ..policy.sharding import Sharding
+from ..policy.sizes import empty_policy, weight_sizes
 from ..processes.ranks import main_process_first, on_main_process
 from ..run_directory.changed_settings import changed_settings
 from ..run_directory.disk import check_writable
-from ..run_directory.footprint import check_footprint, empty_policy, estimate_footprint, weights_of
+from ..run_directory.footprint import check_footprint, num_saved_opponents
 from ..run_directory.resume import check_same_run
 from ..run_directory.store import IterationStore
 from ..run_directory.whole_files import write_directory
@@ -307,21 +308,13 @@ class SelfPlaySetup:
         try:
             if isinstance(model, str) or peft_config is not None:
                 model = empty_policy(model_config(model, self.args), self.args, peft_config)
-            weights = weights_of(model, self.tokenizer, merged=self.publication.kind == "merged")
+            sizes = weight_sizes(model, merged=self.publication.kind == "merged")
         except Exception as error:  # a model that cannot be made empty must not keep the run from being played
             logger.warning(f"How much the run will write is not known: {type(error).__name__}: {error}")
             return
-        footprint = estimate_footprint(
-            self.args,
-            weights,
-            self.train_dataset,
-            self.eval_dataset,
-            saves_opponents=self.choice.mode != "in-process",
-            base_is_opponent=self.base_is_opponent,
-            writes_base=self.serves_dequantized,
-            preferences=self.preferences,
-        )
-        check_footprint(footprint, Path(self.args.output_dir).absolute(), PartialState().print, logger.warning)
+        saves_opponents, evaluates = self.choice.mode != "in-process", self.eval_dataset is not None
+        num_opponents = num_saved_opponents(self.args, saves_opponents, self.base_is_opponent, evaluates)
+        check_footprint(self.args, sizes, num_opponents, self.serves_dequantized, PartialState().print, logger.warning)
 
     def _prepare_preferences(self, dataset: Dataset) -> None:
         end_ids = self.params.end_token_ids

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from accelerate.utils import is_peft_model
 
 from .published_form import adapter_config
@@ -105,3 +106,15 @@ def complete_reference_adapter(model: "PeftModel") -> None:
     for name, parameter in model.named_parameters():
         if name.endswith(".default"):
             model.get_parameter(f"{name.removesuffix('default')}ref").data.copy_(parameter.data)
+
+
+def precisions_of(model: "PreTrainedModel | PeftModel") -> dict[str, torch.dtype]:
+    """The precision of each parameter that is trained, by name."""
+    return {name: parameter.dtype for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def restore_precisions(model: "PreTrainedModel | PeftModel", precisions: dict[str, torch.dtype]) -> None:
+    """Undo that PEFT loads an adapter in another precision than it was trained in, as it does on a quantized model."""
+    for name, parameter in model.named_parameters():
+        if parameter.dtype != precisions.get(name, parameter.dtype):
+            parameter.data = parameter.data.to(precisions[name])

@@ -20,10 +20,10 @@ from transformers import AutoConfig
 from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 from trl.trainer.utils import create_model_from_path
 
-from ..run_directory.footprint import of_this_process_alone
 from ..spin_config import SPINConfig
 from .inputs import source_kwargs
 from .published_form import adapter_config, obstacle_to_merging
+from .sizes import of_this_process_alone
 
 
 if TYPE_CHECKING:

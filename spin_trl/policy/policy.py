@@ -13,12 +13,13 @@ from transformers import PreTrainedModel
 
 from ..data.pair_dataset import PairDataset
 from ..processes.ranks import on_every_process, on_main_process
-from ..run_directory.footprint import size_of_base, size_of_weights
 from ..run_directory.whole_files import remove, temporary_path, write_directory
+from .adapters import precisions_of, restore_precisions
 from .log_probs import completion_logps, initial_policy_as_reference, negative_log_likelihood, score_pairs
 from .merging import fold_scaling, merge_into_saved, save_merged
 from .published_form import Publication
 from .sharding import whole_policy
+from .sizes import size_of_base, size_of_weights
 
 
 if TYPE_CHECKING:
@@ -90,7 +91,9 @@ class Policy:
 
     def load(self, path: Path) -> None:
         """Make the policy what was saved at `path`, for good."""
+        precisions = precisions_of(self._trainer.model)
         self._trainer._load_from_checkpoint(str(path))
+        restore_precisions(self._trainer.model, precisions)
 
     @contextmanager
     def lent_to(self, path: Path) -> Iterator[None]:

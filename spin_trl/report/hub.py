@@ -13,7 +13,7 @@ from huggingface_hub import CommitInfo, create_branch, upload_folder
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from ..processes.ranks import on_main_process
-from ..run_directory.resume import Place
+from ..run_directory.checkpoints import Place
 from ..run_directory.store import IterationStore
 from ..run_directory.whole_files import write_text
 from ..spin_config import SPINConfig

@@ -9,71 +9,20 @@ import json
 import logging
 import os
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..objectives.settings import needs_initial_answers
 from ..spin_config import SPINConfig
+from .checkpoints import PLACE_FILE, Place
 from .description import differences
 from .run_paths import RunDirectoryError
-from .store import IterationStore, to_json
-from .whole_files import remove, write_text
+from .store import IterationStore
+from .whole_files import remove, to_json
 
 
 logger = logging.getLogger(__name__)
-
-_PLACE_FILE = "self_play.json"
-
-
-@dataclass(frozen=True)
-class Place:
-    """
-    The place of a checkpoint in its run; it lies in the checkpoint's directory. Steps are optimizer steps.
-
-    Args:
-        run_id (`str`): The run.
-        step (`int`): Steps of the run.
-        iteration (`int`): Number of the iteration.
-        first_step (`int`): Steps of the run before the iteration.
-        steps_per_epoch (`int`): Steps in each of the iteration's epochs.
-        num_epochs (`int`): Epochs in the iteration.
-        pairs (`str`): Checksum of the iteration's pairs.
-        holds_optimizer (`bool`): Whether training can go on in the middle of the iteration.
-    """
-
-    run_id: str
-    step: int
-    iteration: int
-    first_step: int
-    steps_per_epoch: int
-    num_epochs: int
-    pairs: str
-    holds_optimizer: bool
-
-    @property
-    def num_steps(self) -> int:
-        """Steps of the iteration that are done."""
-        return self.step - self.first_step
-
-    @property
-    def is_iteration_done(self) -> bool:
-        return self.num_steps >= self.steps_per_epoch * self.num_epochs
-
-    def write(self, checkpoint: Path) -> None:
-        write_text(checkpoint / _PLACE_FILE, to_json(asdict(self)))
-
-    @classmethod
-    def read(cls, checkpoint: Path) -> "Place":
-        """
-        Raises:
-            `OSError`, `ValueError`, `TypeError`: if there is none, or it is not one.
-        """
-        place = cls(**json.loads((checkpoint / _PLACE_FILE).read_text()))
-        numbers = {name: value for name, value in asdict(place).items() if cls.__annotations__[name] is int}
-        if any(type(value) is not int or value < (name == "steps_per_epoch") for name, value in numbers.items()):
-            raise ValueError(f"expected whole numbers from 0 on, found {numbers}")
-        return place
 
 
 @dataclass(frozen=True)
@@ -223,6 +172,7 @@ def _resume(
     if later:
         logger.warning(f"Iterations {later} are deleted and played again: no checkpoint holds the policy they are of.")
     store.forget_from(start.iteration + 1)
+    store.forget_checkpoints_after(start.first_step + start.num_steps)
     if start.num_steps == 0 and store.has_pairs(start.iteration) and not store.has_whole_pairs(start.iteration):
         logger.warning(f"The pairs of iteration {start.iteration} are damaged, and made again.")
         remove(store.path(start.iteration, "pairs"))
@@ -286,7 +236,7 @@ def _problem_of(store: IterationStore, checkpoint: Path, run_id: str) -> str | N
     try:
         place = Place.read(checkpoint)
     except (OSError, ValueError, TypeError) as error:
-        return f"holds no {_PLACE_FILE} that says its place in the run ({type(error).__name__}: {error})"
+        return f"holds no {PLACE_FILE} that says its place in the run ({type(error).__name__}: {error})"
     if place.run_id != run_id:
         return f"is of another run ({place.run_id!r}, not {run_id!r})"
     if place.pairs != store.pairs_checksum(place.iteration):

@@ -44,11 +44,21 @@ from filelock import FileLock, Timeout
 from ..data.columns import BATCH_SIZE, batches, num_bytes_of, write_rows
 from ..data.pair_dataset import TRUTH_COLUMNS, PairDataset
 from .arrow_directory import arrow_checksum, arrow_metadata, is_whole_arrow, read_arrow, write_arrow
+from .checkpoints import PLACE_FILE
 from .completion_parts import COMPLETION_SCHEMA, CompletionParts
 from .disk import writing
 from .initial_answers import InitialAnswers
 from .run_paths import RunDirectoryError, is_numbered, numbered, own_path
-from .whole_files import finish_directory, is_temporary, make_directory, remove, temporary_path, write_file, write_text
+from .whole_files import (
+    finish_directory,
+    is_temporary,
+    make_directory,
+    remove,
+    temporary_path,
+    write_file,
+    write_json,
+    write_text,
+)
 
 
 _FILES_OF_A_RUN = ("self_play.json", "invalid_rows.jsonl", "log.jsonl", "report.html", "report", "merged")
@@ -101,8 +111,9 @@ class IterationStore:
         return list(numbered(self.output_dir, "iteration"))
 
     def checkpoints(self) -> list[Path]:
-        """Trainer's checkpoints, the newest (the one of most steps) first."""
-        return list(numbered(self.output_dir, "checkpoint").values())[::-1]
+        """Trainer's checkpoints that are whole, the newest (the one of most steps) first."""
+        found = numbered(self.output_dir, "checkpoint").values()
+        return [path for path in found if (path / PLACE_FILE).exists()][::-1]
 
     def has_pairs(self, iteration: int) -> bool:
         return self.path(iteration, "pairs").is_dir()
@@ -133,7 +144,7 @@ class IterationStore:
             lock.release()
 
     def write_run(self, description: dict[str, Any]) -> None:
-        write_text(self.output_dir / "self_play.json", to_json(description))
+        write_json(self.output_dir / "self_play.json", description)
 
     def has_run(self) -> bool:
         return (self.output_dir / "self_play.json").exists()
@@ -189,6 +200,13 @@ class IterationStore:
         for number in self.iterations():
             if number >= iteration:
                 remove(self.path(number))
+
+    def forget_checkpoints_after(self, step: int) -> None:
+        """Delete checkpoints of later steps, whole or not. Those that were there before the run are not its own."""
+        data = self.output_dir / "train_data"
+        for number, path in numbered(self.output_dir, "checkpoint").items():
+            if number > step and data.exists() and path.stat().st_mtime > data.stat().st_mtime:
+                remove(path)
 
     # Opponent
 
@@ -390,8 +408,7 @@ class IterationStore:
     def write_metrics(self, iteration: int, metrics: dict[str, Any]) -> None:
         """Merge `metrics` into the iteration's `metrics.json`."""
         path = self.path(iteration, "metrics.json")
-        merged = {**self.read_metrics(iteration), **metrics}
-        write_text(path, to_json(merged))
+        write_json(path, {**self.read_metrics(iteration), **metrics})
 
     def read_metrics(self, iteration: int) -> dict[str, Any]:
         path = self.path(iteration, "metrics.json")
@@ -415,8 +432,3 @@ def _to_parquet(table: pa.Table) -> bytes:
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink)
     return sink.getvalue().to_pybytes()
-
-
-def to_json(value: Any) -> str:
-    """A value as the run directory's JSON files hold it."""
-    return json.dumps(value, indent=2, default=str) + "\n"

@@ -5,6 +5,7 @@ What is written goes to a temporary name beside its own, is flushed to the disk,
 
 import errno
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -65,12 +66,27 @@ def write_text(path: Path, text: str) -> None:
     write_file(path, lambda temporary: temporary.write_text(text), num_bytes=len(text.encode()))
 
 
-def finish_directory(temporary: Path, path: Path) -> None:
-    """Give a directory that is fully written the name `path`, in place of what is there."""
-    for directory, _, names in os.walk(temporary):
+def to_json(value: Any) -> str:
+    """A value as the run directory's JSON files hold it."""
+    return json.dumps(value, indent=2, default=str) + "\n"
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as JSON; see [`write_file`]."""
+    write_text(path, to_json(value))
+
+
+def flush_directory(path: Path) -> None:
+    """Have the disk take all that lies in a directory now."""
+    for directory, _, names in os.walk(path):
         for name in names:
             _flush(Path(directory, name))
         _flush(Path(directory))
+
+
+def finish_directory(temporary: Path, path: Path) -> None:
+    """Give a directory that is fully written the name `path`, in place of what is there."""
+    flush_directory(temporary)
     if path.exists():
         replaced = path.with_name(f"{path.name}.replaced{_TEMPORARY}-{os.getpid()}")
         path.rename(replaced)
