@@ -199,7 +199,8 @@ def judged(prompts: list, source: Dataset, function) -> tuple[list[dict], list[d
     def ids(text: str) -> list[int]:
         return tokenizer(text)["input_ids"] + [tokenizer.eos_token_id]
 
-    data = Dataset.from_dict({"row": [0, 7], "prompt": prompts, "chosen_ids": [ids("truth 0"), ids("truth 7")]})
+    truths = [ids("truth 0"), ids("truth 7")]
+    data = Dataset.from_dict({"row": [0, 7], "source_row": [3, 1], "prompt": prompts, "chosen_ids": truths})
     keys = [(0, 3, 0), (0, 3, 1), (7, 1, 0), (7, 1, 1)]
     columns = dict(zip(("row", "source_row", "sample"), zip(*keys, strict=True), strict=True))
     columns |= {"iteration": [0] * 4, "rejected_ids": [ids(f"answer {row} {n}") for row, _, n in keys]}

@@ -33,7 +33,6 @@ _COLUMNS = {
     "preference": ("chosen",),
     "real": ("real",),
 }
-_KNOWN_COLUMNS = sorted({column for columns in _COLUMNS.values() for column in columns})
 _MEDIA_COLUMNS = {"image", "images", "video", "videos", "audio", "audios"}
 
 
@@ -100,28 +99,30 @@ def check_dataset(
             f"`{name}` must be a `datasets.Dataset` of prompts and ground truths, got `{type(dataset).__name__}`. "
             f"{_way_to_a_dataset(dataset)}"
         )
-    vision_columns = _MEDIA_COLUMNS & set(dataset.column_names)
-    if vision_columns:
+    columns = dataset.column_names
+    media = sorted(_MEDIA_COLUMNS & set(columns))
+    if media:
         raise ValueError(
-            f"`{name}` has the column(s) {sorted(vision_columns)}: vision datasets are not supported, since prompts "
-            "go to the opponent as token ids. Use a text dataset, or remove the column(s)."
+            f"`{name}` has the column(s) {media}: vision datasets are not supported, since prompts go to the opponent "
+            "as token ids. Use a text dataset, or remove the column(s)."
         )
-    if detect_format(dataset.column_names, prompt_column, completion_column) is None:
+    if detect_format(columns, prompt_column, completion_column) is None:
         if prompt_column is not None:
             raise ValueError(
-                f"`{name}` has the columns {dataset.column_names}, but `prompt_column={prompt_column!r}` and "
-                f"`completion_column={completion_column!r}` name others. Several prompt columns are joined by "
-                f"'+'. Set them to columns that the dataset has.{_similar((prompt_column, completion_column), dataset)}"
+                f"`{name}` has the columns {columns}, but `prompt_column={prompt_column!r}` and "
+                f"`completion_column={completion_column!r}` name others. Several prompt columns are joined by '+'. Set "
+                f"them to columns that the dataset has.{_similar((prompt_column, completion_column), columns)}"
             )
+        known = sorted({column for names in _COLUMNS.values() for column in names})
         raise ValueError(
-            f"`{name}` has the columns {dataset.column_names}, which is none of the accepted formats:\n"
-            f"{ACCEPTED_FORMATS}\nName them with `prompt_column` and `completion_column`, or rename them with "
-            f"`dataset.rename_columns({{...}})`.{_similar(_KNOWN_COLUMNS, dataset)}"
+            f"`{name}` has the columns {columns}, which is none of the accepted formats:\n{ACCEPTED_FORMATS}\nName "
+            "them with `prompt_column` and `completion_column`, or rename them with "
+            f"`dataset.rename_columns({{...}})`.{_similar(known, columns)}"
         )
     if len(dataset) == 0:
         raise ValueError(
-            f"`{name}` is empty: at least one row with a prompt and its ground truth is needed. See "
-            "whether the file or the split is the right one, and what was filtered out of it."
+            f"`{name}` is empty: at least one row with a prompt and its ground truth is needed. See whether the file "
+            "or the split is the right one, and what was filtered out of it."
         )
 
 
@@ -130,16 +131,14 @@ def _way_to_a_dataset(value: Any) -> str:
         return f"Pass one of its splits: {sorted(value)}."
     if isinstance(value, list):
         return "Make one with `Dataset.from_list(rows)`."
-    if isinstance(value, str):
-        return "Load it with `datasets.load_dataset('json', data_files=path, split='train')`."
-    return "Load one with `datasets.load_dataset(...)`."
+    return "Load one, such as `datasets.load_dataset('json', data_files=path, split='train')`."
 
 
-def _similar(wanted: Iterable[str], dataset: Dataset) -> str:
+def _similar(wanted: Iterable[str], columns: list[str]) -> str:
     """A hint where a column is spelled almost like one that is looked for."""
-    lowered = {column.lower(): column for column in dataset.column_names}
+    lowered = {column.lower(): column for column in columns}
     for name in wanted:
-        found = get_close_matches(name.lower(), lowered, n=1, cutoff=0.8)
-        if found and lowered[found[0]] != name:
-            return f" Is {lowered[found[0]]!r} a misspelling of {name!r}?"
+        for found in get_close_matches(name.lower(), lowered, n=1, cutoff=0.8):
+            if lowered[found] != name:
+                return f" Is {lowered[found]!r} a misspelling of {name!r}?"
     return ""

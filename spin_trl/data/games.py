@@ -60,17 +60,15 @@ def _named_columns(row: dict[str, Any], data_format: DataFormat) -> Game:
 
 def _preference(row: dict[str, Any], train_on_turns: str) -> list[Game]:
     prompt, chosen = row.get("prompt"), row["chosen"]
-    if not _is_messages(chosen):
-        if prompt is None and isinstance(chosen, str):
-            raise InvalidRowError(
-                "`chosen` is text without a `prompt`, so there is no telling where the prompt ends. Separate the two, "
-                "for example with `dataset.map(trl.extract_prompt)`."
-            )
+    if prompt is None and isinstance(chosen, str):
+        raise InvalidRowError(
+            "`chosen` is text without a `prompt`, so there is no telling where the prompt ends. Separate the two, "
+            "for example with `dataset.map(trl.extract_prompt)`."
+        )
+    is_whole = _is_messages(chosen) and (prompt is None or len(chosen) > 1 or chosen[0]["role"] != "assistant")
+    if not is_whole:
         return [Game(prompt, chosen, completion_name="`chosen`")]
-    is_answer_alone = len(chosen) == 1 and chosen[0]["role"] == "assistant"
-    if is_answer_alone and prompt is not None:
-        return [Game(prompt, chosen, completion_name="`chosen`")]
-    if _is_messages(prompt) and not _begins_with(chosen, prompt):
+    if _is_messages(prompt) and _said(chosen[:-1])[: len(prompt)] != _said(prompt):
         raise InvalidRowError(
             "`chosen` is a whole conversation that does not begin with `prompt`. Make the two agree, or leave only "
             "the assistant's message in `chosen`."
@@ -80,53 +78,49 @@ def _preference(row: dict[str, Any], train_on_turns: str) -> list[Game]:
 
 def _conversation(messages: Any, column: str, train_on_turns: str) -> list[Game]:
     if not _is_messages(messages):
+        raise _unfit(f"`{column}` must be a non-empty list of messages", messages)
+    last = len(messages) - 1
+    if messages[last]["role"] != "assistant":
         raise InvalidRowError(
-            f"`{column}` must be a non-empty list of messages, found {_kind(messages)}. {_way_to_messages(messages)}"
+            f"`{column}` ends on the role '{messages[last]['role']}', but the last message is the ground truth and "
+            "must be the assistant's. Remove what follows the last assistant message, or rename the role to "
+            "'assistant' if that is what it means."
         )
-    if messages[-1]["role"] != "assistant":
-        raise InvalidRowError(
-            f"`{column}` ends on the role '{messages[-1]['role']}', but the last message is the ground truth and must "
-            "be the assistant's. Remove what follows the last assistant message, or rename the role to 'assistant' if "
-            "that is what it means."
-        )
-    if train_on_turns == "last":
-        turns = [len(messages) - 1]
-    else:
-        turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant" and turn > 0]
-    return [_turn(messages, column, turn) for turn in turns or [0]]
-
-
-def _turn(messages: list[dict], column: str, turn: int) -> Game:
-    place = f"`{column}`" if turn == len(messages) - 1 else f"`{column}[{turn}]`"
-    return Game(messages[:turn], [messages[turn]], f"the prompt of {place}", f"the ground truth of {place}")
+    turns = [turn for turn in range(1, last) if train_on_turns == "all" and messages[turn]["role"] == "assistant"]
+    games = []
+    for turn in (*turns, last):
+        place = f"`{column}`" if turn == last else f"`{column}[{turn}]`"
+        games.append(Game(messages[:turn], [messages[turn]], f"the prompt of {place}", f"the ground truth of {place}"))
+    return games
 
 
 def _check_game(game: Game) -> None:
     prompt, completion, prompt_name, completion_name = game
-    for name, value in ((prompt_name, prompt), (completion_name, completion)):
-        _check_value(value, name)
+    _check_side(prompt, prompt_name)
+    _check_side(completion, completion_name)
     if isinstance(prompt, list) != isinstance(completion, list):
         raise InvalidRowError(
             f"mixed formats: {prompt_name} is {_kind(prompt)} and {completion_name} is {_kind(completion)}. Make both "
             "text, or both lists of messages."
         )
-    if isinstance(completion, list) and (len(completion) != 1 or completion[0]["role"] != "assistant"):
+    if isinstance(prompt, str):
+        return
+    roles = [message["role"] for message in completion]
+    if roles != ["assistant"]:
         raise InvalidRowError(
-            f"{completion_name} must be exactly one assistant message, found the roles "
-            f"{[message['role'] for message in completion]}. Move earlier messages to the prompt."
+            f"{completion_name} must be exactly one assistant message, found the roles {roles}. Move earlier messages "
+            "to the prompt."
         )
-    if isinstance(prompt, list) and prompt and prompt[-1]["role"] == "assistant":
+    if prompt[-1]["role"] == "assistant":
         raise InvalidRowError(
             f"{prompt_name} ends on the role 'assistant', but an answer must follow another role. Join two answers in "
             "a row into one message, or move the prompt's last message to the ground truth."
         )
 
 
-def _check_value(value: Any, name: str) -> None:
+def _check_side(value: Any, name: str) -> None:
     if not isinstance(value, str) and value != [] and not _is_messages(value):
-        raise InvalidRowError(
-            f"{name} must be text or a list of messages, found {_kind(value)}. {_way_to_messages(value)}"
-        )
+        raise _unfit(f"{name} must be text or a list of messages", value)
     messages = value if isinstance(value, list) else [{"content": value}]
     for message in messages:
         _check_text(message, name)
@@ -158,40 +152,37 @@ def _is_empty(message: dict) -> bool:
     return not (message.get("content") or "").strip() and not message.get("tool_calls")
 
 
-def _begins_with(conversation: list[dict], beginning: list[dict]) -> bool:
-    """By role and content alone: Arrow may have filled the two with different empty keys."""
-    pairs = zip(conversation, beginning, strict=False)
-    return len(conversation) > len(beginning) and all(
-        (one["role"], one.get("content")) == (other["role"], other.get("content")) for one, other in pairs
-    )
+def _said(messages: list[dict]) -> list[tuple]:
+    """Role and content alone: Arrow may have filled messages with different empty keys."""
+    return [(message["role"], message.get("content")) for message in messages]
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("role"), str)
 
 
 def _is_messages(value: Any) -> bool:
-    if not isinstance(value, list) or not value:
-        return False
-    return all(isinstance(message, dict) and isinstance(message.get("role"), str) for message in value)
+    return isinstance(value, list) and bool(value) and all(map(_is_message, value))
+
+
+def _unfit(expected: str, value: Any) -> InvalidRowError:
+    remedy = "Fill the cell or remove the row."
+    if isinstance(value, str):
+        remedy = "Parse it, if it is JSON: `dataset.map(lambda row: {column: json.loads(row[column])})`."
+    elif isinstance(value, list) and value:
+        remedy = "Give the text itself, or write each message as {'role': ..., 'content': ...}."
+    return InvalidRowError(f"{expected}, found {_kind(value)}. {remedy}")
 
 
 def _kind(value: Any) -> str:
     if isinstance(value, str):
         return "text"
-    if isinstance(value, list) and value:
-        if _is_messages(value):
-            return "a list of messages"
-        return f"a list of `{type(value[0]).__name__}`{_keys(value)}"
-    return "an empty list" if isinstance(value, list) else f"`{type(value).__name__}`"
-
-
-def _keys(values: list) -> str:
-    odd = next((v for v in values if not (isinstance(v, dict) and isinstance(v.get("role"), str))), None)
-    return f" with the keys {sorted(odd)}" if isinstance(odd, dict) else ""
-
-
-def _way_to_messages(value: Any) -> str:
-    if isinstance(value, str):
-        return "Parse it, if it is JSON: `dataset.map(lambda row: {column: json.loads(row[column])})`."
-    if isinstance(value, list) and value and isinstance(value[0], dict):
-        return "Write each message as {'role': ..., 'content': ...}."
-    if isinstance(value, list) and value:
-        return "Give the text itself, or messages such as {'role': ..., 'content': ...}."
-    return "Fill the cell or remove the row."
+    if value == []:
+        return "an empty list"
+    if not isinstance(value, list):
+        return f"`{type(value).__name__}`"
+    if _is_messages(value):
+        return "a list of messages"
+    odd = next(item for item in value if not _is_message(item))
+    keys = f" with the keys {sorted(odd)}" if isinstance(odd, dict) else ""
+    return f"a list of `{type(value[0]).__name__}`{keys}"

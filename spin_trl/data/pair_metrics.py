@@ -3,17 +3,16 @@
 Datasets are read in batches of Arrow memory, so that an iteration of any size takes the memory of one batch.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset
 
-from .pair_dataset import TRUTH, PairDataset
+from .columns import lengths_of, numbers
+from .pair_dataset import TRUTH, PairDataset, column_lengths
 
 
-_BATCH_SIZE = 1024
 _NUM_DISTINCT_SAMPLED = 2000  # pairs: distinct-n falls as texts are added, so it always looks at as many
 _PERCENTILES = (10, 50, 90)
 _SIDES = ("chosen", "rejected")
@@ -35,14 +34,13 @@ def describe_generations(
         the ground truths; `chosen_lengths` and `rejected_lengths`, each a dict of percentiles, in tokens.
     """
     described = {"empty_share": empty_share(completions)}
-    sampled = pairs.select(_sample(len(pairs), seed))
-    for column, prefix in (("rejected_ids", ""), ("chosen_ids", "chosen_")):
-        token_ids = pa.concat_arrays([_one_array(batch[column]) for batch in _batches(sampled, [column])])
-        described |= {f"{prefix}distinct_{n}": distinct(token_ids, n) for n in (1, 2)}
-    for side in ("chosen", "rejected"):
-        column = f"{side}_ids"
-        lengths = np.concatenate([_lengths(batch[column]) for batch in _batches(pairs, [column])])
-        values = np.percentile(lengths, _PERCENTILES)
+    size = min(len(pairs), _NUM_DISTINCT_SAMPLED)
+    sampled = pairs.select(np.sort(np.random.default_rng(seed).choice(len(pairs), size=size, replace=False)))
+    for side, prefix in (("rejected", ""), ("chosen", "chosen_")):
+        texts = pa.concat_tables(sampled.batches([f"{side}_ids"]))[0].combine_chunks()
+        described |= {f"{prefix}distinct_{n}": distinct(texts, n) for n in (1, 2)}
+    for side in _SIDES:
+        values = np.percentile(column_lengths(pairs, f"{side}_ids"), _PERCENTILES)
         described[f"{side}_lengths"] = {f"p{p}": float(v) for p, v in zip(_PERCENTILES, values, strict=True)}
     return described
 
@@ -71,29 +69,27 @@ def describe_scores(
         over all tokens of the ground truths. Both in nats per token. A side of no tokens has no mean: such a pair does
         not count in the gap. `y` is the ground truth; pairs of two generations count in neither.
     """
-    gap, num_gaps, logps_of_truths, num_tokens, start = 0.0, num_identical_dropped, 0.0, 0, 0
-    samples = [name for name in ("sample", "chosen_sample") if name in pairs.column_names]
-    for batch in _batches(pairs, ["iteration", "prompt_ids", "chosen_ids", "rejected_ids", *samples]):
-        own = pc.equal(batch["iteration"], iteration)
-        logps = [scores[f"ref_{side}_logps"][start : start + len(batch)][own.to_numpy()] for side in _SIDES]
-        start += len(batch)
-        batch = batch.filter(own)
-        prompts = _lengths(batch["prompt_ids"])
-        lengths = [
-            _scored_lengths(prompts, _lengths(batch[f"{side}_ids"]), max_length, truncation_mode) for side in _SIDES
-        ]
-        truth, answer = _truth_and_answer(batch, *lengths)
-        truth_logps, answer_logps = _truth_and_answer(batch, *logps)
-        both = (truth > 0) & (answer > 0)
-        gap += float(np.sum(truth_logps[both] / truth[both] - answer_logps[both] / answer[both]))
-        num_gaps += int(both.sum())
-        logps_of_truths += float(np.sum(truth_logps, dtype=np.float64))
-        num_tokens += int(truth.sum())
+    # (num_pairs,) each
+    prompts = column_lengths(pairs, "prompt_ids")
+    lengths = [
+        _scored_lengths(prompts, column_lengths(pairs, f"{side}_ids"), max_length, truncation_mode) for side in _SIDES
+    ]
+    logps = [np.asarray(scores[f"ref_{side}_logps"], np.float64) for side in _SIDES]
+    is_truth = [np.ones(len(pairs), bool), np.zeros(len(pairs), bool)]
+    if "chosen_sample" in pairs.column_names:  # rewards chose
+        is_truth = [numbers(pairs.answers, name) == TRUTH for name in ("chosen_sample", "sample")]
+    counts = (numbers(pairs.answers, "iteration") == iteration) & (is_truth[0] | is_truth[1])
+    # (num_counted,) each: the ground truth's, then the answer's
+    truth, answer = (np.where(is_truth[1], *sides)[counts] for sides in (lengths[::-1], lengths))
+    truth_logps, answer_logps = (np.where(is_truth[1], *sides)[counts] for sides in (logps[::-1], logps))
+    both = (truth > 0) & (answer > 0)
+    gap = np.sum(truth_logps[both] / truth[both] - answer_logps[both] / answer[both])
+    num_gaps = num_identical_dropped + int(both.sum())
     described = {}
     if num_gaps > 0:
-        described["logps_gap"] = gap / num_gaps
-    if num_tokens > 0:
-        described["opponent_nll"] = -logps_of_truths / num_tokens
+        described["logps_gap"] = float(gap / num_gaps)
+    if truth.sum() > 0:
+        described["opponent_nll"] = float(-truth_logps.sum() / truth.sum())
     return described
 
 
@@ -112,7 +108,7 @@ def generation_rates(
     for batch in completions:
         sampled = batch.filter(pc.is_in(batch["row"], sampled_rows))
         num_completions += len(sampled)
-        num_tokens += int(_lengths(sampled["completion_ids"]).sum())
+        num_tokens += int(lengths_of(sampled["completion_ids"]).sum())
     if num_completions == 0:
         return {}
     return {"completions_per_second": num_completions / seconds, "tokens_per_second": num_tokens / seconds}
@@ -122,10 +118,9 @@ def empty_share(completions: Iterable[pa.Table]) -> float:
     """Share of answers that say nothing: no token at all, or an end token alone."""
     num_completions = num_empty = 0
     for batch in completions:
-        lengths = _lengths(batch["completion_ids"])
         ended = pc.equal(batch["finish_reason"], "stop").to_numpy()
         num_completions += len(batch)
-        num_empty += int(np.sum((lengths == 0) | ((lengths == 1) & ended)))
+        num_empty += int(np.sum(lengths_of(batch["completion_ids"]) <= ended))  # True is one token
     return num_empty / num_completions
 
 
@@ -138,7 +133,7 @@ def distinct(token_ids: pa.ListArray, n: int) -> float:
         n (`int`): 1 or 2.
     """
     tokens = token_ids.flatten().to_numpy(zero_copy_only=False).astype(np.int64)
-    text = np.repeat(np.arange(len(token_ids)), _lengths(token_ids))
+    text = np.repeat(np.arange(len(token_ids)), token_ids.value_lengths().to_numpy(zero_copy_only=False))
     if n == 2:
         within = text[1:] == text[:-1]
         tokens = (tokens[:-1] << 32 | tokens[1:])[within]
@@ -152,33 +147,3 @@ def _scored_lengths(prompts: np.ndarray, sides: np.ndarray, max_length: int | No
     if truncation_mode == "keep_end":
         return np.minimum(sides, max_length - 1)  # the first token of a sequence has none
     return np.clip(max_length - prompts, 0, sides)
-
-
-def _truth_and_answer(batch: pa.Table, chosen: np.ndarray, rejected: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What is told by sides, told by ground truth and generation, of the pairs that have one of each."""
-    if "chosen_sample" not in batch.column_names:  # the ground truth is always chosen
-        return chosen, rejected
-    is_chosen, is_rejected = (batch[name].to_numpy() == TRUTH for name in ("chosen_sample", "sample"))
-    truth, answer = np.where(is_rejected, rejected, chosen), np.where(is_rejected, chosen, rejected)
-    return truth[is_chosen | is_rejected], answer[is_chosen | is_rejected]
-
-
-def _sample(num_pairs: int, seed: int) -> np.ndarray:
-    size = min(num_pairs, _NUM_DISTINCT_SAMPLED)
-    return np.sort(np.random.default_rng(seed).choice(num_pairs, size=size, replace=False))
-
-
-def _batches(dataset: Dataset | PairDataset, columns: list[str]) -> Iterator[pa.Table]:
-    if isinstance(dataset, PairDataset):
-        return dataset.batches(columns)
-    return dataset.select_columns(columns).with_format("arrow").iter(batch_size=_BATCH_SIZE)
-
-
-def _lengths(lists: pa.ListArray | pa.ChunkedArray) -> np.ndarray:
-    lengths = pc.list_value_length(lists)
-    return lengths.to_numpy() if isinstance(lengths, pa.ChunkedArray) else lengths.to_numpy(zero_copy_only=False)
-
-
-def _one_array(lists: pa.ChunkedArray) -> pa.ListArray:
-    array = lists.combine_chunks()
-    return pa.concat_arrays(array.chunks) if isinstance(array, pa.ChunkedArray) else array

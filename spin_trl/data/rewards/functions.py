@@ -5,8 +5,10 @@ Knows nothing of files, pairs and tokenizers.
 
 import asyncio
 import math
-from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
 from numbers import Real
 from typing import Any
 
@@ -39,8 +41,9 @@ class RewardFunctions:
     def __init__(self, functions: Sequence[RewardFunction], weights: Sequence[float] | None = None):
         self.functions = list(functions)
         self.weights = np.ones(len(functions)) if weights is None else np.asarray(weights, np.float64)
-        self.names = _unique([get_callable_name(function) for function in functions])
-        self._loop: asyncio.AbstractEventLoop | None = None
+        names = [get_callable_name(function) for function in functions]
+        earlier = [names[:i].count(name) for i, name in enumerate(names)]
+        self.names = [f"{name}_{count + 1}" if count else name for name, count in zip(names, earlier, strict=True)]
         self._logged: dict[str, list[float]] = defaultdict(list)
 
     def __call__(
@@ -68,13 +71,12 @@ class RewardFunctions:
             "prompts": prompts,
             "completions": completions,
             "completion_ids": completion_ids,
-            "log_extra": _ignore,
+            "log_extra": lambda *args, **kwargs: None,  # there is no table of completions to add columns to
             "log_metric": self._log_metric,
             **columns,
         }
-        values = self._call_all(arguments)
-        pairs = zip(values, self.names, strict=True)
-        each = np.stack([_checked(value, name, len(prompts)) for value, name in pairs], axis=1)
+        named = zip(self._call_all(arguments), self.names, strict=True)
+        each = np.stack([_checked(values, name, len(prompts)) for values, name in named], axis=1)
         rewards = np.where(np.isnan(each).all(axis=1), np.nan, np.nansum(each * self.weights, axis=1))
         if np.isinf(rewards).any():
             raise ValueError(
@@ -91,50 +93,24 @@ class RewardFunctions:
 
     def _call_all(self, arguments: dict[str, Any]) -> list[Any]:
         """One function after the other; asynchronous ones wait for their answers together."""
-        asynchronous = [is_async_callable(function) for function in self.functions]
-        named = list(zip(self.functions, self.names, asynchronous, strict=True))
-        values = [None if waits else _call(function, name, arguments) for function, name, waits in named]
-        if any(asynchronous):
-            calls = [_await(function, name, arguments) for function, name, waits in named if waits]
-            answers = iter(asyncio.run_coroutine_threadsafe(_gather(calls), self._event_loop()).result())
-            values = [next(answers) if waits else value for value, waits in zip(values, asynchronous, strict=True)]
-        return values
+        named = list(zip(self.functions, self.names, strict=True))
+        waiting = [i for i, function in enumerate(self.functions) if is_async_callable(function)]
+        values = {i: _call(*named[i], arguments) for i in range(len(named)) if i not in waiting}
+        if waiting:
+            calls = _gather([_await(*named[i], arguments) for i in waiting])
+            answers = asyncio.run_coroutine_threadsafe(calls, self._event_loop).result()
+            values |= zip(waiting, answers, strict=True)
+        return [values[i] for i in range(len(named))]
 
+    @cached_property
     def _event_loop(self) -> asyncio.AbstractEventLoop:
         """One loop for all calls, which clients that functions keep can stay connected in; a notebook has its own."""
-        if self._loop is None:
-            _, self._loop, is_ready = start_event_loop_in_daemon("reward functions")
-            is_ready.wait()
-        return self._loop
+        _, loop, is_ready = start_event_loop_in_daemon("reward functions")
+        is_ready.wait()
+        return loop
 
     def _log_metric(self, name: str, value: float) -> None:
         self._logged[name].append(float(value))
-
-
-def check_reward_functions(reward_funcs: Any) -> list[RewardFunction]:
-    """
-    The functions as a list.
-
-    Raises:
-        `TypeError`: if one of them is no function.
-    """
-    if reward_funcs is None:
-        return []
-    functions = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
-    for function in functions:
-        is_model = isinstance(function, str) or hasattr(function, "parameters")
-        if is_model or isinstance(function, type) or not callable(function):
-            raise TypeError(
-                f"`reward_funcs` must be a function or a list of functions, got {_shown(function)} "
-                f"(`{type(function).__name__}`). "
-                + (
-                    "A reward model has to be called by a function of yours: load it once, and return "
-                    "`model(**tokenizer(...)).logits[:, 0].tolist()` from `reward(prompts, completions, **kwargs)`."
-                    if is_model
-                    else "Pass one that takes `prompts`, `completions` and `**kwargs` and returns a list of numbers."
-                )
-            )
-    return functions
 
 
 def check_rewards(reward_funcs: Any, pairing: str, weights: list[float] | None) -> RewardFunctions | None:
@@ -149,7 +125,21 @@ def check_rewards(reward_funcs: Any, pairing: str, weights: list[float] | None) 
         `TypeError`: if one of them is no function.
         `ValueError`: if the pairing needs some and there are none, or there are not as many as weights.
     """
-    functions = check_reward_functions(reward_funcs)
+    functions = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
+    functions = [] if reward_funcs is None else functions
+    for function in functions:
+        is_model = isinstance(function, str) or hasattr(function, "parameters")
+        if is_model or isinstance(function, type) or not callable(function):
+            remedy = "Pass one that takes `prompts`, `completions` and `**kwargs` and returns a list of numbers."
+            if is_model:
+                remedy = (
+                    "A reward model has to be called by a function of yours: load it once, and return "
+                    "`model(**tokenizer(...)).logits[:, 0].tolist()` from `reward(prompts, completions, **kwargs)`."
+                )
+            raise TypeError(
+                f"`reward_funcs` must be a function or a list of functions, got {_shown(function)} "
+                f"(`{type(function).__name__}`). {remedy}"
+            )
     if not functions and pairing != "ground_truth":
         raise ValueError(
             f"`pairing={pairing!r}` chooses by rewards, but no `reward_funcs` are given. Pass a function to "
@@ -164,20 +154,23 @@ def check_rewards(reward_funcs: Any, pairing: str, weights: list[float] | None) 
     return RewardFunctions(functions, weights) if functions else None
 
 
-def _call(function: RewardFunction, name: str, arguments: dict[str, Any]) -> Any:
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
     try:
-        return function(**arguments)
+        yield
     except Exception as error:
         error.add_note(f"In the reward function `{name}`. {_REMEDY}")
         raise
+
+
+def _call(function: RewardFunction, name: str, arguments: dict[str, Any]) -> Any:
+    with _naming(name):
+        return function(**arguments)
 
 
 async def _await(function: RewardFunction, name: str, arguments: dict[str, Any]) -> Any:
-    try:
+    with _naming(name):
         return await function(**arguments)
-    except Exception as error:
-        error.add_note(f"In the reward function `{name}`. {_REMEDY}")
-        raise
 
 
 async def _gather(calls: list) -> list[Any]:
@@ -197,32 +190,16 @@ def _checked(values: Any, name: str, count: int) -> np.ndarray:
             f"The reward function `{name}` returned {len(values)} rewards for {count} completions. It has to return "
             f"one for each, in their order; None where it does not apply. {_REMEDY}"
         )
-    return np.array([math.nan if value is None else _number(value, name, i) for i, value in enumerate(values)])
-
-
-def _number(value: Any, name: str, position: int) -> float:
-    value = value.item() if getattr(value, "ndim", None) == 0 else value  # a number of numpy or torch
-    if not isinstance(value, Real) or not math.isfinite(value):
-        raise ValueError(
-            f"The reward function `{name}` returned {_shown(value)} for completion {position} of its list, which is "
-            f"no finite number. Return a number, or None where it does not apply. {_REMEDY}"
-        )
-    return float(value)
-
-
-def _unique(names: list[str]) -> list[str]:
-    seen = Counter()
-    unique = []
-    for name in names:
-        seen[name] += 1
-        unique.append(name if seen[name] == 1 else f"{name}_{seen[name]}")
-    return unique
+    values = [value.item() if getattr(value, "ndim", None) == 0 else value for value in values]
+    for position, value in enumerate(values):
+        if value is not None and not (isinstance(value, Real) and math.isfinite(value)):
+            raise ValueError(
+                f"The reward function `{name}` returned {_shown(value)} for completion {position} of its list, which "
+                f"is no finite number. Return a number, or None where it does not apply. {_REMEDY}"
+            )
+    return np.array(values, np.float64)  # `None` becomes not-a-number
 
 
 def _shown(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def _ignore(*args: Any, **kwargs: Any) -> None:
-    """For `log_extra`: there is no table of completions to add columns to."""

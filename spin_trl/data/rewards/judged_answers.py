@@ -64,7 +64,7 @@ class AnswerRewards:
         Add the rewards of both sides to the pairs of ground truth and generation.
 
         Args:
-            data ([`~datasets.Dataset`]): With the columns `row`, `prompt` and `chosen_ids`.
+            data ([`~datasets.Dataset`]): With the columns `row`, `source_row`, `prompt` and `chosen_ids`.
             answers (`Iterable[pyarrow.Table]`): See [`pairs.make_answers`], sorted by row.
             state ([`~transformers.TrainerState`]): The trainer's.
             iteration (`int`), total (`int`): Its number, and about how many answers there are, to show.
@@ -93,9 +93,8 @@ class AnswerRewards:
         Raises:
             See [`RewardFunctions`].
         """
-        truths = data.select(range(min(_NUM_TRIED, len(data))))[:]
         self._reset()
-        self._judge_truths(truths, np.array(truths["source_row"]), TrainerState())
+        self._judge_truths(data.select(range(min(_NUM_TRIED, len(data))))[:], TrainerState())
         self.functions.take_logged()
 
     def checksum(self, source_rows: np.ndarray) -> str:
@@ -110,60 +109,47 @@ class AnswerRewards:
         """What the functions said of all that was judged since `add` was called, each on its own, and how long."""
         metrics = {"seconds_rewards": self._seconds, **self.functions.take_logged()}
         if len(self.functions.names) > 1:
-            for kind, (sums, counts) in self._sums.items():
-                for name, total, count in zip(self.functions.names, sums, counts, strict=True):
-                    if count:
-                        metrics[f"rewards/{name}/{kind}"] = float(total / count)
+            for kind, batches_said in self._said.items():
+                for name, said in zip(self.functions.names, np.concatenate(batches_said).T, strict=True):
+                    if not np.isnan(said).all():
+                        metrics[f"rewards/{name}/{kind}"] = float(np.nanmean(said))
         return metrics
 
     def _judge(self, data: Dataset, rows: np.ndarray, batch: pa.Table, state: TrainerState) -> pa.Table:
         found, of_row = np.unique(batch["row"].to_numpy(), return_inverse=True)
-        positions, _ = positions_of(found, rows)
-        truths = data.select(positions)[:]
-        # Every answer of a row has the row's source row.
-        source_rows = np.empty(len(found), np.int64)
-        source_rows[of_row] = batch["source_row"].to_numpy()
-        truth_rewards, columns = self._judge_truths(truths, source_rows, state)
-        prompts, answer_ids = list(truths["prompt"]), batch["rejected_ids"].to_pylist()
-        repeated = {name: [values[i] for i in of_row] for name, values in columns.items()}
-        answer_rewards = self._ask(
-            "generations", [prompts[i] for i in of_row], self._decode(answer_ids), answer_ids, repeated, state
-        )
+        truths = data.select(positions_of(found, rows)[0])[:]
+        truth_rewards, columns = self._judge_truths(truths, state)
+        prompts = [truths["prompt"][i] for i in of_row]
+        columns = {name: [values[i] for i in of_row] for name, values in columns.items()}
+        ids = batch["rejected_ids"].to_pylist()
+        answer_rewards = self._ask("generations", prompts, self._decode(ids), ids, columns, state)
         for field, rewards in zip(REWARD_FIELDS, (truth_rewards[of_row], answer_rewards), strict=True):
             batch = batch.append_column(field, pa.array(rewards, from_pandas=True))  # null where there is none
         return batch
 
-    def _judge_truths(
-        self, truths: dict[str, list], source_rows: np.ndarray, state: TrainerState
-    ) -> tuple[np.ndarray, dict[str, list]]:
-        """Returns the columns that functions are given, too."""
+    def _judge_truths(self, truths: dict[str, list], state: TrainerState) -> tuple[np.ndarray, dict[str, list]]:
+        """Rewards of shape `(len(truths),)`, and the columns that functions are given."""
         texts = self._decode(truths["chosen_ids"])
-        columns = {"ground_truth": texts, **self.source.select(source_rows)[:]}
-        return self._ask("truths", list(truths["prompt"]), texts, list(truths["chosen_ids"]), columns, state), columns
-
-    def _reset(self) -> None:
-        self._sums: dict[str, np.ndarray] = defaultdict(lambda: np.zeros((2, len(self.functions.names))))
-        self._seconds = 0.0
+        columns = {"ground_truth": texts, **self.source.select(truths["source_row"])[:]}
+        return self._ask("truths", truths["prompt"], texts, truths["chosen_ids"], columns, state), columns
 
     def _ask(
-        self,
-        kind: str,
-        prompts: list,
-        texts: list[str],
-        ids: list[list[int]],
-        columns: dict[str, list],
-        state: TrainerState,
+        self, kind: str, prompts: list, texts: list[str], ids: list, columns: dict[str, list], state: TrainerState
     ) -> np.ndarray:
         completions: list[Any] = [
             text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
             for prompt, text in zip(prompts, texts, strict=True)
         ]
-        rewards, each = self.functions(prompts, completions, ids, trainer_state=state, **columns)
-        self._sums[kind] += np.stack([np.nansum(each, axis=0), np.sum(~np.isnan(each), axis=0)])
+        rewards, each = self.functions(list(prompts), completions, list(ids), trainer_state=state, **columns)
+        self._said[kind].append(each)
         return rewards
 
     def _decode(self, ids: list[list[int]]) -> list[str]:
         return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+
+    def _reset(self) -> None:
+        self._said: dict[str, list[np.ndarray]] = defaultdict(list)  # (completions, functions) each
+        self._seconds = 0.0
 
 
 def describe_rewards(answers: Dataset) -> dict[str, float]:

@@ -77,65 +77,23 @@ def rank_answers(answers: PairDataset, pairing: str) -> Ranks:
     rows, truth = numbers(answers.answers, "row"), numbers(answers.answers, "chosen_reward")
     reward = numbers(answers.answers, "rejected_reward")
     starts = group_starts(rows)
-    rank = _best_of if pairing == "best_of" else _best_and_worst
-    owners, chosen, rejected = rank(starts, truth, reward)
-    return Ranks(len(starts), len(np.unique(rows[owners])), owners, chosen, rejected, truth, reward)
-
-
-def no_pairs(pairing: str) -> NoPairsError:
-    """What to say where no prompt of an iteration makes a pair."""
+    prompt = np.repeat(np.arange(len(starts)), np.diff([*starts, len(rows)]))  # that each answer is to, by number
+    known = ~np.isnan(reward)
+    best = np.fmax.reduceat(reward, starts)  # of each prompt, as `worst` and the winners' positions
+    winner = _first_of_each(known & ~exceeds(best[prompt], reward), prompt, len(starts))
     if pairing == "best_of":
-        found = "no generation has another reward than its ground truth"
-        remedy = "let more `num_generations` or a higher `temperature` vary them"
+        beaten = exceeds(best, truth[starts])[prompt]
+        is_beating = beaten & (np.arange(len(reward)) == winner[prompt])
+        kept = exceeds(np.where(beaten, best[prompt], truth), reward) | is_beating
+        owners = np.flatnonzero(kept)
+        chosen = np.where(beaten, winner[prompt], TRUTH)[kept]
+        rejected = np.where(is_beating[kept], TRUTH, owners)  # the winner's own place is the ground truth's pair
     else:
-        found = "all generations of each prompt have the same reward"
-        remedy = (
-            "let more `num_generations` or a higher `temperature` vary them, or use `pairing='best_of'`, which has the "
-            "ground truths too"
-        )
-    return NoPairsError(
-        f"No prompt of this iteration makes a pair: {found}, so there is nothing left to learn from these rewards. The "
-        "policy is the last iteration's. Start the same command with `stop_when_converged=True` to end the run here as "
-        f"it should end. If that is too soon, see what the reward functions return, and in a new run {remedy}."
-    )
-
-
-def _best_of(starts: np.ndarray, truth: np.ndarray, reward: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """
-    Args:
-        starts: Where each prompt's answers begin.
-        truth, reward: See [`Ranks`].
-
-    Returns:
-        `owners`, `chosen` and `rejected` of [`Ranks`].
-    """
-    group = _groups(starts, len(reward))
-    best = np.fmax.reduceat(reward, starts)
-    beaten = exceeds(best, truth[starts])[group]
-    winner = _first_of_each(~exceeds(best[group], reward) & ~np.isnan(reward), group, len(starts))[group]
-    positions = np.arange(len(reward))
-    is_beating = beaten & (positions == winner)
-    kept = exceeds(np.where(beaten, best[group], truth), reward) | is_beating
-    chosen = np.where(beaten, winner, TRUTH)
-    rejected = np.where(is_beating, TRUTH, positions)  # the winner's own place is the ground truth's pair
-    return positions[kept], chosen[kept], rejected[kept]
-
-
-def _best_and_worst(
-    starts: np.ndarray, truth: np.ndarray, reward: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """As [`_best_of`]."""
-    group = _groups(starts, len(reward))
-    best, worst = np.fmax.reduceat(reward, starts), np.fmin.reduceat(reward, starts)
-    differ, known = exceeds(best, worst), ~np.isnan(reward)
-    chosen = _first_of_each(~exceeds(best[group], reward) & known, group, len(starts))[differ]
-    rejected = _first_of_each(~exceeds(reward, worst[group]) & known, group, len(starts))[differ]
-    return chosen, chosen, rejected
-
-
-def _groups(starts: np.ndarray, count: int) -> np.ndarray:
-    """The number of the prompt that each answer is to."""
-    return np.repeat(np.arange(len(starts)), np.diff([*starts, count]))
+        worst = np.fmin.reduceat(reward, starts)
+        differ = exceeds(best, worst)
+        owners = chosen = winner[differ]
+        rejected = _first_of_each(known & ~exceeds(reward, worst[prompt]), prompt, len(starts))[differ]
+    return Ranks(len(starts), len(np.unique(rows[owners])), owners, chosen, rejected, truth, reward)
 
 
 def _first_of_each(mask: np.ndarray, group: np.ndarray, num_groups: int) -> np.ndarray:
@@ -145,6 +103,20 @@ def _first_of_each(mask: np.ndarray, group: np.ndarray, num_groups: int) -> np.n
     groups, positions = np.unique(group[found], return_index=True)
     first[groups] = found[positions]
     return first
+
+
+def no_pairs(pairing: str) -> NoPairsError:
+    """What to say where no prompt of an iteration makes a pair."""
+    found = "no generation has another reward than its ground truth"
+    remedy = "let more `num_generations` or a higher `temperature` vary them"
+    if pairing == "reward_ranked":
+        found = "all generations of each prompt have the same reward"
+        remedy += ", or use `pairing='best_of'`, which has the ground truths too"
+    return NoPairsError(
+        f"No prompt of this iteration makes a pair: {found}, so there is nothing left to learn from these rewards. The "
+        "policy is the last iteration's. Start the same command with `stop_when_converged=True` to end the run here as "
+        f"it should end. If that is too soon, see what the reward functions return, and in a new run {remedy}."
+    )
 
 
 def ranked_pairs(answers: PairDataset, ranks: Ranks) -> Iterator[pa.Table]:
@@ -158,34 +130,24 @@ def ranked_pairs(answers: PairDataset, ranks: Ranks) -> Iterator[pa.Table]:
     Returns:
         `Iterator[pyarrow.Table]`: of [`ranked_schema`].
     """
-    owners, chosen, rejected, truth, reward = ranks.owners, ranks.chosen, ranks.rejected, ranks.truth, ranks.reward
+    owners = ranks.owners
     samples = numbers(answers.answers, "sample")
     truths = answers.truths.select_columns(["chosen_ids"]).rename_column("chosen_ids", "ids")
     generations = answers.answers.select_columns(["rejected_ids"]).rename_column("rejected_ids", "ids")
     sides = concatenate_datasets([truths, generations])
-
-    def ids_of(side: np.ndarray) -> Iterator[pa.Table]:
-        return batches(sides.select(np.where(side == TRUTH, owners, len(truths) + side)), ["ids"])
-
-    def of(side: np.ndarray, of_truth: np.ndarray | int, of_generation: np.ndarray) -> np.ndarray:
-        return np.where(side == TRUTH, of_truth, of_generation[side])
-
-    values = {
-        "sample": of(rejected, TRUTH, samples),
-        "chosen_sample": of(chosen, TRUTH, samples),
-        "chosen_reward": of(chosen, truth[owners], reward),
-        "rejected_reward": of(rejected, truth[owners], reward),
-    }
     schema = ranked_schema(OPPONENT in answers.column_names)
-    keys = batches(
-        answers.answers.select(owners),
-        [name for name in ("iteration", "row", "source_row", OPPONENT) if name in schema.names],
-    )
+    keys = [name for name in ("iteration", "row", "source_row", OPPONENT) if name in schema.names]
+    values, ids = {}, []
+    for side, name, prefix in ((ranks.chosen, "chosen_sample", "chosen"), (ranks.rejected, "sample", "rejected")):
+        is_truth = side == TRUTH
+        values[name] = np.where(is_truth, TRUTH, samples[side])
+        values[f"{prefix}_reward"] = np.where(is_truth, ranks.truth[owners], ranks.reward[side])
+        ids.append(batches(sides.select(np.where(is_truth, owners, len(truths) + side)), ["ids"]))
     start = 0
-    for key, chosen_ids, rejected_ids in zip(keys, ids_of(chosen), ids_of(rejected), strict=True):
+    for key, chosen, rejected in zip(batches(answers.answers.select(owners), keys), *ids, strict=True):
         stop = start + len(key)
-        columns = {name: key[name] for name in key.column_names}
-        columns |= {name: value[start:stop] for name, value in values.items()}
-        columns |= {"chosen_ids": chosen_ids["ids"], "rejected_ids": rejected_ids["ids"]}
+        columns = {name: value[start:stop] for name, value in values.items()}
+        columns |= {name: key[name] for name in keys}
+        columns |= {"chosen_ids": chosen["ids"], "rejected_ids": rejected["ids"]}
         yield pa.table({name: columns[name] for name in schema.names}).cast(schema)
         start = stop

@@ -5,7 +5,7 @@ import pyarrow as pa
 import pytest
 from datasets import Dataset
 
-from spin_trl.data import pair_metrics as iteration_metrics
+from spin_trl.data.pair_dataset import PairDataset
 from spin_trl.data.pair_metrics import describe_generations, describe_scores, distinct, empty_share, generation_rates
 from spin_trl.run_directory.store import COMPLETION_SCHEMA
 
@@ -57,20 +57,10 @@ def test_rates_count_what_was_sampled_in_this_time_alone():
     assert generation_rates(table, [], 4.0) == {}
 
 
-def pairs_of(*sides: tuple[list[int], list[int]], **columns: list) -> Dataset:
-    return Dataset.from_dict(
-        {
-            "prompt_ids": [[9, 9]] * len(sides),
-            "chosen_ids": [chosen for chosen, _ in sides],
-            "rejected_ids": [rejected for _, rejected in sides],
-            **columns,
-        }
-    )
-
-
-@pytest.fixture(autouse=True)
-def small_batches(monkeypatch):
-    monkeypatch.setattr(iteration_metrics, "_BATCH_SIZE", 2)
+def pairs_of(*sides: tuple[list[int], list[int]], **columns: list) -> PairDataset:
+    prompts, chosen, rejected = [[9, 9]] * len(sides), [side for side, _ in sides], [side for _, side in sides]
+    truths = Dataset.from_dict({"prompt_ids": prompts, "chosen_ids": chosen})
+    return PairDataset(truths, Dataset.from_dict({"rejected_ids": rejected, **columns}))
 
 
 def test_generations_are_described_beside_the_ground_truths():
@@ -88,21 +78,17 @@ def test_generations_are_described_beside_the_ground_truths():
     }
 
 
-def test_distinct_looks_at_the_same_bounded_sample_of_pairs_in_every_iteration(monkeypatch):
-    monkeypatch.setattr(iteration_metrics, "_NUM_DISTINCT_SAMPLED", 5)
-    truths = [[row] for row in range(40)]
-    first = pairs_of(*((truth, [1]) for truth in truths))
-    later = pairs_of(*((truth, truth) for truth in truths))
-    seen = []
-    monkeypatch.setattr(iteration_metrics, "distinct", lambda ids, n: seen.append(ids.to_pylist()) or 0.0)
-    for pairs in (first, later):
-        describe_generations(pairs, completions(([1], "stop")), seed=3)
-    rejected, chosen, same, chosen_later = seen[0], seen[2], seen[4], seen[6]
-    assert len(chosen) == len(rejected) == 5
-    assert chosen == same == chosen_later
+def test_distinct_looks_at_the_same_two_thousand_pairs_in_every_iteration():
+    """Of one token in all pairs, the share of different ones is one of as many as are looked at."""
+    first, later = (
+        describe_generations(pairs_of(*(([row // 2], [said]) for row in range(4000))), completions(([1], "stop")), 3)
+        for said in (7, 8)
+    )
+    assert first["distinct_1"] == later["distinct_1"] == 1 / 2000
+    assert first["chosen_distinct_1"] == later["chosen_distinct_1"] not in (0.5, 1.0)
 
 
-def describe(pairs: Dataset, *args, **kwargs) -> dict[str, float]:
+def describe(pairs: PairDataset, *args, **kwargs) -> dict[str, float]:
     """Of pairs that hold their scores."""
     scores = {name: np.array(pairs[name], np.float32) for name in ("ref_chosen_logps", "ref_rejected_logps")}
     return describe_scores(pairs, scores, *args, **kwargs)
@@ -145,8 +131,6 @@ def test_side_without_tokens_has_no_gap():
 
 
 def test_float32_scores_of_many_pairs_do_not_lose_their_last_digits():
-    pairs = pairs_of(*[([1, 2], [2])] * 300).add_column("iteration", [0] * 300)
-    for name, value in (("ref_chosen_logps", -0.2), ("ref_rejected_logps", -0.3)):
-        pairs = pairs.add_column(name, np.full(300, value, np.float32))
-    described = describe(pairs, 0, 0, None, "keep_start")
+    scores = scored(*[(-0.2, -0.3)] * 300)
+    described = describe(pairs_of(*[([1, 2], [2])] * 300, **scores, iteration=[0] * 300), 0, 0, None, "keep_start")
     assert described == pytest.approx({"logps_gap": 0.2, "opponent_nll": 0.1}, rel=1e-6)
