@@ -38,7 +38,6 @@ from .policy.published_form import check_can_lend, check_can_take_back
 from .policy.quantization import keep_weights_as_quantized
 from .policy.sharding import Sharding, check_can_generate, whole_policy
 from .policy.sizes import size_of_base, size_of_weights
-from .processes.compiler_locks import warn_of_old_locks
 from .processes.progress import RunProgress
 from .processes.ranks import failing_together, on_main_process
 from .processes.stop_signal import EXIT_STATUS, StopOnSigterm
@@ -333,8 +332,6 @@ class SPINTrainer(IterativeTrainer):
             The error of whichever process fails first, on all of them.
         """
         requested = _as_bool_or_path(resume_from_checkpoint)
-        if self.is_deepspeed_enabled:
-            warn_of_old_locks()
         with ExitStack() as stack:
             on_main_process(lambda: stack.enter_context(self.store.lock()))
             self.start = on_main_process(lambda: self._start_run(requested))

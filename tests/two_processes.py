@@ -1,59 +1,75 @@
-"""Two processes of one script on the CPU, without a launcher: nothing but the script itself ends them."""
+"""Two processes of one script on the CPU, under a launcher."""
 
 import os
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 from conftest import ROOT
 
 
-PATIENCE = 300.0  # seconds until a test gives up; none waits for it when all is well
+PATIENCE = 540.0  # seconds until a test gives up; none waits for it when all is well
+LIMIT = 60.0  # seconds from a failure until every process has ended
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--tee", "3"]
 
 
 class TwoProcesses:
     """
+    A context: what still runs of them at its end is killed.
+
     Args:
-        folder (`Path`): Takes what they write, `output-0` and `output-1`.
+        folder (`Path`): Takes `output`, in which each line begins with `[default0]` or `[default1]`, and logs.
         *arguments (`str`): Script and arguments.
+        launcher (`list[str]`): Python's arguments before them. By default torchrun.
+        **variables (`str`): Of the environment.
     """
 
-    def __init__(self, folder: Path, *arguments: str):
+    def __init__(self, folder: Path, *arguments: str, launcher: list[str] | None = None, **variables: str):
         self.folder = folder
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            port = listener.getsockname()[1]
-        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-        group |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
-        self.processes = [
-            subprocess.Popen(
-                [sys.executable, *arguments],
-                env={**os.environ, **group, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=(folder / f"output-{rank}").open("w"),
+        folder.mkdir(exist_ok=True)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
+        launcher = [*TORCHRUN, "--log-dir", str(folder / "logs")] if launcher is None else launcher
+        with (folder / "output").open("w") as output:
+            self.launcher = subprocess.Popen(
+                [sys.executable, *launcher, *arguments],
+                cwd=ROOT,
+                env={**environment, **variables},
+                stdout=output,
                 stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
-            for rank in range(2)
-        ]
 
-    def wait(self) -> list[int]:
-        """Exit statuses, once both have ended."""
-        deadline = time.monotonic() + PATIENCE
+    def __enter__(self) -> "TwoProcesses":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for process in self.running():
+            process.kill()
+        self.launcher.wait()
+
+    def running(self) -> list[psutil.Process]:
+        """The launcher, the processes, and what these have started, as far as it has not ended."""
         try:
-            return [process.wait(timeout=deadline - time.monotonic()) for process in self.processes]
-        finally:
-            for process in self.processes:
-                process.kill()
-                process.wait()
+            launcher = psutil.Process(self.launcher.pid)
+            return [launcher, *launcher.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return []
 
-    def wait_for(self, name: str) -> None:
-        """Return when the script has written a file of this name."""
+    def wait(self) -> int:
+        """The launcher's exit status, once it has ended."""
+        return self.launcher.wait(timeout=PATIENCE)
+
+    def wait_for(self, name: str) -> Path:
+        """The path of a file, relative to the folder, once somebody has written it."""
         deadline = time.monotonic() + PATIENCE
         while not (self.folder / name).exists():
-            assert time.monotonic() < deadline and self.processes[0].poll() is None, self.output()
+            assert time.monotonic() < deadline and self.launcher.poll() is None, self.output()[-5000:]
             time.sleep(0.05)
+        return self.folder / name
 
     def output(self, rank: int | None = None) -> str:
-        ranks = range(2) if rank is None else [rank]
-        return "\n".join((self.folder / f"output-{rank}").read_text() for rank in ranks)
+        """What both, or one, have written."""
+        lines = (self.folder / "output").read_text().splitlines(keepends=True)
+        return "".join(line for line in lines if rank is None or line.startswith(f"[default{rank}]"))

@@ -1,29 +1,32 @@
-"""Work that one or all processes do, such that an error of any of them ends it on every one, instead of a hang.
+"""Work of one or all processes, such that an error of any of them is raised on every one, instead of a hang.
 
-While a process waits for others it looks whether one of them has failed; it waits inside no collective, so that work of
-many hours runs into no time limit of the process group.
+Processes tell each other through the process group's key-value store how far they are and who has failed, and wait by
+looking there again and again. So work of many hours runs into no time limit, and signals are heard while waiting.
+
+A process that fails says so and raises its error. The others raise the same error when they next look: at the end of a
+piece of work, or in [`raise_if_another_failed`]. What ends a process that cannot look, because it waits in a collective
+for one that has ended, is the launcher (torchrun, accelerate launch), within 30 seconds.
 """
 
-import os
+import math
 import pickle
-import sys
-import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, TypeVar
+from contextlib import contextmanager, suppress
+from typing import TypeVar
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from torch.distributed import distributed_c10d
-
-from .peers import LostPeersError, Peers, say
+from torch import distributed
 
 
 T = TypeVar("T")
 
-GRACE_PERIOD = 15.0  # seconds that a process has to notice by itself that another has failed
-_WATCH_INTERVAL = 1.0  # seconds
+_LONGEST_PAUSE = 0.25  # seconds between two looks of a process that waits
+_SECONDS_BETWEEN_LOOKS = 1.0  # of one that works
+_PATIENCE = 5.0  # seconds for the others to hear of a failure before the launcher sees this process end
+_MAX_SENT = 1_000_000  # bytes; the store refuses values above 8 MiB
 
 
 def on_main_process(function: Callable[[], T]) -> T:
@@ -33,18 +36,18 @@ def on_main_process(function: Callable[[], T]) -> T:
     Raises:
         Whatever `function` raises, on every process.
     """
-    peers = _peers()
-    if peers is None:
+    if _peers() is None:
         return function()
-    result, pickled = None, None
-    with peers.sharing_errors():
-        if PartialState().is_main_process:
-            result = function()
-            pickled = pickle.dumps(result)
-        peers.meet()
-        outcome = [pickled]
-        broadcast_object_list(outcome)
-        return result if PartialState().is_main_process else pickle.loads(outcome[0])
+    is_main = PartialState().is_main_process
+
+    def work() -> tuple[T | None, bytes]:
+        result = function() if is_main else None
+        return result, pickle.dumps(result)  # here, so that what cannot be pickled is an error of all
+
+    result, pickled = on_every_process(work)
+    sent = [pickled]
+    broadcast_object_list(sent)
+    return result if is_main else pickle.loads(sent[0])
 
 
 def on_every_process(function: Callable[[], T]) -> T:
@@ -52,12 +55,13 @@ def on_every_process(function: Callable[[], T]) -> T:
     Run `function` on every process and wait for all of them.
 
     Raises:
-        The error of the process that fails first, on every process.
+        A process's own error where it has one, otherwise the error of the first that failed. An error that cannot be
+        pickled is a `RuntimeError` on the others.
     """
     peers = _peers()
     if peers is None:
         return function()
-    with peers.sharing_errors():
+    with failing_together():
         result = function()
         peers.meet()
         return result
@@ -74,104 +78,123 @@ def main_process_first(function: Callable[[], T]) -> T:
     if _peers() is None:
         return function()
     turn = 0 if PartialState().is_main_process else 1 if PartialState().is_local_main_process else 2
-    results = [on_every_process(function if number == turn else _do_nothing) for number in range(3)]
+    results = [on_every_process(function if number == turn else lambda: None) for number in range(3)]
     return results[turn]
 
 
 def raise_if_another_failed() -> None:
     """To be called often in long work that does not wait for others: raises the error of a process that has failed."""
-    if _known_peers is not None and distributed_c10d.is_initialized():
-        _known_peers.look()
+    peers = _peers()
+    if peers is not None and time.monotonic() >= peers.next_look:
+        peers.next_look = time.monotonic() + _SECONDS_BETWEEN_LOOKS
+        if peers.has_failed():
+            peers.raise_failure()
 
 
 @contextmanager
 def failing_together() -> Iterator[None]:
-    """
-    A context, or decorator, around work of all processes, of which nobody knows where it may wait for others.
-
-    An error that leaves it on one process is raised on every other, if that one looks: in a call of this module, or at
-    the end of the context, where all meet. A process that has not looked for `GRACE_PERIOD` seconds, because it waits
-    in a collective for the one that has failed, is ended with that one's error on its standard error. A process may
-    take as long as it likes.
-
-    A process that is killed tells nobody. What started it (torchrun, accelerate launch) ends the others; without that,
-    they end if it was process 0, which then holds the store.
-    """
+    """A context, or decorator: an error that leaves it on one process is raised on every other one that looks."""
     peers = _peers()
     if peers is None:
         yield
         return
-    watcher = _Watcher(peers)
-    watcher.start()
+    era = peers.era
     try:
-        with peers.sharing_errors():
-            yield
-            peers.meet()
-    finally:
-        watcher.stop()
-    peers.leave()
+        yield
+    except BaseException as error:
+        if peers.era == era:  # else all know of it
+            peers.tell(error)
+        raise
 
 
-class _Watcher(threading.Thread):
-    """Ends this process if another one has failed and the main thread does not notice."""
+class _Peers:
+    """
+    The processes of a group, as one of them sees them.
 
-    def __init__(self, peers: Peers):
-        super().__init__(name="spin_trl-watcher", daemon=True)
-        self.peers = peers
-        self._stopped = threading.Event()
+    A failure ends an era, for each process when it raises. So an error that every process has raised and caught is over
+    with, and the next call begins clean. The store holds three keys for an era.
+    """
 
-    def stop(self) -> None:
-        self._stopped.set()
-        self.join(timeout=2 * _WATCH_INTERVAL)
+    def __init__(self, group: distributed.ProcessGroup, number: int):
+        self.store = distributed.PrefixStore(f"spin_trl/{number}", group.get_group_store())
+        self.count = group.size()
+        self.era = self.num_meetings = 0
+        self.next_look = 0.0
 
-    def run(self) -> None:
-        while not self._stopped.wait(_WATCH_INTERVAL):
-            era = self.peers.era
-            try:
-                failure = self.peers.failure(era)
-                if failure is None or failure.process_index == self.peers.index or self._notices(era, _WATCH_INTERVAL):
-                    continue
-                text = f"Process {failure.process_index} has failed:\n{failure.traceback}"
-                self.peers.take_note(era, failure, text)
-                if not self._notices(era, GRACE_PERIOD):
-                    self.peers.announce(RuntimeError(f"Process {self.peers.index} had to be ended."), era + 1)
-                    self._end_process(f"process {failure.process_index} has failed, see above")
-            except LostPeersError as error:
-                if not self._notices(era, GRACE_PERIOD):
-                    self._end_process(str(error))
+    def meet(self) -> None:
+        """Return when all processes have called this as often as this one, or raise the error of one that failed."""
+        self.num_meetings += 1
+        self.store.add(f"{self.era}/arrived", 1)
+        for _ in _looks():
+            has_failed = self.has_failed()  # looked up first: one that fails after it was here fails in a later call
+            if self.store.add(f"{self.era}/arrived", 0) >= self.num_meetings * self.count:
+                break
+            if has_failed:
+                self.raise_failure()
+        PartialState().wait_for_everyone()  # soon: the process that may hold the store stays until all have seen it
 
-    def _notices(self, era: int, seconds: float) -> bool:
-        """Whether the main thread raises the failure, or gets out of the context, within so many seconds."""
-        deadline = time.monotonic() + seconds
-        while not self._stopped.is_set() and self.peers.era == era:
-            if time.monotonic() > deadline:
-                return False
-            self._stopped.wait(0.1)
-        return True
+    def has_failed(self) -> bool:
+        return self.store.check([f"{self.era}/failure"])
 
-    def _end_process(self, reason: str) -> None:
-        say(f"Process {self.peers.index} waits for what will not come, so it is ended: {reason}")
-        sys.stdout.flush()
-        os._exit(1)
+    def raise_failure(self) -> None:
+        error = _unpacked(self.store.get(f"{self.era}/failure"))
+        self._begin_era()
+        raise error
+
+    def tell(self, error: BaseException) -> None:
+        """The first that fails is heard."""
+        era = self.era
+        with suppress(distributed.DistError):  # the store is gone, and so are all others
+            self.store.compare_set(f"{era}/failure", "", _packed(error))
+            self._begin_era()
+            for _ in _looks(_PATIENCE):
+                if self.store.add(f"{era}/ended", 0) == self.count:
+                    break
+
+    def _begin_era(self) -> None:
+        self.store.add(f"{self.era}/ended", 1)
+        self.era += 1
+        self.num_meetings = 0
 
 
-_known_peers: Peers | None = None
-_store: Any = None
-_num_groups = 0
+def _looks(seconds: float = math.inf) -> Iterator[None]:
+    """When to look: at once, and again and again until so many seconds are over."""
+    end, pause = time.monotonic() + seconds, 0.001
+    while time.monotonic() < end:
+        yield
+        time.sleep(pause)
+        pause = min(2 * pause, _LONGEST_PAUSE)
 
 
-def _peers() -> Peers | None:
+_known: dict[distributed.ProcessGroup, _Peers] = {}  # more than one where a process group was ended and begun again
+
+
+def _peers() -> _Peers | None:
     """The processes of the process group; `None` if this one is alone."""
-    global _known_peers, _store, _num_groups
-    state = PartialState()
-    if state.num_processes == 1:
+    if PartialState().num_processes == 1:
         return None
-    store = distributed_c10d._get_default_store()
-    if store is not _store:  # a new process group
-        _num_groups += 1
-        _store, _known_peers = store, Peers(store, state.process_index, state.num_processes, f"spin_trl/{_num_groups}")
-    return _known_peers
+    group = distributed.group.WORLD
+    if group not in _known:
+        _known[group] = _Peers(group, len(_known))
+    return _known[group]
 
 
-def _do_nothing() -> None:
-    pass
+def _packed(error: BaseException) -> bytes:
+    lines = "".join(traceback.format_exception(error))
+    summary = f"Process {PartialState().process_index} failed with {type(error).__name__}: {error}"
+    try:
+        pickled = pickle.dumps(error)
+        pickle.loads(pickled)
+    except Exception:  # whatever an exception class of somebody else's does when pickled
+        pickled = b""
+    return pickle.dumps((pickled[:_MAX_SENT], summary[:1000], lines[-_MAX_SENT:]))
+
+
+def _unpacked(sent: bytes) -> BaseException:
+    pickled, summary, lines = pickle.loads(sent)
+    try:
+        error = pickle.loads(pickled)
+    except Exception:  # it could not be pickled, or only the other process knows its class
+        error = RuntimeError(summary)
+    error.add_note(f"{summary}\n{lines}")
+    return error
