@@ -1,21 +1,24 @@
-"""A short run on two processes in which one fails in a given phase; started by test_failing_runs.py.
+"""A short run on two processes in which process 1 fails, for test_failing_runs.py to launch.
 
-python tests/play_failing.py MODEL OUTPUT_DIR PHASE [--any_field value]
+play_failing.py MODEL OUTPUT_DIR PHASES [--any_field value]
 
-PHASE is one of those in `inject`. With `--wait` behind it nobody fails, and sampling is slow. With `--again` the error
-is caught and the run begun again.
+PHASES are some of generate, score and step, with commas between. Process 1 fails in the first; both catch its error and
+begin again, and fail in the next one. The error of the last is not caught. With the phase wait nobody fails: the main
+process writes `pids` while it evaluates, and sleeps.
 """
 
+import json
 import os
 import sys
 import time
 from pathlib import Path
 
 import torch
+from accelerate.utils import gather_object
 from conftest import read_rows
 from datasets import Dataset
 from play_distributed import settings
-from transformers import TrainerCallback
+from transformers import AutoModelForCausalLM
 from trl import TrlParser
 
 from spin_trl import SPINConfig, SPINTrainer
@@ -25,78 +28,59 @@ class InjectedError(ArithmeticError):
     pass
 
 
-def fail(trainer: SPINTrainer) -> None:
-    """On process 1, once. The other one is where it happens to be."""
-    failed = Path(trainer.args.output_dir, "failed-at")
-    if trainer.args.process_index == 1 and not failed.exists():
-        failed.write_text(str(time.time()))
-        raise InjectedError("injected into process 1")
+class Failing:
+    """A hook of the model, called before each forward pass."""
+
+    def __init__(self, config: SPINConfig):
+        self.phase, self.rank, self.folder = "", config.process_index, Path(config.output_dir)
+        self.num_passes = 0
+
+    def __call__(self, model, args, kwargs) -> None:
+        phase = "step" if torch.is_grad_enabled() else "generate" if kwargs.get("use_cache") else "score"
+        if phase != self.phase:
+            return
+        self.num_passes += 1
+        if self.rank == 1 and self.num_passes == 3:
+            (self.folder / "failed-at").write_text(str(time.time()))
+            raise InjectedError(f"injected into {phase}")
+        if phase == "generate":
+            time.sleep(0.5)  # process 0 is in its midst
 
 
-class FailAtStep(TrainerCallback):
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == 2:
-            fail(self.trainer)
+def wait(output_dir: str, pids: list[int]):
+    def measure(prompts, truths, answers) -> dict[str, float]:
+        Path(output_dir, "pids.part").write_text(json.dumps(pids))
+        Path(output_dir, "pids.part").rename(Path(output_dir, "pids"))
+        time.sleep(500)
 
-
-def inject(trainer: SPINTrainer, phase: str) -> None:
-    def failing(method):
-        def fail_first(*args, **kwargs):
-            fail(trainer)
-            return method(*args, **kwargs)
-
-        return fail_first
-
-    if phase == "publish":
-        trainer.sampler.select = failing(trainer.sampler.select)
-    elif phase in ("evaluate", "generate"):
-        trainer.sampler.sample = sample_slowly(trainer, trainer.sampler.sample, greedy=phase == "evaluate")
-    elif phase == "score":
-        trainer.compute_ref_log_probs = failing(trainer.compute_ref_log_probs)
-    elif phase == "step":
-        callback = FailAtStep()
-        callback.trainer = trainer
-        trainer.add_callback(callback)
-    elif phase == "save":
-        trainer._save_checkpoint = failing(trainer._save_checkpoint)
-
-
-def sample_slowly(trainer: SPINTrainer, sample, greedy: bool):
-    """After the first answer process 1 fails, and process 0 goes on, half a second an answer."""
-
-    def slowly(requests, params, *args, **kwargs):
-        for completion in sample(requests, params, *args, **kwargs):
-            yield completion
-            if greedy == (params.temperature == 0):
-                Path(trainer.args.output_dir, f"sampling-{trainer.args.process_index}").write_text(str(os.getpid()))
-                if "--wait" not in trainer.phase:
-                    fail(trainer)
-                time.sleep(0.5)
-
-    return slowly
+    return measure
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    model, output_dir, phase = sys.argv[1:4]
+    model, output_dir, phases = sys.argv[1:4]
     parser = TrlParser(SPINConfig)
     overrides = {"num_iterations": 1, "learning_rate": 1e-3, "beta": 0.1, "per_device_train_batch_size": 4}
-    overrides["temperature"] = 1.0  # tells generation from evaluation
-    overrides |= {"save_strategy": "steps", "save_steps": 1, "overwrite_output_dir": True}
-    parser.set_defaults_with_config(**settings(output_dir, **overrides))
+    parser.set_defaults_with_config(**settings(output_dir, **overrides, overwrite_output_dir=True))
     (config,) = parser.parse_args_and_config(sys.argv[4:])
+    failing = Failing(config)
+    policy = AutoModelForCausalLM.from_pretrained(model)
+    policy.register_forward_pre_hook(failing, with_kwargs=True)
     rows = read_rows("accent_train.jsonl", 40)
+    pids = gather_object([os.getpid()])
     trainer = SPINTrainer(
-        model, config, train_dataset=Dataset.from_list(rows), eval_dataset=Dataset.from_list(rows[:16])
+        policy,
+        config,
+        train_dataset=Dataset.from_list(rows),
+        eval_dataset=Dataset.from_list(rows[:16]) if phases == "wait" else None,
+        compute_generation_metrics=wait(output_dir, pids) if phases == "wait" else None,
     )
-    trainer.phase = phase
-    inject(trainer, phase.removesuffix("--wait").removesuffix("--again"))
-    if phase.endswith("--again"):
+    *caught, last = phases.split(",")
+    for failing.phase in caught:
         try:
             trainer.train()
-        except InjectedError:
-            trainer.sampler.sample = type(trainer.sampler).sample.__get__(trainer.sampler)
-            trainer.train()
-            Path(output_dir, f"trained-{config.process_index}").write_text(str(trainer.state.global_step))
-    else:
-        trainer.train()
+        except InjectedError as error:
+            seconds = time.time() - float(Path(output_dir, "failed-at").read_text())
+            print(f"Caught after {seconds:.1f} s: {error}", flush=True)
+    failing.phase, failing.num_passes = last, 0
+    trainer.train()
