@@ -209,9 +209,13 @@ class SelfPlayCallback(TrainerCallback):
         with self._phase("generate", iteration):
             self._generate(iteration)
         if self.trainer.args.log_completions:
-            on_main_process(lambda: log_completions(self.trainer, self.store, self.dataset, iteration))
+            on_main_process(lambda: self._log_completions(iteration))
         with self._phase("score", iteration):
             self._pair_and_score(iteration)
+
+    def _log_completions(self, iteration: int) -> None:
+        args, tokenizer, step = self.trainer.args, self.trainer.processing_class, self.trainer.state.global_step
+        log_completions(self.store, self.dataset, tokenizer, iteration, step, args.report_to, args.seed)
 
     def _judge_last(self, iteration: int) -> None:
         """The final policy is the opponent of an iteration that is not played."""

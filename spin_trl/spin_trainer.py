@@ -41,10 +41,10 @@ from .policy.sizes import size_of_base, size_of_weights
 from .processes.progress import RunProgress
 from .processes.ranks import failing_together, on_main_process
 from .processes.stop_signal import EXIT_STATUS, StopOnSigterm
-from .report.end_report import write_end_report
 from .report.hub import PushIterations, push_model, warns_of_failed_push
 from .report.log_file import LogFileCallback
 from .report.model_card import complete_card
+from .report.page import write_end_report
 from .run_directory.checkpoints import MarkCheckpoint, Place
 from .run_directory.disk import writing
 from .run_directory.resume import RunStart, start_run

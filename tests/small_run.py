@@ -96,7 +96,7 @@ def write_log(store: IterationStore, num_iterations: int, steps_per_iteration: i
     lines = []
     for iteration in range(num_iterations):
         first = iteration * steps_per_iteration
-        lines.append({"step": first, "epoch": iteration, "self_play/num_pairs": 2})
+        lines.append({"step": first, "epoch": iteration, "self_play/iteration": iteration, "self_play/num_pairs": 2})
         for step in range(first + 1, first + steps_per_iteration + 1):
             numbers = {"loss": 1 / step, "rewards/chosen": step / 10, "rewards/rejected": -step / 10, "grad_norm": 2.0}
             lines.append({"step": step, "epoch": step / steps_per_iteration, **numbers})

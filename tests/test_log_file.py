@@ -97,7 +97,7 @@ def test_run_ends_with_its_report_and_may_go_on_showing_more(make_trainer, capsy
     with pytest.raises(ZeroDivisionError):
         trainer.train()
     assert not (trainer.store.output_dir / "report.html").exists()
-    make_trainer(log_completions=True, num_completions_to_print=1, report=True).train()
+    make_trainer(log_completions=True, report=True).train()
     page = (trainer.store.output_dir / "report.html").read_text()
     assert "complete, 2 iterations" in page and "settings that differ from the defaults" in page
     assert f"Report: {trainer.store.output_dir}/report.html" in capsys.readouterr().out

@@ -12,7 +12,7 @@ from small_run import ANSWERS, GAMES, write_run
 from tiny_tokenizers import byte_tokenizer
 
 from spin_trl.report import write_report
-from spin_trl.report.charts import Axes, Series, bar_chart, format_number, line_chart, nice_ticks, stacked_chart
+from spin_trl.report.charts import Axes, Series, bar_chart, format_number, line_chart, nice_ticks
 from spin_trl.report.page import render
 from spin_trl.report.run_data import NotARunError, read_run
 from spin_trl.report.sections import iteration_starts
@@ -30,8 +30,8 @@ def store(tmp_path):
 def test_reads_prompts_ground_truths_and_the_answers_of_every_iteration(store):
     run = read_run(store.output_dir)
     assert run.problems == []
-    assert run.sample.num_prompts == 2
-    first, second = run.sample.prompts
+    assert run.num_prompts == 2
+    first, second = run.prompts
     assert first["prompt"] == [("", GAMES[0][0])] and first["truth"] == GAMES[0][1] and first["source_row"] == 10
     assert first["answers"] == {i: [{"text": ANSWERS[i][0], "cut_off": True}] for i in (0, 1)}
     assert second["answers"][1] == [{"text": "It is 4.", "cut_off": False}]
@@ -55,7 +55,7 @@ def test_prompts_are_shown_as_the_run_keeps_them(store):
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Capital of France?"}]
     row = {"row": 0, "prompt": messages, "prompt_ids": [1], "chosen_ids": tokenizer("Paris")["input_ids"]}
     store.write_data(Dataset.from_list([row]))
-    first, second = read_run(store.output_dir).sample.prompts
+    first, second = read_run(store.output_dir).prompts
     assert first["prompt"] == [("system", "Be brief."), ("user", "Capital of France?")] and first["truth"] == "Paris"
     assert second["truth"] is None
 
@@ -63,9 +63,9 @@ def test_prompts_are_shown_as_the_run_keeps_them(store):
 def test_a_sample_is_bounded_and_repeatable(tmp_path):
     games = [(f"{number}?", "yes") for number in range(50)]
     store = write_run(tmp_path / "run", games, {0: ["no"] * 50})
-    rows = [[prompt["row"] for prompt in read_run(store.output_dir, 7, seed).sample.prompts] for seed in (3, 3, 4)]
+    rows = [[prompt["row"] for prompt in read_run(store.output_dir, 7, seed).prompts] for seed in (3, 3, 4)]
     assert len(rows[0]) == 7 and rows[0] == rows[1] != rows[2]
-    assert read_run(store.output_dir, 7).sample.num_prompts == 50
+    assert read_run(store.output_dir, 7).num_prompts == 50
     assert "7 of 50 prompts, drawn at random with seed 3" in render(read_run(store.output_dir, 7, 3), 3)
 
 
@@ -73,7 +73,7 @@ def test_answers_whose_prompts_are_not_in_the_data_are_shown(tmp_path):
     store = write_run(tmp_path / "run")
     store.write_data(store.read_data().select([0]))
     run = read_run(store.output_dir)
-    assert [prompt["truth"] for prompt in run.sample.prompts] == ["It is Paris.", None]
+    assert [prompt["truth"] for prompt in run.prompts] == ["It is Paris.", None]
     assert any("1 of the prompts" in line for line in run.problems)
 
 
@@ -94,8 +94,7 @@ def test_a_damaged_part_is_left_out_and_the_rest_shown(store):
     part.write_bytes(content)
     run = read_run(store.output_dir)
     assert any("damaged" in line and part.name in line for line in run.problems)
-    assert len(run.problems) == 1
-    assert list(run.sample.prompts[0]["answers"]) == [1]
+    assert list(run.prompts[0]["answers"]) == [1]
     part.write_bytes(content[:-10])
     assert any("torn" in line for line in read_run(store.output_dir).problems)
 
@@ -106,7 +105,7 @@ def test_an_unreadable_description_and_missing_numbers_are_said_and_the_rest_sho
     run = read_run(store.output_dir)
     assert any(line.startswith("self_play.json is left out: it cannot be read") for line in run.problems)
     assert any(line.startswith("iteration-1/metrics.json is left out: it is not there") for line in run.problems)
-    assert run.metrics[0] and run.sample.prompts[0]["answers"][1]
+    assert run.metrics[0] and run.prompts[0]["answers"][1]
     assert "an unknown model" in render(run)
 
 
@@ -126,42 +125,28 @@ def test_a_line_of_the_log_that_is_being_written_is_left_out(store):
         file.write('{"step": 9, "lo')
     run = read_run(store.output_dir)
     assert run.log[-1]["step"] == 8
-    assert any(line.startswith("1 line(s) of log.jsonl are left out") for line in run.problems)
-
-
-def test_without_a_log_file_the_newest_checkpoint_is_read(store):
-    store.log_file.unlink()
-    for step in (9, 10):
-        checkpoint = store.output_dir / f"checkpoint-{step}"
-        checkpoint.mkdir()
-        (checkpoint / "trainer_state.json").write_text(json.dumps({"log_history": [{"step": step, "loss": 1.0}]}))
-    assert read_run(store.output_dir).log == [{"step": 10, "loss": 1.0}]
+    assert any(line.startswith("log.jsonl") and "1 line(s)" in line for line in run.problems)
 
 
 def test_without_a_tokenizer_token_ids_are_shown(store):
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (store.output_dir / name).unlink()
+    (store.output_dir / "tokenizer.json").unlink()
     run = read_run(store.output_dir)
     assert any("token ids are shown" in line for line in run.problems)
-    assert re.fullmatch(r"\d+( \d+)*", run.sample.prompts[0]["truth"])
+    assert re.fullmatch(r"\d+( \d+)*", run.prompts[0]["truth"])
 
 
 def test_the_tokenizer_may_be_the_models(store, tmp_path):
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (store.output_dir / name).unlink()
+    (store.output_dir / "tokenizer.json").unlink()
     byte_tokenizer().save_pretrained(tmp_path / "model")
     store.write_run({**store.read_run(), "model": str(tmp_path / "model")})
-    assert read_run(store.output_dir).sample.prompts[0]["truth"] == GAMES[0][1]
+    assert read_run(store.output_dir).prompts[0]["truth"] == GAMES[0][1]
 
 
 # What is made of it
 
 
-def test_iterations_begin_where_the_log_says_or_the_epochs_do(store):
-    run = read_run(store.output_dir)
-    assert iteration_starts(run) == {1: 4}
-    run.log = [entry for entry in run.log if "self_play/num_pairs" not in entry]
-    assert iteration_starts(run) == {1: 4}
+def test_iterations_begin_where_the_log_says(store):
+    assert iteration_starts(read_run(store.output_dir)) == {1: 4}
 
 
 def test_the_numbers_at_the_top_and_what_stands_out(store):
@@ -213,10 +198,22 @@ def test_long_curves_are_averaged():
     assert len(hover) == 240 and hover[0][1] == "step 10: loss 2"
 
 
-@pytest.mark.parametrize("draw", [bar_chart, stacked_chart])
-def test_bars_of_nothing_are_no_chart(draw):
-    assert draw(Axes("", "x"), [], []) == ""
-    assert draw(Axes("", "x"), ["0"], [Series("a", [None])]) == ""
+def test_bars_lie_beside_or_on_top_of_each_other():
+    def rectangles(stacked: bool) -> list[tuple[float, float, float]]:
+        chart = bar_chart(Axes("", "x"), ["0"], [Series("a", [2.0]), Series("b", [2.0])], stacked)
+        found = re.findall(r'<rect class="[\w-]+" x="([\d.]+)" y="([\d.]+)" width="[\d.]+" height="([\d.]+)"', chart)
+        return [tuple(map(float, values)) for values in found]
+
+    (x0, y0, height0), (x1, y1, height1) = rectangles(stacked=False)
+    assert x0 < x1 and y0 == y1 and height0 == height1
+    (x0, y0, height0), (x1, y1, height1) = rectangles(stacked=True)
+    assert x0 == x1 and y1 == pytest.approx(y0 - height0, abs=0.11) and height0 == pytest.approx(height1, abs=0.11)
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_bars_of_nothing_are_no_chart(stacked):
+    assert bar_chart(Axes("", "x"), [], [], stacked) == ""
+    assert bar_chart(Axes("", "x"), ["0"], [Series("a", [None])], stacked) == ""
 
 
 # The command

@@ -17,7 +17,7 @@ DEBTS = set(
     """
     evaluation/best_iteration evaluation/collapse_guard
     evaluation/held_out play/earlier_policy play/opponents
-    play/pairing report/completion_table report/log_file report/logs self_play
+    play/pairing report/log_file report/logs self_play
     """.split()
 )
 

@@ -73,82 +73,46 @@ def line_chart(axes: Axes, x: Sequence[float], series: list[Series]) -> Markup:
     if not x or not known:
         return Markup("")
     y_ticks = nice_ticks(min(known), max(known))
-    x_ticks = list(range(len(x))) if axes.x_names else [t for t in nice_ticks(x[0], x[-1], 6) if x[0] <= t <= x[-1]]
+    names = axes.x_names or [format_number(at) for at in x]
     if axes.x_names:
-        x_ticks = x_ticks[:: _label_step(axes.x_names)]
+        x_ticks = [(at, names[at]) for at in range(len(x))][:: _label_step(names)]
+    else:
+        x_ticks = [(at, format_number(at)) for at in nice_ticks(x[0], x[-1], 6) if x[0] <= at <= x[-1]]
     low, high = (x[0], x[-1]) if x[-1] > x[0] else (x[0] - 1, x[0] + 1)
     to_x, to_y = _scale(low, high, _LEFT, WIDTH - _RIGHT), _scale(y_ticks[0], y_ticks[-1], HEIGHT - _BOTTOM, _TOP)
-    body = _axes(axes, [(to_x(t), _name_of(axes, t)) for t in x_ticks], [(to_y(t), t) for t in y_ticks])
+    body = _axes(axes, [(to_x(at), name) for at, name in x_ticks], y_ticks, to_y)
     for at, name in axes.marks.items():
         if low <= at <= high:
             line = '<line class="mark" x1="{x}" x2="{x}" y1="{top}" y2="{bottom}"><title>{name}</title></line>'
             body += Markup(line).format(x=_r(to_x(at)), top=_TOP, bottom=HEIGHT - _BOTTOM, name=name)
     for one in series:
         body += _curve(one, x, to_x, to_y)
-    hover = [
-        [_r(to_x(at)), _readout(_x_text(axes, at), [(one.name, one.values[i]) for one in series], axes.percent)]
-        for i, at in enumerate(x)
-    ]
-    return _figure(axes, body, series, hover, [_name_of(axes, at) for at in x])
+    return _figure(axes, body, series, [to_x(at) for at in x], names)
 
 
-def bar_chart(axes: Axes, names: list[str], series: list[Series]) -> Markup:
-    """Bars beside each other, one group for each name."""
-    known = [value for one in series for value in one.values if value is not None]
-    if not names or not known:
+def bar_chart(axes: Axes, names: list[str], series: list[Series], stacked: bool = False) -> Markup:
+    """Bars, one group for each name: beside each other, or on top of each other."""
+    values = np.array([[value or 0 for value in one.values] for one in series], float)  # (series, names)
+    if not values.any():
         return Markup("")
-    y_ticks = nice_ticks(0, max(known) or 1)
+    y_ticks = nice_ticks(0, (values.sum(axis=0) if stacked else values).max())
     to_y = _scale(0, y_ticks[-1], HEIGHT - _BOTTOM, _TOP)
     group = (WIDTH - _LEFT - _RIGHT) / len(names)
-    bar = 0.86 * group / len(series)
-    step = _label_step(names)
     centres = [_LEFT + (i + 0.5) * group for i in range(len(names))]
-    body = _axes(axes, list(zip(centres, names, strict=True))[::step], [(to_y(t), t) for t in y_ticks])
-    for number, one in enumerate(series):
-        for centre, value in zip(centres, one.values, strict=True):
-            if value:
+    width = min(0.7 * group, 48) if stacked else 0.86 * group / len(series)
+    body = _axes(axes, list(zip(centres, names, strict=True))[:: _label_step(names)], y_ticks, to_y)
+    floors = np.zeros(len(names))
+    for number, (one, heights) in enumerate(zip(series, values, strict=True)):
+        shift = -0.5 if stacked else number - len(series) / 2
+        for centre, floor, height in zip(centres, floors, heights, strict=True):
+            if height:
+                top, bottom = to_y(floor + height), to_y(floor)
                 body += Markup('<rect class="fill-{}" x="{}" y="{}" width="{}" height="{}"/>').format(
-                    one.tone,
-                    _r(centre + (number - len(series) / 2) * bar),
-                    _r(to_y(value)),
-                    _r(bar),
-                    _r(to_y(0) - to_y(value)),
+                    one.tone, _r(centre + shift * width), _r(top), _r(width), _r(bottom - top)
                 )
-    hover = [
-        [_r(centre), _readout(f"{axes.x_label} {name}", [(one.name, one.values[i]) for one in series], axes.percent)]
-        for i, (centre, name) in enumerate(zip(centres, names, strict=True))
-    ]
-    return _figure(axes, body, series, hover, names)
-
-
-def stacked_chart(axes: Axes, names: list[str], series: list[Series]) -> Markup:
-    """Bars on top of each other, one for each name."""
-    totals = [sum(one.values[i] or 0 for one in series) for i in range(len(names))]
-    if not names or not any(totals):
-        return Markup("")
-    y_ticks = nice_ticks(0, max(totals))
-    to_y = _scale(0, y_ticks[-1], HEIGHT - _BOTTOM, _TOP)
-    group = (WIDTH - _LEFT - _RIGHT) / len(names)
-    centres = [_LEFT + (i + 0.5) * group for i in range(len(names))]
-    step = _label_step(names)
-    body = _axes(axes, list(zip(centres, names, strict=True))[::step], [(to_y(t), t) for t in y_ticks])
-    heights = [0.0] * len(names)
-    for one in series:
-        for i, centre in enumerate(centres):
-            value = one.values[i] or 0
-            body += Markup('<rect class="fill-{}" x="{}" y="{}" width="{}" height="{}"/>').format(
-                one.tone,
-                _r(centre - min(0.35 * group, 24)),
-                _r(to_y(heights[i] + value)),
-                _r(min(0.7 * group, 48)),
-                _r(to_y(heights[i]) - to_y(heights[i] + value)),
-            )
-            heights[i] += value
-    hover = [
-        [_r(centre), _readout(f"{axes.x_label} {names[i]}", [(s.name, s.values[i]) for s in series], axes.percent)]
-        for i, centre in enumerate(centres)
-    ]
-    return _figure(axes, body, series, hover, names)
+        if stacked:
+            floors += heights
+    return _figure(axes, body, series, centres, names)
 
 
 def table(header: list[str], rows: list[list[str]]) -> Markup:
@@ -205,24 +169,12 @@ def _r(value: float) -> str:
     return f"{value:.1f}"
 
 
-def _name_of(axes: Axes, at: float) -> str:
-    return axes.x_names[int(at)] if axes.x_names else format_number(at)
-
-
-def _x_text(axes: Axes, at: float) -> str:
-    return f"{axes.x_label} {_name_of(axes, at)}"
-
-
-def _readout(place: str, values: list[tuple[str, float | None]], percent: bool) -> str:
-    return place + ": " + ", ".join(f"{name} {format_number(value, percent)}" for name, value in values)
-
-
-def _axes(axes: Axes, x_ticks: list[tuple[float, str]], y_ticks: list[tuple[float, float]]) -> Markup:
+def _axes(axes: Axes, x_ticks: list[tuple[float, str]], y_ticks: list[float], to_y) -> Markup:
     body = Markup("")
-    for y, value in y_ticks:
+    for value in y_ticks:
+        y, name = to_y(value), f"{100 * value:g} %" if axes.percent else _tick(value)
         body += Markup('<line class="grid" x1="{}" x2="{}" y1="{y}" y2="{y}"/>').format(_LEFT, WIDTH - _RIGHT, y=_r(y))
-        label = f"{100 * value:g} %" if axes.percent else _tick(value)
-        body += Markup('<text class="y" x="{}" y="{}">{}</text>').format(_LEFT - 6, _r(y + 4), label)
+        body += Markup('<text class="y" x="{}" y="{}">{}</text>').format(_LEFT - 6, _r(y + 4), name)
     for x, name in x_ticks:
         body += Markup('<text class="x" x="{}" y="{}">{}</text>').format(_r(x), HEIGHT - _BOTTOM + 15, name)
     body += Markup('<text class="x" x="{}" y="{}">{}</text>').format((WIDTH + _LEFT) / 2, HEIGHT - 5, axes.x_label)
@@ -236,29 +188,32 @@ def _tick(value: float) -> str:
 
 
 def _curve(series: Series, x: list[float], to_x, to_y) -> Markup:
-    points = [
-        (to_x(at), to_y(value)) if value is not None else None for at, value in zip(x, series.values, strict=True)
+    path, dots, pen = "", Markup(""), "M"
+    for at, value in zip(x, series.values, strict=True):
+        if value is None:  # a gap
+            pen = "M"
+            continue
+        path += f"{pen}{_r(to_x(at))} {_r(to_y(value))}"
+        dots += Markup('<circle class="fill-{}" cx="{}" cy="{}" r="3"/>').format(
+            series.tone, _r(to_x(at)), _r(to_y(value))
+        )
+        pen = "L"
+    return Markup('<path class="line-{}" d="{}"/>').format(series.tone, path) + (dots if len(x) <= 24 else "")
+
+
+def _figure(axes: Axes, body: Markup, series: list[Series], places: list[float], names: list[str]) -> Markup:
+    """A chart with the values at each of its places, which have names along x, to be read one by one and as a table."""
+    rows = [[format_number(one.values[i], axes.percent) for one in series] for i in range(len(names))]
+    readouts = [
+        f"{axes.x_label} {name}: " + ", ".join(f"{one.name} {cell}" for one, cell in zip(series, row, strict=True))
+        for name, row in zip(names, rows, strict=True)
     ]
-    path, is_open = "", False
-    for point in points:
-        if point is not None:
-            path += f"{'L' if is_open else 'M'}{_r(point[0])} {_r(point[1])}"
-        is_open = point is not None
-    curve = Markup('<path class="line-{}" d="{}"/>').format(series.tone, path)
-    if len(points) <= 24:
-        for point in points:
-            if point is not None:
-                curve += Markup('<circle class="fill-{}" cx="{}" cy="{}" r="3"/>').format(series.tone, *map(_r, point))
-    return curve
-
-
-def _figure(axes: Axes, body: Markup, series: list[Series], hover: list[list[str]], names: list[str]) -> Markup:
-    rows = [[name, *(format_number(one.values[i], axes.percent) for one in series)] for i, name in enumerate(names)]
     legend = Markup("")
     if len(series) > 1:
         items = (Markup('<li class="key-{}">{}</li>').format(one.tone, one.name) for one in series)
         legend = Markup('<ul class="legend">{}</ul>').format(Markup("").join(items))
-    text = f"{axes.title}. {hover[0][1]}" + (f"; {hover[-1][1]}" if len(hover) > 1 else "")
+    cells = [[name, *row] for name, row in zip(names, rows, strict=True)]
+    step = math.ceil(len(cells) / _MAX_TABLE_ROWS)  # not every step of a long curve, but the last one
     return Markup(
         '<figure class="chart"><figcaption>{title}</figcaption>{legend}'
         '<svg viewBox="0 0 {width} {height}" role="img" tabindex="0" aria-label="{text}" data-hover="{hover}">{body}'
@@ -270,16 +225,10 @@ def _figure(axes: Axes, body: Markup, series: list[Series], hover: list[list[str
         legend=legend,
         width=WIDTH,
         height=HEIGHT,
-        text=text,
-        hover=json.dumps(hover),
+        text=f"{axes.title}. " + "; ".join(dict.fromkeys([readouts[0], readouts[-1]])),
+        hover=json.dumps([[_r(place), readout] for place, readout in zip(places, readouts, strict=True)]),
         body=body,
         top=_TOP,
         bottom=HEIGHT - _BOTTOM,
-        table=table([axes.x_label, *(one.name for one in series)], _few(rows)),
+        table=table([axes.x_label, *(one.name for one in series)], [*cells[:-1:step], cells[-1]]),
     )
-
-
-def _few(rows: list[list[str]]) -> list[list[str]]:
-    """Not every step of a long curve: every second, third, ... and the last one."""
-    step = math.ceil(len(rows) / _MAX_TABLE_ROWS)
-    return rows if step <= 1 else [*rows[:-1:step], rows[-1]]

@@ -1,136 +1,73 @@
-"""A few prompts with their ground truth and what every opponent so far answered, to look at while the run goes.
+"""A few prompts with their ground truth and what every opponent so far answered, shown once in each iteration.
 
-The same prompts in each iteration, so that one sees them change. All completions are in the run directory anyway.
+The same prompts each time, so that one sees the answers change. Knows nothing of the trainer.
 """
 
 import random
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
 
-import numpy as np
+import pandas
+import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+from trl.trainer.utils import print_prompt_completions_sample
 
 from ..run_directory.store import IterationStore
-from .rows import RunRows
 
 
-if TYPE_CHECKING:
-    from ..spin_trainer import SPINTrainer
-
-_TRACKERS = ("wandb", "trackio")
+_NUM_PROMPTS = 5
 
 
-@dataclass(frozen=True)
-class CompletionSample:
+def log_completions(
+    store: IterationStore,
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    iteration: int,
+    step: int,
+    report_to: list[str],
+    seed: int,
+) -> None:
     """
-    Args:
-        prompt, truth (`str`): Of one row.
-        answers (`dict[int, str]`): Iteration -> its opponent's first answer.
-    """
-
-    prompt: str
-    truth: str
-    answers: dict[int, str]
-
-
-def log_completions(trainer: "SPINTrainer", store: IterationStore, dataset: Dataset, iteration: int) -> None:
-    """
-    Print the sample, and log it as a table to trackio and Weights & Biases where the run reports to them.
+    Print the table, and log it to trackio and Weights & Biases where the run reports to them.
 
     Called on the main process, when the completions of `iteration` are on disk.
 
     Args:
-        trainer ([`SPINTrainer`]): Has the settings and the tokenizer.
         store ([`IterationStore`]): The run directory.
         dataset ([`~datasets.Dataset`]): With the columns `row`, `prompt_ids` and `chosen_ids`.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Gives the texts.
         iteration (`int`): The newest one that has been answered.
+        step (`int`): Of the run.
+        report_to (`list[str]`): Names of trackers.
+        seed (`int`): Chooses the prompts.
     """
-    args = trainer.args
-    samples = sample_completions(
-        store, dataset, iteration, trainer.processing_class, args.num_completions_to_print, args.seed
-    )
-    print_samples(samples, iteration)
-    for tracker in _active_trackers(args.report_to):
-        tracker.log({"completions": tracker.Table(dataframe=_as_frame(samples, iteration))})
-
-
-def sample_completions(
-    store: IterationStore, dataset: Dataset, iteration: int, tokenizer: Any, num_prompts: int, seed: int
-) -> list[CompletionSample]:
-    """The first answers of every opponent up to `iteration` to prompts that the seed chooses."""
-    chosen = random.Random(seed).sample(range(len(dataset)), min(num_prompts, len(dataset)))
-    prompts = [dataset[position] for position in sorted(chosen)]
-    rows = np.array([prompt["row"] for prompt in prompts])
-    answers: dict[int, dict[int, str]] = {prompt["row"]: {} for prompt in prompts}
-    for number in range(iteration + 1):
-        for table in RunRows(store.output_dir).completions(number, ["sample", "completion_ids"], rows):
-            for answer in table.to_pylist():
-                if answer["sample"] == 0:
-                    text = tokenizer.decode(answer["completion_ids"], skip_special_tokens=True)
-                    answers[answer["row"]][number] = text
-    return [
-        CompletionSample(
-            tokenizer.decode(prompt["prompt_ids"], skip_special_tokens=False),
-            tokenizer.decode(prompt["chosen_ids"], skip_special_tokens=True),
-            answers[prompt["row"]],
-        )
-        for prompt in prompts
-    ]
-
-
-def print_samples(samples: list[CompletionSample], iteration: int) -> None:
-    """A table on a terminal, plain lines elsewhere, above a progress bar if there is one."""
+    chosen = random.Random(seed).sample(range(len(dataset)), min(_NUM_PROMPTS, len(dataset)))
+    rows = dataset[sorted(chosen)]
+    prompts = tokenizer.batch_decode(rows["prompt_ids"])
+    truths = tokenizer.batch_decode(rows["chosen_ids"], skip_special_tokens=True)
+    answers = {f"Iteration {i}": _first_answers(store, i, rows["row"], tokenizer) for i in range(iteration + 1)}
+    *_, newest = answers.values()
     with tqdm.external_write_mode(file=sys.stdout):
-        if sys.stdout.isatty():
-            Console().print(_as_table(samples, iteration))
-        else:
-            print("\n".join(_as_lines(samples, iteration)), flush=True)
+        print_prompt_completions_sample(prompts, newest, {}, None, step, extra={"Ground truth": truths, **answers})
+    frame = pandas.DataFrame({"Iteration": iteration, "Prompt": prompts, "Ground truth": truths, **answers})
+    for name in {"wandb", "trackio"}.intersection(report_to):
+        tracker = import_module(name)
+        if name == "trackio" or tracker.run is not None:
+            tracker.log({"completions": tracker.Table(dataframe=frame)})
 
 
-def _as_table(samples: list[CompletionSample], iteration: int) -> Table:
-    table = Table(title=f"Completions of iteration {iteration}", expand=True, show_lines=True)
-    for name, style in (("Prompt", ""), ("Ground truth", "green")):
-        table.add_column(name, style=style, overflow="fold")
-    for number in range(iteration + 1):
-        table.add_column(f"Iteration {number}", style="yellow" if number == iteration else "dim", overflow="fold")
-    for sample in samples:
-        answers = [sample.answers.get(number, "") for number in range(iteration + 1)]
-        table.add_row(*(Text(cell) for cell in (sample.prompt, sample.truth, *answers)))  # no markup from data
-    return table
-
-
-def _as_lines(samples: list[CompletionSample], iteration: int) -> list[str]:
-    lines = [f"Completions of iteration {iteration}:"]
-    for sample in samples:
-        lines += [f"  prompt        {sample.prompt!r}", f"  ground truth  {sample.truth!r}"]
-        lines += [f"  iteration {number:<3} {answer!r}" for number, answer in sample.answers.items()]
-        lines.append("")
-    return lines[:-1]
-
-
-def _active_trackers(report_to: list[str]) -> list[Any]:
-    """The modules of the trackers that take tables, as GRPOTrainer chooses them."""
-    trackers = [import_module(name) for name in _TRACKERS if name in report_to]
-    return [tracker for tracker in trackers if tracker.__name__ != "wandb" or tracker.run is not None]
-
-
-def _as_frame(samples: list[CompletionSample], iteration: int) -> Any:
-    import pandas
-
-    rows: list[Mapping[str, Any]] = [
-        {
-            "iteration": iteration,
-            "prompt": sample.prompt,
-            "ground_truth": sample.truth,
-            **{f"iteration_{number}": sample.answers.get(number, "") for number in range(iteration + 1)},
-        }
-        for sample in samples
-    ]
-    return pandas.DataFrame(rows)
+def _first_answers(
+    store: IterationStore, iteration: int, rows: list[int], tokenizer: PreTrainedTokenizerBase
+) -> list[str]:
+    """The text of the first answer to each of these rows."""
+    texts = {}
+    parts = store.completions(iteration, "generations")
+    for path in parts.paths():
+        table = parts.read(path, ["row", "sample", "completion_ids"])
+        wanted = pc.and_(pc.is_in(table["row"], pa.array(rows)), pc.equal(table["sample"], 0))
+        for answer in table.filter(wanted).to_pylist():
+            texts[answer["row"]] = tokenizer.decode(answer["completion_ids"], skip_special_tokens=True)
+    return [texts.get(row, "") for row in rows]

@@ -1,67 +1,48 @@
-"""Token ids -> text, with the tokenizer that a run directory holds or names. Downloads nothing, runs no foreign code.
+"""Token ids -> text, with the `tokenizer.json` that a run directory holds or names. Downloads nothing.
 
-A `tokenizer.json` is read by the tokenizers library itself: importing transformers' tokenizers brings torch along.
+The tokenizers library reads it by itself: no foreign code runs, and no torch is imported.
 """
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import try_to_load_from_cache
+from tokenizers import Tokenizer
+
 
 Decode = Callable[[Sequence[int], bool], str]
 """Token ids, and whether special tokens are left out -> text."""
 
 
-def find_decoder(run_directory: Path, model: str | None) -> tuple[Decode, str | None]:
+def find_decoder(run_directory: Path, model: str | None) -> Decode | None:
     """
-    The way to read a run's token ids.
+    The way to read a run's token ids; `None` where there is no tokenizer.
 
     Args:
         run_directory (`Path`): Its checkpoints and opponents hold the tokenizer.
         model (`str`, *optional*): Folder or hub id of the base model, looked up offline.
-
-    Returns:
-        `Decode` and, where there is no tokenizer and ids are shown as numbers, a line that says so.
     """
-    checkpoints, opponents = (_newest(run_directory, pattern) for pattern in ("checkpoint-*", "iteration-*/opponent"))
-    named = [] if model is None else [Path(model) if Path(model).is_dir() else model]
-    for load in (_load_file, _load_any):
-        for source in (run_directory, *checkpoints, *opponents, *named):
-            try:
-                decode = load(source)
-            except Exception:  # each library and format fails in its own way; another source may do
-                continue
-            if decode is not None:
-                return decode, None
-    line = "No tokenizer is found in the run directory, nor that of the model without a network: token ids are shown."
-    return _show_ids, line
+    patterns = ("tokenizer.json", "checkpoint-*/tokenizer.json", "iteration-*/opponent/tokenizer.json")
+    paths = [path for pattern in patterns for path in sorted(run_directory.glob(pattern), reverse=True)]
+    if model is not None:
+        is_folder = Path(model).is_dir()
+        paths.append(Path(model, "tokenizer.json") if is_folder else _cached(model))
+    for path in filter(None, paths):
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception:  # of the library's own; another file may do
+            continue
+        return lambda ids, skip_special: tokenizer.decode(list(ids), skip_special_tokens=skip_special)
+    return None
 
 
-def _newest(directory: Path, pattern: str) -> list[Path]:
-    return sorted(directory.glob(pattern), key=lambda path: (len(str(path)), path), reverse=True)
-
-
-def _load_file(source: Path | str) -> Decode | None:
-    path = Path(source) / "tokenizer.json"
-    if not path.exists():
+def _cached(model: str) -> str | None:
+    try:
+        path = try_to_load_from_cache(model, "tokenizer.json")
+    except ValueError:  # no name of a repository
         return None
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(path))
-    return lambda ids, skip_special: tokenizer.decode(list(ids), skip_special_tokens=skip_special)
-
-
-def _load_any(source: Path | str) -> Decode | None:
-    if isinstance(source, Path) and not (source / "tokenizer_config.json").exists():
-        return None
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(str(source), local_files_only=True, trust_remote_code=False)
-    return lambda ids, skip_special: tokenizer.decode(list(ids), skip_special_tokens=skip_special)
-
-
-def _show_ids(ids: Sequence[int], skip_special: bool) -> str:
-    return " ".join(map(str, ids))
+    return path if isinstance(path, str) else None
 
 
 def messages_of(prompt: Any) -> list[tuple[str, str]]:

@@ -8,6 +8,7 @@ else.
 import base64
 import hashlib
 import json
+import logging
 import time
 from importlib.resources import files
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
+from tqdm import tqdm
 
 from ..run_directory.whole_files import write_text
 from . import sections, summary
@@ -23,15 +25,9 @@ from .pictures import write_pictures
 from .run_data import RunData, read_run
 
 
+logger = logging.getLogger(__name__)
+
 FILE_NAME = "report.html"
-_CONTENTS = {
-    "scores": "Scores",
-    "completions": "Completions",
-    "training": "Within iterations",
-    "answers": "Answers",
-    "time": "Time",
-    "run": "What was run",
-}
 
 
 def write_report(
@@ -66,6 +62,19 @@ def write_report(
     return path
 
 
+def write_end_report(output_dir: str | Path) -> None:
+    """The report that a run writes when it is over; whatever keeps it from being written is a warning."""
+    try:
+        path = write_report(output_dir)
+    except Exception as error:
+        logger.warning(
+            f"The report is not written ({type(error).__name__}: {error}). The run is complete without it; to try "
+            f"again: python -m spin_trl.report {output_dir}"
+        )
+    else:
+        tqdm.write(f"Report: {path}")
+
+
 def render(run: RunData, seed: int = 0) -> str:
     """The page as text."""
     style, script = _resource("page.css"), _resource("page.js")
@@ -81,7 +90,6 @@ def render(run: RunData, seed: int = 0) -> str:
         tiles=summary.tiles_of(run),
         remarks=summary.remarks_of(run),
         problems=run.problems,
-        contents=list(_CONTENTS.items()),
         scores=sections.score_charts(run),
         steps=steps,
         more_steps=more_steps,
@@ -92,14 +100,14 @@ def render(run: RunData, seed: int = 0) -> str:
         facts=_facts(run),
         settings_title=settings_title,
         settings=settings,
-        num_shown=len(run.sample.prompts),
-        num_prompts=run.sample.num_prompts,
+        num_shown=len(run.prompts),
+        num_prompts=run.num_prompts,
         seed=seed,
         style=Markup(style),
         script=Markup(script),
         style_hash=Markup(_hash_of(style)),
         script_hash=Markup(_hash_of(script)),
-        data=_json_block({"iterations": list(run.rejected_lengths), "prompts": run.sample.prompts}),
+        data=_json_block({"iterations": list(run.rejected_lengths), "prompts": run.prompts}),
     )
 
 

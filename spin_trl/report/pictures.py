@@ -3,8 +3,9 @@
 import importlib.util
 from pathlib import Path
 
+from ..evaluation.metric_names import label
 from .run_data import RunData
-from .summary import label, scores_of
+from .summary import scores_of
 
 
 _CHOSEN, _REJECTED, _ACCENT = "#0b6a6a", "#ad4a17", "#3f4fb0"  # as on the page
@@ -42,8 +43,8 @@ def _scores(run: RunData, figure) -> bool:
     figure.set_size_inches(4 * max(1, len(scores)), 3)
     for number, (name, values) in enumerate(scores.items(), 1):
         axes = figure.add_subplot(1, len(scores), number)
-        iterations = sorted(values)
-        axes.plot([label(i) for i in iterations], [values[i] for i in iterations], marker="o", color=_ACCENT)
+        names = [label(i).removeprefix("iteration ") for i in sorted(values)]
+        axes.plot(names, [values[i] for i in sorted(values)], marker="o", color=_ACCENT)
         axes.set(title=name, xlabel="after iteration", ylabel="nats per token" if name == "nll" else "")
         axes.grid(alpha=0.3)
     return bool(scores)

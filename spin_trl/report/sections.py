@@ -1,14 +1,14 @@
 """The charts of a run, by section of the page. Knows nothing of HTML, but of what each number of a run is called."""
 
-from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 from markupsafe import Markup
 
-from .charts import Axes, Series, bar_chart, format_number, line_chart, stacked_chart, table
+from ..evaluation.metric_names import ITERATION, label
+from .charts import Axes, Series, bar_chart, format_number, line_chart, table
 from .run_data import RunData
-from .summary import label, scores_of
+from .summary import scores_of
 
 
 _SCORE_TITLES = {"nll": ("Negative log-likelihood of the held-out ground truth", "nats per token")}
@@ -33,7 +33,7 @@ def score_charts(run: RunData) -> list[Markup]:
     for name, values in scores_of(run).items():
         title, unit = _SCORE_TITLES.get(name, (name, ""))
         iterations = sorted(values)
-        axes = Axes(title, "after iteration", unit, x_names=[label(i) for i in iterations])
+        axes = Axes(title, "after iteration", unit, x_names=[label(i).removeprefix("iteration ") for i in iterations])
         series = Series(name, [values[i] for i in iterations])
         charts.append(line_chart(axes, range(len(iterations)), [series]))
     return charts
@@ -94,22 +94,9 @@ def _by_step(
 
 
 def iteration_starts(run: RunData) -> dict[int, float]:
-    """
-    Iteration -> steps before it. Taken from the log, which has an entry when an iteration's pairs are made; where a
-    resumed run read them back, from the epochs of the entries around.
-    """
-    epochs = run.config.get("epochs_per_iteration") or 1
-    entries = [entry for entry in run.log if _is_number(entry.get("epoch")) and _is_number(entry.get("step"))]
-    starts = {
-        round(entry["epoch"] / epochs): entry["step"]
-        for entry in entries
-        if any(name.startswith("self_play/") for name in entry)
-    }
-    if entries:
-        places = [entry["epoch"] for entry in entries], [entry["step"] for entry in entries]
-        for iteration in range(1, int(entries[-1]["epoch"] / epochs - 1e-6) + 1):
-            starts.setdefault(iteration, float(np.interp(iteration * epochs, *places)))
-    return {iteration: step for iteration, step in sorted(starts.items()) if iteration > 0}
+    """Iteration -> steps before it. The log has an entry when an iteration's pairs are made."""
+    entries = [entry for entry in run.log if {ITERATION, "step", "self_play/num_pairs"} <= entry.keys()]
+    return {entry[ITERATION]: entry["step"] for entry in entries if entry[ITERATION] > 0}
 
 
 def _is_number(value: Any) -> bool:
@@ -144,18 +131,15 @@ def time_chart(run: RunData) -> Markup:
         Series(name.removeprefix("seconds_"), [run.metrics[i].get(name) for i in iterations], str(number % 6))
         for number, name in enumerate(names)
     ]
-    return stacked_chart(Axes("Time of each phase", "iteration", "seconds"), [str(i) for i in iterations], series)
+    axes = Axes("Time of each phase", "iteration", "seconds")
+    return bar_chart(axes, [str(i) for i in iterations], series, stacked=True)
 
 
 def metrics_table(run: RunData) -> Markup:
     """Every number of every `metrics.json`."""
-    return _table(run.metrics, lambda iteration: f"iteration {iteration}")
-
-
-def _table(columns: dict[int, dict[str, float]], name_of: Callable[[int], str]) -> Markup:
-    names: Iterable[str] = dict.fromkeys(name for metrics in columns.values() for name in metrics)
+    names = sorted({name for metrics in run.metrics.values() for name in metrics})
     rows = [
-        [name, *(format_number(metrics.get(name), name.endswith("_share")) for metrics in columns.values())]
-        for name in sorted(names)
+        [name, *(format_number(metrics.get(name), name.endswith("_share")) for metrics in run.metrics.values())]
+        for name in names
     ]
-    return table(["", *map(name_of, columns)], rows)
+    return table(["", *(f"iteration {iteration}" for iteration in run.metrics)], rows)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from ..evaluation.metric_names import label
 from .charts import format_number
 from .run_data import RunData
 
@@ -22,7 +23,7 @@ class Tile:
 def state_of(run: RunData) -> str:
     """Whether the run is complete, in words."""
     total = run.num_iterations
-    if run.is_finished:
+    if run.description.get("finished"):
         return f"complete, {total} iteration{'s' * (total != 1)}" if total is not None else "complete"
     begun = max(run.metrics, default=None)
     if begun is None:
@@ -30,11 +31,6 @@ def state_of(run: RunData) -> str:
     if total is not None and begun >= total:
         return f"iterations 0 to {total - 1} trained, not yet complete"
     return f"in iteration {begun}" + (f" of 0 to {total - 1}" if total is not None else "") + ", or stopped there"
-
-
-def label(iteration: int) -> str:
-    """What the evaluation of an iteration's opponent is called: the opponent is what the iteration before made."""
-    return "start" if iteration == 0 else f"{iteration - 1}"
 
 
 def scores_of(run: RunData) -> dict[str, dict[int, float]]:
@@ -54,7 +50,7 @@ def tiles_of(run: RunData) -> list[Tile]:
         values = {i: metrics[name] for i, metrics in run.metrics.items() if name in metrics}
         if values:
             tiles.append(_change_tile(title, values, percent=True))
-    tiles.append(Tile("Prompts", format_number(run.sample.num_prompts), f"{len(run.chosen_lengths)} times answered"))
+    tiles.append(Tile("Prompts", format_number(run.num_prompts), f"{len(run.chosen_lengths)} times answered"))
     phases = ("seconds_publish", "seconds_evaluate", "seconds_generate", "seconds_score")
     seconds = sum(metrics.get(name, 0) for metrics in run.metrics.values() for name in phases)
     tiles.append(Tile("Time between trainings", format_seconds(seconds), "publish, evaluate, generate, score"))
@@ -80,7 +76,7 @@ def _change_tile(name: str, values: dict[int, float], percent: bool = False) -> 
 
 
 def _after(iteration: int) -> str:
-    return "start" if iteration == 0 else f"after iteration {iteration - 1}"
+    return label(iteration) if iteration == 0 else f"after {label(iteration)}"
 
 
 def format_seconds(seconds: float) -> str:

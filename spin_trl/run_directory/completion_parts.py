@@ -45,7 +45,7 @@ class CompletionParts:
 
     Args:
         directory (`Path`): Where the parts lie.
-        origin (`dict[str, str]`): What they are of: run, iteration and kind.
+        origin (`dict[str, str]`): What they have to be of: run, iteration and kind; empty for any.
     """
 
     directory: Path
@@ -68,9 +68,9 @@ class CompletionParts:
     def completed_rows(self) -> np.ndarray:
         """Rows that are on disk, ascending. Parts that are torn or of another run are deleted first."""
         rows = [np.empty(0, np.int64)]
-        for path in self._paths():
+        for path in self.paths():
             try:
-                rows.append(self._read(path, ["row"])["row"].to_numpy())
+                rows.append(self.read(path, ["row"])["row"].to_numpy())
             except RunDirectoryError as error:
                 logger.warning(f"{error} Its completions are redone.")
                 remove(path)
@@ -83,8 +83,8 @@ class CompletionParts:
         Raises:
             [`RunDirectoryError`]: if a part is torn, or of another run.
         """
-        paths = self._paths()
-        keys = [self._read(path, ["row", "sample"]) for path in paths]  # two numbers for each completion
+        paths = self.paths()
+        keys = [self.read(path, ["row", "sample"]) for path in paths]  # two numbers for each completion
         if not keys:
             return
         order = np.lexsort([np.concatenate([part[name].to_numpy() for part in keys]) for name in ("sample", "row")])
@@ -94,27 +94,28 @@ class CompletionParts:
             wanted = order[first : first + batch_size]
             part_of = np.searchsorted(starts, wanted, side="right") - 1
             parts, number = np.unique(part_of, return_inverse=True)
-            tables = [self._read(paths[part]) for part in parts]
+            tables = [self.read(paths[part]) for part in parts]
             starts_here = np.cumsum([0, *map(len, tables)])
             yield pa.concat_tables(tables).take(wanted - starts[part_of] + starts_here[number])
 
     def cut_off_share(self) -> float:
         """Share of the completions that ran into the length limit; 0 where there are none."""
         num_cut_off = num_completions = 0
-        for path in self._paths():
-            reasons = self._read(path, ["finish_reason"])["finish_reason"]
+        for path in self.paths():
+            reasons = self.read(path, ["finish_reason"])["finish_reason"]
             num_cut_off += pc.sum(pc.equal(reasons, "length")).as_py() or 0
             num_completions += len(reasons)
         return num_cut_off / max(1, num_completions)
 
     def num_bytes(self) -> int:
         """Bytes of all parts, compressed as they are."""
-        return sum(path.stat().st_size for path in self._paths())
+        return sum(path.stat().st_size for path in self.paths())
 
-    def _paths(self) -> list[Path]:
+    def paths(self) -> list[Path]:
+        """The parts, in the order of their rows."""
         return sorted(self.directory.glob("part-*.parquet"))
 
-    def _read(self, path: Path, columns: list[str] | None = None) -> pa.Table:
+    def read(self, path: Path, columns: list[str] | None = None) -> pa.Table:
         """
         Some columns of a part, or all.
 
