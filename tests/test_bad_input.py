@@ -1,12 +1,13 @@
-"""A catalogue of what users get wrong. Each refusal must name what was found, what was expected, and what to do.
+"""The table of what users get wrong: each row is what they write, and words that the refusal must have in it.
 
-All of it is refused before a model is loaded: the folder that stands for the model here has no weights.
+The words name what was found, what was expected and what to do. All of it is refused before a model is loaded: the
+folder that stands for the model here has no weights.
 """
 
 import json
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 from conftest import load_recipe, read_rows
@@ -14,41 +15,38 @@ from datasets import Dataset, DatasetDict
 from fault_server import FakeVLLM, FaultyServer
 from peft import LoraConfig, PromptTuningConfig
 from tiny_tokenizers import byte_tokenizer, letter_tokenizer
+from torch.nn import Linear
 from torch.optim import SGD, Adagrad
 from torch.optim.lr_scheduler import ConstantLR
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 from trl import DPOConfig, ModelConfig, TrlParser
 
 from spin_trl import SPINConfig, SPINTrainer
 from spin_trl.generation.sampler import SamplerError
 
 
-UNUSED = "http://127.0.0.1:9"
+NAN = float("nan")
+URL, UNUSED = "http://localhost:8000", "http://127.0.0.1:9"
 SERVER = {"use_vllm": None, "vllm_server_base_url": UNUSED}
 MANAGED = {"use_vllm": None, "vllm_mode": "managed"}
 
 
-class Refusal(NamedTuple):
-    """Three fragments of an error's message, and its type."""
+def table(*rows: tuple) -> pytest.MarkDecorator:
+    """Rows of what is given, perhaps the error's type (by default `ValueError`), and words that must be in it."""
+    split = [(given, rest if isinstance(rest[0], type) else (ValueError, *rest)) for given, *rest in rows]
+    return pytest.mark.parametrize(
+        ("given", "refusal"), split, ids=[" ".join(repr(row[0]).split())[:60] for row in rows]
+    )
 
-    found: str
-    expected: str
-    remedy: str
-    error: type[Exception] = ValueError
 
-
-def refused(refusal: Refusal, function: Any, *args, **kwargs) -> None:
-    """Assert that the call fails with exactly this type, and a message that names all three."""
-    with pytest.raises(refusal.error) as caught:
+def refused(refusal: tuple, function: Any, *args, **kwargs) -> None:
+    """Assert that the call fails with this type, and a message that has all the words."""
+    error, *words = refusal
+    with pytest.raises(error) as caught:
         function(*args, **kwargs)
     message = "\n".join([str(caught.value), *getattr(caught.value, "__notes__", [])])
-    missing = [fragment for fragment in refusal[:3] if fragment not in message]
+    missing = [fragment for fragment in words if fragment not in message]
     assert not missing, f"{missing} not in: {message}"
-
-
-def catalogue(cases: dict[str, tuple]) -> pytest.MarkDecorator:
-    """Name -> (input, refusal) as the parameters of a test."""
-    return pytest.mark.parametrize(("given", "refusal"), cases.values(), ids=cases)
 
 
 @pytest.fixture(scope="session")
@@ -86,163 +84,118 @@ def test_good_input_gets_as_far_as_the_weights_which_are_missing(play):
 
 # Configuration
 
-NAN = float("nan")
-CONFIGURATIONS = {
-    "number of iterations as text": (
-        {"num_iterations": "3"},
-        Refusal("got '3' (`str`)", "`num_iterations` must be a whole number", "Leave it unset for the default, 3"),
-    ),
-    "half an iteration": (
-        {"num_iterations": 2.5},
-        Refusal("got 2.5", "`num_iterations` must be a whole number", "Leave it unset"),
-    ),
-    "no iteration": (
-        {"num_iterations": 0},
-        Refusal("got 0", "`num_iterations` must be at least 1", "Leave it unset for the default, 3"),
-    ),
-    "number of epochs": (
-        {"num_train_epochs": 2},
-        Refusal("is set to 2", "`num_iterations` (3) times `epochs_per_iteration` (1)", "Set those two instead"),
-    ),
-    "negative temperature": (
-        {"temperature": -0.7},
-        Refusal("got -0.7", "`temperature` must be at least 0", "Leave it unset for the default, 1.0"),
-    ),
-    "temperature that is not a number": (
-        {"temperature": NAN},
-        Refusal("got nan", "`temperature` must be a finite number", "Leave it unset"),
-    ),
-    "infinite temperature of the evaluation": (
-        {"eval_temperature": float("inf")},
-        Refusal("got inf", "`eval_temperature` must be a finite number", "Leave it unset for the default, 0.0"),
-    ),
-    "top_p in percent": ({"top_p": 95}, Refusal("got 95", "`top_p` must be in (0, 1]", "Use 1.0 to consider all")),
-    "top_k of vLLM's older habit": (
-        {"top_k": -1},
-        Refusal("got -1", "`top_k` must be at least 0", "Leave it unset for the default, 0"),
-    ),
-    "min_p above one": (
-        {"min_p": 1.5},
-        Refusal("got 1.5", "`min_p` must be in [0, 1]", "Leave it unset for the default, None"),
-    ),
-    "repetition penalty of zero": (
-        {"repetition_penalty": 0.0},
-        Refusal("got 0.0", "`repetition_penalty` must be positive", "Use 1.0 for none"),
-    ),
-    "GPU memory in percent": (
-        {"vllm_gpu_memory_utilization": 30},
-        Refusal("got 30", "`vllm_gpu_memory_utilization` must be in (0, 1]", "such as 0.3 for 30 %"),
-    ),
-    "negative context of the server": (
-        {"vllm_max_model_length": -1},
-        Refusal("got -1", "`vllm_max_model_length` must be at least 2", "Leave it unset"),
-    ),
-    "timeout that is not a number": (
-        {"vllm_server_timeout": NAN},
-        Refusal("got nan", "`vllm_server_timeout` must be a finite number", "Leave it unset for the default, 240.0"),
-    ),
-    "sampling parameters that are no JSON": (
-        {"generation_kwargs": "typical_p=0.9"},
-        Refusal("'typical_p=0.9'", "`generation_kwargs` must be a dict or JSON of one", "Write it such as"),
-    ),
-    "sampling parameters in a list": (
-        {"generation_kwargs": ["typical_p"]},
-        Refusal("['typical_p'] (`list`)", "must be a dict of keyword arguments", "Write it such as {'key': 0.9}"),
-    ),
-    "length among the sampling parameters": (
-        {"generation_kwargs": {"max_tokens": 64}},
-        Refusal("`generation_kwargs` has 'max_tokens'", "self-play sets itself", "Set `max_completion_length` instead"),
-    ),
-    "prompt among the sampling parameters": (
-        {"generation_kwargs": '{"prompt": "Hi"}'},
-        Refusal("`generation_kwargs` has 'prompt'", "self-play sets itself", "Leave it out"),
-    ),
-    "arguments of the model as text": (
-        {"model_init_kwargs": "bfloat16"},
-        Refusal("'bfloat16'", "`model_init_kwargs` must be a dict", "Write it such as"),
-    ),
-    "negative beta": (
-        {"beta": -0.1},
-        Refusal("got -0.1", "`beta` must be at least 0", "Give a positive number"),
-    ),
-    "learning rate that is no number": (
-        {"learning_rate": "5e-7e"},
-        Refusal("got '5e-7e'", "`learning_rate` must be a number, or a list", "Write it such as 5.0e-7"),
-    ),
-    "learning rate that is not a number": (
-        {"learning_rate": [1e-6, NAN, 1e-7]},
-        Refusal("got nan", "`learning_rate` must be a number", "Write it such as 5.0e-7"),
-    ),
-    "learning rates for another number of iterations": (
-        {"learning_rate": [1e-6, 1e-7]},
-        Refusal("has 2 values ([1e-06, 1e-07])", "`num_iterations` is 3", "Give one number for all iterations, or one"),
-    ),
-    "unknown loss": (
-        {"loss_type": "logistic"},
-        Refusal("unknown value(s) ['logistic']", "'sigmoid'", "Use one or several of"),
-    ),
-    "no loss": ({"loss_type": []}, Refusal("`loss_type` is empty", "at least one loss is needed", "Leave it unset")),
-    "two losses and one weight": (
-        {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0]},
-        Refusal("`loss_weights` has 1 value(s) ([1.0])", "`loss_type` names 2", "Give one weight for each loss"),
-    ),
-    "weight that is not a number": (
-        {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, NAN]},
-        Refusal("got [1.0, nan]", "`loss_weights` must be a list of numbers of at least 0", "Leave out the losses"),
-    ),
-    "no batch": (
-        {"per_device_train_batch_size": 0},
-        Refusal("got 0", "`per_device_train_batch_size` must be at least 1", "Leave it unset for the default"),
-    ),
-    "no step accumulated": (
-        {"gradient_accumulation_steps": 0},
-        Refusal("got 0", "`gradient_accumulation_steps` must be at least 1", "Leave it unset for the default, 1"),
-    ),
-    "negative length": (
-        {"max_length": -1},
-        Refusal("got -1", "`max_length` must be at least 2", "Leave it unset for the default, 1024"),
-    ),
-    "negative seed": (
-        {"seed": -1},
-        Refusal("got -1", "`seed` must be at least 0", "Leave it unset for the default, 42"),
-    ),
-    "smoothing that turns the labels round": (
-        {"label_smoothing": 0.7},
-        Refusal("got 0.7", "`label_smoothing` must be in [0, 0.5)", "Leave it unset"),
-    ),
-    "server's address and no server": (
-        {"vllm_server_base_url": UNUSED, "use_vllm": False},
-        Refusal(f"`vllm_server_base_url='{UNUSED}'`", "contradicts", "Leave `use_vllm` unset to use the server"),
-    ),
-    "managed server on every interface": (
-        {**MANAGED, "vllm_server_args": "--max-num-seqs 64 --host 0.0.0.0"},
-        Refusal("`vllm_server_args` has '--host'", "binds to the loopback interface", "Leave it out"),
-    ),
-    "API key on the server's command line": (
-        {**MANAGED, "vllm_server_args": "--api_key=sk-123"},
-        Refusal("`vllm_server_args` has '--api_key", "It has a random one", "Leave it out"),
-    ),
-    "server's arguments with a quotation mark left open": (
-        {**MANAGED, "vllm_server_args": "--chat-template 'a"},
-        Refusal('got "--chat-template \'a"', "must be one string, written as in a shell", "close every quotation mark"),
-    ),
-    "column without a name": (
-        {"prompt_column": "", "completion_column": "b"},
-        Refusal("got ''", "`prompt_column` must be the name of a column", "leave both unset"),
-    ),
-    "run directory without a name": (
-        {"output_dir": ""},
-        Refusal("got ''", "`output_dir` must be the path of a directory", "Name the one"),
-    ),
-    "best model at the end": (
-        {"load_best_model_at_end": True},
-        Refusal("`load_best_model_at_end=True`", "evaluated between iterations", "Leave it unset"),
-    ),
+AT_LEAST = {
+    **dict.fromkeys(("num_iterations", "epochs_per_iteration", "num_generations", "num_opponents"), 1),
+    **dict.fromkeys(("max_completion_length", "per_device_generation_batch_size", "per_device_train_batch_size"), 1),
+    **dict.fromkeys(("gradient_accumulation_steps", "vllm_max_concurrent_requests", "vllm_tensor_parallel_size"), 1),
+    **dict.fromkeys(("num_history_iterations", "top_k", "seed", "vllm_max_restarts", "publish_check_samples"), 0),
+    **dict.fromkeys(("max_length", "vllm_max_model_length"), 2),
 }
 
 
-@catalogue(CONFIGURATIONS)
+@pytest.mark.parametrize(("field", "least"), AT_LEAST.items())
+def test_whole_number_that_is_too_small_is_refused(field, least, make_config):
+    words = f"`{field}` must be at least {least}", f"got {least - 1}", "Leave it unset"
+    refused((ValueError, *words), make_config, **{field: least - 1})
+
+
+@table(
+    # whole numbers and numbers
+    ({"num_iterations": "3"}, "`num_iterations` must be a whole number", "got '3' (`str`)", "Leave it unset"),
+    ({"num_opponents": 2.5}, "`num_opponents` must be a whole number", "got 2.5", "Leave it unset for the default, 1"),
+    ({"num_train_epochs": 3.0}, "is set to 3.0", "`num_iterations` (3) times `epochs_per_", "Set those two instead"),
+    ({"temperature": -0.7}, "`temperature` must be at least 0", "got -0.7", "Leave it unset for the default, 1.0"),
+    ({"temperature": NAN}, "`temperature` must be a finite number", "got nan", "Leave it unset"),
+    ({"eval_temperature": float("inf")}, "`eval_temperature` must be a finite number", "got inf", "the default, 0.0"),
+    ({"top_p": 95}, "`top_p` must be in (0, 1]", "got 95", "Use 1.0 to consider all"),
+    ({"top_p": 0.0}, "`top_p` must be in (0, 1]", "got 0.0"),
+    ({"min_p": 1.5}, "`min_p` must be in [0, 1]", "got 1.5", "Leave it unset for the default, None"),
+    ({"repetition_penalty": 0.0}, "`repetition_penalty` must be positive", "got 0.0", "Use 1.0 for none"),
+    ({"vllm_gpu_memory_utilization": 30}, "must be in (0, 1]", "got 30", "such as 0.3 for 30 %"),
+    ({"vllm_server_timeout": NAN}, "`vllm_server_timeout` must be a finite number", "got nan", "Leave it unset"),
+    ({"vllm_server_timeout": 0}, "`vllm_server_timeout` must be a positive number of seconds", "got 0"),
+    ({"vllm_request_timeout": -1}, "`vllm_request_timeout` must be a positive number of seconds", "got -1"),
+    ({"publish_check_tolerance": 0}, "must be positive", "got 0", "`publish_check_samples=0`"),
+    ({"label_smoothing": 0.7}, "`label_smoothing` must be in [0, 0.5)", "got 0.7", "Leave it unset"),
+    # one for each iteration
+    ({"beta": -0.1}, "`beta` must be at least 0", "got -0.1", "Give a positive number"),
+    ({"beta": [0.1, 0.2]}, "`beta` has 2 values ([0.1, 0.2])", "`num_iterations` is 3", "one for each"),
+    ({"learning_rate": "5e-7e"}, "`learning_rate` must be a number, or a list", "got '5e-7e'", "such as 5.0e-7"),
+    ({"learning_rate": [1e-6, NAN, 1e-7]}, "`learning_rate` must be a number", "got nan", "such as 5.0e-7"),
+    ({"learning_rate": [1e-6, 1e-7]}, "has 2 values ([1e-06, 1e-07])", "`num_iterations` is 3", "or one for each"),
+    ({"learning_rate": [1e-6, 0, 1e-6]}, "`learning_rate` must be positive in every iteration"),
+    # dicts and texts
+    ({"generation_kwargs": "typical_p=0.9"}, "must be a dict or JSON of one", "'typical_p=0.9'", "Write it such as"),
+    ({"generation_kwargs": ["typical_p"]}, "must be a dict of keyword arguments", "['typical_p'] (`list`)", "0.9}"),
+    ({"generation_kwargs": {"max_tokens": 64}}, "has 'max_tokens'", "self-play sets itself", "`max_completion_length`"),
+    ({"generation_kwargs": '{"prompt": "Hi"}'}, "has 'prompt'", "self-play sets itself", "Leave it out"),
+    ({"model_init_kwargs": "bfloat16"}, "`model_init_kwargs` must be a dict", "'bfloat16'", "Write it such as"),
+    ({"prompt_column": "", "completion_column": "b"}, "must be the name of a column", "got ''", "leave both unset"),
+    ({"prompt_column": "a"}, "`prompt_column='a'` and `completion_column=None`", "Set both"),
+    ({"completion_column": "b"}, "`prompt_column=None` and `completion_column='b'`", "Set both"),
+    ({"output_dir": ""}, "`output_dir` must be the path of a directory", "got ''", "Name the one"),
+    # choices
+    ({"train_on_turns": "first"}, "`train_on_turns` must be one of ('last', 'all')", "got 'first'"),
+    ({"identical_pairs": "yes"}, "`identical_pairs` must be one of (None, 'drop', 'keep')", "got 'yes'"),
+    ({"pairing": "best"}, "`pairing` must be one of", "'best_of', 'reward_ranked'", "got 'best'"),
+    ({"vllm_mode": "colocate"}, "`vllm_mode` must be 'server' or 'managed'", "got 'colocate'"),
+    # what self-play sets itself
+    ({"precompute_ref_log_probs": False}, "`precompute_ref_log_probs=False` is not possible", "unset"),
+    ({"sync_ref_model": True}, "`sync_ref_model=True` is not possible", "Leave it unset"),
+    ({"eval_on_start": True}, "`eval_on_start=True` comes before", "Leave it unset"),
+    ({"load_best_iteration_at_end": True}, "needs a metric", "`metric_for_best_iteration`"),
+    # rewards
+    ({"pairing": "reward_ranked"}, "`num_generations` is 1", "Set it to 2 or more"),
+    ({"pairing": "best_of", "loss_type": "space"}, "`loss_type='space'` contradicts `pairing='best_of'`", "Leave"),
+    ({"reward_weights": [0.0, 0.0]}, "`reward_weights` must be a list of finite numbers, not all of them 0"),
+    ({"reward_weights": [NAN]}, "`reward_weights` must be", "got [nan]"),
+    ({"reward_weights": 1.0}, "`reward_weights` must be a list"),
+    # servers
+    ({**SERVER, "use_vllm": False}, f"`vllm_server_base_url='{UNUSED}'`", "contradicts", "Leave `use_vllm` unset"),
+    ({**MANAGED, "use_vllm": False}, "`use_vllm=False` contradicts", "managed", "Leave `use_vllm`"),
+    ({**SERVER, "vllm_mode": "managed"}, "`vllm_mode='managed'`", UNUSED, "only one of the two"),
+    ({"use_vllm": None, "vllm_mode": "server"}, "`vllm_mode='server'` needs the address", "set `vllm_server_base_url`"),
+    ({**SERVER, "vllm_server_base_url": []}, "`vllm_server_base_url` must be the address", "got []", "leave it unset"),
+    ({**SERVER, "vllm_server_base_url": [URL, 8001]}, "list of at least one", "8001", f"such as '{URL}'"),
+    ({**SERVER, "vllm_server_base_url": [URL, "host:8001"]}, "has 'host:8001', which is no address", "Write each such"),
+    ({**SERVER, "vllm_server_base_url": [URL, f"{URL}/v1/"]}, "more than once", "Name every server once"),
+    ({**MANAGED, "vllm_server_args": "--max-num-seqs 64 --host 0.0.0.0"}, "has '--host'", "loopback", "Leave it out"),
+    ({**MANAGED, "vllm_server_args": "--api_key=sk-123"}, "has '--api_key", "It has a random one", "Leave it out"),
+    ({**MANAGED, "vllm_server_args": "--chat-template 'a"}, '"--chat-template \'a"', "close every quotation mark"),
+)
 def test_configuration_is_refused(given, refusal, make_config):
+    refused(refusal, make_config, **given)
+
+
+@table(
+    ({"loss_type": "logistic"}, "unknown value(s) ['logistic']", "'sigmoid'", "Use one or several of"),
+    ({"loss_type": []}, "`loss_type` is empty", "at least one loss is needed", "Leave it unset"),
+    ({"loss_weights": [1.0, 1.0]}, "`loss_weights` has 2 value(s)", "`loss_type` names 1", "one weight for each loss"),
+    (
+        {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, NAN]},
+        "numbers of at least 0",
+        "got [1.0, nan]",
+        "Leave out",
+    ),
+    ({"loss_type": "space", "ld_alpha": 0.5}, "contradicts `ld_alpha=0.5`", "`ld_alpha` unset"),
+    ({"loss_type": "space", "use_weighting": True}, "contradicts `use_weighting=True`", "`use_weighting` unset"),
+    ({"loss_type": "space", "space_mu": 0.0}, "`space_mu` must be positive, got 0.0"),
+    ({"loss_type": "space", "space_mu": 2.5, "num_generations": 2}, "at most `num_generations`", "which is 2, got 2.5"),
+    ({"space_mu": 0.5}, "`space_mu=0.5` belongs to the loss 'space'", "['sigmoid']", "Add 'space' to `loss_type`"),
+    ({"loss_type": "space", "t_spin_beta": 0.2}, "`t_spin_beta=0.2` belongs to the loss 't_spin'", "unset"),
+    ({"loss_type": "iris", "t_spin_alpha": 2.0}, "`t_spin_alpha=2.0` belongs to the loss 't_spin'", "Add 't_spin'"),
+    ({"loss_type": "sft", "iris_alpha": 2.0}, "`iris_alpha=2.0` belongs to the loss 'iris'", "Add 'iris'"),
+    ({"loss_type": "t_spin", "t_spin_alpha": 0.0}, "`t_spin_alpha` must be positive, got 0.0", "default, 1.0"),
+    ({"loss_type": "t_spin", "t_spin_beta": -0.1}, "`t_spin_beta` must be at least 0, got -0.1", "default, 0.1"),
+    ({"loss_type": "iris", "iris_alpha": 1.0}, "`iris_alpha` must be positive and other than 1", "0.99"),
+    ({"loss_type": "iris", "per_device_train_batch_size": 1}, "makes that a single pair", "Raise it"),
+    ({"loss_type": "iris", "auto_find_batch_size": True}, "contradicts `auto_find_batch_size=True`", "unset"),
+    ({"loss_type": "space", "identical_pairs": "drop"}, "contradicts `identical_pairs='drop'`", "unset"),
+    ({"loss_type": "iris", "train_sampling_strategy": "group_by_length"}, "contradicts `train_sampling_", "unset"),
+    ({"loss_type": "space", "num_opponents": 2}, "contradicts `num_opponents=2`", "`num_opponents` unset"),
+    ({"loss_type": "iris", "num_opponents": 2}, "contradicts `num_opponents=2`", "`num_opponents` unset"),
+)
+def test_loss_is_refused(given, refusal, make_config):
     refused(refusal, make_config, **given)
 
 
@@ -250,306 +203,273 @@ def test_configuration_is_refused(given, refusal, make_config):
 
 USER = {"role": "user", "content": "Hi"}
 ASSISTANT = {"role": "assistant", "content": "Hello."}
+GPT = {"role": "gpt", "content": "Hello."}
+PARTS = {"role": "user", "content": [{"type": "text", "text": "Hi"}]}
 GOOD = {"prompt": "a", "completion": "B"}
-ROW = "`skip_invalid_rows=True`"
+SHARE_GPT = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+NAMED = {"prompt_column": "instruction+input", "completion_column": "output"}
 
 
 def rows(*given: dict) -> Dataset:
     return Dataset.from_list(list(given))
 
 
-DATASETS = {
-    "nothing": (None, Refusal("got `NoneType`", "must be a `datasets.Dataset`", "Load one with", TypeError)),
-    "all splits": (
-        DatasetDict(train=rows(GOOD), test=rows(GOOD)),
-        Refusal("got `DatasetDict`", "must be a `datasets.Dataset`", "one of its splits: ['test', 'train']", TypeError),
-    ),
-    "list of rows": ([GOOD], Refusal("got `list`", "must be a `datasets.Dataset`", "`Dataset.from_list(", TypeError)),
-    "path": (
-        "a.jsonl",
-        Refusal("got `str`", "must be a `datasets.Dataset`", "`datasets.load_dataset('json'", TypeError),
-    ),
-    "stream": (
-        rows(GOOD).to_iterable_dataset(),
-        Refusal("`IterableDataset`", "answers all prompts anew", "without `streaming=True`", TypeError),
-    ),
-    "empty": (rows(GOOD).select([]), Refusal("is empty", "at least one row", "See whether the file or the split")),
-    "misspelled column": (
-        rows({"promt": "a", "completion": "B"}),
-        Refusal("['promt', 'completion']", "`prompt` and `completion`", "Is 'promt' a misspelling of 'prompt'?"),
-    ),
-    "ShareGPT's column": (
-        rows({"conversations": [{"from": "human", "value": "a"}]}),
-        Refusal("['conversations']", "`messages`, a conversation", "rename_columns"),
-    ),
-    "ShareGPT's keys": (
-        rows({"messages": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}),
-        Refusal("with the keys ['from', 'value']", "must be a non-empty list of messages", "{'role': ..., 'content'"),
-    ),
-    "images": (
-        rows({**GOOD, "images": "x.png"}),
-        Refusal("['images']", "prompts go to the opponent as token ids", "Use a text dataset, or remove"),
-    ),
-    "token ids": (
-        rows({"prompt": [1, 2], "completion": [3]}),
-        Refusal("Row 0: `prompt`", "must be text or a list of messages, found a list of `int`", "Give the text itself"),
-    ),
-    "missing prompt": (
-        rows(GOOD, {"prompt": None, "completion": "B"}),
-        Refusal("Row 1: `prompt`", "must be text or a list of messages, found `NoneType`", ROW),
-    ),
-    "empty ground truth": (
-        rows(GOOD, {"prompt": "a", "completion": " "}),
-        Refusal("Row 1: `completion` is empty", "Every row needs a prompt and a ground truth", "remove the row"),
-    ),
-    "numbers": (
-        rows({"prompt": 1, "completion": 2}),
-        Refusal("found `int`", "`prompt` must be text or a list of messages", "Fill the cell or remove the row"),
-    ),
-    "conversation as JSON text": (
-        rows({"messages": json.dumps([USER, ASSISTANT])}),
-        Refusal("found text", "`messages` must be a non-empty list of messages", "json.loads"),
-    ),
-    "conversation without an answer": (
-        rows({"messages": [USER]}),
-        Refusal("ends on the role 'user'", "must be the assistant's", "Remove what follows the last assistant message"),
-    ),
-    "assistant by another name": (
-        rows({"messages": [USER, {"role": "gpt", "content": "Hello."}]}),
-        Refusal("ends on the role 'gpt'", "must be the assistant's", "rename the role to 'assistant'"),
-    ),
-    "answer without a question": (
-        rows({"messages": [ASSISTANT]}),
-        Refusal("the prompt of `messages` is empty", "Every row needs a prompt and a ground truth", "remove the row"),
-    ),
-    "two answers in a row": (
-        rows({"messages": [USER, ASSISTANT, ASSISTANT]}),
-        Refusal("ends on the role 'assistant'", "an answer must follow another role", "Join two answers"),
-    ),
-    "prompt that ends in an answer": (
-        rows({"prompt": [USER, ASSISTANT], "completion": [ASSISTANT]}),
-        Refusal("`prompt` ends on the role 'assistant'", "an answer must follow another role", "Join two answers"),
-    ),
-    "ground truth of the user": (
-        rows({"prompt": [USER], "completion": [USER]}),
-        Refusal("found the roles ['user']", "must be exactly one assistant message", "Move earlier messages"),
-    ),
-    "content in parts": (
-        rows(
-            {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}, ASSISTANT | {"content": []}]}
-        ),
-        Refusal("`content` is a list of `dict`", "it must be text", "Join the text parts"),
-    ),
-    "text without a prompt": (
-        rows({"chosen": "a B", "rejected": "a C"}),
-        Refusal("`chosen` is text without a `prompt`", "where the prompt ends", "Separate the two"),
-    ),
-}
-
-
-@catalogue(DATASETS)
-def test_dataset_is_refused(given, refusal, play):
-    tokenizer = byte_tokenizer("<|im_end|>", "qwen2_5", ["<|im_start|>"])
-    refused(refusal, play, train_dataset=given, processing_class=tokenizer)
-
-
+@table(
+    (None, TypeError, "got `NoneType`", "must be a `datasets.Dataset`", "Load one"),
+    (DatasetDict(train=rows(GOOD), test=rows(GOOD)), TypeError, "got `DatasetDict`", "splits: ['test', 'train']"),
+    ([GOOD], TypeError, "got `list`", "must be a `datasets.Dataset`", "`Dataset.from_list("),
+    ("a.jsonl", TypeError, "got `str`", "must be a `datasets.Dataset`", "`datasets.load_dataset('json'"),
+    (rows(GOOD).to_iterable_dataset(), TypeError, "`IterableDataset`", "all prompts anew", "without `streaming=True`"),
+    (rows(GOOD).select([]), "is empty", "at least one row", "See whether the file or the split"),
+    (rows({"promt": "a", "completion": "B"}), "['promt', 'completion']", "Is 'promt' a misspelling of 'prompt'?"),
+    (rows({"conversations": SHARE_GPT}), "['conversations']", "`messages`, a conversation", "rename_columns"),
+    (rows({"prompt": "a", "rejected": "b"}), "['prompt', 'rejected']", "`prompt` and `completion`", "`prompt_column`"),
+    (rows({**GOOD, "images": "x.png"}), "['images']", "prompts go to the opponent as token ids", "Use a text dataset"),
+)
 @pytest.mark.parametrize("name", ["train_dataset", "eval_dataset"])
-def test_refusal_names_the_dataset_it_is_about(play, name):
-    given = rows(GOOD, {"prompt": "a", "completion": ""})
-    refused(Refusal("Row 1", "Every row needs", f"In `{name}`."), play, **{"eval_dataset": rows(GOOD), name: given})
+def test_dataset_is_refused(given, refusal, name, play):
+    if name == "eval_dataset" and given is None:
+        return
+    refused((*refusal, f"`{name}`"), play, **{name: given})
+
+
+# A row: what stands in it beside "Row 0", which names it, and the way to leave it out.
+@table(
+    ({"prompt": [1, 2], "completion": [3]}, "`prompt` must be text or a list of messages", "`int`", "the text itself"),
+    ({"prompt": None, "completion": "B"}, "`prompt` must be text or a list of messages, found `NoneType`", "Fill"),
+    (
+        {"prompt": "a", "completion": 2},
+        "`completion` must be text or a list of messages, found `int`",
+        "remove the row",
+    ),
+    ({"prompt": "a", "completion": " "}, "`completion` is empty", "Every row needs a prompt", "remove the row"),
+    ({"prompt": [], "completion": "B"}, "`prompt` is empty", "remove the row"),
+    ({"prompt": [{"content": "a"}], "completion": [ASSISTANT]}, "found a list of `dict` with the keys ['content']"),
+    ({"prompt": "Hi", "completion": [ASSISTANT]}, "mixed formats: `prompt` is text and `completion` is a list", "both"),
+    ({"prompt": [USER], "completion": "Hello."}, "mixed formats: `prompt` is a list of messages and `completion` is"),
+    ({"prompt": [USER], "completion": [USER]}, "exactly one assistant message", "roles ['user']", "Move earlier"),
+    ({"prompt": [USER], "completion": [ASSISTANT] * 2}, "exactly one assistant message", "['assistant', 'assistant']"),
+    ({"prompt": [USER, ASSISTANT], "completion": [ASSISTANT]}, "ends on the role 'assistant'", "Join two answers"),
+    (
+        {"messages": SHARE_GPT},
+        "keys ['from', 'value']",
+        "must be a non-empty list of messages",
+        "{'role': ..., 'content'",
+    ),
+    ({"messages": json.dumps([USER])}, "`messages` must be a non-empty list of messages, found text", "json.loads"),
+    ({"real": []}, "`real` must be a non-empty list of messages, found an empty list", "Fill the cell"),
+    ({"messages": [USER]}, "ends on the role 'user'", "must be the assistant's", "Remove what follows the last"),
+    ({"messages": [USER, GPT]}, "ends on the role 'gpt'", "must be the assistant's", "rename the role to 'assistant'"),
+    ({"messages": [ASSISTANT]}, "the prompt of `messages` is empty", "Every row needs a prompt", "remove the row"),
+    ({"messages": [USER, {"role": "assistant", "content": None}]}, "the ground truth of `messages` is empty"),
+    ({"messages": [USER, {"role": "assistant", "content": ""}, USER, ASSISTANT]}, "message 1", "is empty. Remove it"),
+    ({"messages": [USER, ASSISTANT, ASSISTANT]}, "ends on the role 'assistant'", "Join two answers"),
+    ({"messages": [PARTS, ASSISTANT | {"content": []}]}, "`content` is a list of `dict`", "Join the text parts"),
+    ({"messages": [USER, ASSISTANT], "tools": "get_weather"}, "`tools` is text but not JSON", "`json.dumps`"),
+    ({"chosen": "a B", "rejected": "a C"}, "`chosen` is text without a `prompt`", "trl.extract_prompt"),
+    ({"prompt": "Hi", "chosen": [ASSISTANT]}, "mixed formats: `prompt` is text and `chosen` is a list of messages"),
+    ({"prompt": [ASSISTANT], "chosen": [USER, ASSISTANT]}, "does not begin with `prompt`", "Make the two agree"),
+    ({"instruction": "", "input": None, "output": "x"}, "`instruction+input` is empty"),
+    ({"instruction": "a", "input": 3, "output": "x"}, "`input` must be text to be joined, found `int`"),
+)
+def test_row_is_refused(given, refusal, play):
+    tokenizer = byte_tokenizer("<|im_end|>", "qwen2_5", ["<|im_start|>"])
+    config = NAMED if "output" in given else {}
+    words = *refusal, "Row 0", "`skip_invalid_rows=True`", "In `train_dataset`"
+    refused(words, play, config, train_dataset=rows(given), processing_class=tokenizer)
+
+
+def test_row_of_the_evaluation_data_is_refused_by_its_number_and_dataset(play):
+    refused(
+        (ValueError, "Row 1", "In `eval_dataset`."), play, eval_dataset=rows(GOOD, {"prompt": "", "completion": "B"})
+    )
 
 
 # The rest of a run
 
 CONVERSATIONS = rows({"messages": [USER, ASSISTANT]})
 QUANTIZED = BitsAndBytesConfig(load_in_8bit=True)
-PARAMETER = LlamaForCausalLM(
-    LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
-)
-RUNS = {
-    "evaluation data of another format": (
-        {"eval_dataset": rows({"text": "a"})},
-        Refusal("`eval_dataset` has the columns ['text']", "accepted formats", "rename_columns"),
+PARAMETERS = list(Linear(1, 1).parameters())
+SGD_AND_SCHEDULER = (None, ConstantLR(SGD(PARAMETERS, lr=1)))
+LORA = {"r": 4, "target_modules": "all-linear"}
+OFFLOADS = {**MANAGED, "offload_policy_during_generation": True}
+LENGTHS = rows({"prompt": "a" * 70, "completion": "B"}, {"prompt": "b" * 80, "completion": "B"})
+PREFERENCES = rows({"prompt": "a", "chosen": "b", "rejected": "c"})
+BEST = {"load_best_iteration_at_end": True, "metric_for_best_iteration": "nll"}
+ROLLBACK = {"on_collapse": "rollback"}
+
+
+def length(completions, **kwargs):
+    return [float(len(text)) for text in completions]
+
+
+def one_for_all(completions, **kwargs):
+    return [0.0]
+
+
+def for_other_data(completions, answer, **kwargs):
+    return [0.0] * len(completions)
+
+
+@table(
+    # data
+    (
+        {"config": {"prompt_column": "qestion", "completion_column": "a"}, "train_dataset": rows({"question": "a"})},
+        *("['question']", "`prompt_column='qestion'`", "Is 'question' a misspelling of 'qestion'?"),
     ),
-    "evaluation data without rows": (
-        {"eval_dataset": rows(GOOD).select([])},
-        Refusal("`eval_dataset` is empty", "at least one row", "See whether the file or the split"),
+    ({"train_dataset": CONVERSATIONS}, "no chat template", "is conversational", "Set `tokenizer.chat_template`"),
+    ({"train_dataset": LENGTHS}, "All 2 prompts are too long", "the shortest has 7", "shorten the prompts"),
+    ({"config": {"max_length": 3}}, "the shortest has 4 tokens", "leaves room for at most 2", "Raise that limit"),
+    ({"preference_dataset": [GOOD]}, TypeError, "`preference_dataset` must be a `datasets.Dataset`", "got `list`"),
+    ({"preference_dataset": rows(GOOD)}, "['prompt', 'completion'], but lacks ['chosen', 'rejected']", "Rename them"),
+    ({"preference_dataset": PREFERENCES.select([])}, "`preference_dataset` is empty", "Leave it out"),
+    (
+        {"preference_dataset": PREFERENCES, "config": {"loss_type": ["sft", "space"]}},
+        *("`loss_type='space'` contradicts `preference_dataset`", "Leave `preference_dataset` unset"),
     ),
-    "named columns that are not there": (
-        {
-            "config": {"prompt_column": "qestion", "completion_column": "answer"},
-            "train_dataset": rows({"question": "a"}),
-        },
-        Refusal("['question']", "`prompt_column='qestion'`", "Is 'question' a misspelling of 'qestion'?"),
-    ),
-    "conversations without a chat template": (
-        {"train_dataset": CONVERSATIONS},
-        Refusal("the tokenizer has no chat template", "The dataset is conversational", "Set `tokenizer.chat_template`"),
-    ),
-    "tokenizer without an end token": (
-        {"processing_class": byte_tokenizer(None)},
-        Refusal("no end token", "no answer could ever end", "Set `tokenizer.eos_token`"),
-    ),
-    "characters that the tokenizer does not know": (
+    # tokenizer and model
+    ({"processing_class": byte_tokenizer(None)}, "no end token", "no answer could ever end", "`tokenizer.eos_token`"),
+    (
         {"train_dataset": rows({"prompt": "a", "completion": "xyz"}), "processing_class": letter_tokenizer()},
-        Refusal("Row 0: the tokenizer makes no tokens of `completion`", "at least one is needed", "`processing_class`"),
+        *("Row 0: the tokenizer makes no tokens of `completion`", "at least one is needed", "`processing_class`"),
     ),
-    "name of a tokenizer": (
-        {"processing_class": "gpt2"},
-        Refusal("got 'gpt2' (`str`)", "must be a tokenizer", "`AutoTokenizer.from_pretrained(...)`", TypeError),
-    ),
-    "folder as a path": (
-        {"model": Path("models/a")},
-        Refusal("(`PosixPath`)", "must be a hub id, a folder", "`str(path)`", TypeError),
-    ),
-    "class of a model": (
-        {"model": AutoModelForCausalLM},
-        Refusal("AutoModelForCausalLM", "or a loaded model", "`Class.from_pretrained(...)`", TypeError),
-    ),
-    "folder that is missing": (
-        {"model": "/no/such/model"},
-        Refusal("'/no/such/model', where there is nothing", "expected a folder with a model", "Correct the path"),
-    ),
-    "hub id that is wrong or out of reach": (
-        {"model": "Qwn/Qwen2.5"},
-        Refusal(
-            "'Qwn/Qwen2.5' cannot be read", "expected is what `save_pretrained` writes", "see its spelling, access"
-        ),
-    ),
-    "configuration of another trainer": (
-        {"args": DPOConfig(output_dir="x", use_cpu=True, bf16=False)},
-        Refusal("got `DPOConfig`", "must be a `SPINConfig`", "Write `SPINConfig(...)`", TypeError),
-    ),
-    "reference model": (
-        {"ref_model": PARAMETER},
-        Refusal("`ref_model` is not used", "the reference is the opponent", "Leave it out"),
-    ),
-    "evaluation within an iteration": (
-        {"config": {"eval_strategy": "steps"}},
-        Refusal("`eval_strategy='steps'`", "not supported", "Leave `eval_strategy` unset"),
-    ),
-    "prompts that are all longer than the limit": (
-        {"config": {"max_length": 3}},
-        Refusal("the shortest has 4 tokens", "leaves room for at most 2", "Raise that limit or shorten the prompts"),
-    ),
-    "sampling parameter that transformers does not know": (
-        {"config": {"generation_kwargs": {"typicl_p": 0.9}}},
-        Refusal("['typicl_p']", "the fields of transformers' `GenerationConfig`", "Correct or remove them"),
-    ),
-    "adapter as a dict": (
-        {"peft_config": {"r": 8}},
-        Refusal("got {'r': 8} (`dict`)", "must be a `PeftConfig`", "Write `LoraConfig(", TypeError),
-    ),
-    "adapter that is frozen": (
-        {"peft_config": LoraConfig(inference_mode=True)},
-        Refusal("`inference_mode=True`", "is what is to be trained", "Set `inference_mode=False`"),
-    ),
-    "adapter that a server cannot play": (
+    ({"processing_class": "gpt2"}, TypeError, "got 'gpt2' (`str`)", "`AutoTokenizer.from_pretrained(...)`"),
+    ({"model": Path("models/a")}, TypeError, "(`PosixPath`)", "must be a hub id, a folder", "`str(path)`"),
+    ({"model": AutoModelForCausalLM}, TypeError, "AutoModelForCausalLM", "`Class.from_pretrained(...)`"),
+    ({"model": "/no/such/model"}, "'/no/such/model', where there is nothing", "expected a folder", "Correct the path"),
+    ({"model": "Qwn/Qwen2.5"}, "'Qwn/Qwen2.5' cannot be read", "what `save_pretrained` writes", "see its spelling"),
+    ({"ref_model": object()}, "`ref_model` is not used", "the reference is the opponent", "Leave it out"),
+    # configuration
+    ({"args": DPOConfig("x", use_cpu=True, bf16=False)}, TypeError, "must be a `SPINConfig`", "got `DPOConfig`"),
+    ({"config": {"eval_strategy": "steps"}}, "`eval_strategy='steps'`", "not supported", "Leave `eval_strategy` unset"),
+    ({"config": {"generation_kwargs": {"typicl_p": 0.9}}}, "['typicl_p']", "`GenerationConfig`", "Correct or remove"),
+    # adapters
+    ({"peft_config": {"r": 8}}, TypeError, "got {'r': 8} (`dict`)", "must be a `PeftConfig`", "Write `LoraConfig("),
+    ({"peft_config": LoraConfig(inference_mode=True)}, "`inference_mode=True`", "Set `inference_mode=False`"),
+    (
         {"config": SERVER, "peft_config": LoraConfig(alora_invocation_tokens=[1])},
-        Refusal("`alora_invocation_tokens=[1]`", "Use a plain `LoraConfig`", "set `use_vllm=False`"),
+        *("`alora_invocation_tokens=[1]`", "Use a plain `LoraConfig`", "set `use_vllm=False`"),
     ),
-    "prompt tuning with a server": (
+    (
         {"config": SERVER, "peft_config": PromptTuningConfig(num_virtual_tokens=4)},
-        Refusal("`peft_type=PROMPT_TUNING`", "Use a plain `LoraConfig`", "set `use_vllm=False`"),
+        *("`peft_type=PROMPT_TUNING`", "Use a plain `LoraConfig`", "set `use_vllm=False`"),
     ),
-    "layers that the adapter repeats": (
+    (
         {"config": SERVER, "peft_config": LoraConfig(layer_replication=[[0, 2]])},
-        Refusal("`layer_replication=[[0, 2]]`", "Use a plain `LoraConfig`", "set `use_vllm=False`"),
+        *("`layer_replication=[[0, 2]]`", "Use a plain `LoraConfig`", "set `use_vllm=False`"),
     ),
-    "adapter of too high a rank": (
-        {"config": MANAGED, "peft_config": LoraConfig(r=600)},
-        Refusal("got rank 600", "up to rank 512", "Use a smaller `r`"),
+    ({"config": MANAGED, "peft_config": LoraConfig(r=600)}, "got rank 600", "up to rank 512", "Use a smaller `r`"),
+    # evaluation
+    ({"eval_dataset": rows(GOOD), "compute_generation_metrics": "f"}, TypeError, "got 'f' (`str`)", "a function"),
+    ({"compute_generation_metrics": length}, "answers to `eval_dataset`, and that is None", "Pass an"),
+    ({"config": {"metric_for_best_iteration": "nll"}}, "compares evaluations, but `eval_dataset` is None"),
+    (
+        {"config": {"metric_for_best_iteration": "accuracy"}, "eval_dataset": rows(GOOD)},
+        *("'accuracy'` is none of the run's metrics: ['nll', 'rewards/chosen'",),
     ),
-    "initial model that cannot be had back": (
-        {"config": {"opponent_reference": "fixed"}, "peft_config": LoraConfig(init_lora_weights="pissa")},
-        Refusal("`init_lora_weights='pissa'`", "the adapter switched off", "Use `init_lora_weights=True`"),
+    # what could not become the policy again
+    *(
+        (
+            {"config": {**MANAGED, **setting}, "eval_dataset": rows(GOOD), "peft_config": lora},
+            found,
+            next(iter(setting)),
+        )
+        for setting in (ROLLBACK, BEST)
+        for lora, found in (
+            (LoraConfig(**LORA, use_dora=True), "vLLM cannot load adapters with `use_dora=True`"),
+            (LoraConfig(**LORA, rank_pattern={"q_proj": 8}), "`rank_pattern`"),
+        )
     ),
-    "metrics that are no function": (
-        {"eval_dataset": rows(GOOD), "compute_generation_metrics": "accuracy"},
-        Refusal("got 'accuracy' (`str`)", "must be a function", "takes prompts, references and generations", TypeError),
+    # optimizer
+    ({"optimizers": SGD(PARAMETERS, lr=1)}, TypeError, "SGD", "an optimizer and a scheduler", "`(optimizer, None)`"),
+    (
+        {"config": {"learning_rate": [1e-6, 1e-7, 1e-8]}, "optimizers": SGD_AND_SCHEDULER},
+        *("`learning_rate` has a value for each", "sets the learning rate", "Pass `(optimizer, None)`"),
     ),
-    "metrics without evaluation data": (
-        {"compute_generation_metrics": len},
-        Refusal("`compute_generation_metrics` is given", "answers to `eval_dataset`, and that is None", "Pass an"),
-    ),
-    "optimizer alone": (
-        {"optimizers": SGD(PARAMETER.parameters(), lr=1)},
-        Refusal("SGD", "must be a pair of an optimizer and a scheduler", "Pass `(optimizer, None)`", TypeError),
-    ),
-    "learning rates beside a scheduler": (
-        {
-            "config": {"learning_rate": [1e-6, 1e-7, 1e-8]},
-            "optimizers": (None, ConstantLR(SGD(PARAMETER.parameters(), lr=1))),
-        },
-        Refusal("`learning_rate` has a value for each", "sets the learning rate", "Pass `(optimizer, None)`"),
-    ),
-    "optimizer that cannot begin anew": (
-        {"optimizers": (Adagrad(PARAMETER.parameters()), None)},
-        Refusal("`torch.optim.Adagrad`", "its moments cannot be emptied", "Set `reset_optimizer=False`"),
-    ),
-    "sleep for a server that others use": (
-        {"config": {**SERVER, "vllm_sleep": True}},
-        Refusal("`vllm_server_base_url` names one that runs already", "the run has started itself", "Set `vllm_mode="),
-    ),
-    "sleep without a server": (
+    ({"optimizers": (Adagrad(PARAMETERS), None)}, "`torch.optim.Adagrad`", "its moments cannot be", "Set `reset_optim"),
+    ({"config": {"optim": "adagrad"}}, "`optim='adagrad'`", "`reset_optimizer=False`"),
+    # rewards
+    ({"reward_funcs": "org/reward-model"}, TypeError, "got 'org/reward-model' (`str`)", "A reward model has to be"),
+    ({"reward_funcs": Linear(1, 1)}, TypeError, "got Linear", "(`Linear`)", "A reward model has to be called by"),
+    ({"reward_funcs": [length, 3]}, TypeError, "got 3 (`int`)", "Pass one that takes `prompts`"),
+    ({"reward_funcs": Dataset}, TypeError, "got <class", "(`type`)", "Pass one that takes `prompts`"),
+    ({"config": {"pairing": "best_of"}}, "`pairing='best_of'` chooses by rewards, but no `reward_funcs` are given"),
+    ({"config": {"reward_weights": [1.0]}}, "`reward_weights` has 1 value(s)", "there are 0 `reward_funcs`"),
+    ({"config": {"reward_weights": [1.0] * 2}, "reward_funcs": length}, "has 2 value(s)", "1 `reward_funcs`"),
+    ({"reward_funcs": for_other_data}, TypeError, "answer", "In the reward function `for_other_data`"),
+    ({"reward_funcs": one_for_all}, "`one_for_all` returned 1 rewards for 2 completions", "Correct the function"),
+    # sleep and offload
+    ({"config": {**SERVER, "vllm_sleep": True}}, "the run has started itself", "names one that runs", "`vllm_mode="),
+    (
         {"config": {"vllm_sleep": True}},
-        Refusal("no server generates", "the run has started itself", "Set `vllm_mode='managed'`"),
+        "no server generates",
+        "the run has started itself",
+        "Set `vllm_mode='managed'`",
     ),
-    "policy that makes way for itself": (
-        {"config": {"offload_policy_during_generation": True}},
-        Refusal("in-process generation", "the policy itself answers", "Use a vLLM server, or leave it unset"),
+    ({"config": {**OFFLOADS, **dict(use_vllm=False, vllm_mode=None)}}, "in-process generation", "Use a vLLM server"),
+    ({"config": OFFLOADS, "quantization_config": QUANTIZED}, "quantized otherwise", "4 bits by bitsandbytes", "lower"),
+    (
+        {"config": {**OFFLOADS, "model_init_kwargs": {"quantization_config": QUANTIZED}}},
+        *("quantized otherwise", "quantized to 4 bits by bitsandbytes", "lower `vllm_gpu_memory_utilization`"),
     ),
-    "quantized policy that makes way": (
-        {"config": {**MANAGED, "offload_policy_during_generation": True}, "quantization_config": QUANTIZED},
-        Refusal("quantized otherwise", "quantized to 4 bits by bitsandbytes", "lower `vllm_gpu_memory_utilization`"),
+    # quantization
+    ({"quantization_config": QUANTIZED}, "quantized weights cannot be trained", "`peft_config`"),
+    (
+        {"config": {"model_init_kwargs": {"quantization_config": {"load_in_4bit": True}}}},
+        *("quantized weights cannot be trained", "`peft_config`"),
     ),
-    "policy that is quantized when it is loaded and makes way": (
-        {
-            "config": {
-                **MANAGED,
-                "offload_policy_during_generation": True,
-                "model_init_kwargs": {"quantization_config": QUANTIZED},
-            }
-        },
-        Refusal("quantized otherwise", "quantized to 4 bits by bitsandbytes", "lower `vllm_gpu_memory_utilization`"),
+    (
+        {"config": MANAGED, "quantization_config": QUANTIZED, "peft_config": LoraConfig(**LORA, use_dora=True)},
+        *("`use_dora=True`, and into a quantized base they cannot be merged",),
     ),
-}
-
-
-@pytest.mark.parametrize(
-    ("engine", "remedy"),
-    [("DeepSpeed ZeRO-1", "DeepSpeed's own `offload_optimizer`"), ("FSDP", "FSDP's own `offload_params`")],
 )
-def test_sharded_policy_that_makes_way_is_refused(play, make_config, monkeypatch, engine, remedy):
-    args = make_config(**MANAGED, offload_policy_during_generation=True)
-    if engine != "FSDP":
-        args.deepspeed_plugin = SimpleNamespace(zero_stage=1, deepspeed_config={})
-    else:
-        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    refused(Refusal(f"{engine} holds", "moves whole tensors", remedy), play, args=args)
-
-
-@catalogue(RUNS)
 def test_run_is_refused(given, refusal, play):
     refused(refusal, play, **given)
 
 
+@table(
+    (OFFLOADS, "FSDP holds", "moves whole tensors", "FSDP's own `offload_params`"),
+    (ROLLBACK, "on_collapse='rollback'", "ZeRO-3 and FSDP"),
+    ({"num_opponents": 2}, "`num_opponents=2` loads the opponent", "only shards", "Use a vLLM server"),
+)
+def test_run_in_shards_is_refused(given, refusal, play, make_config, monkeypatch):
+    args = make_config(**given)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    refused(refusal, play, args=args)
+
+
+@table(
+    (({"zero_stage": 1}, OFFLOADS), "DeepSpeed ZeRO-1 holds", "moves whole tensors", "own `offload_optimizer`"),
+    (({"zero_stage": 3}, BEST), "under ZeRO-3 and FSDP each process holds only shards"),
+    (({"deepspeed_config": {"scheduler": {"type": "WarmupLR"}}}, {}), "`scheduler`", "`lr_scheduler_type` and"),
+    (({"deepspeed_config": {"optimizer": {"type": "OneBitAdam"}}}, {}), "'OneBitAdam'", "`reset_optimizer=False`"),
+    (
+        ({"deepspeed_config": {"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}}, {}),
+        *("NVMe", "`reset_optimizer=False`"),
+    ),
+)
+def test_run_with_deepspeed_is_refused(given, refusal, play, make_config):
+    plugin, config = given
+    args = make_config(**config)
+    args.deepspeed_plugin = SimpleNamespace(**{"zero_stage": 1, "deepspeed_config": {}, **plugin})
+    refused(refusal, play, args=args, eval_dataset=rows(GOOD))
+
+
 def test_model_of_which_nothing_would_be_trained_is_refused(play, tiny_model):
     model = AutoModelForCausalLM.from_pretrained(tiny_model).requires_grad_(False)
-    refused(Refusal("parameters of `model` are frozen", "training needs some", "`peft_config`"), play, model=model)
+    words = "parameters of `model` are frozen", "training needs some", "`peft_config`"
+    refused((ValueError, *words), play, model=model)
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "refusal"),
-    [
-        ("config.json", None, Refusal("has no config.json", "`model.save_pretrained(folder)`", "Correct the path")),
-        ("config.json", "{oops", Refusal("configuration", "what `save_pretrained` writes", "Correct `model`")),
-        ("config.json", "{}", Refusal("`model_type`", "what `save_pretrained` writes", "Correct `model`")),
-        ("tokenizer.json", None, Refusal("The tokenizer", "what `save_pretrained` writes", "pass `processing_class`")),
-    ],
-    ids=["none", "broken", "empty", "no tokenizer"],
+@table(
+    (("config.json", None), "has no config.json", "`model.save_pretrained(folder)`", "Correct the path"),
+    (("config.json", "{oops"), "configuration", "what `save_pretrained` writes", "Correct `model`"),
+    (("config.json", "{}"), "`model_type`", "what `save_pretrained` writes", "Correct `model`"),
+    (("tokenizer.json", None), "The tokenizer", "what `save_pretrained` writes", "pass `processing_class`"),
 )
-def test_folder_of_a_model_is_refused_for_what_it_lacks(weightless, play, tmp_path, name, content, refusal):
+def test_folder_of_a_model_is_refused_for_what_it_lacks(weightless, play, tmp_path, given, refusal):
+    name, content = given
     for file in Path(weightless).iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / name).unlink() if content is None else (tmp_path / name).write_text(content)
@@ -558,84 +478,56 @@ def test_folder_of_a_model_is_refused_for_what_it_lacks(weightless, play, tmp_pa
 
 def test_folder_of_an_adapter_is_refused_as_a_model(play, tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
-    refused(Refusal("of an adapter", "expected is a model", "`PeftModel.from_pretrained("), play, model=str(tmp_path))
+    words = "of an adapter", "expected is a model", "`PeftModel.from_pretrained("
+    refused((ValueError, *words), play, model=str(tmp_path))
 
 
 # Server
-
-
-def vllm(**options):
-    """A vLLM server as far as it is asked, that serves the model under its folder's name."""
-    return FakeVLLM("weightless", **options)
 
 
 def locked(path: str, body: dict | None):
     return (200, "") if path == "/health" else (401, {"error": "Unauthorized"})
 
 
-SERVERS = {
-    "wrong API key": (
-        locked,
-        Refusal("HTTP 401", "It expects another API key", "set `vllm_api_key` or VLLM_API_KEY", SamplerError),
-    ),
-    "server of another model": (
-        FakeVLLM("org/other"),
-        Refusal("serves ['org/other']", "not '/", "spin_trl.serve", SamplerError),
-    ),
-    "web page": (
-        lambda path, body: (200, "<html>It works!</html>"),
-        Refusal("<html>It works!</html>", "is no vLLM server", "Correct `vllm_server_base_url`", SamplerError),
-    ),
-    "other server that speaks JSON": (
-        lambda path, body: (200, {"models": []}),
-        Refusal("{'models': []}", "a list of models with their `id`", "Correct `vllm_server_base_url`", SamplerError),
-    ),
-    "other server that speaks OpenAI's API": (
-        lambda path, body: (200, {"data": [{"id": "weightless", "object": "model"}]}),
-        Refusal("serves 'weightless' without saying", "a vLLM server does in `max_model_len`", "Start", SamplerError),
-    ),
-    "server without that path": (
-        lambda path, body: (404, "Not Found"),
-        Refusal("HTTP 404: Not Found", "Expected is a vLLM server", "correct `vllm_server_base_url`", SamplerError),
-    ),
-    "server without LoRA": (
-        vllm(adapters=False),
-        Refusal("without `--enable-lora`", "load the LoRA adapters", "spin_trl.serve", SamplerError),
-    ),
-    "context that holds no prompt": (
-        vllm(context_length=4),
-        Refusal("has a context of 4 tokens", "at least 5 are needed", "larger `--max-model-len`", SamplerError),
-    ),
-}
+def always(status: int, answer: Any):
+    return lambda path, body: (status, answer)
 
 
-@catalogue(SERVERS)
+OF_OPENAI = {"data": [{"id": "weightless", "object": "model"}]}
+
+
+@table(
+    (locked, "HTTP 401", "It expects another API key", "set `vllm_api_key` or VLLM_API_KEY"),
+    (FakeVLLM("org/other"), "serves ['org/other']", "not '/", "spin_trl.serve"),
+    (always(200, "<html>It works!</html>"), "<html>It works!</html>", "is no vLLM server", "Correct `vllm_server_base"),
+    (
+        always(200, {"models": []}),
+        "{'models': []}",
+        "a list of models with their `id`",
+        "Correct `vllm_server_base_url`",
+    ),
+    (always(200, OF_OPENAI), "serves 'weightless' without saying", "a vLLM server does in `max_model_len`", "Start"),
+    (always(404, "Not Found"), "HTTP 404: Not Found", "Expected is a vLLM server", "correct `vllm_server_base_url`"),
+    (FakeVLLM("weightless", adapters=False), "without `--enable-lora`", "load the LoRA adapters", "spin_trl.serve"),
+    (FakeVLLM("weightless", context_length=4), "has a context of 4 tokens", "at least 5", "larger `--max-model-len`"),
+)
 def test_server_is_refused(given, refusal, play):
     server = FaultyServer()
     server.answer = given
+    config = {"vllm_server_base_url": server.url}
     try:
-        refused(
-            refusal, play, {"vllm_server_base_url": server.url}, peft_config=LoraConfig(target_modules="all-linear")
-        )
+        refused((SamplerError, *refusal[1:]), play, config, peft_config=LoraConfig(target_modules="all-linear"))
     finally:
         server.close()
 
 
-@pytest.mark.parametrize(
-    ("url", "refusal"),
-    [
-        ("localhost:8000", Refusal("'localhost:8000'", "must begin with 'http://'", "Set `vllm_server_base_url`")),
-        ("", Refusal("''", "must begin with 'http://'", "Set `vllm_server_base_url`")),
-        (
-            UNUSED,
-            Refusal("Cannot connect to host 127.0.0.1:9", "within `vllm_server_timeout`", "Start it with `python"),
-        ),
-    ],
-    ids=["no scheme", "empty", "nobody there"],
+@table(
+    ("localhost:8000", "'localhost:8000'", "must begin with 'http://'", "Set `vllm_server_base_url`"),
+    ("", "''", "must begin with 'http://'", "Set `vllm_server_base_url`"),
+    (UNUSED, "Cannot connect to host 127.0.0.1:9", "within `vllm_server_timeout`", "Start it with `python"),
 )
-def test_address_is_refused(url, refusal, play):
-    config = {"vllm_server_base_url": url, "vllm_server_timeout": 0.1}
-    refused(refusal._replace(error=SamplerError), play, config)
+def test_address_is_refused(given, refusal, play):
+    refused((SamplerError, *refusal[1:]), play, {"vllm_server_base_url": given, "vllm_server_timeout": 0.1})
 
 
 # Run directory
@@ -645,68 +537,12 @@ def test_address_is_refused(url, refusal, play):
 def test_run_directory_that_cannot_be_one_is_refused(play, tmp_path, below):
     (tmp_path / "file").write_text("")
     path = tmp_path / "file" / below
-    refusal = Refusal(f"`output_dir` is '{path}'", "is no directory", "Choose a path", NotADirectoryError)
-    refused(refusal, play, {"output_dir": str(path)})
+    words = f"`output_dir` is '{path}'", "is no directory", "Choose a path"
+    refused((NotADirectoryError, *words), play, {"output_dir": str(path)})
     assert (tmp_path / "file").read_text() == ""
 
 
 # The script
-
-SCRIPTS = {
-    "misspelled key": (
-        "num_iteration: 2",
-        Refusal("'--num_iteration'", "Unknown arguments from config file", "remove"),
-    ),
-    "no data": (
-        "train_file: null",
-        Refusal("`train_file=None` and `dataset_name=None`", "either `train_file`", "Set either"),
-    ),
-    "data twice": (
-        "dataset_name: some/data",
-        Refusal("`dataset_name='some/data'`", "either `train_file` (a local file) or `dataset_name`", "Set either"),
-    ),
-    "file of an unknown ending": (
-        "train_file: data.txt",
-        Refusal("'data.txt', which ends in '.txt'", "['.csv', '.json', '.jsonl', '.parquet']", "convert the file"),
-    ),
-    "file that is missing": (
-        "train_file: no.jsonl",
-        Refusal("'no.jsonl', which is no file", "Expected an existing file", "Correct the path"),
-    ),
-    "file that is empty": (
-        "train_file: empty.jsonl",
-        Refusal("'empty.jsonl' is empty", "expected is one JSON object a line", "See what should have written it"),
-    ),
-    "line that is no JSON": (
-        "train_file: broken.jsonl",
-        Refusal("line 3 is no JSON", "Expected is one JSON object a line", "Correct or remove what is broken"),
-    ),
-    "file of another format than its ending says": (
-        "train_file: broken.parquet",
-        Refusal("Parquet magic bytes not found", "Expected is a Parquet file", "Correct or remove what is broken"),
-    ),
-    "split of the hub with local data": (
-        "evaluate: true",
-        Refusal("`evaluate=True`", "takes a split of `dataset_name`", "Set `eval_file` instead"),
-    ),
-    "split that is not there": (
-        "train_file: null\ndataset_name: folder\ndataset_train_split: trian",
-        Refusal("`dataset_train_split` is 'trian'", "the splits ['train']", "Set it to one"),
-    ),
-    "metrics without a function": (
-        "generation_metrics: metrics.py",
-        Refusal("got 'metrics.py'", "must be 'file.py:function'", "Correct the path"),
-    ),
-    "metrics in no file": (
-        "generation_metrics: no.py:f",
-        Refusal("got 'no.py:f'", "must be 'file.py:function' with an existing file", "Correct the path"),
-    ),
-    "metrics that the file does not define": (
-        "generation_metrics: metrics.py:acuracy",
-        Refusal("names 'acuracy'", "does not define as a function", "Name one of ['accuracy']"),
-    ),
-    "no model": ("", Refusal("got None", "must be a hub id, a folder", "Pass a path as", TypeError)),
-}
 
 
 @pytest.fixture
@@ -725,11 +561,30 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-@catalogue(SCRIPTS)
+@table(
+    ("num_iteration: 2", "'--num_iteration'", "Unknown arguments from config file", "remove"),
+    ("train_file: null", "`train_file=None` and `dataset_name=None`", "either `train_file`", "Set either"),
+    ("dataset_name: some/data", "`dataset_name='some/data'`", "either `train_file` (a local file) or", "Set either"),
+    ("train_file: data.txt", "'data.txt', which ends in '.txt'", "['.csv', '.json', '.jsonl', '.parquet']", "convert"),
+    ("train_file: no.jsonl", "'no.jsonl', which is no file", "Expected an existing file", "Correct the path"),
+    ("train_file: empty.jsonl", "'empty.jsonl' is empty", "one JSON object a line", "See what should have written it"),
+    ("train_file: broken.jsonl", "line 3 is no JSON", "one JSON object a line", "Correct or remove what is broken"),
+    ("train_file: broken.parquet", "Parquet magic bytes not found", "Expected is a Parquet file", "Correct or remove"),
+    ("evaluate: true", "`evaluate=True`", "takes a split of `dataset_name`", "Set `eval_file` instead"),
+    (
+        "train_file: null\ndataset_name: folder\ndataset_train_split: trian",
+        *("`dataset_train_split` is 'trian'", "the splits ['train']", "Set it to one"),
+    ),
+    ("generation_metrics: metrics.py", "got 'metrics.py'", "must be 'file.py:function'", "Correct the path"),
+    ("generation_metrics: no.py:f", "got 'no.py:f'", "'file.py:function' with an existing file", "Correct the path"),
+    ("generation_metrics: metrics.py:acuracy", "names 'acuracy'", "does not define", "Name one of ['accuracy']"),
+    ("reward_funcs: [no.py:f]", "`reward_funcs` must be 'file.py:function' with an existing file, got 'no.py:f'"),
+    ("model_name_or_path: null", TypeError, "got None", "must be a hub id, a folder", "Pass a path as"),
+)
 def test_script_refuses(given, refusal, folder, weightless):
-    model = {} if refusal.found == "got None" else {"model_name_or_path": weightless}
     settings = {"output_dir": "run", "use_cpu": True, "bf16": False, "use_vllm": False, "train_file": "good.jsonl"}
-    lines = [f"{key}: {json.dumps(value)}" for key, value in {**settings, **model}.items() if f"{key}:" not in given]
+    settings |= {"model_name_or_path": weightless}
+    lines = [f"{key}: {json.dumps(value)}" for key, value in settings.items() if f"{key}:" not in given]
     (folder / "config.yaml").write_text("\n".join([*lines, given]))
     spin = load_recipe("spin")
 

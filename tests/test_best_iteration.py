@@ -2,7 +2,6 @@
 
 import math
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -63,44 +62,9 @@ def test_which_way_is_better_is_known_or_follows_from_the_name():
 # Refusals
 
 
-@pytest.mark.parametrize("field", ["load_best_iteration_at_end", "greater_is_better_iteration"])
-def test_comparing_needs_a_metric(field):
-    with pytest.raises(ValueError, match=f"`{field}=True` needs a metric.*`metric_for_best_iteration`"):
-        SPINConfig(use_cpu=True, bf16=False, **{field: True})
-
-
 def test_unknown_way_to_treat_errors_is_refused():
     with pytest.raises(ValueError, match=r"`eval_on_error` must be one of \('raise', 'warn'\), got 'ignore'"):
         SPINConfig(use_cpu=True, bf16=False, eval_on_error="ignore")
-
-
-class TestRefusedBeforeTheModelIsLoaded:
-    @pytest.fixture(autouse=True)
-    def no_model(self, monkeypatch):
-        def fail(*args, **kwargs):
-            raise AssertionError("the model was loaded before the input was checked")
-
-        monkeypatch.setattr("trl.trainer.dpo_trainer.create_model_from_path", fail)
-
-    def test_metric_without_evaluation_data(self, tiny_model, make_config, train_dataset):
-        with pytest.raises(ValueError, match="compares evaluations, but `eval_dataset` is None"):
-            SPINTrainer(tiny_model, make_config(metric_for_best_iteration="nll"), train_dataset=train_dataset)
-
-    def test_metric_that_nobody_computes(self, tiny_model, make_config, train_dataset, eval_dataset):
-        with pytest.raises(ValueError, match=r"'accuracy'` is none of the run's metrics: \['nll', 'rewards/chosen'"):
-            SPINTrainer(
-                tiny_model,
-                make_config(metric_for_best_iteration="accuracy"),
-                train_dataset=train_dataset,
-                eval_dataset=eval_dataset,
-            )
-
-    def test_policy_in_shards(self, tiny_model, make_config, train_dataset, eval_dataset):
-        settings = {"metric_for_best_iteration": "nll", "load_best_iteration_at_end": True}
-        configuration = make_config(**settings)
-        configuration.deepspeed_plugin = SimpleNamespace(zero_stage=3, deepspeed_config={})
-        with pytest.raises(ValueError, match="under ZeRO-3 and FSDP each process holds only shards"):
-            SPINTrainer(tiny_model, configuration, train_dataset=train_dataset, eval_dataset=eval_dataset)
 
 
 def test_metric_that_the_users_function_does_not_return_ends_the_run_at_the_first_evaluation(

@@ -159,37 +159,6 @@ def test_best_iteration_wins_over_the_one_to_go_back_to(see, play, monkeypatch):
     assert trainer.store.read_metrics(2)["evaluation"].keys() >= {"nll"}  # what is judged has been evaluated
 
 
-@pytest.mark.parametrize(
-    ("peft", "found"),
-    [
-        ({"use_dora": True}, "merged here, because vLLM cannot load adapters with `use_dora=True`"),
-        ({"rank_pattern": {"q_proj": 8}}, "`rank_pattern`"),
-    ],
-)
-@pytest.mark.parametrize(
-    "setting",
-    [{"on_collapse": "rollback"}, {"load_best_iteration_at_end": True, "metric_for_best_iteration": "nll"}],
-)
-def test_opponents_that_cannot_become_the_policy_again_are_refused(
-    peft, found, setting, tiny_model, train_dataset, eval_dataset, make_config
-):
-    with pytest.raises(ValueError) as caught:
-        SPINTrainer(
-            tiny_model,
-            make_config(use_vllm=None, vllm_mode="managed", **setting),
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            peft_config=LoraConfig(r=4, target_modules="all-linear", **peft),
-        )
-    assert found in str(caught.value) and next(iter(setting)) in str(caught.value)
-
-
-def test_sharded_policy_cannot_go_back(tiny_model, train_dataset, make_config, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ValueError, match="on_collapse='rollback'.*ZeRO-3 and FSDP"):
-        SPINTrainer(tiny_model, make_config(on_collapse="rollback"), train_dataset=train_dataset)
-
-
 def test_sign_in_the_last_training_is_kept_with_the_final_evaluation_if_there_is_one(see, play, caplog):
     see("sign_within", 1)
     trainer = play(num_iterations=1, evaluates=True)

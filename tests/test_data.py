@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from datasets import Dataset, IterableDataset, load_dataset
+from datasets import Dataset, load_dataset
 from tiny_tokenizers import byte_tokenizer
 
 from spin_trl.data.formats import ACCEPTED_FORMATS, check_dataset, detect_format
@@ -95,39 +95,3 @@ def test_named_columns_that_are_missing_are_refused_whatever_other_format_fits()
 )
 def test_dataset_in_an_accepted_format_passes(row):
     check_dataset(Dataset.from_list([row]), "train_dataset")
-
-
-def test_streamed_dataset_is_refused_with_a_way_to_load_it():
-    dataset = Dataset.from_list([{"prompt": "a", "completion": "b"}]).to_iterable_dataset()
-    assert isinstance(dataset, IterableDataset)
-    with pytest.raises(TypeError, match="`eval_dataset` is an `IterableDataset`.*`streaming=True`"):
-        check_dataset(dataset, "eval_dataset")
-
-
-@pytest.mark.parametrize(("value", "kind"), [([{"prompt": "a", "completion": "b"}], "list"), (None, "NoneType")])
-def test_anything_but_a_dataset_is_refused_by_its_type(value, kind):
-    with pytest.raises(TypeError, match=f"`train_dataset` must be a `datasets.Dataset`.*got `{kind}`"):
-        check_dataset(value, "train_dataset")
-
-
-@pytest.mark.parametrize("column", ["image", "images"])
-def test_vision_dataset_is_refused_by_its_column(column):
-    dataset = Dataset.from_list([{"prompt": "a", "completion": "b", column: "x.png"}])
-    with pytest.raises(ValueError, match=rf"`train_dataset` has the column\(s\) \['{column}'\].*not supported"):
-        check_dataset(dataset, "train_dataset")
-
-
-@pytest.mark.parametrize("columns", [["instruction", "output"], ["prompt"], ["completion"], ["prompt", "rejected"]])
-def test_missing_columns_are_refused_with_those_found_and_those_accepted(columns):
-    dataset = Dataset.from_dict({name: ["a"] for name in columns})
-    with pytest.raises(ValueError) as refusal:
-        check_dataset(dataset, "eval_dataset")
-    message = str(refusal.value)
-    assert f"`eval_dataset` has the columns {columns}" in message
-    assert "`prompt` and `completion`" in message and "`messages`" in message
-    assert "rename_columns" in message and "`prompt_column`" in message
-
-
-def test_empty_dataset_is_refused():
-    with pytest.raises(ValueError, match="`train_dataset` is empty"):
-        check_dataset(Dataset.from_dict({"prompt": [], "completion": []}), "train_dataset")

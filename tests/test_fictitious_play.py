@@ -376,28 +376,6 @@ def test_earlier_opponent_that_is_gone_is_named(tiny_model, train_dataset, make_
 # What cannot be played
 
 
-@pytest.mark.parametrize("bad", [0, -1, 1.5, "2"])
-def test_number_of_opponents_below_one_is_refused(make_config, bad):
-    with pytest.raises(ValueError, match="`num_opponents` must be .*Leave it unset for the default, 1"):
-        make_config(num_opponents=bad)
-
-
-@pytest.mark.parametrize("loss_type", ["space", "iris"])
-def test_losses_that_need_the_reference_to_have_answered_are_refused(make_config, loss_type):
-    with pytest.raises(
-        ValueError, match=f"`loss_type='{loss_type}'` contradicts `num_opponents=2`.*`num_opponents` unset"
-    ):
-        make_config(num_opponents=2, loss_type=loss_type)
-
-
-def test_sharded_policy_that_would_play_them_itself_is_refused(tiny_model, train_dataset, make_config, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    monkeypatch.setenv("FSDP_VERSION", "2")
-    config = make_config(num_opponents=2)
-    with pytest.raises(ValueError, match="`num_opponents=2` loads the opponent .*only shards of it. Use a vLLM server"):
-        SPINTrainer(tiny_model, config, train_dataset=train_dataset)
-
-
 # Several processes
 
 

@@ -9,7 +9,7 @@ from tiny_tokenizers import byte_tokenizer
 
 from spin_trl import SPINConfig, SPINTrainer, load_pairs
 from spin_trl.data.pair_dataset import PREFERENCE
-from spin_trl.data.preferences import check_preference_dataset, prepare_preferences
+from spin_trl.data.preferences import prepare_preferences
 from spin_trl.policy.log_probs import score_pairs
 from spin_trl.run_directory.run_paths import RunDirectoryError
 
@@ -110,26 +110,6 @@ def test_dataset_without_any_pair_is_refused():
         ValueError, match="No row of `preference_dataset` is left: of 1, 0 are invalid and 1 have equal"
     ):
         prepare([{"prompt": "a", "chosen": "x", "rejected": "x"}])
-
-
-@pytest.mark.parametrize(
-    ("dataset", "found"),
-    [
-        ([{"prompt": "a"}], "must be a `datasets.Dataset` with the columns .* got `list`"),
-        (Dataset.from_dict({"prompt": ["a"], "chosen": ["b"]}), r"\['prompt', 'chosen'\], but lacks \['rejected'\]"),
-        (Dataset.from_dict({"prompt": ["a"], "completion": ["b"]}), r"lacks \['chosen', 'rejected'\]"),
-        (Dataset.from_dict({"prompt": [], "chosen": [], "rejected": []}), "`preference_dataset` is empty"),
-    ],
-    ids=["list", "one side", "no sides", "no rows"],
-)
-def test_what_is_no_preference_dataset_is_refused(dataset, found):
-    with pytest.raises((TypeError, ValueError), match=found):
-        check_preference_dataset(dataset, ["sigmoid"])
-
-
-def test_losses_of_data_against_opponent_take_no_preferences():
-    with pytest.raises(ValueError, match="`loss_type='space'` contradicts `preference_dataset`"):
-        check_preference_dataset(Dataset.from_dict({"prompt": ["a"]}), ["sft", "space"])
 
 
 # Runs

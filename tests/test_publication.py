@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
-from peft import AdaptionPromptConfig, IA3Config, LoHaConfig, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from torch import nn
 
 from spin_trl.policy.published_form import Publication, plan_publication
@@ -84,21 +84,6 @@ def test_adapter_that_vllm_cannot_load_is_merged_and_the_user_told_why(config, r
     publication = plan(config=config)
     assert publication == Publication("merged", lora_rank=None, reason=reason)
     assert f"vLLM cannot load adapters with {reason}. Each iteration saves a whole model" in str(publication)
-
-
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        (PromptTuningConfig(num_virtual_tokens=4), "a learned prompt is no part of the weights"),
-        (AdaptionPromptConfig(adapter_len=4, adapter_layers=1), "`peft_type=ADAPTION_PROMPT`.*not known to merge"),
-        (lora(alora_invocation_tokens=[1]), r"`alora_invocation_tokens=\[1\]`, and PEFT is not known to merge"),
-        (lora(layer_replication=[(0, 2), (0, 2)]), "`layer_replication=.*not known to merge"),
-    ],
-    ids=["prompt tuning", "adaption prompt", "alora", "layer replication"],
-)
-def test_adapter_that_can_be_neither_loaded_nor_merged_is_refused(config, message):
-    with pytest.raises(ValueError, match=f"{message}.*`use_vllm=False`"):
-        plan(config=config)
 
 
 @pytest.mark.parametrize("config", [lora(use_dora=True), IA3], ids=["dora", "ia3"])

@@ -143,23 +143,6 @@ class TestRefusedBeforeTheModelIsLoaded:
 
         monkeypatch.setattr("trl.trainer.dpo_trainer.create_model_from_path", fail)
 
-    @pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
-    def test_training_quantized_weights_themselves(self, tiny_model, train_dataset, make_config, bits):
-        quantization = BitsAndBytesConfig(**{bits: True})
-        with pytest.raises(ValueError, match="quantized weights cannot be trained.*`peft_config`"):
-            SPINTrainer(tiny_model, make_config(), train_dataset=train_dataset, quantization_config=quantization)
-
-    def test_quantization_in_model_init_kwargs_is_seen(self, tiny_model, train_dataset, make_config):
-        config = make_config(model_init_kwargs={"quantization_config": {"load_in_4bit": True}})
-        with pytest.raises(ValueError, match="quantized weights cannot be trained"):
-            SPINTrainer(tiny_model, config, train_dataset=train_dataset)
-
-    def test_merging_into_quantized_weights(self, tiny_model, train_dataset, make_config):
-        lora = LoraConfig(**LORA, use_dora=True)
-        config = make_config(vllm_mode="managed")
-        with pytest.raises(ValueError, match="`use_dora=True`, and into a quantized base they cannot be merged"):
-            SPINTrainer(tiny_model, config, train_dataset=train_dataset, quantization_config=NF4, peft_config=lora)
-
     def test_missing_package(self, tiny_model, train_dataset, make_config, monkeypatch):
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
         with pytest.raises(ValueError, match=r"not installed.*pip install spin_trl\[qlora\]"):

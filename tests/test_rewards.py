@@ -13,9 +13,8 @@ from datasets import Dataset
 from tiny_tokenizers import byte_tokenizer
 from transformers import TrainerState
 
-from spin_trl import SPINConfig
 from spin_trl.data.pairs import ANSWER_SCHEMA
-from spin_trl.data.rewards.functions import RewardFunctions, check_rewards
+from spin_trl.data.rewards.functions import RewardFunctions
 from spin_trl.data.rewards.judged_answers import REWARDED_SCHEMA, AnswerRewards
 
 
@@ -141,52 +140,6 @@ def test_numbers_that_a_function_logs_are_averaged():
     functions(["p", "q"], ["a", "bbb"], [[1], [2]])
     assert functions.take_logged() == {"rewards/length": 2.0}
     assert functions.take_logged() == {}
-
-
-@pytest.mark.parametrize(
-    ("function", "found"),
-    [
-        ("org/reward-model", r"got 'org/reward-model' \(`str`\). A reward model has to be called by a function"),
-        (torch.nn.Linear(1, 1), r"got Linear.*\(`Linear`\). A reward model has to be called by a function"),
-        ([length, 3], r"got 3 \(`int`\).*Pass one that takes `prompts`"),
-        (Dataset, r"got <class .*\(`type`\).*Pass one"),
-    ],
-    ids=["model id", "model", "number", "class"],
-)
-def test_what_is_no_function_is_refused(function, found):
-    with pytest.raises(TypeError, match=f"`reward_funcs` must be a function or a list of functions, {found}"):
-        check_rewards(function, "ground_truth", None)
-
-
-@pytest.mark.parametrize(
-    ("functions", "pairing", "weights", "found"),
-    [
-        (None, "best_of", None, "`pairing='best_of'` chooses by rewards, but no `reward_funcs` are given"),
-        ([], "reward_ranked", None, "`pairing='reward_ranked'` chooses by rewards"),
-        (length, "best_of", [1.0, 2.0], r"`reward_weights` has 2 value\(s\) .* there are 1 `reward_funcs`"),
-        (None, "ground_truth", [1.0], "there are 0 `reward_funcs`"),
-    ],
-)
-def test_functions_that_do_not_fit_the_settings_are_refused(functions, pairing, weights, found):
-    with pytest.raises(ValueError, match=found):
-        check_rewards(functions, pairing, weights)
-
-
-@pytest.mark.parametrize(
-    ("settings", "found"),
-    [
-        ({"pairing": "best"}, "`pairing` must be one of .*'best_of', 'reward_ranked'.*, got 'best'"),
-        ({"pairing": "reward_ranked"}, "`num_generations` is 1. Set it to 2 or more"),
-        ({"pairing": "best_of", "loss_type": "space"}, "`loss_type='space'` contradicts `pairing='best_of'`"),
-        ({"pairing": "best_of", "loss_type": ["sigmoid", "space"]}, "`loss_type='space'` contradicts"),
-        ({"reward_weights": [0.0, 0.0]}, "`reward_weights` must be a list of finite numbers, not all of them 0"),
-        ({"reward_weights": [float("nan")]}, r"`reward_weights` must be .* got \[nan\]"),
-        ({"reward_weights": 1.0}, "`reward_weights` must be a list"),
-    ],
-)
-def test_settings_that_cannot_be_are_refused(tmp_path, settings, found):
-    with pytest.raises(ValueError, match=found):
-        SPINConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", **settings)
 
 
 # What functions are shown

@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -108,30 +107,9 @@ class TestPassedScheduler:
             SPINTrainer(model, config, train_dataset=train_dataset, optimizers=optimizers)
 
 
-@pytest.mark.parametrize(
-    ("deepspeed_config", "found"),
-    [
-        ({"scheduler": {"type": "WarmupLR"}}, "`scheduler`.*`lr_scheduler_type` and `warmup_steps`"),
-        ({"optimizer": {"type": "OneBitAdam"}}, "'OneBitAdam'.*`reset_optimizer=False`"),
-        ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, "NVMe.*`reset_optimizer=False`"),
-    ],
-)
-def test_deepspeed_configuration_that_cannot_begin_anew_is_refused(make_config, deepspeed_config, found):
-    config = make_config()
-    config.deepspeed_plugin = SimpleNamespace(deepspeed_config=deepspeed_config)
-    with pytest.raises(ValueError, match=found):
-        check_schedule(config, None, None)
-
-
 @pytest.mark.parametrize("optim", ["adagrad", "schedule_free_adamw", "galore_adamw_layerwise", "adalomo"])
 def test_optimizer_whose_moments_cannot_be_emptied_is_refused(make_config, optim):
     with pytest.raises(ValueError, match=f"`optim='{optim}'`.*`reset_optimizer=False`"):
         check_schedule(make_config(optim=optim), None, None)
     check_schedule(make_config(optim=optim, reset_optimizer=False), None, None)
     check_schedule(make_config(optim=optim, num_iterations=1), None, None)
-
-
-def test_passed_adagrad_is_refused(make_config):
-    optimizer = torch.optim.Adagrad([torch.nn.Parameter(torch.zeros(1))])
-    with pytest.raises(ValueError, match="Adagrad"):
-        check_schedule(make_config(), optimizer, None)

@@ -25,124 +25,6 @@ def make(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("overrides", "found", "advice"),
-    [
-        ({"num_train_epochs": 5}, r"`num_train_epochs` is set to 5", "Set those two instead"),
-        (
-            {"num_train_epochs": 3.0},
-            r"`num_train_epochs` is set to 3.0.*`num_iterations` \(3\)",
-            "Set those two instead",
-        ),
-        ({"num_iterations": 0}, "`num_iterations` must be at least 1, got 0", ""),
-        ({"epochs_per_iteration": 0}, "`epochs_per_iteration` must be at least 1, got 0", ""),
-        ({"num_history_iterations": -1}, "`num_history_iterations` must be at least 0, got -1", ""),
-        ({"num_generations": 0}, "`num_generations` must be at least 1, got 0", ""),
-        ({"precompute_ref_log_probs": False}, "`precompute_ref_log_probs=False` is not possible", "Leave .* unset"),
-        ({"sync_ref_model": True}, "`sync_ref_model=True` is not possible", "Leave it unset"),
-        ({"eval_on_start": True}, "`eval_on_start=True` comes before", "Leave it unset"),
-        ({"prompt_column": "a"}, "`prompt_column='a'` and `completion_column=None`", "Set both"),
-        ({"completion_column": "b"}, "`prompt_column=None` and `completion_column='b'`", "Set both"),
-        ({"train_on_turns": "first"}, r"`train_on_turns` must be one of \('last', 'all'\), got 'first'", ""),
-        ({"identical_pairs": "yes"}, r"`identical_pairs` must be one of \(None, 'drop', 'keep'\), got 'yes'", ""),
-        ({"beta": [0.1, 0.2]}, r"`beta` has 2 values \(\[0.1, 0.2\]\), but `num_iterations` is 3", "one for each"),
-        ({"learning_rate": [1e-6] * 4}, "`learning_rate` has 4 values .* `num_iterations` is 3", "one for each"),
-        ({"learning_rate": []}, "`learning_rate` has 0 values", "Give one number"),
-        ({"learning_rate": [1e-6, 0, 1e-6]}, "`learning_rate` must be positive in every iteration", ""),
-        ({"loss_type": ["sigmoid", "logistics"]}, r"unknown value\(s\) \['logistics'\]", "'apo_down'.*'space'"),
-        ({"loss_type": "space", "ld_alpha": 0.5}, "`loss_type='space'` contradicts `ld_alpha=0.5`", "`ld_alpha` unset"),
-        ({"loss_type": "space", "use_weighting": True}, "contradicts `use_weighting=True`", "`use_weighting` unset"),
-        ({"loss_type": "space", "space_mu": 0.0}, "`space_mu` must be positive, got 0.0", ""),
-        (
-            {"loss_type": "space", "space_mu": 2.5, "num_generations": 2},
-            "`space_mu` must be at most `num_generations`, which is 2, got 2.5",
-            "Lower the one, or raise the other",
-        ),
-        ({"space_mu": 0.5}, r"`space_mu=0.5` belongs to the loss 'space'.*\['sigmoid'\]", "Add 'space' to `loss_type`"),
-        (
-            {"loss_type": "space", "t_spin_beta": 0.2},
-            "`t_spin_beta=0.2` belongs to the loss 't_spin'",
-            "leave .* unset",
-        ),
-        ({"loss_type": "iris", "t_spin_alpha": 2.0}, "`t_spin_alpha=2.0` belongs to the loss 't_spin'", "Add 't_spin'"),
-        ({"loss_type": "sft", "iris_alpha": 2.0}, "`iris_alpha=2.0` belongs to the loss 'iris'", "Add 'iris'"),
-        ({"loss_type": "t_spin", "t_spin_alpha": 0.0}, "`t_spin_alpha` must be positive, got 0.0", "default, 1.0"),
-        ({"loss_type": "t_spin", "t_spin_beta": -0.1}, "`t_spin_beta` must be at least 0, got -0.1", "default, 0.1"),
-        ({"loss_type": "iris", "iris_alpha": 1.0}, "`iris_alpha` must be positive and other than 1", "such as .* 0.99"),
-        ({"loss_type": "iris", "iris_alpha": 0}, "`iris_alpha` must be positive and other than 1", "Take 0.5"),
-        (
-            {"loss_type": ["iris", "sft"], "per_device_train_batch_size": 1},
-            "`per_device_train_batch_size` makes that a single pair",
-            "Raise it",
-        ),
-        (
-            {"loss_type": "iris", "auto_find_batch_size": True},
-            "`loss_type='iris'` contradicts `auto_find_batch_size=True`",
-            "Leave `auto_find_batch_size` unset",
-        ),
-        (
-            {"loss_type": ["space", "sft"], "opponent_reference": "fixed"},
-            "`loss_type='space'` contradicts `opponent_reference='fixed'`",
-            "Leave `opponent_reference` unset",
-        ),
-        (
-            {"loss_type": ["t_spin", "sft"], "opponent_reference": "fixed"},
-            "`opponent_reference='fixed'` has no effect",
-            "such as 'sigmoid'",
-        ),
-        (
-            {"loss_type": ["space", "sft"], "identical_pairs": "drop"},
-            "`loss_type='space'` contradicts `identical_pairs='drop'`",
-            "Leave `identical_pairs` unset",
-        ),
-        (
-            {"loss_type": "iris", "train_sampling_strategy": "group_by_length"},
-            "`loss_type='iris'` contradicts `train_sampling_strategy='group_by_length'`",
-            "Leave `train_sampling_strategy` unset",
-        ),
-        ({"opponent_reference": "first"}, "`opponent_reference` must be 'previous' or 'fixed', got 'first'", ""),
-        ({"max_completion_length": 0}, "`max_completion_length` must be at least 1, got 0", ""),
-        ({"per_device_generation_batch_size": 0}, "`per_device_generation_batch_size` must be at least 1", ""),
-        ({"generation_part_size": 0}, "`generation_part_size` must be at least 1, got 0", ""),
-        ({"temperature": -0.1}, "`temperature` must be at least 0 .*got -0.1", "0 is greedy"),
-        ({"eval_temperature": -1.0}, "`eval_temperature` must be at least 0 .*got -1.0", "0 is greedy"),
-        ({"top_p": 0.0}, r"`top_p` must be in \(0, 1\], got 0.0", "Use 1.0"),
-        ({"top_p": 1.1}, r"`top_p` must be in \(0, 1\], got 1.1", "Use 1.0"),
-        ({"top_k": -1}, "`top_k` must be at least 0, got -1", ""),
-        ({"use_vllm": False, "vllm_server_base_url": URL}, f"`use_vllm=False` contradicts.*{URL}", "Leave `use_vllm`"),
-        ({"use_vllm": False, "vllm_mode": "managed"}, "`use_vllm=False` contradicts.*managed", "Leave `use_vllm`"),
-        ({"vllm_mode": "colocate"}, "`vllm_mode` must be 'server' or 'managed', got 'colocate'", ""),
-        ({"vllm_mode": "server"}, "`vllm_mode='server'` needs the address", "set `vllm_server_base_url`"),
-        ({"vllm_mode": "managed", "vllm_server_base_url": URL}, f"`vllm_mode='managed'`.*{URL}", "only one of the two"),
-        ({"vllm_server_base_url": []}, r"`vllm_server_base_url` must be the address .* got \[\]", "leave it unset"),
-        ({"vllm_server_base_url": [URL, 8001]}, "list of at least one, got .*8001", "such as 'http://localhost:8000'"),
-        ({"vllm_server_base_url": [URL, "host:8001"]}, "has 'host:8001', which is no address", "Write each such as"),
-        ({"vllm_server_base_url": [URL, f"{URL}/v1/"]}, "names .* more than once", "Name every server once"),
-        ({"vllm_max_concurrent_requests": 0}, "`vllm_max_concurrent_requests` must be at least 1, got 0", ""),
-        ({"vllm_tensor_parallel_size": 0}, "`vllm_tensor_parallel_size` must be at least 1, got 0", ""),
-        ({"vllm_server_timeout": 0}, "`vllm_server_timeout` must be a positive number of seconds, got 0", ""),
-        ({"vllm_request_timeout": -1}, "`vllm_request_timeout` must be a positive number of seconds, got -1", ""),
-        (
-            {"vllm_progress_timeout": 599.0},
-            r"`vllm_progress_timeout` \(599 s\) must be at least `vllm_request_timeout` \(600 s\)",
-            "leave `vllm_progress_timeout` unset",
-        ),
-        ({"vllm_max_restarts": -1}, "`vllm_max_restarts` must be at least 0, got -1", ""),
-        ({"publish_check_samples": -1}, "`publish_check_samples` must be at least 0, got -1", ""),
-        (
-            {"publish_check_tolerance": 0},
-            "`publish_check_tolerance` must be positive, got 0",
-            "`publish_check_samples=0`",
-        ),
-    ],
-    ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
-)
-def test_refusal_says_what_was_found_and_what_to_do(make, overrides, found, advice):
-    with pytest.raises(ValueError, match=found) as refusal:
-        make(**overrides)
-    assert re.search(advice, str(refusal.value))
-
-
-@pytest.mark.parametrize(
     "overrides",
     [
         {"num_history_iterations": 0},
@@ -323,12 +205,6 @@ def test_schedules_come_from_yaml_and_command_line(tmp_path):
     (config,) = TrlParser(SPINConfig).parse_args_and_config(arguments)
     assert [config.beta_at(i) for i in range(2)] == [0.1, 5.0]
     assert [config.learning_rate_at(i) for i in range(2)] == [1e-6, 1e-6]
-
-
-def test_opponent_reference_is_checked_on_the_command_line(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        TrlParser(SPINConfig).parse_args_and_config(["--output_dir", str(tmp_path), "--opponent_reference", "first"])
-    assert "choose from" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

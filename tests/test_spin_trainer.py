@@ -7,10 +7,8 @@ import sys
 
 import pytest
 import torch
-from conftest import read_rows
-from datasets import Dataset, IterableDataset, load_dataset
+from datasets import Dataset
 from peft import LoraConfig, PeftModel
-from tiny_tokenizers import byte_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
@@ -321,98 +319,6 @@ def test_existing_run_is_refused_and_overwritten_only_if_asked(tiny_model, train
 def test_trainer_never_imports_vllm(tiny_model, train_dataset, make_config):
     SPINTrainer(tiny_model, make_config(num_iterations=1), train_dataset=train_dataset).train()
     assert "vllm" not in sys.modules
-
-
-class TestRefusedBeforeTheModelIsLoaded:
-    """Every test here fails if a model is loaded at all."""
-
-    @pytest.fixture(autouse=True)
-    def no_model(self, monkeypatch):
-        def fail(*args, **kwargs):
-            raise AssertionError("the model was loaded before the input was checked")
-
-        monkeypatch.setattr("trl.trainer.dpo_trainer.create_model_from_path", fail)
-
-    def test_missing_columns(self, tiny_model, make_config):
-        dataset = Dataset.from_dict({"question": ["a"], "answer": ["B"]})
-        with pytest.raises(ValueError, match=r"\['question', 'answer'\](.|\n)*`prompt` and `completion`"):
-            SPINTrainer(tiny_model, make_config(), train_dataset=dataset)
-
-    def test_no_dataset(self, tiny_model, make_config):
-        with pytest.raises(TypeError, match="`train_dataset` must be"):
-            SPINTrainer(tiny_model, make_config())
-
-    def test_empty_dataset(self, tiny_model, make_config):
-        with pytest.raises(ValueError, match="`train_dataset` is empty"):
-            SPINTrainer(tiny_model, make_config(), train_dataset=Dataset.from_dict({"prompt": [], "completion": []}))
-
-    @pytest.mark.parametrize("field", ["prompt", "completion"])
-    def test_empty_cell_names_its_row(self, tiny_model, make_config, field):
-        rows = read_rows("accent_train.jsonl", 5)
-        rows[3][field] = " "
-        with pytest.raises(ValueError, match=f"Row 3: `{field}` is empty"):
-            SPINTrainer(tiny_model, make_config(), train_dataset=Dataset.from_list(rows))
-
-    def test_conversation_without_a_chat_template(self, tiny_model, make_config):
-        conversation = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "B"}]
-        with pytest.raises(ValueError, match="conversational.*no chat template"):
-            SPINTrainer(tiny_model, make_config(), train_dataset=Dataset.from_list([{"messages": conversation}]))
-
-    def test_tokenizer_without_an_end_token(self, tiny_model, make_config, train_dataset):
-        with pytest.raises(ValueError, match="The tokenizer has no end token.*`tokenizer.eos_token`"):
-            SPINTrainer(
-                tiny_model, make_config(), train_dataset=train_dataset, processing_class=byte_tokenizer(end_token=None)
-            )
-
-    def test_row_that_is_no_text(self, tiny_model, make_config, tmp_path):
-        path = tmp_path / "data.jsonl"
-        path.write_text('{"prompt": "a", "completion": "B"}\n{"prompt": "a", "completion": 3}\n')
-        dataset = load_dataset("json", data_files=str(path), split="train", cache_dir=str(tmp_path / "cache"))
-        with pytest.raises(ValueError, match="Row 1: `completion` must be text or a list of messages, found `int`"):
-            SPINTrainer(tiny_model, make_config(), train_dataset=dataset)
-
-    def test_rows_that_mix_formats(self, tiny_model, make_config, tmp_path):
-        path = tmp_path / "data.jsonl"
-        path.write_text(
-            '{"prompt": "a", "completion": "B"}\n{"prompt": [{"role": "user", "content": "a"}], "completion": "B"}\n'
-        )
-        dataset = load_dataset("json", data_files=str(path), split="train", cache_dir=str(tmp_path / "cache"))
-        with pytest.raises(ValueError, match="Row 1: mixed formats: `prompt` is a list of messages and `completion`"):
-            SPINTrainer(tiny_model, make_config(), train_dataset=dataset)
-
-    def test_eval_dataset_is_checked_too(self, tiny_model, make_config, train_dataset):
-        with pytest.raises(ValueError, match="`eval_dataset` has the columns"):
-            SPINTrainer(
-                tiny_model, make_config(), train_dataset=train_dataset, eval_dataset=Dataset.from_dict({"text": ["a"]})
-            )
-
-    def test_iterable_dataset(self, tiny_model, make_config):
-        dataset = IterableDataset.from_generator(lambda: iter(read_rows("accent_train.jsonl", 2)))
-        with pytest.raises(TypeError, match="`IterableDataset`"):
-            SPINTrainer(tiny_model, make_config(), train_dataset=dataset)
-
-    def test_vision_dataset(self, tiny_model, make_config):
-        dataset = Dataset.from_dict({"prompt": ["a"], "completion": ["B"], "image": ["x.png"]})
-        with pytest.raises(ValueError, match=r"\['image'\].*vision datasets are not supported"):
-            SPINTrainer(tiny_model, make_config(), train_dataset=dataset)
-
-    def test_reference_model(self, tiny_model, make_config, train_dataset):
-        with pytest.raises(ValueError, match="`ref_model` is not used in self-play"):
-            SPINTrainer(tiny_model, make_config(), train_dataset=train_dataset, ref_model=object())
-
-    def test_configuration_of_another_trainer(self, tiny_model, train_dataset, tmp_path):
-        config = DPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
-        with pytest.raises(TypeError, match="`SPINConfig`, got `DPOConfig`"):
-            SPINTrainer(tiny_model, config, train_dataset=train_dataset)
-
-    def test_evaluation_within_an_iteration(self, tiny_model, make_config, train_dataset):
-        with pytest.raises(ValueError, match="`eval_strategy='steps'`"):
-            SPINTrainer(tiny_model, make_config(eval_strategy="steps"), train_dataset=train_dataset)
-
-    def test_prompts_that_are_all_too_long(self, tiny_model, make_config):
-        dataset = Dataset.from_dict({"prompt": ["a" * 70, "b" * 80], "completion": ["B", "B"]})
-        with pytest.raises(ValueError, match="All 2 prompts are too long: the shortest has 71 tokens"):
-            SPINTrainer(tiny_model, make_config(), train_dataset=dataset)
 
 
 def test_duplicate_row_is_dropped_and_counted(tiny_model, train_dataset, make_config):
