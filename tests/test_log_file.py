@@ -7,7 +7,7 @@ from transformers import TrainerCallback
 
 from spin_trl import SPINTrainer
 from spin_trl.report.run_data import read_run
-from spin_trl.run_directory.changed_settings import changed_settings
+from spin_trl.run_directory.description import changed_settings
 
 
 class StopAt(TrainerCallback):

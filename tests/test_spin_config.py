@@ -9,7 +9,7 @@ from trl import DPOConfig, TrlParser
 
 from spin_trl import SPINConfig
 from spin_trl.objectives.settings import sampling_caveats
-from spin_trl.run_directory.changed_settings import changed_settings
+from spin_trl.run_directory.description import changed_settings
 
 
 URL = "http://localhost:8000"

@@ -49,7 +49,7 @@ from ..policy.quantization import check_trains_adapter, differs_on_server, find_
 from ..policy.sharding import Sharding
 from ..policy.sizes import empty_policy, weight_sizes
 from ..processes.ranks import main_process_first, on_main_process
-from ..run_directory.changed_settings import changed_settings
+from ..run_directory.description import changed_settings
 from ..run_directory.disk import check_writable
 from ..run_directory.footprint import check_footprint, num_saved_opponents
 from ..run_directory.resume import check_same_run

@@ -1,66 +1,45 @@
-"""Is a run directory that of this run? What two descriptions of a run differ in. Knows nothing of files and models.
+"""What `self_play.json` says of a run, and whether it is that of another one. Knows nothing of files and models.
 
-What only says where and how fast a run runs may differ: paths, servers, logging, batch sizes per device as long as
-their product is the same. And a run may be played longer than it was to be at first.
+A run binds what changes its pairs, its losses, their order or their schedule. Where and how fast it runs is free:
+paths, servers, logging, batch sizes per device as long as their product is the same. It may also be played longer.
 """
 
+import re
+from dataclasses import MISSING, fields
 from typing import Any
 
+from ..objectives.objective import OBJECTIVES
+from ..objectives.settings import default_settings
+from ..spin_config import SPINConfig
 
-_FREE_FIELDS = {
-    "activation_offloading",
-    "auto_find_batch_size",
-    "batch_eval_metrics",
-    "convergence_tolerance",
-    "dataset_num_proc",
-    "debug",
-    "deepspeed",
-    "disable_tqdm",
-    "do_eval",
-    "do_predict",
-    "do_train",
-    "enable_jit_checkpoint",
-    "eval_accumulation_steps",
-    "eval_on_error",
-    "fsdp",
-    "fsdp_config",
-    "generation_part_size",
-    "gradient_accumulation_steps",
-    "gradient_checkpointing",
-    "gradient_checkpointing_kwargs",
-    "greater_is_better_iteration",
-    "local_rank",
-    "merge_adapter_at_end",
-    "metric_for_best_iteration",
-    "num_completions_to_print",
-    "num_train_epochs",
-    "offload_policy_during_generation",
-    "on_collapse",
-    "output_dir",
-    "overwrite_output_dir",
-    "per_device_eval_batch_size",
-    "per_device_generation_batch_size",
-    "per_device_train_batch_size",
-    "precompute_ref_batch_size",
-    "project",
-    "report",
-    "report_to",
-    "resume",
-    "resume_from_checkpoint",
-    "run_name",
-    "skip_memory_metrics",
-    "stop_when_converged",
-    "torch_empty_cache_steps",
-    "use_cpu",
-    "use_vllm",
-}
-_FREE_PREFIXES = ("ddp_", "hub_", "log_", "logging_", "publish_check_", "push_", "save_", "trackio_", "vllm_")
-_MAY_GROW = "num_iterations"
+
+_BINDING_FIELDS = """
+    num_iterations epochs_per_iteration num_history_iterations num_generations num_opponents pairing reward_weights
+    identical_pairs max_completion_length temperature top_p top_k min_p repetition_penalty generation_kwargs
+    eval_temperature max_length truncation_mode skip_invalid_rows
+    loss_type loss_weights beta label_smoothing f_divergence_type f_alpha_divergence_coef discopop_tau ld_alpha
+    use_weighting opponent_reference reference_mixture_alpha disable_dropout
+    learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps max_steps reset_optimizer optim optim_args
+    weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm neftune_noise_alpha
+    seed data_seed train_sampling_strategy dataloader_drop_last bf16 fp16 model_init_kwargs
+""".split()
+# Of an adapter and a quantization: where they came from, and which release wrote them down.
+_FREE_PARTS = {"base_model_name_or_path", "inference_mode", "peft_version", "revision"}
+
+# Filled in by transformers and TRL, whatever the user sets.
+_DERIVED = {"accelerator_config", "local_rank", "logging_dir", "num_train_epochs", "output_dir", "pad_token"}
+
+_SECRET_NAME = re.compile(r"(^|_)(token|password|secret|api_key)$")
+_SECRET_TEXTS = (
+    (re.compile(r"(?<=://)[^/@\s]+@"), ""),
+    (re.compile(r"(?<![\w-])(--[\w-]*(?:token|password|secret|key)[= ]+)\S+"), r"\1<secret>"),
+    (re.compile(r"\bhf_\w{16,}"), "<secret>"),
+)
 
 
 def differences(stored: dict[str, Any], present: dict[str, Any]) -> list[str]:
     """
-    What keeps the present run from continuing a stored one.
+    What keeps the present run from continuing a stored one. A setting that a description lacks has its default.
 
     Args:
         stored, present (`dict[str, Any]`): Descriptions as in `self_play.json`, with `model`, `adapter`,
@@ -69,39 +48,76 @@ def differences(stored: dict[str, Any], present: dict[str, Any]) -> list[str]:
     Returns:
         `list[str]`: one entry for each field that differs, with both values.
     """
-    names = ("model", "adapter", "quantization", "reward_functions")
-    found = _compare("", _only(stored, names), _only(present, names))
+    found = [_difference(name, stored.get(name), present.get(name)) for name in ("model", "reward_functions")]
+    found += [_difference(name, *_shared(stored.get(name), present.get(name))) for name in ("adapter", "quantization")]
     for part in ("training", "data"):
-        found += _compare(f"{part}.", stored.get(part, {}), present.get(part, {}))
-    return found + _compare("", _binding(stored.get("config", {})), _binding(present.get("config", {})))
+        there, now = stored.get(part, {}), present.get(part, {})
+        found += [_difference(f"{part}.{name}", there.get(name), now.get(name)) for name in sorted({*there, *now})]
+    there, now = (_with_defaults(description.get("config", {})) for description in (stored, present))
+    of_losses = {name for objective in OBJECTIVES.values() for name in objective.fields}
+    for name in sorted({*_BINDING_FIELDS, *of_losses}):
+        if not _grows(name, there.get(name), now.get(name)):
+            found.append(_difference(name, there.get(name), now.get(name)))
+    return [text for text in found if text is not None]
 
 
-def _only(description: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
-    return {name: description.get(name) for name in names}
+def changed_settings(args: SPINConfig) -> list[str]:
+    """Names of the fields whose values are not the defaults, sorted. A list of one value counts as that value."""
+    values = args.to_dict()
+    defaults = _defaults(args.loss_type)
+    changed = [name for name in values.keys() & defaults.keys() if not _is_same(values[name], defaults[name])]
+    changed = {name for name in changed if values[name] or defaults[name] or values[name] is False}  # none is none
+    return sorted(changed - _DERIVED - {name for name in changed if _SECRET_NAME.search(name)})
 
 
-def _binding(config: dict[str, Any]) -> dict[str, Any]:
-    """The fields on which a run's result depends."""
-    return {name: value for name, value in config.items() if not _is_free(name)}
+def without_secrets(value: Any) -> Any:
+    """A description without what looks like a token or a password, in whatever setting it was given."""
+    if isinstance(value, dict):
+        return {
+            name: "<secret>" if content and _SECRET_NAME.search(str(name)) else without_secrets(content)
+            for name, content in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [without_secrets(content) for content in value]
+    if isinstance(value, str):
+        for pattern, replacement in _SECRET_TEXTS:
+            value = pattern.sub(replacement, value)
+    return value
 
 
-def _is_free(name: str) -> bool:
-    if name.startswith("dataloader_"):
-        return name != "dataloader_drop_last"
-    return name in _FREE_FIELDS or name.startswith(_FREE_PREFIXES)
+def _difference(name: str, stored: Any, present: Any) -> str | None:
+    return None if _is_same(stored, present) else f"`{name}`: {stored!r} there, {present!r} now"
 
 
-def _compare(prefix: str, stored: dict[str, Any], present: dict[str, Any]) -> list[str]:
-    return [
-        f"`{prefix}{name}`: {stored.get(name)!r} there, {present.get(name)!r} now"
-        for name in sorted({*stored, *present})
-        if stored.get(name) != present.get(name) and not _grows(name, stored.get(name), present.get(name))
-    ]
+def _shared(stored: Any, present: Any) -> tuple[Any, Any]:
+    """Of two configurations what both know: another release may have added or dropped a field."""
+    if not (isinstance(stored, dict) and isinstance(present, dict)):
+        return stored, present
+    names = stored.keys() & present.keys() - _FREE_PARTS
+    return tuple({name: part[name] for name in sorted(names)} for part in (stored, present))
+
+
+def _with_defaults(config: dict[str, Any]) -> dict[str, Any]:
+    losses = config.get("loss_type", ["sigmoid"])
+    return {**_defaults([losses] if isinstance(losses, str) else losses), **config}
+
+
+def _defaults(loss_type: list[str]) -> dict[str, Any]:
+    values = {
+        field.name: field.default if field.default_factory is MISSING else field.default_factory()
+        for field in fields(SPINConfig)
+    }
+    return {name: getattr(value, "value", value) for name, value in values.items()} | default_settings(loss_type)
+
+
+def _is_same(value: Any, other: Any) -> bool:
+    """Whether two values are the same setting: a list of one is that one."""
+    return value in (other, [other]) or [value] == other
 
 
 def _grows(name: str, stored: Any, present: Any) -> bool:
     """Whether the present value only adds iterations to the stored one."""
-    if name == _MAY_GROW:
+    if name == "num_iterations":
         return isinstance(stored, int) and isinstance(present, int) and present >= stored
     if name in ("beta", "learning_rate") and isinstance(stored, list) and isinstance(present, list):
         return present[: len(stored)] == stored

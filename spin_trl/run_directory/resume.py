@@ -16,7 +16,7 @@ from typing import Any
 from ..objectives.settings import needs_initial_answers
 from ..spin_config import SPINConfig
 from .checkpoints import PLACE_FILE, Place
-from .description import differences
+from .description import differences, without_secrets
 from .run_paths import RunDirectoryError
 from .store import IterationStore
 from .whole_files import remove, to_json
@@ -139,7 +139,7 @@ def check_same_run(store: IterationStore, description: dict[str, Any]) -> None:
             f"{store.output_dir} holds iterations {store.iterations()}, but no self_play.json that says which run they "
             "are of. Choose another `output_dir`, or set `overwrite_output_dir=True` to delete them."
         )
-    different = differences(store.read_run(), json.loads(to_json(description)))
+    different = differences(store.read_run(), json.loads(to_json(without_secrets(description))))
     if different:
         listed = "\n".join(f"  {line}" for line in different)
         raise RunDirectoryError(

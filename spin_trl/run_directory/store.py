@@ -46,6 +46,7 @@ from ..data.pair_dataset import TRUTH_COLUMNS, PairDataset
 from .arrow_directory import arrow_checksum, arrow_metadata, is_whole_arrow, read_arrow, write_arrow
 from .checkpoints import PLACE_FILE
 from .completion_parts import COMPLETION_SCHEMA, CompletionParts
+from .description import without_secrets
 from .disk import writing
 from .initial_answers import InitialAnswers
 from .run_paths import RunDirectoryError, is_numbered, numbered, own_path
@@ -144,7 +145,7 @@ class IterationStore:
             lock.release()
 
     def write_run(self, description: dict[str, Any]) -> None:
-        write_json(self.output_dir / "self_play.json", description)
+        write_json(self.output_dir / "self_play.json", without_secrets(description))
 
     def has_run(self) -> bool:
         return (self.output_dir / "self_play.json").exists()
