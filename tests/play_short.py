@@ -1,6 +1,8 @@
 """A short self-play run in a process of its own: `python play_short.py '{"model": ..., "config": {...}}'`."""
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -60,6 +62,22 @@ def play(model: str, config: dict, lora: bool = True, num_rows: int = 16, fail_a
     if push:
         trainer.push_to_hub()
     return trainer
+
+
+def play_in_process(cwd: Path, environment: dict[str, str], succeeds: bool = True, **job) -> str:
+    """Play a job of `play`'s, which is to succeed or not, and give what it printed."""
+    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    done = subprocess.run(
+        [sys.executable, __file__, json.dumps(job)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), **environment},
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    output = done.stdout + done.stderr
+    assert (done.returncode == 0) == succeeds, output
+    return output
 
 
 if __name__ == "__main__":

@@ -1,14 +1,11 @@
 """What is pushed where, against a hub on loopback, by runs in processes of their own."""
 
-import json
-import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from fake_hub import FakeHub
+from play_short import play_in_process
 
 from spin_trl import SPINConfig
 
@@ -26,36 +23,24 @@ def hub():
 @pytest.fixture
 def run(hub, tiny_model, tmp_path):
     """Plays a run of two iterations of two steps in a process, and gives what it printed."""
+    environment = {
+        "HF_ENDPOINT": hub.url,
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HOME": str(tmp_path / "home"),
+    }
+    config = {
+        "output_dir": str(tmp_path / "run"),
+        "push_to_hub": True,
+        "hub_iteration_revisions": True,
+        "hub_token": TOKEN,
+        "save_strategy": "epoch",
+        "save_total_limit": 1,
+        "disable_tqdm": True,
+    }
 
-    def play(succeeds: bool = True, lora: bool = True, fail_at: int = -1, push: bool = False, **config) -> str:
-        settings = {
-            "output_dir": str(tmp_path / "run"),
-            "push_to_hub": True,
-            "hub_iteration_revisions": True,
-            "hub_token": TOKEN,
-            "save_strategy": "epoch",
-            "save_total_limit": 1,
-            "disable_tqdm": True,
-            **config,
-        }
-        job = {"model": tiny_model, "lora": lora, "fail_at": fail_at, "push": push, "config": settings}
-        tests = Path(__file__).parent
-        done = subprocess.run(
-            [sys.executable, str(tests / "play_short.py"), json.dumps(job)],
-            env={
-                **{name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"},
-                "HF_ENDPOINT": hub.url,
-                "HF_HUB_DISABLE_XET": "1",
-                "HF_HOME": str(tmp_path / "home"),
-                "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)]),
-            },
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        output = done.stdout + done.stderr
-        assert (done.returncode == 0) == succeeds, output
-        return output
+    def play(succeeds: bool = True, **job) -> str:
+        return play_in_process(tmp_path, environment, succeeds, model=tiny_model, config=config, **job)
 
     return play
 

@@ -1,15 +1,12 @@
 """What TensorBoard, W&B (offline) and trackio hold after a real run, read back from their own files."""
 
 import json
-import os
 import struct
-import subprocess
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
+from play_short import play_in_process
 
 
 # Two iterations of two steps: self-play's metrics come before an iteration's first step, DPOTrainer's at every step,
@@ -25,42 +22,20 @@ STEPS = {
 @pytest.fixture
 def run(tiny_model, tmp_path):
     def play(report_to: str, fail_at: int = -1, **environment: str) -> None:
-        settings = {
+        config = {
             "output_dir": str(tmp_path / "run"),
             "report_to": report_to,
             "save_strategy": "steps",
             "save_steps": 1,
             "disable_tqdm": True,
         }
-        tests = Path(__file__).parent
-        done = subprocess.run(
-            [sys.executable, str(tests / "play_short.py"), json.dumps(job_of(tiny_model, settings, fail_at))],
-            env={**os.environ, "PYTHONPATH": path_for(tests), **environment},
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert (done.returncode == 0) == (fail_at < 0), done.stdout + done.stderr
+        play_in_process(tmp_path, environment, fail_at < 0, model=tiny_model, config=config, fail_at=fail_at)
 
     return play
 
 
-def job_of(model: str, settings: dict, fail_at: int) -> dict:
-    return {"model": model, "config": settings, "fail_at": fail_at}
-
-
-def path_for(tests: Path) -> str:
-    """What this process finds modules by, ours first."""
-    return os.pathsep.join([str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")])
-
-
-def steps_of(entries: list[tuple[str, int]], name: str) -> list[int]:
-    return sorted(step for found, step in entries if found == name)
-
-
 def require_expected(entries: list[tuple[str, int]]) -> None:
-    assert {name: steps_of(entries, name) for name in STEPS} == STEPS
+    assert {name: sorted(step for found, step in entries if found == name) for name in STEPS} == STEPS
     every_time = ("train/epoch", "train/self_play/iteration")  # added to everything that is logged
     counts = Counter(entry for entry in entries if entry[0] not in every_time)
     assert max(counts.values()) == 1
