@@ -23,7 +23,7 @@ from .policy.log_probs import forget_loader
 from .policy.optimizer import forget_moments, set_learning_rate
 from .policy.sizes import size_of_checkpoint
 from .run_directory.checkpoints import saving_checkpoints
-from .run_directory.resume import RunStart
+from .run_directory.run import Run
 from .spin_config import SPINConfig
 
 
@@ -48,8 +48,8 @@ class IterativeTrainer(DPOTrainer):
         # Groups of an optimizer that was passed have rates of their own; ours all have `args.learning_rate`.
         self._own_rates = [group["lr"] for group in optimizers[0].param_groups] if optimizers[0] is not None else None
         self._keeps_scheduler = optimizers[1] is not None
-        self.start = RunStart("")
-        self.iteration = self.epoch = self.first_step = self.steps_per_epoch = 0
+        self.run = Run()
+        self.epoch = 0
         super().__init__(*other, args=args, optimizers=optimizers, **more)
         self._precisions = precisions_of(self.model)
 
@@ -72,28 +72,24 @@ class IterativeTrainer(DPOTrainer):
             iteration (`int`): Number of the iteration.
             pairs ([`PairDataset`]): Its training set, scored by its opponent.
         """
-        num_steps_done = self.start.num_steps if iteration == self.start.iteration else 0
+        start = self.run.start
+        num_steps_done = start.num_steps if iteration == start.iteration else 0
         self.train_dataset = pairs
         self.beta = self.args.beta_at(iteration)
-        self.iteration = iteration
-        self.first_step = self.state.global_step - num_steps_done
-        self.steps_per_epoch = self._num_update_steps(len(pairs))
-        num_steps = self.steps_per_epoch * self.args.epochs_per_iteration
-        self.state.max_steps = self._total_steps(self.first_step + num_steps, iteration + 1)
+        self.run.iteration = iteration
+        self.run.first_step = first_step = self.state.global_step - num_steps_done
+        self.run.num_epochs = self.args.epochs_per_iteration
+        self.run.steps_per_epoch = self._num_update_steps(len(pairs))
+        num_steps = self.run.steps_per_epoch * self.run.num_epochs
+        self.state.max_steps = self._total_steps(first_step + num_steps, iteration + 1)
         self._show_total_steps()
         if not self._keeps_scheduler:
             rates = [group["lr"] for group in self.optimizer.param_groups]  # a resumed run's are loaded by now
-            self._restart_schedule(iteration, min(num_steps, self.state.max_steps - self.first_step))
+            self._restart_schedule(iteration, min(num_steps, self.state.max_steps - first_step))
             if num_steps_done > 0:
                 self._restore_schedule(rates)
         if self.args.reset_optimizer and iteration > 0 and num_steps_done == 0:
             forget_moments(self.optimizer)
-
-    @property
-    def is_iteration_done(self) -> bool:
-        """Whether the last step of the iteration has been taken."""
-        num_steps = self.steps_per_epoch * self.args.epochs_per_iteration
-        return self.state.global_step - self.first_step >= num_steps
 
     def set_initial_training_values(self, args: SPINConfig, dataloader) -> tuple:
         # Before the first opponent has answered, the numbers of steps are estimates. `begin_iteration` corrects them.
@@ -103,13 +99,14 @@ class IterativeTrainer(DPOTrainer):
     def _init_training_state(self, *args) -> tuple[int, int]:
         # Trainer would count epochs by the steps of a single one; the checkpoint's place in the run is known.
         epochs_trained, batches_in_epoch = super()._init_training_state(*args)
-        if self.start.checkpoint is None:
+        start = self.run.start
+        if start.checkpoint is None:
             return epochs_trained, batches_in_epoch
         restore_precisions(self.model, self._precisions)  # the checkpoint is loaded, the optimizer not yet
-        if self.start.is_trained:
+        if start.is_trained:
             self.state.max_steps = self.state.global_step
             return int(self.args.num_train_epochs), 0
-        return self.start.epochs_trained, self.start.steps_in_epoch * self.args.gradient_accumulation_steps
+        return start.epochs_trained, start.steps_in_epoch * self.args.gradient_accumulation_steps
 
     def _get_train_sampler(self, train_dataset: PairDataset | None = None) -> Sequence[int]:
         # Trainer's depends on random numbers that were drawn before; an order must be the same on every process, and
@@ -182,7 +179,7 @@ class IterativeTrainer(DPOTrainer):
 
     def _restore_schedule(self, rates: list[float]) -> None:
         """Go on where the checkpoint's schedule stood. Trainer loaded it into the one that was replaced since."""
-        path = os.path.join(self.start.checkpoint, SCHEDULER_NAME)
+        path = os.path.join(self.run.start.checkpoint, SCHEDULER_NAME)
         self.lr_scheduler.load_state_dict(torch.load(path, weights_only=True))
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate

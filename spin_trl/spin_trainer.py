@@ -2,9 +2,9 @@
 
 import textwrap
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate.utils import is_peft_model
@@ -12,42 +12,42 @@ from datasets import Dataset
 from huggingface_hub import CommitInfo
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from tqdm import tqdm
 from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import EvalPrediction, TrainOutput
 from trl import DPOTrainer
 
 from .data.rewards.functions import RewardFunction
-from .evaluation.best_iteration import check_best_iteration, find_best, take_best
+from .evaluation.best_iteration import check_best_iteration
 from .evaluation.score_table import GenerationMetrics
 from .iterative_trainer import IterativeTrainer
 from .objectives import LogProbs
 from .objectives.own_losses import OwnLosses
 from .objectives.third_side import INITIAL_IDS, ForwardOfSides, InitialSideCollator
-from .play.earlier_policy import take_back
+from .play.game import Game
+from .play.records import Records
+from .play.run_ends import begin_run, finish_run
 from .play.setup import SelfPlaySetup
 from .play.turns import Turns
 from .policy.adapters import check_initial_reference, check_trainable, complete_reference_adapter
 from .policy.finite import ORIGIN_COLUMNS, OriginCollator, StepNumbers, take_origins
 from .policy.inputs import check_generation_metrics, check_optimizers
-from .policy.merging import check_can_be_merged, check_can_merge_at_end, fold_scaling, save_merged
-from .policy.offload import Offloader, training_tensors
+from .policy.merging import check_can_be_merged, check_can_merge_at_end
+from .policy.offload import Offloader
 from .policy.optimizer import check_schedule
 from .policy.policy import Policy
 from .policy.published_form import check_can_lend, check_can_take_back
 from .policy.quantization import keep_weights_as_quantized
-from .policy.sharding import Sharding, check_can_generate, whole_policy
-from .policy.sizes import size_of_base, size_of_weights
+from .policy.sharding import Sharding, check_can_generate
 from .processes.progress import RunProgress
 from .processes.ranks import failing_together, on_main_process
 from .processes.stop_signal import EXIT_STATUS, StopOnSigterm
+from .report.completion_table import ShowCompletions
 from .report.hub import PushIterations, push_model, warns_of_failed_push
 from .report.log_file import LogFileCallback
 from .report.model_card import complete_card
 from .report.page import write_end_report
 from .run_directory.checkpoints import MarkCheckpoint, Place
 from .run_directory.disk import writing
-from .run_directory.resume import RunStart, start_run
 from .run_directory.store import IterationStore
 from .self_play import SelfPlayCallback
 from .spin_config import SPINConfig
@@ -213,29 +213,33 @@ class SPINTrainer(IterativeTrainer):
             else:
                 complete_reference_adapter(self.model)
         self.store = IterationStore(args.output_dir)
-        self.sampler = self.self_play_setup.build_sampler(self.open_policy)
-        self.self_play = SelfPlayCallback(
-            trainer=self,
-            sampler=self.sampler,
-            store=self.store,
-            dataset=self.self_play_setup.train_dataset,
-            params=self.self_play_setup.params,
-            eval_dataset=self.self_play_setup.eval_dataset,
-            compute_generation_metrics=compute_generation_metrics,
-            rewards=self.self_play_setup.build_rewards(train_dataset),
-            base_is_opponent=self.self_play_setup.base_is_opponent,
-            base_model=self.self_play_setup.model_name,
-            is_quantized_on_its_own=self.self_play_setup.is_quantized_on_its_own,
+        self.policy = Policy(self, self.self_play_setup.publication)
+        self.sampler = self.self_play_setup.build_sampler(self.policy.whole)
+        offloader = Offloader(self.policy.training_tensors) if args.offload_policy_during_generation else None
+        self.turns = Turns(args.vllm_sleep, offloader)
+        self.game = Game(
+            self.self_play_setup,
+            self.policy,
+            self.sampler,
+            self.store,
+            self.run,
+            Records(self.store, self.log_self_play, lambda: self.state.log_history),
+            self.turns,
+            lambda: self.state,
+            compute_generation_metrics,
+            self.self_play_setup.build_rewards(train_dataset),
         )
-        self.turns = Turns(args.vllm_sleep, self._offloader() if args.offload_policy_during_generation else None)
+        self.stop_signal = StopOnSigterm()
+        self_play = SelfPlayCallback(self.game, self.stop_signal, self.begin_iteration)
         # First of all, so that trackers and the progress bar are still open when the final policy is evaluated.
-        self.callback_handler.callbacks.insert(0, self.self_play)
-        self.add_callback(LogFileCallback(self, self.store))
+        self.callback_handler.callbacks.insert(0, self_play)
+        self.add_callback(LogFileCallback(self.run, self.store))
         if args.hub_iteration_revisions:
             self.add_callback(PushIterations(self.store, self.hub_model_id))
+        if args.log_completions:
+            self.add_callback(ShowCompletions(self.store, self.self_play_setup.tokenizer))
         self.add_callback(MarkCheckpoint(self._place, args.save_total_limit))
         self._show_progress()
-        self.stop_signal = StopOnSigterm()
         self.add_callback(self.stop_signal)
 
     # What DPOTrainer does with a dataset of pairs at start is done per iteration, by `SelfPlayCallback`.
@@ -268,7 +272,7 @@ class SPINTrainer(IterativeTrainer):
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self.model.training:
             loss = result[0] if return_outputs else result
-            self._numbers.require_finite(loss.detach(), self.state.global_step + 1, self.self_play.iteration)
+            self._numbers.require_finite(loss.detach(), self.state.global_step + 1, self.run.iteration)
         self._numbers = None
         return result
 
@@ -276,31 +280,6 @@ class SPINTrainer(IterativeTrainer):
         super()._set_signature_columns_if_needed()
         self._signature_columns = list(dict.fromkeys([*self._signature_columns, *ORIGIN_COLUMNS, INITIAL_IDS]))
 
-    # What the callback asks of the policy
-
-    def save_opponent(self, directory: str) -> None:
-        """Save the policy as it stands, in the form to publish, gathered if it is sharded. Every process calls it."""
-        publication = self.self_play_setup.publication
-        if publication.kind == "merged":
-            if self.args.should_save:
-                save_merged(self.accelerator.unwrap_model(self.model), directory)
-                self.processing_class.save_pretrained(directory)
-            return
-        self.save_model(directory, _internal_call=True)
-        if publication.folds_scaling and self.args.should_save:
-            fold_scaling(directory)
-
-    def size_of_opponent(self) -> int:
-        """Bytes of what `save_opponent` writes."""
-        is_merged = self.self_play_setup.publication.kind == "merged"
-        return size_of_base(self.model) if is_merged else size_of_weights(self.model)
-
-    def _offloader(self) -> Offloader:
-        return Offloader(lambda: training_tensors(self.model, self.optimizer, self.accelerator.device))
-
-    def open_policy(self) -> AbstractContextManager[PreTrainedModel]:
-        """The policy, unwrapped and gathered, to generate with. Every process calls it."""
-        return whole_policy(self)
 
     def log_self_play(self, metrics: dict[str, float]) -> None:
         """Log an iteration's metrics, without those of training steps that have not been logged yet."""
@@ -334,28 +313,22 @@ class SPINTrainer(IterativeTrainer):
         requested = _as_bool_or_path(resume_from_checkpoint)
         with ExitStack() as stack:
             on_main_process(lambda: stack.enter_context(self.store.lock()))
-            self.start = on_main_process(lambda: self._start_run(requested))
-            self.store.run_id = self.start.run_id
-            self.self_play.begin_run(self.start)
+            self.game.begin(on_main_process(lambda: begin_run(self.self_play_setup, self.store, requested)))
             stack.callback(self._stop_progress)
             stack.enter_context(self.stop_signal.listening())
-            if not self.start.is_finished:
+            start = self.run.start
+            if not start.is_finished:
                 stack.callback(self.turns.end)  # when the server is gone
                 stack.callback(self.self_play_setup.close_sampler, self.sampler)
                 self._start_sampler()
-            checkpoint = None if self.start.checkpoint is None else str(self.start.checkpoint)
-            output = super().train(checkpoint, *args, **kwargs)
+            output = super().train(None if start.checkpoint is None else str(start.checkpoint), *args, **kwargs)
             if self.stop_signal.has_stopped:
                 self.accelerator.print(f"Stopped by SIGTERM after step {self.state.global_step}.")
                 raise SystemExit(EXIT_STATUS)
-            outcome = self._take_best()
-            if (end := self.self_play.end) is not None:
-                outcome[end.kind] = end.describe()
-            self._roll_back()
-            on_main_process(lambda: self.store.mark_finished(**outcome))
+            finish_run(self.run, self.args, self.store, self.game.opponents)
             self.create_model_card(model_name=Path(self.args.output_dir).name)
             self._save_merged()
-            if self.args.report and not self.start.is_finished:
+            if self.args.report and not start.is_finished:
                 on_main_process(lambda: write_end_report(self.store.output_dir))
             if self.args.push_to_hub:
                 with warns_of_failed_push(self.hub_model_id, self.args.hub_revision):
@@ -389,48 +362,21 @@ class SPINTrainer(IterativeTrainer):
         revision = revision or self.args.hub_revision
         return push_model(self.args.output_dir, self.hub_model_id, revision, commit_message, token)
 
-    def _take_best(self) -> dict[str, Any]:
-        """Find the best iteration, and load its policy, as asked. Returns what `self_play.json` says of it."""
-        if self.args.metric_for_best_iteration is None:
-            return {}
-        best = on_main_process(lambda: find_best(self.store.all_metrics(), self.args))
-        take_best(self, best, self.accelerator.print)
-        return {} if best is None else {"best_iteration": best.describe()}
-
-    def _roll_back(self) -> None:
-        """After a collapse the policy is what it was before it, unless it is the best iteration's by now."""
-        returned_to = self.start.returned_to if self.self_play.end is None else self.self_play.end.returned_to
-        if returned_to is not None and not self.args.load_best_iteration_at_end:
-            take_back(self, returned_to)
-
     def _save_merged(self) -> None:
         directory = self.store.output_dir / "merged"
-        is_there = on_main_process(lambda: self.start.is_finished and directory.is_dir())
+        is_there = on_main_process(lambda: self.run.start.is_finished and directory.is_dir())
         if self.args.merge_adapter_at_end and not is_there:
-            Policy(self, self.self_play_setup.publication).save_merged(self.self_play_setup.model_name, directory)
+            self.policy.save_merged(self.self_play_setup.model_name, directory)
 
     def _show_progress(self) -> None:
         """One bar for the whole run. Where the bar is not Trainer's usual one (a notebook's, or none), it stays."""
         if self.pop_callback(ProgressCallback) is not None:
-            self.add_callback(RunProgress(self.args.num_iterations, self.self_play.eval_dataset is not None))
+            self.add_callback(RunProgress(self.args.num_iterations, self.self_play_setup.eval_dataset is not None))
 
     def _stop_progress(self) -> None:
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, RunProgress):
                 callback.stop()
-
-    def _start_run(self, requested: str | bool | None) -> RunStart:
-        start = start_run(self.store, self.args, self.self_play_setup.describe(), requested)
-        if start.is_resumed:
-            tqdm.write(str(start))
-        self.store.write_invalid_rows(self.self_play_setup.invalid_rows)
-        self.store.run_id = start.run_id
-        preferences = self.self_play_setup.preferences
-        if not start.is_resumed or not self.store.has_whole_data(preferences is not None):
-            self.store.write_data(self.self_play_setup.train_dataset)
-            if preferences is not None:
-                self.store.write_preferences(preferences)
-        return start
 
     def _start_sampler(self) -> None:
         self.self_play_setup.write_served_base(self.model)
@@ -443,11 +389,11 @@ class SPINTrainer(IterativeTrainer):
         return Place(
             run_id=self.store.run_id,
             step=self.state.global_step,
-            iteration=self.iteration,
-            first_step=self.first_step,
-            steps_per_epoch=self.steps_per_epoch,
-            num_epochs=self.args.epochs_per_iteration,
-            pairs=self.store.pairs_checksum(self.iteration),
+            iteration=self.run.iteration,
+            first_step=self.run.first_step,
+            steps_per_epoch=self.run.steps_per_epoch,
+            num_epochs=self.run.num_epochs,
+            pairs=self.store.pairs_checksum(self.run.iteration),
             holds_optimizer=not self.args.save_only_model,
         )
 

@@ -43,10 +43,10 @@ class Record(TrainerCallback):
         self.trainer: SPINTrainer | None = None
 
     def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
-        if state.global_step == self.trainer.first_step:
+        if state.global_step == self.trainer.run.first_step:
             self.live.append(count_live_objects(self.trainer))
-            if self.trainer.iteration == 1:
-                self.trainer.save_opponent(os.path.join(args.output_dir, "opponent"))
+            if self.trainer.run.iteration == 1:
+                self.trainer.policy.save(os.path.join(args.output_dir, "opponent"))
         self.begins.append({"rates": [group["lr"] for group in optimizer.param_groups], **moments(optimizer)})
 
     def on_step_end(self, args, state, control, optimizer=None, **kwargs):

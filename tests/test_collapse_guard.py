@@ -66,7 +66,7 @@ def assert_is(trainer: SPINTrainer, folder: Path) -> None:
 def test_a_warning_names_sign_cause_and_remedy_and_the_run_goes_on(look, see, play, caplog):
     see(look, 1)
     trainer = play()
-    assert trainer.iteration == 2
+    assert trainer.run.iteration == 2
     (warning,) = [record.message for record in caplog.records if "collapse" in record.message]
     assert "Sign of collapse after iteration 0: Both sides sink by 0.5 nats a token." in warning
     assert all(word in warning for word in ("`learning_rate`", "`beta`", "[sigmoid, sft]", "space"))
@@ -87,7 +87,7 @@ def test_run_in_which_nothing_is_seen_says_nothing(play, caplog, monkeypatch):
     monkeypatch.setattr("spin_trl.evaluation.collapse._MAX_NLL_GROWTH", 1e9)
     monkeypatch.setattr("spin_trl.evaluation.collapse._MAX_FACTOR", 1e9)
     trainer = play(num_iterations=2, on_collapse="stop")
-    assert "Sign of collapse" not in caplog.text and trainer.iteration == 1
+    assert "Sign of collapse" not in caplog.text and trainer.run.iteration == 1
     assert trainer.store.read_metrics(1)["num_collapse_signs"] == 0
 
 
@@ -117,7 +117,7 @@ def test_training_is_judged_by_its_own_steps(play, monkeypatch, reference, start
 def test_stop_ends_the_run_with_the_policy_as_it_is_and_a_second_start_leaves_it_so(look, see, play, capsys):
     see(look, 2)
     trainer = play(on_collapse="stop")
-    assert trainer.iteration == 1 and trainer.state.global_step == 2 + 4
+    assert trainer.run.iteration == 1 and trainer.state.global_step == 2 + 4
     found = trainer.store.read_run()
     assert found["finished"] and found["collapsed"]["iteration"] == 2 and "returned_to" not in found["collapsed"]
     assert "Self-play ends before iteration 2 (`on_collapse='stop'`). Sign of" in capsys.readouterr().out
@@ -127,7 +127,7 @@ def test_stop_ends_the_run_with_the_policy_as_it_is_and_a_second_start_leaves_it
     assert again.state.global_step == 6
     assert "To play on all the same, set `on_collapse='warn'`." in capsys.readouterr().out
     assert_is(again, trainer.store.checkpoints()[0])
-    assert play(on_collapse="warn").iteration == 2
+    assert play(on_collapse="warn").run.iteration == 2
 
 
 @pytest.mark.parametrize(

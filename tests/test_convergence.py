@@ -83,7 +83,7 @@ def make_trainer(tiny_model, train_dataset, make_config):
     def make(learned_at: int, **overrides) -> SPINTrainer:
         settings = {"stop_when_converged": True, "identical_pairs": None, "resume": "auto", "save_strategy": "epoch"}
         trainer = SPINTrainer(tiny_model, make_config(**{**settings, **overrides}), train_dataset=train_dataset)
-        trainer.sampler = trainer.self_play.opponents.sampler = LearnsTheTruth(trainer.self_play.dataset, learned_at)
+        trainer.game.opponents.sampler = LearnsTheTruth(trainer.game.dataset, learned_at)
         return trainer
 
     return make
@@ -129,7 +129,7 @@ def test_held_out_accuracy_ends_the_run_after_the_evaluation_and_the_best_iterat
         evaluated.append(iteration)
         return {"nll": 2.0 - iteration, **({"rewards/accuracies": 0.51} if iteration else {})}
 
-    trainer.self_play.evaluation.scores = scores
+    trainer.game.evaluation.scores = scores
     trainer.train()
     assert evaluated == [0, 1]
     found = trainer.store.read_run()

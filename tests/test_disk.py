@@ -411,7 +411,7 @@ def test_what_lies_there_already_counts_as_written(tiny_model, rows, make_config
     disk.fill(room=100_000)
     again = SPINTrainer(tiny_model, make_config(num_iterations=2, **settings), train_dataset=rows)
     again.train()
-    assert again.start.is_finished
+    assert again.run.start.is_finished
 
 
 def test_store_on_a_full_disk_keeps_what_was_complete(make_disk):

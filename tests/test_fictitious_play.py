@@ -150,7 +150,7 @@ def test_policy_is_an_earlier_opponent_for_a_while_and_itself_again_bit_for_bit(
     if adapter == "lora-bfloat16":
         for parameter in trainer.model.parameters():
             parameter.data = parameter.data.bfloat16() if parameter.requires_grad else parameter.data
-    trainer.save_opponent(str(tmp_path / "earlier"))
+    trainer.policy.save(str(tmp_path / "earlier"))
     earlier = snapshot(trainer)
     with torch.no_grad():
         for parameter in trainer.model.parameters():
@@ -229,7 +229,7 @@ def test_server_plays_for_each_prompt_the_opponent_drawn_and_the_newest_for_the_
     trainer, fake = play_on(lora)
     rows = trainer.store.read_data()
     prompts = [tuple(prompt_ids) for prompt_ids in rows["prompt_ids"]]
-    evaluated = [tuple(prompt_ids) for prompt_ids in trainer.self_play.eval_dataset["prompt_ids"]]
+    evaluated = [tuple(prompt_ids) for prompt_ids in trainer.game.plan.eval_dataset["prompt_ids"]]
     assert not set(prompts) & set(evaluated) and len(set(prompts)) == 24
     played, position = fake.played, 0
     for iteration in range(4):

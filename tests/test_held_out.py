@@ -57,7 +57,7 @@ def test_rewards_are_of_the_next_policy_against_the_opponent_with_the_iterations
     end = trainer.processing_class.eos_token_id
     for iteration, beta in enumerate(betas):
         chosen, rejected = [], []
-        for row in trainer.self_play.eval_dataset:
+        for row in trainer.game.plan.eval_dataset:
             prompt_ids = row["prompt_ids"]
             answer = greedy(models[iteration], prompt_ids, end)
             for side, rewards in ((row["chosen_ids"], chosen), (answer, rejected)):
@@ -140,14 +140,14 @@ def test_rewards_survive_a_stop_between_any_two_phases(tiny_model, train_dataset
     undisturbed = make("undisturbed")
     undisturbed.train()
     stopped = make("stopped")
-    evaluate = stopped.self_play.evaluation.scores
+    evaluate = stopped.game.evaluation.scores
 
     def stop(iteration, dataset):
         if iteration == 1:
             raise ZeroDivisionError
         return evaluate(iteration, dataset)
 
-    stopped.self_play.evaluation.scores = stop
+    stopped.game.evaluation.scores = stop
     with pytest.raises(ZeroDivisionError):
         stopped.train()
     again = make("stopped")

@@ -96,7 +96,7 @@ def test_run_continues_from_a_trained_adapter(request, tiny_model, train_dataset
         opponent = PeftModel.from_pretrained(base, str(trainer.store.path(0, "opponent"))).eval()
     else:
         opponent = AutoModelForCausalLM.from_pretrained(trainer.store.path(0, "opponent"))
-    ids = torch.tensor([trainer.self_play.dataset[0]["prompt_ids"]])
+    ids = torch.tensor([trainer.game.dataset[0]["prompt_ids"]])
     with torch.no_grad():
         assert (opponent(ids).logits - initial(ids).logits).abs().max() < 1e-4
         with initial.disable_adapter():

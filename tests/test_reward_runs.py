@@ -71,7 +71,7 @@ def make_trainer(tiny_model, train_dataset, tokenizer, make_config):
         trainer = SPINTrainer(
             tiny_model, make_config(**{**settings, **overrides}), train_dataset=data, reward_funcs=reward_funcs
         )
-        trainer.sampler = trainer.self_play.opponents.sampler = Letters(tokenizer)
+        trainer.game.opponents.sampler = Letters(tokenizer)
         return trainer
 
     return make
@@ -94,7 +94,7 @@ def test_best_answers_take_the_ground_truths_place_and_history_remembers_it(make
     expected = [(row, 1, sample) for row in (0, 1) for sample in (0, TRUTH)]
     expected += [(row, TRUTH, sample) for row in range(2, NUM_ROWS) for sample in (0, 1)]
     assert [(pair["row"], pair["chosen_sample"], pair["sample"]) for pair in first] == expected
-    truths = dict(zip(trainer.self_play.dataset["row"], trainer.self_play.dataset["chosen_ids"], strict=True))
+    truths = dict(zip(trainer.game.dataset["row"], trainer.game.dataset["chosen_ids"], strict=True))
     for pair in first:
         for side, sample in (("chosen", pair["chosen_sample"]), ("rejected", pair["sample"])):
             ids = truths[pair["row"]] if sample == TRUTH else [Letters(tokenizer).ids[sample], tokenizer.eos_token_id]
@@ -235,7 +235,7 @@ def test_ground_truths_of_other_prompts_are_no_sign_of_collapse(make_trainer):
         for iteration, change in ((0, 0.0), (1, 9.0)):
             trainer.store.path(iteration).mkdir(exist_ok=True)
             trainer.store.write_metrics(iteration, {"opponent_nll": 1.0 + change, "logps_gap": -change})
-        trainer.self_play.guard.look_at_opponent(1)
+        trainer.game.guard.look_at_opponent(1)
         found[pairing] = set(trainer.store.read_metrics(1).get("collapse_signs", {}))
     assert found == {"best_of": set(), "ground_truth": {"negative_gap", "unlikely_truths"}}
 

@@ -12,27 +12,13 @@ sys.path.insert(0, str(ROOT / "scripts"))  # scripts, not a package
 from rooms import FLOORS, PACKAGE, files, imports_of, name_of, upward_imports  # noqa: E402
 
 
-# Files that still import from above; to be emptied.
-DEBTS = set(
-    """
-    evaluation/best_iteration evaluation/collapse_guard
-    evaluation/held_out play/earlier_policy play/opponents
-    play/pairing report/log_file report/logs self_play
-    """.split()
-)
-
-
 @pytest.mark.parametrize("file", files(), ids=lambda file: str(file.relative_to(PACKAGE)))
 def test_imports_only_rooms_below_its_own(file):
     own = name_of(file).split(".")[0]
     assert not own or own in FLOORS, f"{own} has no line in the table of rooms: give it one"
     upward = upward_imports(file)
-    if str(file.relative_to(PACKAGE).with_suffix("")) in DEBTS:
-        assert upward, "the debt is paid: take the file off the list"
-    else:
-        assert not upward, f"{own} lies below what it imports: {sorted(upward)}"
+    assert not upward, f"{own} lies below what it imports: {sorted(upward)}"
 
 
-@pytest.mark.xfail(strict=True, reason="two circles are left, to be opened with the doors between rooms")
 def test_files_import_each_other_in_no_circle():
     TopologicalSorter({name_of(file): imports_of(file) for file in files() if name_of(file)}).prepare()

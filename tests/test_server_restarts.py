@@ -111,7 +111,7 @@ def test_run_goes_on_with_its_own_server_started_again_and_ends_at_once_when_tha
     def sample_and_kill(self, requests, params, logprobs=False):
         def killing():
             for number, one in enumerate(requests):
-                if number == 20 and trainer.self_play.iteration in (0, 1):  # of the iteration before
+                if number == 20 and trainer.run.iteration in (0, 1):  # of the iteration before
                     kill(setup.managed_server)
                     killed_at.append(time.monotonic())
                 yield one

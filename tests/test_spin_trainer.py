@@ -272,7 +272,7 @@ def test_evaluation_nll_is_the_mean_over_tokens_of_the_ground_truth(
     trainer = SPINTrainer(tiny_model, config, train_dataset=train_dataset, eval_dataset=eval_dataset)
     trainer.train()
     model, total, num_tokens = AutoModelForCausalLM.from_pretrained(tiny_model), 0.0, 0
-    for row in trainer.self_play.eval_dataset:
+    for row in trainer.game.plan.eval_dataset:
         ids = row["prompt_ids"] + row["chosen_ids"]
         with torch.no_grad():
             logps = model(torch.tensor([ids])).logits[0].log_softmax(-1)
@@ -366,7 +366,7 @@ class RepeatsTheTruth:
 
 def repeating(tiny_model, train_dataset, config, wrong: set[int]) -> SPINTrainer:
     trainer = SPINTrainer(tiny_model, config, train_dataset=train_dataset)
-    trainer.sampler = trainer.self_play.opponents.sampler = RepeatsTheTruth(trainer.self_play.dataset, wrong)
+    trainer.game.opponents.sampler = RepeatsTheTruth(trainer.game.dataset, wrong)
     return trainer
 
 
@@ -398,7 +398,7 @@ def test_opponent_that_repeats_every_ground_truth_stops_the_run_with_what_it_mea
 def test_truncated_shares_of_both_sides_are_reported(tiny_model, train_dataset, make_config):
     """At a `max_length` of 10 the empty answers always fit, and of the ground truths those that are short enough."""
     trainer = repeating(tiny_model, train_dataset, make_config(num_iterations=1, max_length=10), wrong=set(range(48)))
-    dataset = trainer.self_play.dataset
+    dataset = trainer.game.dataset
     lengths = [len(p) + len(c) for p, c in zip(dataset["prompt_ids"], dataset["chosen_ids"], strict=True)]
     assert 0 < sum(length > 10 for length in lengths)
     trainer.train()
@@ -423,7 +423,7 @@ def test_second_training_plays_against_the_policy_as_the_first_left_it(tiny_mode
     trainer.train()
     assert losses(trainer)[0] == pytest.approx(math.log(2), abs=1e-6)
     assert trainer.store.read_pairs(0)["rejected_ids"][:] != first
-    assert not trainer.self_play.base_is_opponent
+    assert not trainer.game.opponents.base_is_opponent
 
 
 def test_several_generations_make_as_many_pairs_of_each_prompt(tiny_model, train_dataset, make_config):

@@ -45,8 +45,8 @@ class LogProbsOfInitialAnswers(TrainerCallback):
         self.found: list[torch.Tensor] = []
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
-        if state.global_step == self.trainer.first_step and self.trainer.iteration > 0:
-            rows = self.trainer.store.read_pairs(self.trainer.iteration)
+        if state.global_step == self.trainer.run.first_step and self.trainer.run.iteration > 0:
+            rows = self.trainer.store.read_pairs(self.trainer.run.iteration)
             self.found.append(torch.tensor([logp(model, row["prompt_ids"], row["initial_ids"]) for row in rows]))
 
 

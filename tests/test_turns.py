@@ -50,7 +50,7 @@ class Run:
         monkeypatch.setattr(self_play, "score_pairs", self.with_policy(self_play.score_pairs, "score"))
         for name in ("score_pairs", "negative_log_likelihood"):
             monkeypatch.setattr(held_out, name, self.with_policy(getattr(held_out, name), "evaluate"))
-        trainer.save_opponent = self.with_policy(trainer.save_opponent, "save")
+        trainer.policy.save = self.with_policy(trainer.policy.save, "save")
         trainer.training_step = self.with_policy(trainer.training_step, "step")
 
     def policy_is_here(self) -> bool:

@@ -68,7 +68,7 @@ def test_lora_plays_a_different_opponent_in_each_of_three_iterations(
 ):
     config = make_config(**server_fields(lora_server))
     trainer = SPINTrainer(tiny_model, config, train_dataset=train_dataset, peft_config=LoraConfig(**LORA))
-    row = trainer.self_play.dataset[0]
+    row = trainer.game.dataset[0]
     seen = spy_on_the_server(monkeypatch, lora_server, row)
     trainer.train()
 
@@ -91,7 +91,7 @@ def test_full_weights_play_a_different_opponent_in_each_of_two_iterations(
 ):
     config = make_config(num_iterations=2, **server_fields(full_server))
     trainer = SPINTrainer(tiny_model, config, train_dataset=train_dataset)
-    row = trainer.self_play.dataset[0]
+    row = trainer.game.dataset[0]
     seen = spy_on_the_server(monkeypatch, full_server, row)
     trainer.train()
 
@@ -162,7 +162,7 @@ def test_prompt_too_long_for_the_server_is_dropped_before_generation(
     dataset = Dataset.from_list([*train_dataset, {"prompt": "a" * 50, "completion": "B"}])
     config = make_config(num_iterations=1, **server_fields(lora_server))
     trainer = SPINTrainer(tiny_model, config, train_dataset=dataset, peft_config=LoraConfig(**LORA))
-    assert len(trainer.self_play.dataset) == 48
+    assert len(trainer.game.dataset) == 48
     assert trainer.self_play_setup.num_dropped == 1
 
 

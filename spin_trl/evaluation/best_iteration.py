@@ -1,20 +1,15 @@
-"""Which iteration made the best policy, by one of the evaluation's metrics, and that policy back in the trainer.
+"""Which iteration made the best policy, by one of the evaluation's metrics.
 
 Knows nothing of how the metrics come about.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..play.earlier_policy import take_back
 from ..spin_config import SPINConfig
 from .metric_names import EVALUATION, METRIC_NAMES, evaluation_names, label
-
-
-if TYPE_CHECKING:
-    from ..spin_trainer import SPINTrainer
 
 
 @dataclass(frozen=True)
@@ -101,21 +96,6 @@ def is_greater_better(metric: str, given: bool | None = None) -> bool:
         return bool(given)
     known = METRIC_NAMES.get(f"eval_{metric}")
     return known.greater_is_better if known is not None else not metric.endswith(("loss", "nll"))
-
-
-def take_best(trainer: "SPINTrainer", best: BestIteration | None, say: Callable[[str], Any]) -> None:
-    """
-    Say which iteration is the best, and load its policy if that is asked for. Every process calls it.
-
-    Raises:
-        [`RunDirectoryError`]: if that policy is not on disk.
-    """
-    if best is None:
-        say(f"No evaluation has a value of `{trainer.args.metric_for_best_iteration}`: no iteration is the best.")
-        return
-    say(str(best))
-    if trainer.args.load_best_iteration_at_end:
-        take_back(trainer, best.opponent)
 
 
 def _plain(metric: str) -> str:

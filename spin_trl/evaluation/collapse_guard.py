@@ -3,19 +3,18 @@
 Knows nothing of how the numbers come about, and of limits: those are `collapse`'s.
 """
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import Any
 
 from accelerate.logging import get_logger
 
 from ..processes.ranks import on_main_process
+from ..run_directory.run import RunEnd
 from ..run_directory.store import IterationStore
-from .best_iteration import label
+from ..spin_config import SPINConfig
 from .collapse import CollapseSign, sign_within, signs_between
-from .run_end import RunEnd
+from .metric_names import label
 
-
-if TYPE_CHECKING:
-    from ..spin_trainer import SPINTrainer
 
 logger = get_logger(__name__)
 
@@ -34,13 +33,15 @@ class CollapseGuard:
     under `collapse_signs`, and counted for the loggers; but not of a final policy that is not evaluated.
 
     Args:
-        trainer ([`SPINTrainer`]): Holds the log.
+        args ([`SPINConfig`]): Says what to do on a sign.
         store ([`IterationStore`]): The run directory, with the iterations' numbers.
+        log_history (`Callable[[], list[dict]]`): What the trainer has logged so far.
     """
 
-    def __init__(self, trainer: "SPINTrainer", store: IterationStore):
-        self.trainer = trainer
+    def __init__(self, args: SPINConfig, store: IterationStore, log_history: Callable[[], list[dict[str, Any]]]):
+        self.args = args
         self.store = store
+        self.log_history = log_history
 
     def look_at_training(self, opponent: int) -> None:
         """
@@ -52,11 +53,11 @@ class CollapseGuard:
         iteration = opponent - 1
         if iteration < 0:
             return
-        args = self.trainer.args
+        args = self.args
         epochs = [number * args.epochs_per_iteration for number in (iteration, opponent)]
         steps = [
             entry
-            for entry in self.trainer.state.log_history
+            for entry in self.log_history()
             if "rewards/margins" in entry and epochs[0] < entry["epoch"] <= epochs[1]
         ]
 
@@ -84,7 +85,7 @@ class CollapseGuard:
             if opponent == 0:
                 return []
             metrics = [self.store.read_metrics(number) for number in (0, opponent - 1, opponent)]
-            if self.trainer.args.pairing != "ground_truth":  # then these are of other prompts in every iteration
+            if self.args.pairing != "ground_truth":  # then these are of other prompts in every iteration
                 metrics = [{k: v for k, v in one.items() if k not in _OF_TRUTHS} for one in metrics]
             return signs_between(*metrics)
 
@@ -92,7 +93,7 @@ class CollapseGuard:
 
     def _act(self, opponent: int, signs: list[CollapseSign]) -> None:
         on_main_process(lambda: self._record(opponent, signs))
-        action = self.trainer.args.on_collapse
+        action = self.args.on_collapse
         texts = [f"Sign of collapse after {label(opponent)}: {sign}" for sign in signs]
         for text in texts:
             logger.warning(text)

@@ -6,8 +6,8 @@ that no further iteration moves it. Knows nothing of how the numbers come about.
 
 from collections.abc import Mapping
 
+from ..run_directory.run import RunEnd
 from ..spin_config import SPINConfig
-from .run_end import RunEnd
 
 
 class Converged(RunEnd):

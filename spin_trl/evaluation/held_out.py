@@ -5,24 +5,22 @@ Knows nothing of how the answers are generated.
 
 import logging
 import traceback
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
 
 from ..data.pair_dataset import PairDataset
 from ..data.pairs import make_answers
-from ..policy.log_probs import negative_log_likelihood, score_pairs
+from ..policy.policy import Policy
 from ..processes.ranks import on_main_process
 from ..run_directory.store import IterationStore
+from ..spin_config import SPINConfig
 from .best_iteration import check_is_evaluated
 from .metric_names import evaluation_names
 from .score_table import GenerationMetrics, generation_metrics
 
-
-if TYPE_CHECKING:
-    from ..spin_trainer import SPINTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -32,14 +30,25 @@ class HeldOutEvaluation:
     Evaluates the policy at the start of each iteration, where it is the opponent, and at the end of the run.
 
     Args:
-        trainer ([`SPINTrainer`]): Holds the policy.
+        policy ([`Policy`]): Scores, as the opponent that it is.
         store ([`IterationStore`]): The run directory, with the answers.
+        args ([`SPINConfig`]): The settings.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Gives the answers' text.
         compute ([`GenerationMetrics`], *optional*): The user's metrics.
     """
 
-    def __init__(self, trainer: "SPINTrainer", store: IterationStore, compute: GenerationMetrics | None = None):
-        self.trainer = trainer
+    def __init__(
+        self,
+        policy: Policy,
+        store: IterationStore,
+        args: SPINConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        compute: GenerationMetrics | None = None,
+    ):
+        self.policy = policy
         self.store = store
+        self.args = args
+        self.tokenizer = tokenizer
         self.compute = compute
 
     def scores(self, iteration: int, dataset: Dataset) -> dict[str, float]:
@@ -55,7 +64,7 @@ class HeldOutEvaluation:
         """
         rewards = self._rewards(iteration - 1) if iteration > 0 else {}
         self._keep_pairs(iteration, dataset)
-        nll = negative_log_likelihood(self.trainer, dataset)
+        nll = self.policy.nll(dataset)
         return {"nll": nll, **on_main_process(lambda: self._users_metrics(iteration, dataset)), **rewards}
 
     def _keep_pairs(self, iteration: int, dataset: Dataset) -> None:
@@ -66,7 +75,7 @@ class HeldOutEvaluation:
         completions = self.store.completions(iteration, "evaluation").batches()
         answers = Dataset(pa.concat_tables(make_answers(dataset, completions, iteration)))
         pairs = PairDataset.join(dataset, answers)
-        scores = score_pairs(self.trainer, pairs)
+        scores = self.policy.score(pairs)
         table = pa.concat_tables(pairs.batches())
         for name, logps in scores.items():
             table = table.append_column(name, pa.array(logps))
@@ -79,24 +88,22 @@ class HeldOutEvaluation:
             logger.warning(f"Iteration {iteration} has no evaluation pairs on disk, so its rewards are not known.")
             return {}
         pairs = Dataset(table)
-        logps = score_pairs(self.trainer, pairs)
+        logps = self.policy.score(pairs)
         logratios = {
             side: logps[f"ref_{side}_logps"] - table[f"ref_{side}_logps"].to_numpy() for side in ("chosen", "rejected")
         }
         identical = np.array([a == b for a, b in zip(pairs["chosen_ids"], pairs["rejected_ids"], strict=True)])
-        return reward_metrics(
-            logratios["chosen"], logratios["rejected"], identical, self.trainer.args.beta_at(iteration)
-        )
+        return reward_metrics(logratios["chosen"], logratios["rejected"], identical, self.args.beta_at(iteration))
 
     def _users_metrics(self, iteration: int, dataset: Dataset) -> dict[str, float]:
         if self.compute is None:
             return {}
         completions = self.store.completions(iteration, "evaluation").batches()
         try:
-            found = generation_metrics(self.compute, dataset, completions, self.trainer.processing_class)
+            found = generation_metrics(self.compute, dataset, completions, self.tokenizer)
             _check_names(found)
         except Exception as error:
-            if self.trainer.args.eval_on_error == "warn":
+            if self.args.eval_on_error == "warn":
                 logger.warning(
                     f"`compute_generation_metrics` failed for the opponent of iteration {iteration}; the run goes on "
                     f"without its metrics (`eval_on_error='warn'`).\n{traceback.format_exc()}"
@@ -107,7 +114,7 @@ class HeldOutEvaluation:
                 "correct the function and resume the run. `eval_on_error='warn'` would go on without its metrics."
             )
             raise
-        check_is_evaluated(self.trainer.args, found)
+        check_is_evaluated(self.args, found)
         return found
 
 

@@ -6,20 +6,18 @@ Knows nothing of URLs, prompts and scores. Every process must call the methods o
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+from accelerate import PartialState
 
 from ..data.draw import OpponentDraw
 from ..generation.sampler import OpponentSampler
+from ..policy.policy import Policy
 from ..processes.ranks import on_every_process, on_main_process
 from ..run_directory.run_paths import RunDirectoryError
 from ..run_directory.store import IterationStore
-from .earlier_policy import lent_to_opponent
-
-
-if TYPE_CHECKING:
-    from ..spin_trainer import SPINTrainer
+from ..spin_config import SPINConfig
+from .turns import Turns
 
 
 class Opponents:
@@ -27,24 +25,30 @@ class Opponents:
     A run's opponents, each named by the number of its iteration.
 
     Args:
-        trainer ([`SPINTrainer`]): Holds the policy.
+        args ([`SPINConfig`]): Says how many play.
+        policy ([`Policy`]): The newest opponent, as it stands.
         sampler ([`OpponentSampler`]): Plays them.
         store ([`IterationStore`]): The run directory, where they are saved.
+        turns ([`Turns`]): Gives the GPU to the server.
         base_is_opponent (`bool`): Whether the first one is the base model as the sampler already has it.
         base_model (`str`): Hub id or folder of the base model.
     """
 
     def __init__(
         self,
-        trainer: "SPINTrainer",
+        args: SPINConfig,
+        policy: Policy,
         sampler: OpponentSampler,
         store: IterationStore,
+        turns: Turns,
         base_is_opponent: bool = True,
         base_model: str = "",
     ):
-        self.trainer = trainer
+        self.args = args
+        self.policy = policy
         self.sampler = sampler
         self.store = store
+        self.turns = turns
         self.base_is_opponent = base_is_opponent
         self.base_model = base_model
 
@@ -55,8 +59,8 @@ class Opponents:
 
     def draw(self, iteration: int) -> OpponentDraw | None:
         """Who answers which prompt; `None` where that is always the newest."""
-        args = self.trainer.args
-        return OpponentDraw(iteration, args.num_opponents, args.seed) if args.num_opponents > 1 else None
+        num_opponents = self.args.num_opponents
+        return OpponentDraw(iteration, num_opponents, self.args.seed) if num_opponents > 1 else None
 
     def publish(self, iteration: int) -> None:
         """
@@ -70,7 +74,7 @@ class Opponents:
         published = [iteration, checkpoint]
         if self._plays_several and earlier:
             published.append({opponent: self._path(opponent) for opponent in earlier})
-        self.trainer.turns.give_to_server()
+        self.turns.give_to_server()
         on_main_process(lambda: self.sampler.publish(*published))
         self.sampler.select(*published)
 
@@ -79,10 +83,7 @@ class Opponents:
 
         def save() -> Path:
             return self.store.write_opponent(
-                iteration,
-                self.trainer.save_opponent,
-                self.trainer.is_world_process_zero(),
-                num_bytes=self.trainer.size_of_opponent(),
+                iteration, self.policy.save, PartialState().is_main_process, num_bytes=self.policy.num_bytes
             )
 
         return on_every_process(save)
@@ -117,12 +118,28 @@ class Opponents:
             self.sampler.select(opponent, path)
             yield
         else:
-            with lent_to_opponent(self.trainer, self.store.path(opponent, "opponent")):
+            with self.policy.lent_to(self.store.path(opponent, "opponent")):
                 yield
+
+    def take_back(self, opponent: int) -> None:
+        """
+        Make the policy the opponent of an iteration again, for good.
+
+        Raises:
+            [`RunDirectoryError`]: if that opponent is not on disk.
+        """
+        path = self.store.path(opponent, "opponent")
+        if not path.is_dir():
+            raise RunDirectoryError(
+                f"{path}, the policy to return to, is not there. The last policy is in the newest checkpoint; to go on "
+                "without the earlier one, leave `load_best_iteration_at_end` and `on_collapse` unset."
+            )
+        self.policy.load(path)
+        PartialState().print(f"The policy is again the opponent of iteration {opponent}, from {path}.")
 
     @property
     def _plays_several(self) -> bool:
-        return self.trainer.args.num_opponents > 1 and self.sampler.plays_several
+        return self.args.num_opponents > 1 and self.sampler.plays_several
 
     def _path(self, opponent: int) -> Path | None:
         """What a sampler that reads checkpoints loads an opponent from."""
@@ -132,7 +149,7 @@ class Opponents:
     def _earlier(self, iteration: int) -> list[int]:
         """The opponents beside the newest that take part in an iteration. The final policy is only evaluated."""
         draw = self.draw(iteration)
-        if draw is None or iteration >= self.trainer.args.num_iterations:
+        if draw is None or iteration >= self.args.num_iterations:
             return []
         earlier = [opponent for opponent in draw.opponents if opponent != iteration]
         on_main_process(lambda: self._require_saved(earlier))
@@ -144,14 +161,14 @@ class Opponents:
             is_read = self._path(opponent) is not None or not self.sampler.reads_checkpoints
             if is_read and not path.is_dir():
                 raise RunDirectoryError(
-                    f"{path} is not there, but `num_opponents` ({self.trainer.args.num_opponents}) has that opponent "
+                    f"{path} is not there, but `num_opponents` ({self.args.num_opponents}) has that opponent "
                     "take part. Put it back, resume from a checkpoint of an earlier iteration, or play the run again "
                     "with `overwrite_output_dir=True`."
                 )
 
     def _save_if_needed(self, iteration: int) -> Path | None:
         """Save the policy if anybody will load it. Returns what is published."""
-        args = self.trainer.args
+        args = self.args
         is_base = iteration == 0 and self.base_is_opponent
         is_reference = iteration == 0 and args.initial_reference is not None
         plays_again = args.num_opponents > 1 and not self.sampler.reads_checkpoints

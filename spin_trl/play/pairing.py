@@ -1,78 +1,152 @@
-"""`Ranking`: an iteration's rewards, and what they make of its pairs, in the run directory. Knows no policies."""
+"""`Pairing`: an iteration's answers -> its pairs, scored by its opponent. Knows nothing of samplers and trainers."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
+import numpy as np
+from accelerate import PartialState
 from accelerate.logging import get_logger
 from datasets import Dataset
+from transformers import TrainerState
 
+from ..data.columns import numbers
 from ..data.pair_dataset import PairDataset
-from ..data.pairs import make_answers
+from ..data.pair_metrics import describe_generations, describe_scores
+from ..data.pairs import (
+    add_history,
+    add_preferences,
+    answer_schema,
+    describe_pairs,
+    drop_identical_pairs,
+    find_identical_pairs,
+    make_answers,
+    preference_share,
+)
 from ..data.rewards.judged_answers import AnswerRewards, describe_rewards, rewarded_schema
 from ..data.rewards.ranked_pairs import no_pairs, rank_answers, ranked_pairs, ranked_schema
-from ..evaluation.endings import check_no_pair_share
+from ..evaluation.endings import check_identical_share, check_no_pair_share
+from ..objectives.reference_mixture import mix_scores
+from ..objectives.settings import keeps_identical_pairs, needs_initial_answers
+from ..policy.finite import require_finite_scores
+from ..policy.policy import Policy
 from ..processes.ranks import on_main_process
-from ..run_directory.completion_parts import CompletionParts
 from ..run_directory.store import IterationStore
+from ..spin_config import SPINConfig
+from .records import Records
 
-
-if TYPE_CHECKING:
-    from ..spin_trainer import SPINTrainer
 
 logger = get_logger(__name__)
 
 _MANY = 0.5  # ground truths that a model which has not been trained yet beats
 
 
-class Ranking:
+class Pairing:
     """
-    Rewards are computed once per iteration, on the main process, and kept with the pairs.
+    Makes the pairs of an iteration from what is on disk: the ground truths, its opponent's answers, and older pairs.
+    Every process calls the methods together.
 
     Args:
-        trainer ([`SPINTrainer`]): Has the settings and its own state, which reward functions are shown.
+        args ([`SPINConfig`]): The settings.
+        policy ([`Policy`]): The opponent, before the iteration's first step.
         store ([`IterationStore`]): The run directory.
-        rewards ([`AnswerRewards`]): Judges.
+        records ([`Records`]): Keeps what is found.
+        rewards ([`AnswerRewards`], *optional*): Judges ground truths and generations.
+        state (`Callable[[], TrainerState]`): What reward functions are shown of the trainer.
     """
 
-    def __init__(self, trainer: "SPINTrainer", store: IterationStore, rewards: AnswerRewards):
-        self.trainer = trainer
+    def __init__(
+        self,
+        args: SPINConfig,
+        policy: Policy,
+        store: IterationStore,
+        records: Records,
+        rewards: AnswerRewards | None,
+        state: Callable[[], TrainerState],
+    ):
+        self.args = args
+        self.policy = policy
         self.store = store
+        self.records = records
         self.rewards = rewards
+        self.state = state
 
-    def write_answers(self, iteration: int, data: Dataset, parts: CompletionParts) -> None:
+    def make(self, iteration: int, dataset: Dataset) -> PairDataset:
         """
-        Write the pairs of ground truth and generation with their rewards. Called on the main process.
+        The pairs to train on: those of the iteration's answers, without what cannot be learned from, those of the
+        iterations before it, and the user's preferences.
 
         Args:
-            iteration (`int`): Number of the iteration.
-            data ([`~datasets.Dataset`]): With the columns `row`, `source_row`, `prompt` and `chosen_ids`.
-            parts ([`CompletionParts`]): All generations.
-        """
-        total = len(data) * self.trainer.args.num_generations
-        answers = make_answers(data, parts.batches(self.rewards.batch_size), iteration)
-        rewarded = self.rewards.add(data, answers, self.trainer.state, iteration, total)
-        schema = rewarded_schema(self._has_opponents)
-        self.store.write_answers(iteration, rewarded, schema, 2 * parts.num_bytes())
-        described = describe_rewards(self.store.read_answers(iteration))
-        self.store.write_metrics(iteration, described | self.rewards.take_metrics())
-        self._warn(iteration, described)
-
-    @property
-    def _has_opponents(self) -> bool:
-        return self.trainer.args.num_opponents > 1
-
-    def choose(self, iteration: int, answers: PairDataset) -> PairDataset:
-        """
-        The pairs that the rewards make, in place of ground truth against generation. Every process calls.
-
-        Args:
-            iteration (`int`): Number of the iteration.
-            answers ([`PairDataset`]): What `write_answers` wrote, joined with the run's data.
+            dataset ([`~datasets.Dataset`]): The run's data.
 
         Raises:
-            [`Converged`]: if that is asked for and hardly any prompt makes one.
-            [`NoPairsError`]: if they make none.
+            [`Converged`]: if that is asked for and there is nothing left to learn.
+            [`NoPairsError`]: if the answers make no pair.
         """
-        args = self.trainer.args
+        args = self.args
+        on_main_process(lambda: self._write_answers(iteration, dataset))
+        if iteration == 0 and needs_initial_answers(args.loss_type, vars(args)):
+            on_main_process(self.store.initial_answers.keep)
+        pairs = PairDataset.join(dataset, self.store.read_answers(iteration))
+        is_identical = find_identical_pairs(pairs)
+        parts = self.store.completions(iteration, "generations")
+        described = describe_pairs(pairs, is_identical, parts.cut_off_share(), args.max_length)
+        self.records.record(iteration, described | describe_generations(pairs, parts.batches(), args.seed))
+        check_identical_share(iteration, described["identical_share"], args)
+        if args.pairing != "ground_truth":
+            pairs = self._choose_by_reward(iteration, pairs)
+            is_identical = find_identical_pairs(pairs)
+        if not keeps_identical_pairs(args.identical_pairs, args.loss_type):
+            pairs = drop_identical_pairs(pairs, is_identical)
+        first = max(0, iteration - args.num_history_iterations)
+        pairs = add_history(pairs, [(number, self.store.read_pairs(number)) for number in range(first, iteration)])
+        return add_preferences(pairs, self.store.read_preferences())
+
+    def score(self, iteration: int, pairs: PairDataset, initial_path: str) -> dict[str, np.ndarray]:
+        """
+        The reference's log-probs of both sides of every pair, as [`Policy.score`] gives them.
+
+        With `opponent_reference="fixed"` they are the initial policy's, which is loaded from `initial_path`. In
+        iteration 0 that is the opponent.
+        """
+        is_fixed = iteration > 0 and self.args.opponent_reference == "fixed"
+        scores = self.policy.score_initial(pairs, initial_path) if is_fixed else self.policy.score(pairs)
+        require_finite_scores(pairs, scores, iteration)
+        self._describe_scores(iteration, pairs, scores)
+        return scores
+
+    def mix_with_initial(
+        self, iteration: int, pairs: PairDataset, scores: dict[str, np.ndarray], initial_path: str
+    ) -> dict[str, np.ndarray]:
+        """The opponent's log-probs mixed with the initial policy's, where `reference_mixture_alpha` asks for it."""
+        if iteration == 0 or self.args.reference_mixture_alpha == 0:
+            return scores
+        initial = self.policy.score_initial(pairs, initial_path)
+        require_finite_scores(pairs, initial, iteration)
+        return mix_scores(scores, initial, self.args.reference_mixture_alpha)
+
+    def clean_up(self, iteration: int) -> None:
+        """Remove what the pairs were made from; the pairs themselves are on disk by now, or are made again."""
+        if PartialState().is_main_process:
+            self.store.remove_answers(iteration)
+
+    def _write_answers(self, iteration: int, dataset: Dataset) -> None:
+        """Ground truth against each generation, with their rewards where there are any."""
+        parts = self.store.completions(iteration, "generations")
+        num_bytes = 2 * parts.num_bytes()  # they are compressed
+        if self.rewards is None:
+            answers = make_answers(dataset, parts.batches(), iteration)
+            self.store.write_answers(iteration, answers, answer_schema(self._has_opponents), num_bytes)
+            return
+        total = len(dataset) * self.args.num_generations
+        answers = make_answers(dataset, parts.batches(self.rewards.batch_size), iteration)
+        rewarded = self.rewards.add(dataset, answers, self.state(), iteration, total)
+        self.store.write_answers(iteration, rewarded, rewarded_schema(self._has_opponents), num_bytes)
+        described = describe_rewards(self.store.read_answers(iteration))
+        self.store.write_metrics(iteration, described | self.rewards.take_metrics())
+        self._warn_of_rewards(iteration, described)
+
+    def _choose_by_reward(self, iteration: int, answers: PairDataset) -> PairDataset:
+        """The pairs that the rewards make, in place of ground truth against generation."""
+        args = self.args
 
         def write() -> float:
             ranks = rank_answers(answers, args.pairing)
@@ -90,13 +164,26 @@ class Ranking:
             raise no_pairs(args.pairing)
         return PairDataset.join(self.store.read_data(), self.store.read_answers(iteration, kind="ranked"))
 
-    def _warn(self, iteration: int, described: dict[str, float]) -> None:
+    def _describe_scores(self, iteration: int, pairs: PairDataset, scores: dict[str, np.ndarray]) -> None:
+        args = self.args
+        num_own = int((numbers(pairs.answers, "iteration") == iteration).sum())
+        num_dropped = on_main_process(lambda: self.store.read_metrics(iteration)["num_pairs"]) - num_own
+        if args.pairing == "reward_ranked":
+            num_dropped = 0  # they were not of a ground truth and a generation
+        opinion = describe_scores(pairs, scores, iteration, num_dropped, args.max_length, args.truncation_mode)
+        self.records.record(iteration, {"num_training_pairs": len(pairs), **opinion, **preference_share(pairs)})
+
+    @property
+    def _has_opponents(self) -> bool:
+        return self.args.num_opponents > 1
+
+    def _warn_of_rewards(self, iteration: int, described: dict[str, float]) -> None:
         if described["unjudged_share"] > 0:
             logger.warning(
                 f"No reward function judges {described['unjudged_share']:.1%} of the ground truths and generations of "
                 f"iteration {iteration}: all return None. Where rewards choose, these make no pair."
             )
-        if iteration == 0 and self.trainer.args.pairing == "best_of" and described["beaten_truths_share"] > _MANY:
+        if iteration == 0 and self.args.pairing == "best_of" and described["beaten_truths_share"] > _MANY:
             logger.warning(
                 f"The first opponent already beats {described['beaten_truths_share']:.1%} of the ground truths, which "
                 "will be rejected. See that the reward functions do not ask for a format that the ground truths lack; "

@@ -1,8 +1,17 @@
-"""Does the server play the opponent that was published to it? Compares log-probs; knows nothing of servers, models."""
+"""Does the server play the opponent that was published to it? Compares its log-probs with the policy's own.
 
-from dataclasses import dataclass
+Knows nothing of HTTP and of where opponents lie.
+"""
 
-from ..generation.sampler import Completion, SamplerError
+from dataclasses import dataclass, replace
+
+from datasets import Dataset
+
+from ..generation.sampler import Completion, CompletionRequest, OpponentSampler, SamplerError, SamplingParams
+from ..policy.policy import Policy
+from ..processes.ranks import on_main_process
+from ..spin_config import SPINConfig
+from .turns import Turns
 
 
 _MOST_BY_QUANTIZATION = 0.5  # nats a token; another model differs by more
@@ -44,6 +53,50 @@ class PublishCheck:
             "opponent (restart it with `python -m spin_trl.serve`), or compute in another precision (`--dtype`; then "
             "raise the tolerance)."
         )
+
+
+def check_published(
+    policy: Policy,
+    sampler: OpponentSampler,
+    turns: Turns,
+    dataset: Dataset,
+    params: SamplingParams,
+    args: SPINConfig,
+    tolerance: float,
+    opponent: str,
+) -> float:
+    """
+    Have a few prompts answered, and compare the server's log-probs with the policy's. Every process calls it.
+
+    Args:
+        dataset ([`~datasets.Dataset`]): With the columns `row` and `prompt_ids`.
+        params ([`SamplingParams`]): How the opponent answers in this run.
+        tolerance (`float`): Largest difference that is borne with, in nats.
+        opponent (`str`): What should be played, in words.
+
+    Returns:
+        `float`: the mean absolute difference per token, in nats; with several servers the largest.
+
+    Raises:
+        `SamplerError`: if a server plays something else.
+    """
+    prompts = dataset.select(range(min(len(dataset), args.publish_check_samples)))
+    requests = [CompletionRequest((row["row"], 0), row["prompt_ids"], seed=args.seed + row["row"]) for row in prompts]
+    # Log-probs are of the opponent itself, so it must be sampled as it is.
+    params = replace(params, temperature=1.0, top_p=1.0, top_k=0, min_p=None, repetition_penalty=1.0, extra={})
+    if args.max_length is not None:  # what is scored must not be truncated
+        room = args.max_length - max(len(request.prompt_ids) for request in requests)
+        params = replace(params, max_completion_length=min(params.max_completion_length, room))
+    sampled = on_main_process(lambda: sampler.sample_each(requests, params, logprobs=True))
+    turns.give_to_policy(briefly=True)
+    prompt_ids = {request.key: request.prompt_ids for request in requests}
+    differences = []
+    for address, completions in sampled.items():
+        rows = [{"prompt_ids": prompt_ids[c.key], "completion_ids": c.token_ids} for c in completions]
+        check = compare_logps(completions, policy.completion_logps(rows))
+        check.require(tolerance, opponent, address)
+        differences.append(check.mean_difference)
+    return max(differences)
 
 
 def compare_logps(completions: list[Completion], policy_logps: list[list[float]]) -> PublishCheck:

@@ -15,8 +15,10 @@ from ..data.pair_dataset import PairDataset
 from ..processes.ranks import on_every_process, on_main_process
 from ..run_directory.whole_files import remove, temporary_path, write_directory
 from .adapters import precisions_of, restore_precisions
+from .adapters import precisions_of, restore_precisions
 from .log_probs import completion_logps, initial_policy_as_reference, negative_log_likelihood, score_pairs
 from .merging import fold_scaling, merge_into_saved, save_merged
+from .offload import training_tensors
 from .published_form import Publication
 from .sharding import whole_policy
 from .sizes import size_of_base, size_of_weights
@@ -92,7 +94,9 @@ class Policy:
     def load(self, path: Path) -> None:
         """Make the policy what was saved at `path`, for good."""
         precisions = precisions_of(self._trainer.model)
+        precisions = precisions_of(self._trainer.model)
         self._trainer._load_from_checkpoint(str(path))
+        restore_precisions(self._trainer.model, precisions)
         restore_precisions(self._trainer.model, precisions)
 
     @contextmanager
@@ -135,6 +139,11 @@ class Policy:
     def nll(self, dataset: Dataset) -> float:
         """Mean negative log-likelihood of the ground truths, in nats per token; see [`negative_log_likelihood`]."""
         return negative_log_likelihood(self._trainer, dataset)
+
+    def training_tensors(self) -> Iterator[torch.Tensor]:
+        """What training keeps on the device; see [`training_tensors`]."""
+        trainer = self._trainer
+        return training_tensors(trainer.model, trainer.optimizer, trainer.accelerator.device)
 
     def _load_numbers(self, path: Path) -> None:
         if not is_peft_model(self._trainer.model):

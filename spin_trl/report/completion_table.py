@@ -12,13 +12,34 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
 from trl.trainer.utils import print_prompt_completions_sample
 
 from ..run_directory.store import IterationStore
+from ..spin_config import SPINConfig
 
 
 _NUM_PROMPTS = 5
+
+
+class ShowCompletions(TrainerCallback):
+    """
+    A callback that shows the table when the pairs of an iteration have been made.
+
+    Args:
+        store ([`IterationStore`]): The run directory.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Gives the texts.
+    """
+
+    def __init__(self, store: IterationStore, tokenizer: PreTrainedTokenizerBase):
+        self.store = store
+        self.tokenizer = tokenizer
+
+    def on_epoch_begin(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
+        iteration, epoch = divmod(int(state.epoch + 1e-6), args.epochs_per_iteration)
+        if state.is_world_process_zero and epoch == 0 and not control.should_training_stop:
+            data, step = self.store.read_data(), state.global_step
+            log_completions(self.store, data, self.tokenizer, iteration, step, args.report_to, args.seed)
 
 
 def log_completions(

@@ -1,18 +1,14 @@
 """`log.jsonl`: what was logged, one entry a line, as the run goes. Checkpoints have it at iterations' ends only."""
 
 import json
-from typing import TYPE_CHECKING
 
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from ..run_directory.disk import writing
+from ..run_directory.run import Run
 from ..run_directory.store import IterationStore
 from ..run_directory.whole_files import write_text
 from ..spin_config import SPINConfig
-
-
-if TYPE_CHECKING:
-    from ..spin_trainer import SPINTrainer
 
 
 class LogFileCallback(TrainerCallback):
@@ -23,12 +19,12 @@ class LogFileCallback(TrainerCallback):
     goes, and so does a line that a kill cut short.
 
     Args:
-        trainer ([`SPINTrainer`]): Knows whether anything is left to do.
+        run ([`Run`]): Knows whether anything is left to do.
         store ([`IterationStore`]): The run directory.
     """
 
-    def __init__(self, trainer: "SPINTrainer", store: IterationStore):
-        self.trainer = trainer
+    def __init__(self, run: Run, store: IterationStore):
+        self.run = run
         self.store = store
 
     def on_train_begin(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
@@ -41,7 +37,7 @@ class LogFileCallback(TrainerCallback):
                 file.write(_line(state.log_history[-1]))
 
     def _writes(self, state: TrainerState) -> bool:
-        return state.is_world_process_zero and not self.trainer.start.is_finished
+        return state.is_world_process_zero and not self.run.start.is_finished
 
 
 def _line(entry: dict) -> str:

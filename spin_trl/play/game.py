@@ -1,0 +1,201 @@
+"""`Game`: the steps of an iteration of self-play. Knows nothing of training, of HTTP and of file names.
+
+SPIN (arXiv 2401.01335), algorithm 1: the policy as it stands becomes the opponent, which answers every prompt. Ground
+truth against answer are the pairs that the next policy is trained on, with the opponent as reference.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+from datasets import Dataset
+from transformers import TrainerState
+
+from ..data.pair_dataset import PairDataset
+from ..data.pair_metrics import generation_rates
+from ..data.rewards.judged_answers import AnswerRewards
+from ..evaluation.collapse_guard import CollapseGuard
+from ..evaluation.endings import check_evaluation
+from ..evaluation.held_out import HeldOutEvaluation
+from ..evaluation.score_table import GenerationMetrics
+from ..generation.sampler import OpponentSampler
+from ..objectives.settings import needs_initial_answers
+from ..objectives.third_side import INITIAL_IDS
+from ..policy.policy import Policy
+from ..processes.ranks import on_main_process
+from ..run_directory.resume import RunStart
+from ..run_directory.run import Run
+from ..run_directory.run_paths import RunDirectoryError
+from ..run_directory.store import IterationStore
+from .answers import Answers
+from .opponents import Opponents
+from .pairing import Pairing
+from .publish_check import allow_for_quantization, check_published
+from .records import Records
+from .setup import SelfPlaySetup
+from .turns import Turns
+
+
+class Game:
+    """
+    Plays the policy against its own previous iterate. Every process calls the methods together.
+
+    Args:
+        plan ([`SelfPlaySetup`]): What the run has settled: settings, data, how opponents answer.
+        policy ([`Policy`]): The policy.
+        sampler ([`OpponentSampler`]): Answers prompts as an opponent.
+        store ([`IterationStore`]): The run directory.
+        run ([`Run`]): How the run stands.
+        records ([`Records`]): Keeps and logs an iteration's numbers.
+        turns ([`Turns`]): Server and policy on one GPU.
+        state (`Callable[[], TrainerState]`): The trainer's.
+        compute_generation_metrics (`Callable`, *optional*): The user's metrics of evaluation answers.
+        rewards ([`AnswerRewards`], *optional*): Judges ground truths and generations.
+    """
+
+    def __init__(
+        self,
+        plan: SelfPlaySetup,
+        policy: Policy,
+        sampler: OpponentSampler,
+        store: IterationStore,
+        run: Run,
+        records: Records,
+        turns: Turns,
+        state: Callable[[], TrainerState],
+        compute_generation_metrics: GenerationMetrics | None = None,
+        rewards: AnswerRewards | None = None,
+    ):
+        args = plan.args
+        self.plan = plan
+        self.args = args
+        self.policy = policy
+        self.store = store
+        self.run = run
+        self.records = records
+        self.turns = turns
+        self.dataset = plan.train_dataset
+        self.opponents = Opponents(args, policy, sampler, store, turns, plan.base_is_opponent, plan.model_name)
+        self.answers = Answers(args, self.opponents, store, turns)
+        self.evaluation = HeldOutEvaluation(policy, store, args, plan.tokenizer, compute_generation_metrics)
+        self.guard = CollapseGuard(args, store, records.log_history)
+        self.pairing = Pairing(args, policy, store, records, rewards, state)
+
+    def begin(self, start: RunStart) -> None:
+        """
+        Begin a run, or take it up again. What an earlier `train()` trained is no longer the base model.
+
+        Raises:
+            [`RunDirectoryError`]: if the run is to go on from the initial model, which that has trained since.
+        """
+        has_trained = self.run.iteration is not None
+        if start.checkpoint is not None:
+            self.opponents.base_is_opponent = self.plan.base_is_opponent
+        elif start.is_resumed and has_trained:
+            raise RunDirectoryError(
+                f"The run in {self.store.output_dir} has no checkpoint to go on from, and this trainer's policy is no "
+                "longer the initial model. Make a new trainer, and set `save_strategy` to keep checkpoints."
+            )
+        else:
+            self.opponents.base_is_opponent = self.opponents.base_is_opponent and not has_trained
+        self.store.run_id = start.run_id
+        self.dataset = self.store.read_data()
+        self.run.begin(start)
+        self.records.begin(start)
+
+    def play(self, iteration: int) -> PairDataset:
+        """
+        The pairs of an iteration, made by the policy as it stands, or read back where they are on disk.
+
+        Raises:
+            [`RunEnd`]: if there is nothing left to learn, or the policy collapses and the run is to end then.
+        """
+        if not self.store.has_pairs(iteration):
+            self._make_pairs(iteration)
+            self._record_costs(iteration)
+        self.turns.give_to_policy()  # as it is by now, unless the pairs were there already
+        pairs = self.store.read_pairs(iteration)
+        needs_initial = needs_initial_answers(self.args.loss_type, vars(self.args))
+        if iteration > 0 and needs_initial and INITIAL_IDS not in pairs.column_names:
+            raise RunDirectoryError(
+                f"{self.store.initial_answers.path} is gone, but `loss_type` ({self.args.loss_type}) compares with the "
+                "initial answers in it. Start the same command again: they are made again from iteration 0's."
+            )
+        return pairs
+
+    def judge_final_policy(self, iteration: int) -> None:
+        """
+        The final policy is evaluated as the opponent of an iteration that is not played.
+
+        Raises:
+            [`Collapsed`]: as [`play`].
+        """
+        if self.plan.eval_dataset is not None:
+            with self.records.phase("evaluate", iteration):
+                self._publish(iteration)
+                self._evaluate(iteration)
+                self.turns.give_to_policy()
+            self._record_costs(iteration)
+        self.guard.look_at_training(iteration)
+
+    def _make_pairs(self, iteration: int) -> None:
+        with self.records.phase("publish", iteration):
+            self._publish(iteration)
+        if self.plan.eval_dataset is not None:
+            with self.records.phase("evaluate", iteration):
+                scores = self._evaluate(iteration)
+            check_evaluation(iteration, scores, self.args)
+        self.guard.look_at_training(iteration)
+        with self.records.phase("generate", iteration):
+            self._generate(iteration)
+        with self.records.phase("score", iteration):
+            self._pair_and_score(iteration)
+
+    def _publish(self, iteration: int) -> None:
+        self.opponents.publish(iteration)
+        if not self.opponents.sampler.reads_checkpoints or self.args.publish_check_samples == 0:
+            return
+        is_base = iteration == 0 and self.opponents.base_is_opponent
+        name = "the base model" if is_base else f"iteration {iteration}'s opponent"
+        tolerance = self.args.publish_check_tolerance
+        if self.plan.is_quantized_on_its_own:
+            first = self.store.read_metrics(0).get("publish_check_difference") if iteration > 0 else None
+            tolerance = allow_for_quantization(tolerance, first)
+        difference = check_published(
+            self.policy, self.opponents.sampler, self.turns, self.dataset, self.plan.params, self.args, tolerance, name
+        )
+        self.records.record(iteration, {"publish_check_difference": difference})
+
+    def _evaluate(self, iteration: int) -> dict[str, float]:
+        dataset: Dataset = self.plan.eval_dataset
+        self.answers.complete(
+            iteration, "evaluation", dataset, replace(self.plan.params, temperature=self.args.eval_temperature)
+        )
+        self.turns.give_to_policy(briefly=True)
+        scores = self.evaluation.scores(iteration, dataset)
+        self.records.record_evaluation(iteration, scores)
+        return scores
+
+    def _generate(self, iteration: int) -> None:
+        num_samples, draw = self.args.num_generations, self.opponents.draw(iteration)
+        started = time.monotonic()
+        rows = self.answers.complete(iteration, "generations", self.dataset, self.plan.params, num_samples, draw)
+        seconds = time.monotonic() - started
+        parts = self.store.completions(iteration, "generations")
+        self.records.record(iteration, on_main_process(lambda: generation_rates(parts.batches(), rows, seconds)))
+
+    def _pair_and_score(self, iteration: int) -> None:
+        try:
+            self.turns.give_to_policy()
+            pairs = self.pairing.make(iteration, self.dataset)
+            scores = self.pairing.score(iteration, pairs, self.opponents.initial_path)
+            self.guard.look_at_opponent(iteration)
+            scores = self.pairing.mix_with_initial(iteration, pairs, scores, self.opponents.initial_path)
+            on_main_process(lambda: self.store.write_pairs(iteration, pairs.answers, scores))
+        finally:
+            self.pairing.clean_up(iteration)
+
+    def _record_costs(self, iteration: int) -> None:
+        """What it cost and brought to have server and policy take turns."""
+        if costs := on_main_process(self.turns.take_costs):
+            self.records.record(iteration, costs)
