@@ -25,7 +25,6 @@ from spin_trl.data.draw import OpponentDraw
 from spin_trl.generation.sampler import CompletionRequest, SamplingParams
 from spin_trl.generation.vllm.http_api import VLLMServer
 from spin_trl.generation.vllm.sampler import VLLMSampler
-from spin_trl.play.earlier_policy import lent_to_opponent
 from spin_trl.run_directory.store import RunDirectoryError
 
 
@@ -158,10 +157,10 @@ def test_policy_is_an_earlier_opponent_for_a_while_and_itself_again_bit_for_bit(
                 parameter.add_(torch.randn_like(parameter))
     own, storage = snapshot(trainer), [parameter.data_ptr() for parameter in trainer.model.parameters()]
     assert not same(own, earlier)
-    with lent_to_opponent(trainer, tmp_path / "earlier"):
+    with trainer.policy.lent_to(tmp_path / "earlier"):
         assert same(snapshot(trainer), earlier)
     assert same(snapshot(trainer), own)
-    with pytest.raises(ZeroDivisionError), lent_to_opponent(trainer, tmp_path / "earlier"):
+    with pytest.raises(ZeroDivisionError), trainer.policy.lent_to(tmp_path / "earlier"):
         raise ZeroDivisionError
     assert same(snapshot(trainer), own)
     assert [parameter.data_ptr() for parameter in trainer.model.parameters()] == storage
