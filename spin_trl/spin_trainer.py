@@ -280,7 +280,6 @@ class SPINTrainer(IterativeTrainer):
         super()._set_signature_columns_if_needed()
         self._signature_columns = list(dict.fromkeys([*self._signature_columns, *ORIGIN_COLUMNS, INITIAL_IDS]))
 
-
     def log_self_play(self, metrics: dict[str, float]) -> None:
         """Log an iteration's metrics, without those of training steps that have not been logged yet."""
         is_step_to_log = self.control.should_log
