@@ -15,7 +15,6 @@ from ..data.pair_dataset import PairDataset
 from ..processes.ranks import on_every_process, on_main_process
 from ..run_directory.whole_files import remove, temporary_path, write_directory
 from .adapters import precisions_of, restore_precisions
-from .adapters import precisions_of, restore_precisions
 from .log_probs import completion_logps, initial_policy_as_reference, negative_log_likelihood, score_pairs
 from .merging import fold_scaling, merge_into_saved, save_merged
 from .offload import training_tensors
