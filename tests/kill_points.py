@@ -20,9 +20,10 @@ from peft import LoraConfig
 from transformers import LlamaForCausalLM, TrainerCallback
 
 from spin_trl import SPINConfig, SPINTrainer
+from spin_trl.generation.opening import SamplerHost
 from spin_trl.generation.vllm.managed_server import ManagedServer
-from spin_trl.play.setup import SelfPlaySetup
-from spin_trl.self_play import SelfPlayCallback
+from spin_trl.play.records import Records
+from spin_trl.policy.policy import Policy
 
 
 FINAL_WEIGHTS = "final.safetensors"
@@ -103,8 +104,8 @@ def instrument(kill: KillAt) -> None:
     torch.save = kill.before(torch.save)
     LlamaForCausalLM.forward = kill.before(LlamaForCausalLM.forward)
     ManagedServer._is_ready = kill.before(ManagedServer._is_ready)
-    phase_of, open_sampler = SelfPlayCallback._phase, SelfPlaySetup.open_sampler
-    save_checkpoint, save_opponent = SPINTrainer._save_checkpoint, SPINTrainer.save_opponent
+    phase_of, open_sampler = Records.phase, SamplerHost.open
+    save_checkpoint, save_opponent = SPINTrainer._save_checkpoint, Policy.save
 
     @contextmanager
     def phase(self, name, iteration):
@@ -126,8 +127,8 @@ def instrument(kill: KillAt) -> None:
             kill.here()
             open_sampler(self, *args)
 
-    SelfPlayCallback._phase, SelfPlaySetup.open_sampler = phase, opening
-    SPINTrainer._save_checkpoint, SPINTrainer.save_opponent = saving, saving_opponent
+    Records.phase, SamplerHost.open = phase, opening
+    SPINTrainer._save_checkpoint, Policy.save = saving, saving_opponent
 
 
 def play(model: str, rows: list[dict], output_dir: str, kill_at: int | None, settings: dict) -> None:

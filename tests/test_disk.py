@@ -137,7 +137,7 @@ def test_full_disk_is_named_leaves_nothing_half_written_and_the_same_command_goe
     disk.free()
     again = build()
     again.train()
-    assert again.start.is_resumed == (method != "write_run")
+    assert again.run.start.is_resumed == (method != "write_run")
     assert again.store.read_run()["finished"] and len(again.store.checkpoints()) == 1
     assert left_over(disk.path) == []
 

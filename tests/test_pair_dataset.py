@@ -89,7 +89,7 @@ def test_torn_data_are_written_again_when_a_run_is_resumed(tiny_model, train_dat
     (first.store.output_dir / "train_data" / "rows.arrow").write_bytes(b"torn")
     again = SPINTrainer(tiny_model, make_config(**settings, num_iterations=2), train_dataset=train_dataset)
     again.train()
-    assert again.start.is_resumed and again.store.has_whole_data()
+    assert again.run.start.is_resumed and again.store.has_whole_data()
     assert load_pairs(first.args.output_dir, 0).to_list() == before
     assert len(again.store.read_pairs(1)) == 96
 

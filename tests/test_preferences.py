@@ -201,7 +201,7 @@ def test_resumed_run_needs_the_same_preferences_and_writes_them_again_if_they_ar
         load_pairs(trainer.args.output_dir, 0)
     again = make_trainer(preferences)
     again.train()
-    assert again.start.is_resumed and len(load_pairs(again.args.output_dir, 1)) == 44
+    assert again.run.start.is_resumed and len(load_pairs(again.args.output_dir, 1)) == 44
 
 
 def test_another_run_in_the_same_place_has_no_preferences_of_the_first(make_trainer, preferences):

@@ -216,7 +216,7 @@ def test_pickles_in_a_run_directory_are_not_run_when_it_is_resumed(tiny_model, t
     plant(first.store.path(0), tmp_path / "trace")
     again = SPINTrainer(tiny_model, make_config(num_iterations=2, **settings), train_dataset=train_dataset)
     again.train()
-    assert again.start.checkpoint == checkpoint
+    assert again.run.start.checkpoint == checkpoint
     assert not (tmp_path / "trace").exists()
 
 

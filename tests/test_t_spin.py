@@ -118,7 +118,7 @@ def test_stopped_run_goes_on_to_the_same_policy(make_trainer, tmp_path, adapter,
     undisturbed = make_trainer(adapter=adapter, output_dir=str(tmp_path / "undisturbed"))
     undisturbed.train()
     stopped = stop_after(make_trainer, step, adapter=adapter, save_steps=1)
-    assert stopped.iteration == {8: 2, 5: 1}[step]
+    assert stopped.run.iteration == {8: 2, 5: 1}[step]
     resumed = make_trainer(adapter=adapter, save_steps=1)
     resumed.train()
     assert_same_weights(resumed, weights(undisturbed))
