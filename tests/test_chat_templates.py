@@ -106,20 +106,13 @@ def test_sampler_that_repeats_the_ground_truth_gives_the_same_ids(name, messages
 
 
 @pytest.mark.parametrize("name", PLAYED)
-def test_ground_truth_says_the_answer_and_ends_in_the_templates_end_token(name):
+def test_prompt_holds_every_earlier_message_and_the_ground_truth_ends_in_the_templates_end_token(name):
     case = case_of(name)
-    ids = case.render(MULTI, chat_template_kwargs=case.kwargs)["chosen_ids"]
-    assert MULTI[-1]["content"] in case.tokenizer.decode(ids)
-    assert case.tokenizer.decode(ids[-1]) == case.end_token
-    assert not set(ids[:-1]) & set(case.end_token_ids)
-
-
-@pytest.mark.parametrize("name", PLAYED)
-def test_prompt_holds_every_earlier_message(name):
-    case = case_of(name)
-    prompt = case.tokenizer.decode(case.render(MULTI, chat_template_kwargs=case.kwargs)["prompt_ids"])
-    for message in MULTI[:-1]:
-        assert message["content"] in prompt
+    row = case.render(MULTI, chat_template_kwargs=case.kwargs)
+    prompt, truth = (case.tokenizer.decode(row[column]) for column in ("prompt_ids", "chosen_ids"))
+    assert all(message["content"] in prompt for message in MULTI[:-1]) and MULTI[-1]["content"] in truth
+    assert case.tokenizer.decode(row["chosen_ids"][-1]) == case.end_token
+    assert not set(row["chosen_ids"][:-1]) & set(case.end_token_ids)
 
 
 @pytest.mark.parametrize("messages", CONVERSATIONS.values(), ids=CONVERSATIONS)
@@ -135,19 +128,6 @@ def test_template_whose_prompt_is_no_prefix_of_its_conversation_is_refused(name,
 def test_lists_of_exceptions_name_templates_that_trl_ships():
     assert {*REFUSED, *NEEDS_KWARGS, *WANTS_PARTS, *END_TOKENS} <= set(NAMES)
     assert len(PLAYED) == len(NAMES) - 4 >= 60
-
-
-# Without a template
-
-
-@pytest.mark.parametrize("template", ["$A", "<s> $A", "<s> $A </s>"])
-def test_plain_text_is_what_a_sampler_that_repeats_it_would_say(template):
-    tokenizer = letter_tokenizer(template)
-    dataset = Dataset.from_list([{"prompt": "ab", "completion": "cde"}])
-    (row,) = tokenize_dataset(dataset, tokenizer, (tokenizer.eos_token_id,)).dataset
-    asked = [token for token in tokenizer.convert_ids_to_tokens(tokenizer("ab")["input_ids"]) if token != "</s>"]
-    assert tokenizer.convert_ids_to_tokens(row["prompt_ids"]) == asked
-    assert tokenizer.convert_ids_to_tokens(row["chosen_ids"]) == ["c", "d", "e", "</s>"]
 
 
 def test_tokens_that_merge_across_the_boundary_leave_the_prompt_as_the_sampler_sees_it():

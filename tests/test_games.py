@@ -1,45 +1,94 @@
-"""How one row becomes games, and what the refusal of a row says."""
+"""Which datasets can be played on, each accepted format read from a file, and how one row becomes games."""
 
+import json
 from typing import Any
 
 import pytest
+from datasets import load_dataset
+from tiny_tokenizers import byte_tokenizer
 
-from spin_trl.data.formats import detect_format
-from spin_trl.data.games import Game, InvalidRowError, split_row
+from spin_trl.data.formats import ACCEPTED_FORMATS, check_dataset, detect_format
+from spin_trl.data.games import InvalidRowError, split_row
+from spin_trl.data.rendering import tokenize_dataset
 
 
 USER = {"role": "user", "content": "Hi"}
 ASSISTANT = {"role": "assistant", "content": "Hello."}
 SYSTEM = {"role": "system", "content": "Be brief."}
+WRONG = {"role": "assistant", "content": "Go away."}
 CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
 RESULT = {"role": "tool", "content": "1"}
 
 
-def games(row: dict[str, Any], turns: str = "last", prompt_column=None, completion_column=None) -> list[Game]:
-    return split_row(row, detect_format(list(row), prompt_column, completion_column), turns)
+# Datasets
+
+FORMATS = {
+    "text": ("prompt_completion", {"prompt": "Hi", "completion": "Hello."}),
+    "conversational": ("prompt_completion", {"prompt": [USER], "completion": [ASSISTANT]}),
+    "messages": ("messages", {"messages": [USER, ASSISTANT]}),
+    "uclaml": ("real", {"real": [USER, ASSISTANT], "generated": [USER, WRONG]}),
+    "preference text": ("preference", {"prompt": "Hi", "chosen": "Hello.", "rejected": "Go away."}),
+    "preference": ("preference", {"prompt": [USER], "chosen": [ASSISTANT], "rejected": [WRONG]}),
+    "preference whole": ("preference", {"prompt": "Hi", "chosen": [USER, ASSISTANT], "rejected": [USER, WRONG]}),
+    "preference implicit": ("preference", {"chosen": [USER, ASSISTANT], "rejected": [USER, WRONG]}),
+    "chosen alone": ("preference", {"chosen": [USER, ASSISTANT]}),
+    "gsm8k": ("named", {"question": "Hi", "answer": "Hello."}, "question", "answer"),
+    "alpaca": ("named", {"instruction": "Hi", "input": "", "output": "Hello."}, "instruction+input", "output"),
+}
 
 
-def sides(row: dict[str, Any], *args) -> list[tuple]:
+@pytest.mark.parametrize("case", FORMATS.values(), ids=FORMATS)
+def test_file_of_every_format_gives_the_same_game(case, tmp_path):
+    """Text is played as it is, and conversations as their template renders them."""
+    name, row, *columns = case
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    dataset = load_dataset("json", data_files=str(path), split="train", cache_dir=str(tmp_path / "cache"))
+    check_dataset(dataset, "train_dataset", *columns)
+    assert detect_format(dataset.column_names, *columns).name == name
+    tokenizer = byte_tokenizer("<|im_end|>", "qwen2_5", ["<|im_start|>"])
+    (game,) = tokenize_dataset(dataset, tokenizer, (tokenizer.eos_token_id,), *columns).dataset
+    asked = tokenizer.apply_chat_template([USER], tokenize=False, add_generation_prompt=True)
+    assert tokenizer.decode(game["prompt_ids"]) == ("Hi" if isinstance(game["prompt"], str) else asked)
+    assert tokenizer.decode(game["chosen_ids"]) == "Hello.<|im_end|>"
+
+
+def test_every_format_is_among_those_that_a_refusal_names():
+    for columns in ("`prompt` and `completion`", "`messages`", "`chosen`", "`real`", "`prompt_column`"):
+        assert columns in ACCEPTED_FORMATS
+
+
+@pytest.mark.parametrize(
+    ("columns", "named", "expected"),
+    [
+        (["real", "chosen", "messages", "prompt", "completion", "a", "b"], ("a", "b"), "named"),
+        (["real", "chosen", "messages", "prompt", "completion"], (), "prompt_completion"),
+        (["real", "chosen", "messages", "prompt"], (), "messages"),
+        (["real", "chosen", "prompt"], (), "preference"),
+        (["real", "prompt"], (), "real"),
+        (["generated", "rejected", "prompt"], (), None),
+        (["prompt", "completion"], ("question+hint", "completion"), None),
+    ],
+    ids=str,
+)
+def test_of_several_fitting_formats_the_first_documented_one_wins(columns, named, expected):
+    for order in (columns, columns[::-1]):
+        found = detect_format(order, *named)
+        assert (found and found.name) == expected
+
+
+# Rows: what is asked, and what is the ground truth
+
+
+def sides(row: dict[str, Any], turns: str = "last", *columns) -> list[tuple]:
     """Prompt and ground truth of each game."""
-    return [(game.prompt, game.completion) for game in games(row, *args)]
-
-
-# What is asked, and what is the ground truth
-
-
-def test_text_row_is_its_prompt_and_completion():
-    assert sides({"prompt": "Hi", "completion": " Hello."}) == [("Hi", " Hello.")]
+    return [(game.prompt, game.completion) for game in split_row(row, detect_format(list(row), *columns), turns)]
 
 
 @pytest.mark.parametrize("column", ["messages", "real", "chosen"])
-def test_conversation_is_split_before_its_last_message(column):
-    messages = [SYSTEM, USER, ASSISTANT, USER, ASSISTANT]
-    assert sides({column: messages}) == [(messages[:-1], messages[-1:])]
-
-
-@pytest.mark.parametrize("column", ["messages", "real", "chosen"])
-def test_every_assistant_turn_is_a_game_if_asked(column):
+def test_conversation_is_split_before_its_last_message_or_before_every_assistant_turn(column):
     messages = [SYSTEM, USER, CALL, RESULT, ASSISTANT, USER, ASSISTANT]
+    assert sides({column: messages}) == [(messages[:-1], messages[-1:])]
     assert sides({column: messages}, "all") == [(messages[:turn], [messages[turn]]) for turn in (2, 4, 6)]
 
 
@@ -51,10 +100,6 @@ def test_assistant_turn_that_opens_a_conversation_answers_nothing_and_is_no_game
 def test_separate_prompt_is_one_game_whatever_turns_it_holds():
     row = {"prompt": [USER, ASSISTANT, USER], "completion": [ASSISTANT]}
     assert sides(row, "all") == [(row["prompt"], row["completion"])]
-
-
-def test_assistant_message_that_only_calls_a_tool_is_a_ground_truth():
-    assert sides({"messages": [USER, CALL]}) == [([USER], [CALL])]
 
 
 @pytest.mark.parametrize(
@@ -73,21 +118,15 @@ def test_chosen_side_of_preference_data_is_the_ground_truth_with_or_without_its_
     assert sides({**row, "rejected": "whatever"}) == [expected]
 
 
-def test_named_columns_are_prompt_and_ground_truth():
-    assert sides({"question": "2+2?", "answer": "4"}, "last", "question", "answer") == [("2+2?", "4")]
-
-
-@pytest.mark.parametrize(("input", "prompt"), [("a b", "Sort.\n\na b"), ("", "Sort."), (" ", "Sort."), (None, "Sort.")])
-def test_several_prompt_columns_are_joined_by_a_blank_line_and_empty_ones_left_out(input, prompt):
+@pytest.mark.parametrize("input", ["a b", "", " ", None])
+def test_several_prompt_columns_are_joined_by_a_blank_line_and_empty_ones_left_out(input):
+    prompt = "Sort.\n\na b" if input == "a b" else "Sort."
     row = {"instruction": "Sort.", "input": input, "output": "done"}
     assert sides(row, "last", "instruction+input", "output") == [(prompt, "done")]
 
 
 def test_column_whose_own_name_has_a_plus_is_taken_as_it_is():
     assert sides({"a+b": "Hi", "c": "Hello."}, "last", "a+b", "c") == [("Hi", "Hello.")]
-
-
-# Refusals: here those that no file can hold, the others are in test_bad_input.py
 
 
 @pytest.mark.parametrize(
@@ -99,5 +138,6 @@ def test_column_whose_own_name_has_a_plus_is_taken_as_it_is():
     ],
 )
 def test_lone_surrogate_is_refused_by_name(row, name):
+    """No file can hold one; what else is refused of a row is in test_bad_input.py."""
     with pytest.raises(InvalidRowError, match=f"{name} is not valid Unicode: '.ud[0-9a-f]+' at character [01]"):
-        games(row)
+        sides(row)

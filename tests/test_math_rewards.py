@@ -1,6 +1,5 @@
 """The rule of the GSM8K recipe, and how reward functions are named on the command line."""
 
-import re
 from decimal import Decimal
 
 import pytest
@@ -48,16 +47,8 @@ def test_rule_reads_messages_and_does_not_apply_to_ground_truths_without_a_numbe
 
 def parse(*arguments: str):
     parser = TrlParser((spin.SPINScriptArguments, SPINConfig, ModelConfig))
-    arguments = [
-        "--config",
-        str(RECIPES / "gsm8k-reward-ranked.yaml"),
-        "--use_cpu",
-        "true",
-        "--bf16",
-        "false",
-        *arguments,
-    ]
-    return parser.parse_args_and_config(arguments)
+    recipe = str(RECIPES / "gsm8k-reward-ranked.yaml")
+    return parser.parse_args_and_config(["--config", recipe, "--use_cpu", "true", "--bf16", "false", *arguments])
 
 
 def test_recipe_names_the_rule_and_several_functions_can_be_named_on_the_command_line():
@@ -71,20 +62,6 @@ def test_recipe_names_the_rule_and_several_functions_can_be_named_on_the_command
 def test_named_function_is_loaded():
     function = spin.load_function("reward_funcs", LOCATION)
     assert function.__name__ == "last_number_matches" and function(["1"], ["1"]) == [1.0]
-
-
-@pytest.mark.parametrize(
-    ("location", "found"),
-    [
-        ("nowhere.py:f", "`reward_funcs` must be 'file.py:function' with an existing file, got 'nowhere.py:f'"),
-        (str(RECIPES / "math_rewards.py"), "`reward_funcs` must be 'file.py:function'"),
-        (f"{RECIPES}/math_rewards.py:f", "`reward_funcs` names 'f', .* Name one of .*'last_number_matches'"),
-    ],
-)
-def test_function_that_is_not_there_is_refused(location, found):
-    with pytest.raises(ValueError) as refusal:
-        spin.load_function("reward_funcs", location)
-    assert re.search(found, str(refusal.value))
 
 
 @pytest.mark.parametrize("shown", [lambda text: text, lambda text: [{"role": "assistant", "content": text}]])

@@ -3,6 +3,7 @@
 import pytest
 from datasets import Dataset
 from torch.utils.data import DataLoader
+from transformers import TrainerCallback
 
 from spin_trl import SPINTrainer, load_pairs
 from spin_trl.data.pair_dataset import PairDataset, pair_lengths
@@ -94,22 +95,21 @@ def test_torn_data_are_written_again_when_a_run_is_resumed(tiny_model, train_dat
     assert len(again.store.read_pairs(1)) == 96
 
 
-def mapped_files(directory: str) -> int:
-    with open("/proc/self/maps") as maps:
-        return sum(directory in line for line in maps)
+class CountMappedFiles(TrainerCallback):
+    """Of the run directory, at every step."""
+
+    def __init__(self):
+        self.counts = []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        with open("/proc/self/maps") as maps:
+            self.counts.append(sum(args.output_dir in line for line in maps))
 
 
-def test_files_of_older_iterations_do_not_stay_mapped(tiny_model, train_dataset, make_config, monkeypatch):
-    """While iteration 2 is played, its own pairs, those of the one before, and the data; no more at iteration 4."""
-    counts = []
+def test_files_of_older_iterations_do_not_stay_mapped(tiny_model, train_dataset, make_config):
+    """While an iteration is trained, its own pairs, those of the one before, and the data: 6 steps, then 12 each."""
     config = make_config(num_iterations=5, num_history_iterations=1)
-    trainer = SPINTrainer(tiny_model, config, train_dataset=train_dataset)
-    begin = trainer.begin_iteration
-
-    def count(iteration, pairs):
-        begin(iteration, pairs)
-        counts.append(mapped_files(config.output_dir))
-
-    monkeypatch.setattr(trainer, "begin_iteration", count)
-    trainer.train()
-    assert counts[2] == counts[3] == counts[4] <= 4
+    count = CountMappedFiles()
+    SPINTrainer(tiny_model, config, train_dataset=train_dataset, callbacks=[count]).train()
+    assert len(count.counts) == 6 + 4 * 12
+    assert count.counts[18] == count.counts[30] == count.counts[42] <= 4

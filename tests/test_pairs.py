@@ -109,11 +109,6 @@ def test_scores_of_older_pairs_are_left_behind():
     assert add_history(new, [(0, scored)]).column_names == new.column_names
 
 
-def test_without_history_the_pairs_stay_as_they_are():
-    new = make_pairs(truths(0, 1), completions((0, 0), (1, 0)), iteration=3)
-    assert add_history(new, [])[:] == new[:]
-
-
 def test_answers_of_no_words_make_pairs_that_dpos_collator_takes():
     """One opponent ended at once (its end token, 2), the other was cut off before it said anything."""
     columns = {"row": [0, 1], "sample": [0, 0], "completion_ids": [[2], []], "finish_reason": ["stop", "length"]}
@@ -133,16 +128,13 @@ def pairs_of(*sides: tuple[list[int], list[int]]) -> PairDataset:
     return PairDataset(truths, Dataset.from_dict({"row": list(range(len(sides))), "rejected_ids": list(rejected)}))
 
 
-def test_pairs_whose_sides_differ_in_their_end_alone_stay():
-    pairs = pairs_of(([1, 2], [1, 2]), ([1, 2], [1]), ([1, 2], [1, 2, 2]), ([2], [2]), ([1], [2]))
+def test_pairs_that_differ_in_one_token_or_their_order_stay():
+    identical = [([1, 2], [1, 2]), ([2], [2]), ([], []), ([3, 3], [3, 3])]
+    others = [([1, 2], [1]), ([1, 2], [1, 2, 2]), ([1], [2]), ([1, 2], [2, 1]), ([], [1]), ([1, 2, 3], [1, 2, 4])]
+    pairs = pairs_of(*identical, *others)
     is_identical = find_identical_pairs(pairs)
-    assert is_identical.tolist() == [True, False, False, True, False]
-    assert drop_identical_pairs(pairs, is_identical)["row"][:] == [1, 2, 4]
-
-
-def test_sides_of_no_tokens_and_of_the_same_tokens_in_another_order_are_told_apart():
-    pairs = pairs_of(([], []), ([1, 2], [2, 1]), ([], [1]), ([3, 3], [3, 3]), ([1, 2, 3], [1, 2, 4]))
-    assert find_identical_pairs(pairs).tolist() == [True, False, False, True, False]
+    assert is_identical.tolist() == [True] * 4 + [False] * 6
+    assert drop_identical_pairs(pairs, is_identical)["row"][:] == [4, 5, 6, 7, 8, 9]
 
 
 def test_identical_pairs_are_found_in_every_batch():
@@ -220,9 +212,5 @@ def test_description_of_pairs_by_hand():
         "cut_off_share": 0.25,
         "identical_share": 0.25,
     }
-
-
-def test_nothing_is_truncated_without_a_maximum():
-    pairs = pairs_of(([1] * 99, [1]))
-    description = describe_pairs(pairs, find_identical_pairs(pairs), cut_off_share=0.0, max_length=None)
-    assert description["chosen_truncated_share"] == description["rejected_truncated_share"] == 0.0
+    unlimited = describe_pairs(pairs, find_identical_pairs(pairs), cut_off_share=0.25)
+    assert unlimited["chosen_truncated_share"] == unlimited["rejected_truncated_share"] == 0.0

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from datasets import Dataset
 from tiny_tokenizers import byte_tokenizer
+from transformers import TrainerCallback
 
 from spin_trl import SPINConfig, SPINTrainer, load_pairs
 from spin_trl.data.pair_dataset import PREFERENCE
@@ -137,17 +138,23 @@ def make_trainer(tiny_model, train_dataset, make_config):
     return make
 
 
+class ScoreFirst(TrainerCallback):
+    """Scores an iteration's pairs before its first step, when the policy still is the opponent."""
+
+    def __init__(self, trainer: SPINTrainer):
+        self.trainer = trainer
+        self.found = []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step in (0, 4):
+            self.found.append(score_pairs(self.trainer, self.trainer.train_dataset))
+
+
 def test_preferences_join_every_iteration_once_and_are_scored_by_its_opponent(make_trainer, preferences, tokenizer):
     """16 prompts and 12 preferences: 28 pairs, then 44 with history. Batches of 8: 4 and 6 steps."""
     trainer = make_trainer(preferences)
-    opinions = []
-    begin = trainer.begin_iteration
-
-    def begin_iteration(iteration, pairs):
-        opinions.append(score_pairs(trainer, pairs))  # the policy is still the opponent
-        begin(iteration, pairs)
-
-    trainer.begin_iteration = begin_iteration
+    opinions = ScoreFirst(trainer)
+    trainer.add_callback(opinions)
     trainer.train()
     assert trainer.state.global_step == trainer.state.max_steps == 10
     for iteration, expected in enumerate(([0] * 16 + [PREFERENCE] * 12, [1] * 16 + [0] * 16 + [PREFERENCE] * 12)):
@@ -158,11 +165,11 @@ def test_preferences_join_every_iteration_once_and_are_scored_by_its_opponent(ma
         for column, name in (("prompt_ids", "prompt"), ("chosen_ids", "chosen"), ("rejected_ids", "rejected")):
             decoded = tokenizer.batch_decode(list(own[column]), skip_special_tokens=True)
             assert [text.split() for text in decoded] == [text.split() for text in preferences[name]]
-        for name, logps in opinions[iteration].items():
+        for name, logps in opinions.found[iteration].items():
             np.testing.assert_allclose(np.array(pairs[name][:]), logps, atol=1e-4)
         metrics = trainer.store.read_metrics(iteration)
         assert metrics["preference_share"] == 12 / len(pairs) and metrics["num_pairs"] == 16
-    assert not np.allclose(opinions[0]["ref_chosen_logps"][-12:], opinions[1]["ref_chosen_logps"][-12:])
+    assert not np.allclose(opinions.found[0]["ref_chosen_logps"][-12:], opinions.found[1]["ref_chosen_logps"][-12:])
     own = [pair for pair in load_pairs(trainer.args.output_dir, 1) if pair["iteration"] == 1]
     nll = -sum(pair["ref_chosen_logps"] for pair in own) / sum(len(pair["chosen_ids"]) for pair in own)
     assert trainer.store.read_metrics(1)["opponent_nll"] == pytest.approx(nll)

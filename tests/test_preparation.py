@@ -49,12 +49,6 @@ def test_invalid_rows_are_counted_and_listed_by_dataset(make_config):
     }
 
 
-def test_error_says_in_which_dataset_the_row_is(make_config):
-    with pytest.raises(ValueError, match="Row 1") as refusal:
-        prepare_data(make_config(), letter_tokenizer(), (1,), rows("a-b"), rows("a-b", "a-"))
-    assert refusal.value.__notes__ == ["In `eval_dataset`."]
-
-
 def test_settings_of_the_data_reach_its_rows(make_config):
     config = make_config(prompt_column="question+hint", completion_column="answer")
     dataset = Dataset.from_list([{"question": "ab", "hint": "c", "answer": "d"}])
@@ -88,9 +82,3 @@ def test_prompts_longer_than_the_limit_are_dropped_and_counted():
     kept, num_dropped = drop_long_prompts(dataset, 4, "the context")
     assert kept["row"][:] == [0, 1, 3]
     assert num_dropped == 1
-
-
-def test_dataset_whose_prompts_are_all_too_long_is_refused_with_the_shortest_and_the_limit():
-    dataset = Dataset.from_dict({"prompt_ids": [[0] * 7, [0] * 6]})
-    with pytest.raises(ValueError, match="All 2 prompts.*shortest has 6 tokens, and the context.*at most 5"):
-        drop_long_prompts(dataset, 5, "the context")

@@ -46,29 +46,14 @@ def test_turn_may_end_in_another_end_token_than_the_tokenizers():
     assert row["chosen_ids"][-1] == end_token_ids[1]
 
 
-def test_messages_and_prompt_with_completion_give_the_same_ids():
-    tokenizer = byte_tokenizer("<|im_end|>", "qwen2_5")
-    (one,) = render([{"messages": MESSAGES}], tokenizer)
-    (other,) = render([{"prompt": MESSAGES[:-1], "completion": MESSAGES[-1:]}], tokenizer)
-    assert (one["prompt_ids"], one["chosen_ids"]) == (other["prompt_ids"], other["chosen_ids"])
-
-
-@pytest.mark.parametrize("template", ["deepseekv3", "deepseek_r1_distill"])
-def test_prompt_that_is_no_prefix_of_its_conversation_is_refused_with_the_difference(template):
-    tokenizer = byte_tokenizer("<｜end▁of▁sentence｜>", template)
-    with pytest.raises(ValueError) as refusal:
-        render([{"messages": MESSAGES[:2]}], tokenizer)
-    message = str(refusal.value)
-    assert "Row 0: the chat template renders the prompt of `messages` differently" in message
-    assert r"Alone it ends in '<think>\n', the conversation goes on with 'Yes?" in message
-    assert "`chat_template_kwargs`" in message
-
-
-def test_refusal_of_a_chat_template_names_the_row_that_it_cannot_render():
+def test_prompt_that_is_no_prefix_of_its_conversation_is_refused_by_row_with_the_difference():
     rows = [{"messages": MESSAGES[:2], "chat_template_kwargs": {"enable_thinking": thinks}} for thinks in (False, True)]
     tokenizer = byte_tokenizer("<|im_end|>", "nemotron_3_nano")
     assert len(render(rows[:1], tokenizer)) == 1
-    with pytest.raises(ValueError, match="Row 1: the chat template renders the prompt of `messages` differently"):
+    found = (
+        r"Row 1: the chat template renders the prompt of `messages` differently.*goes on with.*`chat_template_kwargs`"
+    )
+    with pytest.raises(ValueError, match=found):
         render(rows, tokenizer)
 
 
@@ -98,12 +83,6 @@ def test_row_wins_over_the_chat_template_kwargs_for_all():
     assert tokenizer.decode(of_all["prompt_ids"]).endswith("</think>\n\n")
 
 
-def test_system_message_is_kept():
-    tokenizer = byte_tokenizer("<|im_end|>", "qwen2_5")
-    (row,) = render([{"messages": [{"role": "system", "content": "Be brief."}, *MESSAGES]}], tokenizer)
-    assert "<|im_start|>system\nBe brief.<|im_end|>" in tokenizer.decode(row["prompt_ids"])
-
-
 def test_template_that_refuses_the_roles_is_named_by_row_field_and_roles():
     system = [{"role": "system", "content": "Be brief."}, *MESSAGES]
     tokenizer = byte_tokenizer("<end_of_turn>", "gemma")
@@ -112,11 +91,6 @@ def test_template_that_refuses_the_roles_is_named_by_row_field_and_roles():
     )
     with pytest.raises(ValueError, match=message):
         render([{"messages": MESSAGES}, {"messages": system}], tokenizer)
-
-
-def test_conversation_without_a_chat_template_is_refused_with_a_way_to_set_one():
-    with pytest.raises(ValueError, match="conversational.*no chat template.*`tokenizer.chat_template`"):
-        render([{"messages": MESSAGES}], byte_tokenizer())
 
 
 def test_template_that_writes_nothing_of_the_messages_is_refused():
@@ -150,11 +124,6 @@ def test_missing_content_beside_a_tool_call_is_written_as_nothing(template, end)
     assert "f" in tokenizer.decode(missing["chosen_ids"]) and "None" not in tokenizer.decode(missing["chosen_ids"])
 
 
-def test_tools_that_are_no_json_are_refused_by_row_and_field():
-    with pytest.raises(ValueError, match="Row 0: `tools` is text but not JSON"):
-        render([{"messages": MESSAGES, "tools": "get_weather"}], byte_tokenizer("<|im_end|>", "qwen2_5"))
-
-
 # Text
 
 
@@ -174,27 +143,16 @@ def test_first_of_several_end_tokens_is_appended_and_any_of_them_ends_the_text()
     assert [tokens(tokenizer, row, "chosen_ids") for row in rows] == [["c", "d", "</s>"], ["c", "h"], ["c", "h"]]
 
 
-def test_begin_token_belongs_to_the_prompt_alone():
-    tokenizer = letter_tokenizer("<s> $A")
+@pytest.mark.parametrize("template", ["$A", "<s> $A", "<s> $A </s>"])
+@pytest.mark.parametrize("merges", [(), (("b", "c"),)], ids=["no merge", "merge across the boundary"])
+def test_text_is_what_a_sampler_that_repeats_it_would_say(template, merges):
+    """
+    The begin token belongs to the prompt alone, and an end token behind every text to neither. `abc` may be `a bc`, but
+    the sampler is asked to go on from `a b`.
+    """
+    tokenizer = letter_tokenizer(template, merges)
     (row,) = render([{"prompt": "ab", "completion": "cd"}], tokenizer)
-    assert tokens(tokenizer, row, "prompt_ids") == ["<s>", "a", "b"]
-    assert tokens(tokenizer, row, "chosen_ids") == ["c", "d", "</s>"]
-
-
-def test_end_token_that_a_tokenizer_puts_behind_every_text_is_not_left_between_prompt_and_ground_truth():
-    tokenizer = letter_tokenizer("<s> $A </s>")
-    (row,) = render([{"prompt": "ab", "completion": "cd"}], tokenizer)
-    assert tokens(tokenizer, row, "prompt_ids") == ["<s>", "a", "b"]
-    assert tokens(tokenizer, row, "chosen_ids") == ["c", "d", "</s>"]
-
-
-@pytest.mark.parametrize("template", ["<s> $A", "<s> $A </s>"])
-def test_merge_across_the_boundary_leaves_the_prompt_its_own_ids(template):
-    """`abc` is `a bc`, but the sampler is asked to go on from `a b`."""
-    tokenizer = letter_tokenizer(template, merges=(("b", "c"),))
-    assert tokenizer.tokenize("abcd") == ["a", "bc", "d"]
-    (row,) = render([{"prompt": "ab", "completion": "cd"}], tokenizer)
-    assert tokens(tokenizer, row, "prompt_ids") == ["<s>", "a", "b"]
+    assert tokens(tokenizer, row, "prompt_ids") == [*(["<s>"] if "<s>" in template else []), "a", "b"]
     assert tokens(tokenizer, row, "chosen_ids") == ["c", "d", "</s>"]
 
 
@@ -234,11 +192,6 @@ def test_keys_that_only_later_rows_fill_are_kept_in_the_prompts():
 
 
 BAD_ROWS = [{"prompt": "a", "completion": "c"}, {"prompt": "a", "completion": ""}, {"prompt": "b", "completion": "d"}]
-
-
-def test_malformed_row_is_refused_by_its_number():
-    with pytest.raises(ValueError, match="Row 1: `completion` is empty.*`skip_invalid_rows=True` leaves"):
-        render(BAD_ROWS, letter_tokenizer())
 
 
 def test_malformed_row_is_left_out_if_asked_and_listed_with_its_number_and_reason():

@@ -5,7 +5,6 @@ import pyarrow as pa
 import pytest
 from datasets import Dataset, Features, List, Value
 
-from spin_trl.data import columns
 from spin_trl.data.pair_dataset import TRUTH, PairDataset
 from spin_trl.data.pair_metrics import describe_scores
 from spin_trl.data.pairs import NoPairsError, add_history, drop_identical_pairs, find_identical_pairs
@@ -61,24 +60,19 @@ def sides(pairs: PairDataset) -> list[tuple]:
     return found
 
 
-@pytest.fixture(autouse=True, params=[2, 1000])
-def batch_size(request, monkeypatch):
-    monkeypatch.setattr(columns.batches, "__defaults__", (request.param,))
-
-
 def test_ground_truth_that_no_generation_beats_is_chosen_over_every_lower_one():
     """That of the second prompt equals its ground truth, so neither is to be unlearned."""
     pairs = rank("best_of", (1.0, [0.0, 1.0, 0.5]), (0.5, [0.5]))
     assert sides(pairs) == [(5, TRUTH, 0, 1.0, 0.0), (5, TRUTH, 2, 1.0, 0.5)]
 
 
-def test_generations_that_all_have_their_ground_truths_reward_make_no_pairs():
-    ranks = rank_answers(answers((1.0, [1.0, 1.0]), (0.0, [0.0])), "best_of")
-    assert ranks.describe() == {"num_pairs": 0, "no_pair_share": 1.0}
-
-
-def test_single_generation_that_beats_the_ground_truth_is_chosen_over_it():
-    assert sides(rank("best_of", (0.0, [1.0]), (1.0, [0.0]))) == [(5, 0, TRUTH, 1.0, 0.0), (6, TRUTH, 0, 1.0, 0.0)]
+def test_equal_rewards_make_no_pairs():
+    """Of the ground truth and its generations, or of the generations alone."""
+    for pairing, prompts in (
+        ("best_of", [(1.0, [1.0, 1.0]), (0.0, [0.0])]),
+        ("reward_ranked", [(9.0, [0.5, 0.5]), (0.0, [1.0, 1.0])]),
+    ):
+        assert rank_answers(answers(*prompts), pairing).describe() == {"num_pairs": 0, "no_pair_share": 1.0}
 
 
 def test_best_generation_is_chosen_over_the_ground_truth_and_all_lower_ones():
@@ -95,9 +89,19 @@ def test_best_generation_is_ranked_over_the_worst_without_the_ground_truth():
     assert sides(pairs) == [(5, 2, 1, 1.0, 0.0), (7, 1, 0, 3.0, 2.0)]
 
 
-def test_one_reward_for_all_generations_of_every_prompt_makes_no_pairs():
-    ranks = rank_answers(answers((9.0, [0.5, 0.5]), (0.0, [1.0, 1.0])), "reward_ranked")
-    assert ranks.describe() == {"num_pairs": 0, "no_pair_share": 1.0}
+@pytest.mark.parametrize("pairing", ["best_of", "reward_ranked"])
+def test_pairs_of_many_batches_keep_their_tokens_and_rewards(pairing):
+    """Of 1,500 prompts every other's first generation beats the truth and the second generation."""
+    prompts = [(0.5, [float(row % 2), 0.25]) for row in range(5, 1505)]
+    expected = []
+    for row in range(5, 1505):
+        if pairing == "reward_ranked":
+            expected.append((row, 0, 1, 1.0, 0.25) if row % 2 else (row, 1, 0, 0.25, 0.0))
+        elif row % 2:
+            expected += [(row, 0, TRUTH, 1.0, 0.5), (row, 0, 1, 1.0, 0.25)]
+        else:
+            expected += [(row, TRUTH, 0, 0.5, 0.0), (row, TRUTH, 1, 0.5, 0.25)]
+    assert sides(rank(pairing, *prompts)) == expected
 
 
 SUM, SAME_SUM = 0.1 + 0.2 + 0.3, 0.3 + 0.2 + 0.1
@@ -133,11 +137,8 @@ def test_what_nobody_judges_makes_no_pair():
             "unjudged_share": 5 / 12,
         }
     )
-
-
-def test_rewards_of_nobody_have_no_means():
-    described = describe_rewards(answers((None, [None])).answers)
-    assert described == {"beaten_truths_share": 0.0, "tied_truths_share": 0.0, "unjudged_share": 1.0}
+    nobody = describe_rewards(answers((None, [None])).answers)  # has no means
+    assert nobody == {"beaten_truths_share": 0.0, "tied_truths_share": 0.0, "unjudged_share": 1.0}
 
 
 def test_metrics_of_rewards_by_hand():

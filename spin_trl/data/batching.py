@@ -34,17 +34,16 @@ def epoch_order(
     Returns:
         `np.ndarray` of positions, a multiple of `batch_size`.
     """
-    is_grouped = generator is not None and lengths is not None
     order = np.arange(num_pairs) if generator is None else generator.permutation(num_pairs)
-    if is_grouped:
-        order = _sort_in_parts(order, lengths, batch_size)
     num_whole = num_pairs // batch_size * batch_size
-    whole, rest = order[:num_whole], order[num_whole:]
-    if is_grouped:
-        whole = generator.permutation(whole.reshape(-1, batch_size)).ravel()
-    if len(rest) == 0 or (drop_last and num_whole > 0):
-        return whole
-    return np.concatenate([whole, np.resize(np.concatenate([rest, whole]), batch_size)])
+    if generator is not None and lengths is not None:
+        num_batches = max(1, min(num_pairs // (4 * batch_size), _BATCHES_SORTED_TOGETHER))
+        parts = np.split(order, range(num_batches * batch_size, num_pairs, num_batches * batch_size))
+        order = np.concatenate([part[np.argsort(-lengths[part], kind="stable")] for part in parts])
+        order[:num_whole] = generator.permutation(order[:num_whole].reshape(-1, batch_size)).ravel()
+    if num_pairs == num_whole or (drop_last and num_whole > 0):
+        return order[:num_whole]
+    return np.resize(order, num_whole + batch_size)  # repeated from the beginning where it is too short
 
 
 def scoring_batches(
@@ -66,15 +65,9 @@ def scoring_batches(
     order = np.argsort(-lengths, kind="stable")
     batches, first = [], 0
     while first < len(order):
-        size = len(order) if max_pairs is None else max_pairs
+        size = max_pairs or len(order)
         if max_tokens is not None:
             size = min(size, max(1, max_tokens // (2 * max(1, int(lengths[order[first]])))))
         batches.append(order[first : first + size])
         first += size
     return batches
-
-
-def _sort_in_parts(order: np.ndarray, lengths: np.ndarray, batch_size: int) -> np.ndarray:
-    num_batches = max(1, min(len(order) // (4 * batch_size), _BATCHES_SORTED_TOGETHER))
-    parts = np.split(order, range(num_batches * batch_size, len(order), num_batches * batch_size))
-    return np.concatenate([part[np.argsort(-lengths[part], kind="stable")] for part in parts])

@@ -3,6 +3,7 @@
 Knows nothing of datasets and of row numbers.
 """
 
+import os
 from collections.abc import Collection
 from typing import Any
 
@@ -62,12 +63,15 @@ class ChatTemplate:
             `InvalidRowError`: if the template refuses the messages, renders the prompt differently from the beginning
             of the conversation, leaves out the ground truth, or ends it in a token at which the model does not stop.
         """
-        prompt_ids = self._render(game.prompt, game.prompt_name, True, template_kwargs)
-        whole_ids = self._render(game.prompt + game.completion, game.completion_name, False, template_kwargs)
+        prompt = self._text(game.prompt, game.prompt_name, True, template_kwargs)
+        whole = self._text(game.prompt + game.completion, game.completion_name, False, template_kwargs)
+        prompt_ids, whole_ids = self._ids(prompt), self._ids(whole)
         if whole_ids[: len(prompt_ids)] == prompt_ids:
             completion_ids = whole_ids[len(prompt_ids) :]
+        elif whole.startswith(prompt):  # tokens merge across the boundary; the sampler goes on from the prompt's
+            completion_ids = self._ids(whole[len(prompt) :])
         else:
-            completion_ids = self._tokenize_remainder(game, template_kwargs)
+            raise InvalidRowError(_difference(prompt, whole, game.prompt_name))
         chosen_ids = self._end_turn(completion_ids, bool(game.completion[0].get("tool_calls")))
         if not self.tokenizer.decode(chosen_ids[:-1]).strip():
             raise InvalidRowError(
@@ -76,7 +80,7 @@ class ChatTemplate:
             )
         return prompt_ids, chosen_ids
 
-    def _render(self, messages: list[dict], name: str, is_prompt: bool, template_kwargs: dict) -> list[int]:
+    def _text(self, messages: list[dict], name: str, is_prompt: bool, template_kwargs: dict) -> str:
         try:
             return self._apply(messages, add_generation_prompt=is_prompt, **template_kwargs)
         except (TemplateError, TypeError) as error:
@@ -85,11 +89,10 @@ class ChatTemplate:
                 f"{[message['role'] for message in messages]}: {error}"
             ) from error
 
-    def _apply(self, messages: list[dict], /, tokenize: bool = True, **template_kwargs) -> Any:
+    def _apply(self, messages: list[dict], /, **template_kwargs) -> str:
         messages = [self._tidy(message) for message in messages]
         kwargs = {**self.template_kwargs, **template_kwargs}
-        rendered = self.tokenizer.apply_chat_template(messages, tokenize=tokenize, return_dict=tokenize, **kwargs)
-        return rendered["input_ids"] if tokenize else rendered
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
 
     def _tidy(self, message: dict) -> dict:
         # Arrow fills what other messages have and this one has not with None, which templates take for something:
@@ -97,41 +100,24 @@ class ChatTemplate:
         message = {"content": "", **remove_none_values(message)}
         return {**message, "content": [{"type": "text", "text": message["content"]}]} if self.wants_parts else message
 
-    def _tokenize_remainder(self, game: Game, template_kwargs: dict) -> list[int]:
-        """The ground truth's ids where tokens merge across the boundary, as the sampler goes on from the prompt's."""
-        prompt = self._apply(game.prompt, tokenize=False, add_generation_prompt=True, **template_kwargs)
-        whole = self._apply(game.prompt + game.completion, tokenize=False, **template_kwargs)
-        if whole.startswith(prompt):
-            return self.tokenizer(whole[len(prompt) :], add_special_tokens=False)["input_ids"]
-        common = next(i for i, pair in enumerate(zip(prompt, whole + "\0", strict=False)) if pair[0] != pair[1])
-        raise InvalidRowError(
-            f"the chat template renders {game.prompt_name} differently from the beginning of the whole conversation. "
-            f"Alone it ends in {prompt[common:]!r}, the conversation goes on with {whole[common : common + 20]!r}. The "
-            "policy would be trained on a context that the opponent never saw. Set `chat_template_kwargs`, in the "
-            "config or as a column, such that the two agree (for example {'enable_thinking': False}), or use another "
-            "chat template."
-        )
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _end_turn(self, completion_ids: list[int], is_call: bool) -> list[int]:
         next_turn_opens_with = self.call_end if is_call else self.answer_end
         if next_turn_opens_with is not None:
             completion_ids = [*completion_ids, next_turn_opens_with]
-        if not any(token_id in self.end_token_ids for token_id in completion_ids):
-            self._require_no_other_end(completion_ids)
-        return end_after_first(completion_ids, self.end_token_ids)
-
-    def _require_no_other_end(self, completion_ids: list[int]) -> None:
-        written = (token_id for token_id in reversed(completion_ids) if self.tokenizer.decode([token_id]).strip())
-        last = next(written, None)
-        if last in self.tokenizer.added_tokens_decoder:
-            token = self.tokenizer.convert_ids_to_tokens(last)
-            known = self.tokenizer.convert_ids_to_tokens(list(self.end_token_ids))
+        ended = end_after_first(completion_ids, self.end_token_ids)
+        last = next((i for i in reversed(completion_ids) if self.tokenizer.decode([i]).strip()), None)
+        if len(ended) > len(completion_ids) and last in self.tokenizer.added_tokens_decoder:
+            token, *known = self.tokenizer.convert_ids_to_tokens([last, *self.end_token_ids])
             raise InvalidRowError(
                 f"the chat template ends the assistant's turn in {token!r}, at which the model does not stop (its end "
                 f"tokens are {known}), so no answer could ever equal the ground truth. If the model does end its turns "
                 f"with it, add its id, {last}, to `eos_token_id` in the model's `generation_config`; otherwise the "
                 "template belongs to another model."
             )
+        return ended
 
     # What the template wants
 
@@ -139,7 +125,7 @@ class ChatTemplate:
         said = [message["content"] for message in (_QUESTION, _ANSWER)]
         dropped = False
         for self.wants_parts in (False, True):
-            text = self._try([_QUESTION, _ANSWER], tokenize=False)
+            text = self._try([_QUESTION, _ANSWER])
             if text is not None and all(content in text for content in said):
                 return self.wants_parts
             dropped = dropped or text is not None
@@ -152,17 +138,28 @@ class ChatTemplate:
 
     def _find_opening_of(self, conversation: list[dict], next_message: dict) -> int | None:
         """The token that the template puts before the next message, if it is one at which the model stops."""
-        before, after = self._try(conversation), self._try([*conversation, next_message])
-        if before is None or after is None or after[: len(before)] != before:
+        texts = [self._try(conversation), self._try([*conversation, next_message])]
+        if None in texts:
             return None
-        opening = next(iter(after[len(before) :]), None)
-        return opening if opening in self.end_token_ids else None
+        before, after = map(self._ids, texts)
+        is_open = after[: len(before)] == before and len(after) > len(before)
+        return after[len(before)] if is_open and after[len(before)] in self.end_token_ids else None
 
-    def _try(self, messages: list[dict], **kwargs) -> Any:
+    def _try(self, messages: list[dict]) -> str | None:
         try:
-            return self._apply(messages, **kwargs)
+            return self._apply(messages)
         except (TemplateError, TypeError):
             return None
+
+
+def _difference(prompt: str, whole: str, prompt_name: str) -> str:
+    common = len(os.path.commonprefix([prompt, whole]))
+    return (
+        f"the chat template renders {prompt_name} differently from the beginning of the whole conversation. Alone it "
+        f"ends in {prompt[common:]!r}, the conversation goes on with {whole[common : common + 20]!r}. The policy would "
+        "be trained on a context that the opponent never saw. Set `chat_template_kwargs`, in the config or as a "
+        "column, such that the two agree (for example {'enable_thinking': False}), or use another chat template."
+    )
 
 
 def end_after_first(completion_ids: list[int], end_token_ids: Collection[int]) -> list[int]:
