@@ -5,11 +5,11 @@
 
 import inspect
 import re
-import textwrap
 from dataclasses import fields
 from pathlib import Path
 
 from spin_trl import SPINConfig
+from spin_trl.config_checks import parameter_texts
 from spin_trl.evaluation.metric_names import to_markdown
 
 
@@ -21,32 +21,18 @@ BEGIN, END = "<!-- fields: written by `make docs` -->\n", "<!-- end of fields --
 
 def tables() -> str:
     """One Markdown table for each group of fields in the docstring."""
-    docstring = inspect.getdoc(SPINConfig).partition("Parameters:")[2].partition("> [!NOTE]")[0]
+    docstring, texts = inspect.getdoc(SPINConfig).partition("> [!NOTE]")[0], parameter_texts(SPINConfig)
     defaults = {field.name: field.default for field in fields(SPINConfig)}
     lines = []
-    for block in re.split(r"\n\s*\n", textwrap.dedent(docstring)):
-        block = textwrap.dedent(block.strip("\n"))
-        if block.startswith("> Parameters that control "):
-            title = block.removeprefix("> Parameters that control ").strip()
-            lines += [
-                "",
-                f"## {title[0].upper()}{title[1:]}",
-                "",
-                "| field | default | meaning |",
-                "| --- | --- | --- |",
-            ]
+    for title, name in re.findall(r"^    > Parameters that control (.*)$|^    (\w+) \(", docstring, re.MULTILINE):
+        if title:
+            heading = f"## {title[0].upper()}{title[1:]}"
+            lines += ["", heading, "", "| field | default | meaning |", "| --- | --- | --- |"]
         else:
-            lines += [_row(name, text, defaults) for name, text in re.findall(_ENTRY, block + "\n", re.MULTILINE)]
+            default = "unset" if defaults[name] is None else f"`{defaults[name]!r}`"
+            meaning = texts[name].replace("|", "\\|")
+            lines.append(f"| `{name}` | {default} | {meaning} |")
     return "\n".join(lines).lstrip("\n") + "\n"
-
-
-_ENTRY = r"^(\w+) \(.*\):\n((?:    .*\n)+)"
-
-
-def _row(name: str, text: str, defaults: dict) -> str:
-    default = "unset" if defaults[name] is None else f"`{defaults[name]!r}`"
-    meaning = " ".join(text.split()).replace("|", "\\|")
-    return f"| `{name}` | {default} | {meaning} |"
 
 
 def rewritten(page: str) -> str:

@@ -1,12 +1,15 @@
-"""What the values of a configuration may be: one rule a field, one form of refusal. Knows nothing of what they mean."""
+"""What the fields of a configuration may be, and what is said of them. Knows nothing of what they mean."""
 
+import inspect
 import json
 import math
+import re
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from numbers import Integral, Real
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Literal, get_args, get_origin
 
 
 @dataclass(frozen=True)
@@ -82,15 +85,21 @@ def is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def check_choices(config: Any, choices: Mapping[str, tuple]) -> None:
+def check_choices(config: Any, annotations: Mapping[str, Any]) -> None:
     """
+    Check the fields whose type is a `Literal`, or that or `None`.
+
     Raises:
         `ValueError`: naming the first field whose value is none of its choices.
     """
-    for name, allowed in choices.items():
+    for name, annotation in annotations.items():
+        literals = [kind for kind in (annotation, *get_args(annotation)) if get_origin(kind) is Literal]
+        is_optional = type(None) in get_args(annotation)
         value = getattr(config, name)
-        if value not in allowed:
-            raise ValueError(f"`{name}` must be one of {allowed}, got {value!r}. {_leave_unset(config, name)}")
+        if literals and value not in get_args(literals[0]) and not (is_optional and value is None):
+            raise ValueError(
+                f"`{name}` must be one of {list(get_args(literals[0]))}, got {value!r}. {_leave_unset(config, name)}"
+            )
 
 
 def check_weights(name: str, weights: Any, remedy: str, minimum: float = -math.inf) -> None:
@@ -194,3 +203,21 @@ def _leave_unset(config: Any, name: str) -> str:
     field = next(field for field in fields(config) if field.name == name)
     default = field.default if field.default is not MISSING else field.default_factory()
     return f"Leave it unset for the default, {default!r}."
+
+
+def parameter_texts(cls: type) -> dict[str, str]:
+    """What a class' docstring says of each parameter, and of each inherited one that it notes, in one line each."""
+    docstring = inspect.getdoc(cls) + "\n"
+    found = re.findall(r"^    (\w+) \(.*\):\n((?:        .*\n)+)", docstring, re.MULTILINE)
+    found += re.findall(r"^> - `(\w+)`: (.*\n(?:>   .*\n)*)", docstring, re.MULTILINE)
+    return {name: " ".join(re.sub(r"^>", "", text, flags=re.MULTILINE).split()) for name, text in found}
+
+
+def help_from_docstring(cls: type) -> type:
+    """A decorator of dataclasses: the command line's help for the fields of this class is their docstring's text."""
+    texts = parameter_texts(cls)
+    for field in fields(cls):
+        if field.name in cls.__annotations__:  # the others are the parent's own
+            help_text = texts[field.name].replace("%", "%%")  # argparse formats it
+            field.metadata = MappingProxyType({**field.metadata, "help": help_text})
+    return cls

@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Literal
 
 from trl import DPOConfig
 
@@ -14,15 +14,14 @@ from .config_checks import (
     check_mappings,
     check_numbers,
     check_weights,
+    help_from_docstring,
     is_number,
     not_negative,
     one_or_several_addresses,
     positive,
     share,
 )
-from .objectives import OBJECTIVES
 from .objectives.settings import (
-    PAIRINGS,
     check_fields_are_used,
     check_losses,
     check_pairs_per_forward,
@@ -106,14 +105,13 @@ _SERVER_FLAGS = {
 }
 
 
+@help_from_docstring
 @dataclass
 class SPINConfig(DPOConfig):
     r"""
     Configuration of [`SPINTrainer`]: a [`~trl.DPOConfig`] plus the self-play.
 
-    Only the fields that differ from [`~trl.DPOConfig`] are listed; the others keep their meaning. `loss_type` also
-    takes `"exponential"`, `"correlation"`, `"space"`, `"t_spin"` and `"iris"`, alone or mixed with the others; SPIN's
-    own logistic loss is the default, `"sigmoid"`.
+    Only the fields that differ from [`~trl.DPOConfig`] are listed; the others keep their meaning.
 
     Parameters:
         > Parameters that control the data
@@ -339,7 +337,10 @@ class SPINConfig(DPOConfig):
             or trained on without PEFT. The main process loads the base once more for that, in its own memory.
 
     > [!NOTE]
-    > These parameters have default values different from [`~trl.DPOConfig`]:
+    > These parameters have other defaults, or other values, than those of [`~trl.DPOConfig`]:
+    > - `loss_type`: Also takes `exponential`, `correlation`, `space`, `t_spin` and `iris`, and the names that
+    >   `spin_trl.objectives.register` was given, alone or several, which are added with the weights of `loss_weights`.
+    >   SPIN's own logistic loss is the default, `sigmoid`.
     > - `learning_rate`: Defaults to `5e-7` instead of `1e-6`, the paper's. One number, or a list with one for each
     >   iteration. After construction, `args.learning_rate` is iteration 0's and [`learning_rate_at`] gives the others.
     > - `beta`: One number, or a list with one for each iteration. After construction, `args.beta` is iteration 0's and
@@ -360,334 +361,99 @@ class SPINConfig(DPOConfig):
 
     # Parameters whose default values are overridden from DPOConfig
     # Like `loss_type`, these two are lists to the command line and may be a single value elsewhere.
-    learning_rate: list[float] = field(
-        default_factory=lambda: [5e-7],
-        metadata={"help": "The peak learning rate: one number, or one for each iteration."},
-    )
-    beta: list[float] = field(
-        default_factory=lambda: [0.1],
-        metadata={
-            "help": "Deviation from the opponent; a higher beta means less: one number, or one for each iteration."
-        },
-    )
-    loss_type: list[str] = field(
-        default_factory=lambda: ["sigmoid"],
-        metadata={
-            "help": f"One or several of {', '.join(OBJECTIVES)}. Several are added, with the weights of `loss_weights`."
-        },
-    )
-    train_sampling_strategy: str | None = field(
-        default=None,
-        metadata={
-            "help": "'group_by_length' (batches of pairs of similar length; unset), 'random' (unset with the loss "
-            "'iris'), or 'sequential'.",
-            "choices": ["group_by_length", "random", "sequential"],
-        },
-    )
-    num_train_epochs: float | None = field(
-        default=None,
-        metadata={"help": "Not to be set: it is `num_iterations` times `epochs_per_iteration`."},
-    )
-    precompute_ref_log_probs: bool = field(
-        default=True,
-        metadata={
-            "help": "Always true: the opponent's log-probs are computed once per iteration, by the policy itself."
-        },
-    )
-    hub_strategy: str = field(
-        default="end",
-        metadata={"help": "Always 'end': `hub_iteration_revisions` pushes each iteration's model too."},
-    )
+    learning_rate: list[float] = field(default_factory=lambda: [5e-07])
+    beta: list[float] = field(default_factory=lambda: [0.1])
+    loss_type: list[str] = field(default_factory=lambda: ["sigmoid"])
+    train_sampling_strategy: Literal["group_by_length", "random", "sequential"] | None = None
+    num_train_epochs: float | None = None
+    precompute_ref_log_probs: bool = True
+    hub_strategy: str = "end"
 
     # Parameters that control the data
-    prompt_column: str | None = field(
-        default=None,
-        metadata={"help": "Column of the prompts; several joined by '+'. Goes with `completion_column`."},
-    )
-    completion_column: str | None = field(
-        default=None, metadata={"help": "Column of the ground truths. Goes with `prompt_column`."}
-    )
-    train_on_turns: str = field(
-        default="last",
-        metadata={
-            "help": "'last': the last message of a conversation is the ground truth. 'all': every assistant turn is.",
-            "choices": ["last", "all"],
-        },
-    )
-    chat_template_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Arguments of the chat template for every conversation. A row's own win."}
-    )
-    skip_invalid_rows: bool = field(
-        default=False,
-        metadata={"help": "Whether rows that cannot be played are left out and listed instead of being an error."},
-    )
-    identical_pairs: str | None = field(
-        default=None,
-        metadata={
-            "help": "'drop' or 'keep' pairs whose two sides are equal. Unset: what the losses can use.",
-            "choices": ["drop", "keep"],
-        },
-    )
+    prompt_column: str | None = None
+    completion_column: str | None = None
+    train_on_turns: Literal["last", "all"] = "last"
+    chat_template_kwargs: dict[str, Any] | str | None = None
+    skip_invalid_rows: bool = False
+    identical_pairs: Literal["drop", "keep"] | None = None
 
     # Parameters that control the self-play
-    num_iterations: int = field(default=3, metadata={"help": "Number of self-play iterations."})
-    epochs_per_iteration: int = field(
-        default=1, metadata={"help": "Number of epochs over the pairs of each iteration. The paper uses 2."}
-    )
-    num_history_iterations: int | None = field(
-        default=None,
-        metadata={
-            "help": "Number of previous iterations whose pairs join the new ones, scored anew by the current opponent. "
-            "Unset: 1, and 0 with the losses 'space' and 'iris'."
-        },
-    )
-    num_generations: int = field(
-        default=1, metadata={"help": "Number of answers that the opponent gives to each prompt; each makes one pair."}
-    )
-    pairing: str = field(
-        default="ground_truth",
-        metadata={
-            "help": "Which sides make a pair: 'ground_truth' against every generation, 'best_of' (the ground truth is "
-            "chosen unless a generation has a higher reward), 'reward_ranked' (the best generation against the worst).",
-            "choices": list(PAIRINGS),
-        },
-    )
-    reward_weights: list[float] | None = field(
-        default=None, metadata={"help": "Weight of each reward function. Unset: every one counts 1.0."}
-    )
-    reset_optimizer: bool = field(
-        default=True, metadata={"help": "Whether the optimizer's moments start fresh in each iteration."}
-    )
-    opponent_reference: str = field(
-        default="previous",
-        metadata={
-            "help": "Whose log-probs are the reference: 'previous' (the opponent's, as in the paper) or 'fixed' (the "
-            "initial model's in every iteration).",
-            "choices": ["previous", "fixed"],
-        },
-    )
-    reference_mixture_alpha: float = field(
-        default=0.0,
-        metadata={
-            "help": "Share of the initial model in the reference, from 0 (the opponent alone) to 1 (as with "
-            "`opponent_reference='fixed'`)."
-        },
-    )
-    num_opponents: int = field(
-        default=1, metadata={"help": "Number of the last opponents from which that of each prompt is drawn."}
-    )
-    space_mu: float = field(default=1.0, metadata={"help": "Ratio of generated to real data in `loss_type='space'`."})
-    t_spin_alpha: float = field(default=1.0, metadata={"help": "Scale of the log-probs in `loss_type='t_spin'`."})
-    t_spin_beta: float = field(
-        default=0.1,
-        metadata={"help": "Weight of the comparison with the initial policy's answers in `loss_type='t_spin'`."},
-    )
-    iris_alpha: float = field(default=0.5, metadata={"help": "Order of the divergence in `loss_type='iris'`."})
-    stop_when_converged: bool = field(
-        default=False,
-        metadata={"help": "Whether the run ends early when the opponent cannot be told from the data."},
-    )
-    convergence_tolerance: float = field(
-        default=0.02,
-        metadata={"help": "How near to a half the held-out accuracy, and to 1 the share of identical pairs has to be."},
-    )
-    on_collapse: str = field(
-        default="warn",
-        metadata={
-            "help": "What happens on a sign of collapse: 'warn' says so, 'stop' ends the run, 'rollback' ends it with "
-            "the policy of before.",
-            "choices": ["warn", "stop", "rollback"],
-        },
-    )
+    num_iterations: int = 3
+    epochs_per_iteration: int = 1
+    num_history_iterations: int | None = None
+    num_generations: int = 1
+    pairing: Literal["ground_truth", "best_of", "reward_ranked"] = "ground_truth"
+    reward_weights: list[float] | None = None
+    reset_optimizer: bool = True
+    opponent_reference: Literal["previous", "fixed"] = "previous"
+    reference_mixture_alpha: float = 0.0
+    num_opponents: int = 1
+    space_mu: float = 1.0
+    t_spin_alpha: float = 1.0
+    t_spin_beta: float = 0.1
+    iris_alpha: float = 0.5
+    stop_when_converged: bool = False
+    convergence_tolerance: float = 0.02
+    on_collapse: Literal["warn", "stop", "rollback"] = "warn"
 
     # Parameters that control the opponent's generation
-    max_completion_length: int | None = field(
-        default=None,
-        metadata={
-            "help": "Maximum number of tokens that the opponent generates. Defaults to the 99th percentile of the "
-            "ground truth's lengths."
-        },
-    )
-    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature."})
-    top_p: float = field(
-        default=1.0, metadata={"help": "Cumulative probability of the tokens to sample from. 1.0 considers all tokens."}
-    )
-    top_k: int = field(
-        default=0, metadata={"help": "Number of most probable tokens to sample from. 0 considers all tokens."}
-    )
-    min_p: float | None = field(
-        default=None,
-        metadata={"help": "Minimum token probability, scaled by the probability of the most likely token."},
-    )
-    repetition_penalty: float = field(
-        default=1.0, metadata={"help": "Values above 1.0 discourage repeating tokens of prompt and completion."}
-    )
-    generation_kwargs: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={
-            "help": "Additional sampling parameters, passed as they are to the server's `/v1/completions` (vLLM) or "
-            "to `GenerationConfig` (in-process). They win over the fields above."
-        },
-    )
-    per_device_generation_batch_size: int = field(
-        default=64, metadata={"help": "Number of prompts per batch when generating in-process."}
-    )
-    generation_part_size: int = field(
-        default=256, metadata={"help": "Number of prompts whose completions are written to disk as one part."}
-    )
+    max_completion_length: int | None = None
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    generation_kwargs: dict[str, Any] | str | None = None
+    per_device_generation_batch_size: int = 64
+    generation_part_size: int = 256
 
     # Parameters that control the vLLM server
-    use_vllm: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Whether a vLLM server generates. Unset: yes if `vllm_server_base_url` is given or vLLM is "
-            "installed here, otherwise the policy generates in-process."
-        },
-    )
-    vllm_mode: str | None = field(
-        default=None,
-        metadata={
-            "help": "'server': a server that is running already, at `vllm_server_base_url`. 'managed': the run starts "
-            "one and stops it. Unset: 'server' if `vllm_server_base_url` is given.",
-            "choices": ["server", "managed"],
-        },
-    )
+    use_vllm: bool | None = None
+    vllm_mode: Literal["server", "managed"] | None = None
     # A list to the command line, as `learning_rate` is; one address stays a single value.
-    vllm_server_base_url: list[str] | None = field(
-        default=None,
-        metadata={"help": "Address of a running server, such as 'http://localhost:8000', or of several."},
-    )
-    vllm_server_model: str | None = field(
-        default=None,
-        metadata={"help": "Name under which the server serves the base model, where it differs from the trainer's."},
-    )
-    vllm_server_timeout: float = field(
-        default=240.0, metadata={"help": "Seconds to wait for the server to come up, or to come back."}
-    )
-    vllm_request_timeout: float = field(
-        default=600.0, metadata={"help": "Seconds to wait for the answer to one request."}
-    )
-    vllm_progress_timeout: float | None = field(
-        default=None,
-        metadata={
-            "help": "Seconds to wait for any completion at all. Defaults to `vllm_server_timeout` and "
-            "`vllm_request_timeout` together."
-        },
-    )
-    vllm_max_restarts: int = field(
-        default=3, metadata={"help": "Number of times that a managed server that ended is started again."}
-    )
-    vllm_max_concurrent_requests: int = field(
-        default=256, metadata={"help": "Number of requests that each process keeps in flight, at each server."}
-    )
-    vllm_api_key: str | None = field(
-        default=None,
-        repr=False,
-        metadata={"help": "API key of the server. Defaults to the environment variable `VLLM_API_KEY`."},
-    )
-    vllm_max_model_length: int | None = field(
-        default=None,
-        metadata={
-            "help": "Context length of a managed server. Defaults to the longest prompt plus `max_completion_length`."
-        },
-    )
-    vllm_gpu_memory_utilization: float = field(
-        default=0.3, metadata={"help": "Share of the GPU's memory for a managed server."}
-    )
-    vllm_sleep: bool = field(
-        default=False, metadata={"help": "Whether a managed server frees its memory while the policy trains."}
-    )
-    offload_policy_during_generation: bool = field(
-        default=False,
-        metadata={
-            "help": "Whether weights, gradients and optimizer state move to host memory while a server generates."
-        },
-    )
-    vllm_tensor_parallel_size: int = field(
-        default=1, metadata={"help": "Number of GPUs over which a managed server splits the model."}
-    )
-    vllm_server_args: str | None = field(
-        default=None, metadata={"help": "Further arguments for a managed server's `vllm serve`, as one string."}
-    )
+    vllm_server_base_url: list[str] | None = None
+    vllm_server_model: str | None = None
+    vllm_server_timeout: float = 240.0
+    vllm_request_timeout: float = 600.0
+    vllm_progress_timeout: float | None = None
+    vllm_max_restarts: int = 3
+    vllm_max_concurrent_requests: int = 256
+    vllm_api_key: str | None = field(default=None, repr=False)
+    vllm_max_model_length: int | None = None
+    vllm_gpu_memory_utilization: float = 0.3
+    vllm_sleep: bool = False
+    offload_policy_during_generation: bool = False
+    vllm_tensor_parallel_size: int = 1
+    vllm_server_args: str | None = None
 
     # Parameters that control the publish check
-    publish_check_samples: int = field(
-        default=8,
-        metadata={
-            "help": "Number of completions of each newly published opponent whose log-probs are compared with the "
-            "policy's own. 0 switches the check off."
-        },
-    )
-    publish_check_tolerance: float = field(
-        default=0.05, metadata={"help": "Largest mean absolute difference per token, in nats."}
-    )
+    publish_check_samples: int = 8
+    publish_check_tolerance: float = 0.05
 
     # Parameters that control the evaluation
-    eval_temperature: float = field(
-        default=0.0,
-        metadata={"help": "Sampling temperature for the answers to `eval_dataset`. 0.0 is greedy decoding."},
-    )
-    eval_on_error: str = field(
-        default="raise",
-        metadata={
-            "help": "What happens if `compute_generation_metrics` fails: 'raise' ends the run, 'warn' goes on without.",
-            "choices": ["raise", "warn"],
-        },
-    )
-    metric_for_best_iteration: str | None = field(
-        default=None, metadata={"help": "Evaluation metric by which the best iteration is told, such as 'nll'."}
-    )
-    greater_is_better_iteration: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Whether the greater value of `metric_for_best_iteration` is better. Unset: known for the run's "
-            "own metrics; for yours yes, unless the name ends in 'loss' or 'nll'."
-        },
-    )
-    load_best_iteration_at_end: bool = field(
-        default=False, metadata={"help": "Whether the policy is the best iteration's at the end of training."}
-    )
+    eval_temperature: float = 0.0
+    eval_on_error: Literal["raise", "warn"] = "raise"
+    metric_for_best_iteration: str | None = None
+    greater_is_better_iteration: bool | None = None
+    load_best_iteration_at_end: bool = False
 
     # Parameters that control the run directory
-    resume: str = field(
-        default="never",
-        metadata={
-            "help": "What to do with a self-play run that already lies in `output_dir`: 'auto' goes on from where it "
-            "stands, 'never' refuses."
-        },
-    )
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Whether a self-play run that already lies in `output_dir` is deleted."}
-    )
+    resume: Literal["auto", "never"] = "never"
+    overwrite_output_dir: bool = False
 
     # Parameters that control what is shown
-    report: bool = field(
-        default=True, metadata={"help": "Whether `report.html` is written into `output_dir` when the run is over."}
-    )
-    log_completions: bool = field(
-        default=False,
-        metadata={
-            "help": "Whether to print a few prompts with their ground truth and the answers of every opponent so far, "
-            "once in each iteration, and to log them to trackio and Weights & Biases."
-        },
-    )
-    num_completions_to_print: int = field(
-        default=5, metadata={"help": "Number of prompts that `log_completions` shows."}
-    )
+    report: bool = True
+    log_completions: bool = False
+    num_completions_to_print: int = 5
 
     # Parameters that control what becomes of the result
-    hub_iteration_revisions: bool = field(
-        default=False,
-        metadata={"help": "Whether the model that each iteration made is pushed as a revision of its own."},
-    )
-    merge_adapter_at_end: bool = field(
-        default=False,
-        metadata={"help": "Whether the adapter is also saved merged into its base model, in `output_dir/merged`."},
-    )
+    hub_iteration_revisions: bool = False
+    merge_adapter_at_end: bool = False
 
     def __post_init__(self):
         self._check_losses()
         check_numbers(self, _NUMBERS | fields_in_use(self.loss_type))
+        check_choices(self, SPINConfig.__annotations__)
         check_mappings(self, ("chat_template_kwargs", "generation_kwargs", "model_init_kwargs"))
         self._check_run_directory()
         self._check_hub()
@@ -753,11 +519,6 @@ class SPINConfig(DPOConfig):
                 setattr(self, name, value)
 
     def _check_reference(self):
-        if self.opponent_reference not in ("previous", "fixed"):
-            raise ValueError(
-                f"`opponent_reference` must be 'previous' or 'fixed', got {self.opponent_reference!r}. Leave it unset "
-                "for 'previous', as in the paper."
-            )
         if self.initial_reference is None:
             return
         check_reference(self.loss_type, self.initial_reference)
@@ -783,17 +544,8 @@ class SPINConfig(DPOConfig):
         for name in ("prompt_column", "completion_column"):
             if getattr(self, name) == "":
                 raise ValueError(f"`{name}` must be the name of a column, got ''. Name one, or leave both unset.")
-        check_choices(self, {"train_on_turns": ("last", "all"), "identical_pairs": (None, "drop", "keep")})
 
     def _check_evaluation(self):
-        check_choices(
-            self,
-            {
-                "eval_on_error": ("raise", "warn"),
-                "greater_is_better_iteration": (None, True, False),
-                "on_collapse": ("warn", "stop", "rollback"),
-            },
-        )
         if self.metric_for_best_iteration is not None:
             return
         for name, neutral in (("load_best_iteration_at_end", False), ("greater_is_better_iteration", None)):
@@ -805,11 +557,6 @@ class SPINConfig(DPOConfig):
                 )
 
     def _check_self_play(self):
-        if self.train_sampling_strategy not in ("group_by_length", "random", "sequential"):
-            raise ValueError(
-                "`train_sampling_strategy` must be 'group_by_length', 'random' or 'sequential', got "
-                f"{self.train_sampling_strategy!r}. Leave it unset for what fits the losses."
-            )
         if self.num_train_epochs is not None:
             raise ValueError(
                 f"`num_train_epochs` is set to {self.num_train_epochs}, but it follows from `num_iterations` "
@@ -834,7 +581,6 @@ class SPINConfig(DPOConfig):
             )
 
     def _check_pairing(self):
-        check_choices(self, {"pairing": PAIRINGS})
         if self.pairing == "reward_ranked" and self.num_generations < 2:
             raise ValueError(
                 "`pairing='reward_ranked'` takes the best and the worst of several answers to a prompt, but "
@@ -888,11 +634,6 @@ class SPINConfig(DPOConfig):
                 f"`vllm_mode={self.vllm_mode!r}` and `vllm_server_base_url={self.vllm_server_base_url!r}`. Leave "
                 "`use_vllm` unset to use the server, or leave the other two unset to generate in-process."
             )
-        if self.vllm_mode not in (None, "server", "managed"):
-            raise ValueError(
-                f"`vllm_mode` must be 'server' or 'managed', got {self.vllm_mode!r}. Leave it unset to have it follow "
-                "from `vllm_server_base_url`."
-            )
         if self.vllm_mode == "server" and self.vllm_server_base_url is None:
             raise ValueError(
                 "`vllm_mode='server'` needs the address of the server: set `vllm_server_base_url`, for example to "
@@ -922,10 +663,6 @@ class SPINConfig(DPOConfig):
                 "`load_best_model_at_end=True` needs an evaluation at every checkpoint, but opponents are evaluated "
                 "between iterations. Leave it unset, and set `load_best_iteration_at_end=True` and "
                 "`metric_for_best_iteration`."
-            )
-        if self.resume not in ("auto", "never"):
-            raise ValueError(
-                f"`resume` must be 'auto' or 'never', got {self.resume!r}. Set 'auto' to go on with what lies there."
             )
         if self.ignore_data_skip:
             raise ValueError(

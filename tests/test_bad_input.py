@@ -135,10 +135,10 @@ def test_whole_number_that_is_too_small_is_refused(field, least, make_config):
     ({"completion_column": "b"}, "`prompt_column=None` and `completion_column='b'`", "Set both"),
     ({"output_dir": ""}, "`output_dir` must be the path of a directory", "got ''", "Name the one"),
     # choices
-    ({"train_on_turns": "first"}, "`train_on_turns` must be one of ('last', 'all')", "got 'first'"),
-    ({"identical_pairs": "yes"}, "`identical_pairs` must be one of (None, 'drop', 'keep')", "got 'yes'"),
+    ({"train_on_turns": "first"}, "`train_on_turns` must be one of ['last', 'all']", "got 'first'"),
+    ({"identical_pairs": "yes"}, "`identical_pairs` must be one of ['drop', 'keep']", "got 'yes'"),
     ({"pairing": "best"}, "`pairing` must be one of", "'best_of', 'reward_ranked'", "got 'best'"),
-    ({"vllm_mode": "colocate"}, "`vllm_mode` must be 'server' or 'managed'", "got 'colocate'"),
+    ({"vllm_mode": "colocate"}, "`vllm_mode` must be one of ['server', 'managed']", "got 'colocate'"),
     # what self-play sets itself
     ({"precompute_ref_log_probs": False}, "`precompute_ref_log_probs=False` is not possible", "unset"),
     ({"sync_ref_model": True}, "`sync_ref_model=True` is not possible", "Leave it unset"),

@@ -62,11 +62,6 @@ def test_which_way_is_better_is_known_or_follows_from_the_name():
 # Refusals
 
 
-def test_unknown_way_to_treat_errors_is_refused():
-    with pytest.raises(ValueError, match=r"`eval_on_error` must be one of \('raise', 'warn'\), got 'ignore'"):
-        SPINConfig(use_cpu=True, bf16=False, eval_on_error="ignore")
-
-
 def test_metric_that_the_users_function_does_not_return_ends_the_run_at_the_first_evaluation(
     tiny_model, make_config, train_dataset, eval_dataset
 ):

@@ -10,9 +10,6 @@ from ..config_checks import NumberRule, check_weights
 from .objective import OBJECTIVES, objectives_of
 
 
-PAIRINGS = ("ground_truth", "best_of", "reward_ranked")
-
-
 class _Conflict(NamedTuple):
     """A setting that goes with no loss of a trait."""
 
