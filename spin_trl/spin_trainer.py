@@ -239,7 +239,8 @@ class SPINTrainer(IterativeTrainer):
         if args.log_completions:
             self.add_callback(ShowCompletions(self.store, self.self_play_setup.tokenizer))
         self.add_callback(MarkCheckpoint(self._place, args.save_total_limit))
-        self._show_progress()
+        if self.pop_callback(ProgressCallback) is not None:  # else the bar is a notebook's, or there is none
+            self.add_callback(RunProgress(args.num_iterations))
         self.add_callback(self.stop_signal)
 
     # What DPOTrainer does with a dataset of pairs at start is done per iteration, by `SelfPlayCallback`.
@@ -313,7 +314,6 @@ class SPINTrainer(IterativeTrainer):
         with ExitStack() as stack:
             on_main_process(lambda: stack.enter_context(self.store.lock()))
             self.game.begin(on_main_process(lambda: begin_run(self.self_play_setup, self.store, requested)))
-            stack.callback(self._stop_progress)
             stack.enter_context(self.stop_signal.listening())
             start = self.run.start
             if not start.is_finished:
@@ -366,16 +366,6 @@ class SPINTrainer(IterativeTrainer):
         is_there = on_main_process(lambda: self.run.start.is_finished and directory.is_dir())
         if self.args.merge_adapter_at_end and not is_there:
             self.policy.save_merged(self.self_play_setup.model_name, directory)
-
-    def _show_progress(self) -> None:
-        """One bar for the whole run. Where the bar is not Trainer's usual one (a notebook's, or none), it stays."""
-        if self.pop_callback(ProgressCallback) is not None:
-            self.add_callback(RunProgress(self.args.num_iterations, self.self_play_setup.eval_dataset is not None))
-
-    def _stop_progress(self) -> None:
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, RunProgress):
-                callback.stop()
 
     def _start_sampler(self) -> None:
         self.self_play_setup.write_served_base(self.model)

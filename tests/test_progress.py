@@ -1,4 +1,4 @@
-"""What a run shows of its progress, to a terminal and to a pipe, and the estimate of the time left."""
+"""What a run shows of its progress, to a terminal and to a pipe."""
 
 import json
 import os
@@ -12,10 +12,13 @@ from pathlib import Path
 import pytest
 from transformers import TrainerState
 
-from spin_trl.processes.progress import RunProgress, TimeLeft, begin_phase
+from spin_trl.processes.progress import RunProgress, begin_phase, progress_bar
 
 
-PHASES = ("publish", "evaluate", "generate", "score")
+PHASES = ("publish", "evaluate", "generate", "score", "train")
+PLACES = [f"Iteration {i} ({i + 1} of 2): {phase}" for i in range(2) for phase in PHASES]
+PLACE = r"(Iteration \d \(\d of 2\)|After iteration 1): \w+"
+PLACES.append("After iteration 1: evaluate")
 
 
 @pytest.fixture
@@ -34,10 +37,11 @@ def test_pipe_gets_one_line_a_phase_with_numbers_and_none_a_step(command):
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stderr.splitlines() if " done in " in line]
-    expected = [f"Iteration {i} ({i + 1} of 2): {phase}" for i in range(2) for phase in (*PHASES, "train")]
-    assert [line.partition(" done in ")[0] for line in lines] == [*expected, "After iteration 1: evaluate"]
-    assert re.search(r"generate done in [\d.]+ s, 16/16 completions, \d+ tokens/s", done.stderr)
-    assert re.search(r"train done in [\d.]+ s, 2 steps \(at 2/4\), loss 0\.\d+, .*left", done.stderr)
+    assert [line.partition(" done in ")[0] for line in lines] == PLACES
+    numbers = r"done in \d\d:\d\d, 16/16 completions, [\d.]+ completions/s, \d+ tokens/s, 0/4 steps, \? left"
+    assert re.search(f"Iteration 0.*: generate {numbers}", done.stderr)
+    numbers = r"done in \d\d:\d\d, 2/4 steps, [\d.]+ steps/s, loss 0\.\d+, \d\d:\d\d left"
+    assert re.search(f"Iteration 0.*: train {numbers}", done.stderr)
     assert "steps" not in "".join(line for line in done.stderr.splitlines() if line not in lines)
     assert "'loss'" not in done.stdout
 
@@ -60,43 +64,22 @@ def read_terminal(command: list[str]) -> str:
     return content.decode()
 
 
-def test_terminal_gets_one_bar_with_iteration_phase_and_time_left(command):
+def test_terminal_gets_a_bar_with_iteration_phase_and_time_left_and_one_for_the_phase(command):
     shown = read_terminal(command)
     bars = [text.strip() for text in re.split(r"[\r\n]", shown) if "%|" in text]
-    bars = bars[next(i for i, bar in enumerate(bars) if "publish" in bar) :]  # before are those of data and model
-    places = list(dict.fromkeys(re.sub(r"[\d ]+%.*", "", bar).strip() for bar in bars))
-    expected = [f"Iteration {i} ({i + 1} of 2): {phase}" for i in range(2) for phase in (*PHASES, "train")]
-    assert places == [*expected, "After iteration 1: evaluate"]
-    assert all("steps" in bar for bar in bars)
-    assert any("generate" in bar and "completions" in bar for bar in bars)
-    assert "? left" in shown and re.search(r"[\d.:]+( s)? left", shown)
+    assert list(dict.fromkeys(place[0] for bar in bars if (place := re.match(PLACE, bar)))) == PLACES
+    assert any(re.search(r"train:  75%.* 3/4 \[\d\d:\d\d<\d\d:\d\d, +[\d.]+ steps/s\]", bar) for bar in bars)
+    assert any(re.search(r"generations: .*/16 .* completions/s", bar) for bar in bars)
     assert " done in " not in shown
 
 
-def test_time_left_adds_the_phases_and_steps_to_come():
-    left = TimeLeft(2, ("generate", "score"))
-    left.seconds = {"generate": 10.0, "score": 4.0}
-    assert left.estimate(0, "train", 1.0, 0.0, 30) is None  # no step has been seen
-    left.seconds_per_step = 2.0
-    # 5 steps left, and generating and scoring of iteration 1.
-    assert left.estimate(0, "train", 1.0, 0.0, 5) == 10.0 + 14.0
-    # Half of iteration 1's answers took 8 seconds: 8 more, 4 of scoring, 3 steps.
-    assert left.estimate(1, "generate", 8.0, 0.5, 3) == 8.0 + 4.0 + 6.0
-
-
-def test_time_left_is_not_known_before_every_phase_has_been_seen():
-    left = TimeLeft(1, ("generate", "score"))
-    left.seconds_per_step = 1.0
-    assert left.estimate(0, "generate", 5.0, 0.5, 3) is None
-    left.seconds["score"] = 2.0
-    assert left.estimate(0, "generate", 5.0, 0.5, 3) == 5.0 + 2.0 + 3.0
-
-
 def test_processes_but_the_first_show_nothing(capfd):
-    progress = RunProgress(num_iterations=2, evaluates=True)
+    progress = RunProgress(num_iterations=2)
     state = TrainerState(max_steps=4, is_world_process_zero=False)
     progress.on_train_begin(None, state, None)
     begin_phase("generate", 0)
+    with progress_bar(total=2, disable=True) as bar:
+        bar.update()
     state.global_step = 1
     progress.on_step_end(None, state, None)
     progress.on_log(None, state, None, logs={"loss": 0.5})
