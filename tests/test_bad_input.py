@@ -296,6 +296,7 @@ OFFLOADS = {**MANAGED, "offload_policy_during_generation": True}
 LENGTHS = rows({"prompt": "a" * 70, "completion": "B"}, {"prompt": "b" * 80, "completion": "B"})
 PREFERENCES = rows({"prompt": "a", "chosen": "b", "rejected": "c"})
 BEST = {"load_best_iteration_at_end": True, "metric_for_best_iteration": "nll"}
+MERGES = {"merge_adapter_at_end": True}
 ROLLBACK = {"on_collapse": "rollback"}
 
 
@@ -359,6 +360,11 @@ def for_other_data(completions, answer, **kwargs):
         *("`layer_replication=[[0, 2]]`", "Use a plain `LoraConfig`", "set `use_vllm=False`"),
     ),
     ({"config": MANAGED, "peft_config": LoraConfig(r=600)}, "got rank 600", "up to rank 512", "Use a smaller `r`"),
+    ({"config": MERGES}, "`merge_adapter_at_end=True`", "there is no adapter", "`peft_config`"),
+    (
+        {"config": MERGES, "peft_config": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)},
+        *("`peft_type=PROMPT_TUNING` a learned prompt", "`LoraConfig`"),
+    ),
     # evaluation
     ({"eval_dataset": rows(GOOD), "compute_generation_metrics": "f"}, TypeError, "got 'f' (`str`)", "a function"),
     ({"compute_generation_metrics": length}, "answers to `eval_dataset`, and that is None", "Pass an"),
@@ -428,14 +434,16 @@ def test_run_is_refused(given, refusal, play):
 
 
 @table(
-    (OFFLOADS, "FSDP holds", "moves whole tensors", "FSDP's own `offload_params`"),
-    (ROLLBACK, "on_collapse='rollback'", "ZeRO-3 and FSDP"),
-    ({"num_opponents": 2}, "`num_opponents=2` loads the opponent", "only shards", "Use a vLLM server"),
+    ((OFFLOADS, 2), "FSDP holds", "moves whole tensors", "FSDP's own `offload_params`"),
+    ((ROLLBACK, 2), "on_collapse='rollback'", "ZeRO-3 and FSDP"),
+    (({"num_opponents": 2}, 2), "`num_opponents=2` loads the opponent", "only shards", "Use a vLLM server"),
+    (({}, 1), "version 1 of FSDP", "`fsdp_version: 2`"),
 )
-def test_run_in_shards_is_refused(given, refusal, play, make_config, monkeypatch):
-    args = make_config(**given)
+def test_run_with_fsdp_is_refused(given, refusal, play, make_config, monkeypatch):
+    config, fsdp_version = given
+    args = make_config(**config)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    monkeypatch.setenv("FSDP_VERSION", "2")
+    monkeypatch.setenv("FSDP_VERSION", str(fsdp_version))
     refused(refusal, play, args=args)
 
 
@@ -456,10 +464,24 @@ def test_run_with_deepspeed_is_refused(given, refusal, play, make_config):
     refused(refusal, play, args=args, eval_dataset=rows(GOOD))
 
 
-def test_model_of_which_nothing_would_be_trained_is_refused(play, tiny_model):
-    model = AutoModelForCausalLM.from_pretrained(tiny_model).requires_grad_(False)
-    words = "parameters of `model` are frozen", "training needs some", "`peft_config`"
-    refused((ValueError, *words), play, model=model)
+def test_quantization_without_its_package_is_refused(play, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    words = "not installed", "pip install spin_trl[qlora]"
+    refused((ValueError, *words), play, quantization_config=QUANTIZED, peft_config=LoraConfig(**LORA))
+
+
+@table(
+    (({}, False), "parameters of `model` are frozen", "training needs some", "`peft_config`"),
+    ((MANAGED, True), "which is no folder here", "`model.save_pretrained(folder)`"),
+    ((MERGES, True), "no folder and no hub", "save_pretrained"),
+)
+def test_loaded_model_is_refused(given, refusal, play, tiny_model, tokenizer):
+    """It comes from nowhere."""
+    config, is_trained = given
+    model = AutoModelForCausalLM.from_pretrained(tiny_model).requires_grad_(is_trained)
+    model.config._name_or_path = ""
+    adapter = LoraConfig(**LORA) if is_trained else None
+    refused(refusal, play, config, model=model, processing_class=tokenizer, peft_config=adapter)
 
 
 @table(
@@ -474,6 +496,17 @@ def test_folder_of_a_model_is_refused_for_what_it_lacks(weightless, play, tmp_pa
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / name).unlink() if content is None else (tmp_path / name).write_text(content)
     refused(refusal, play, model=str(tmp_path))
+
+
+def test_adapter_is_not_merged_into_a_model_that_is_saved_quantised(weightless, play, tmp_path):
+    for file in Path(weightless).iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(
+        json.dumps(config | {"quantization_config": {"quant_method": "gptq", "bits": 4}})
+    )
+    words = "are saved quantised", "`quantization_config`"
+    refused((ValueError, *words), play, MERGES, model=str(tmp_path), peft_config=LoraConfig(**LORA))
 
 
 def test_folder_of_an_adapter_is_refused_as_a_model(play, tmp_path):

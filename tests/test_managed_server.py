@@ -132,15 +132,6 @@ def test_server_that_takes_too_long_is_stopped(servers, tiny_model, tmp_path):
     assert servers.running() == []
 
 
-def test_managed_server_needs_a_model_that_lies_in_a_folder(tiny_model, tokenizer, train_dataset, make_config):
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(tiny_model)
-    model.config._name_or_path = ""
-    with pytest.raises(ValueError, match=r"model\.save_pretrained\(folder\)"):
-        SPINTrainer(model, make_config(vllm_mode="managed"), train_dataset=train_dataset, processing_class=tokenizer)
-
-
 def test_supervisor_imports_neither_torch_nor_datasets():
     code = "import sys, spin_trl.generation.vllm.supervise; print('torch' in sys.modules, 'datasets' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -1,16 +1,14 @@
 """Merged weights compute what the adapter does, lie in files that anybody loads, and leave the policy alone."""
 
 import copy
-import json
 import re
-import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 from conftest import ROOT
-from peft import LoraConfig, PeftModel, PeftType, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PeftModel, PeftType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -210,27 +208,3 @@ def test_finished_run_that_lacks_the_merged_model_gets_it_and_a_played_on_one_a_
     assert directory.stat().st_mtime_ns == made  # it was there
     play(num_iterations=2)
     assert (directory / "model.safetensors").read_bytes() != first
-
-
-@pytest.fixture
-def quantised_folder(tiny_model, tmp_path) -> str:
-    folder = shutil.copytree(tiny_model, tmp_path / "quantised")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(
-        json.dumps({**config, "quantization_config": {"quant_method": "gptq", "bits": 4}})
-    )
-    return str(folder)
-
-
-def test_merging_what_cannot_be_merged_is_refused(play, tiny_model, quantised_folder):
-    with pytest.raises(ValueError, match="`merge_adapter_at_end=True`.*there is no adapter.*`peft_config`"):
-        play(train=False, lora=False)
-    prompt = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
-    with pytest.raises(ValueError, match="`peft_type=PROMPT_TUNING` a learned prompt.*`LoraConfig`"):
-        play(train=False, peft_config=prompt)
-    with pytest.raises(ValueError, match="are saved quantised.*`quantization_config`"):
-        play(train=False, model=quantised_folder)
-    nowhere = AutoModelForCausalLM.from_pretrained(tiny_model)
-    nowhere.config._name_or_path = ""
-    with pytest.raises(ValueError, match="no folder and no hub.*save_pretrained"):
-        play(train=False, model=nowhere)

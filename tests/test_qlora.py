@@ -135,26 +135,6 @@ def test_tolerance_is_widened_by_what_the_first_opponent_differs_and_never_narro
     assert allow_for_quantization(0.8, None) == 0.8
 
 
-class TestRefusedBeforeTheModelIsLoaded:
-    @pytest.fixture(autouse=True)
-    def no_model(self, monkeypatch):
-        def fail(*args, **kwargs):
-            raise AssertionError("the model was loaded")
-
-        monkeypatch.setattr("trl.trainer.dpo_trainer.create_model_from_path", fail)
-
-    def test_missing_package(self, tiny_model, train_dataset, make_config, monkeypatch):
-        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-        with pytest.raises(ValueError, match=r"not installed.*pip install spin_trl\[qlora\]"):
-            SPINTrainer(
-                tiny_model,
-                make_config(),
-                train_dataset=train_dataset,
-                quantization_config=NF4,
-                peft_config=LoraConfig(**LORA),
-            )
-
-
 def test_recipe_trains_an_adapter_to_4_bits(tiny_model, tmp_path):
     train_file = tmp_path / "train.jsonl"
     train_file.write_text("".join(f"{json.dumps(row)}\n" for row in read_rows("accent_train.jsonl", 16)))

@@ -64,9 +64,8 @@ class Rewards:
 
 @pytest.fixture
 def make_trainer(tiny_model, train_dataset, tokenizer, make_config):
-    data = train_dataset.select(range(NUM_ROWS)).add_column("number", list(range(NUM_ROWS)))
-
-    def make(reward_funcs, **overrides) -> SPINTrainer:
+    def make(reward_funcs, numbers=range(NUM_ROWS), **overrides) -> SPINTrainer:
+        data = train_dataset.select(range(NUM_ROWS)).add_column("number", list(numbers))
         settings = {"num_iterations": 2, "resume": "auto", "save_strategy": "epoch", "num_generations": 2}
         trainer = SPINTrainer(
             tiny_model, make_config(**{**settings, **overrides}), train_dataset=data, reward_funcs=reward_funcs
@@ -179,7 +178,7 @@ def test_run_stopped_by_a_reward_function_goes_on_with_the_completions_that_are_
     assert all((states[0][name] == states[1][name]).all() for name in states[0])
 
 
-def test_run_is_not_continued_with_other_functions_or_another_pairing(make_trainer):
+def test_run_is_not_continued_with_other_functions_another_pairing_or_other_columns(make_trainer):
     rewards = Rewards({"a": 0.2, "b": 0.6, "d": 0.0, "e": 0.7}, [0.5] * NUM_ROWS)
     make_trainer(rewards, pairing="best_of", num_iterations=1).train()
 
@@ -190,6 +189,9 @@ def test_run_is_not_continued_with_other_functions_or_another_pairing(make_train
         make_trainer(another, pairing="best_of")
     with pytest.raises(RunDirectoryError, match="`pairing`: 'best_of' there, 'ground_truth' now"):
         make_trainer(rewards)
+    corrected = [*range(NUM_ROWS - 1), 0]
+    with pytest.raises(RunDirectoryError, match=r"`data.reward_checksum`: '\w+' there, '\w+' now"):
+        make_trainer(rewards, corrected, pairing="best_of")
 
 
 def test_ground_truths_that_no_function_judges_make_no_pair_and_a_warning(make_trainer, caplog):
@@ -238,17 +240,6 @@ def test_ground_truths_of_other_prompts_are_no_sign_of_collapse(make_trainer):
         trainer.game.guard.look_at_opponent(1)
         found[pairing] = set(trainer.store.read_metrics(1).get("collapse_signs", {}))
     assert found == {"best_of": set(), "ground_truth": {"negative_gap", "unlikely_truths"}}
-
-
-def test_run_is_not_continued_with_other_columns_that_its_functions_are_given(
-    tiny_model, train_dataset, make_config, make_trainer
-):
-    rewards = Rewards({"a": 0.2, "b": 0.6, "d": 0.0, "e": 0.7}, [0.5] * NUM_ROWS)
-    make_trainer(rewards, pairing="best_of", num_iterations=1).train()
-    corrected = train_dataset.select(range(NUM_ROWS)).add_column("number", [*range(NUM_ROWS - 1), 0])
-    config = make_config(num_iterations=1, resume="auto", num_generations=2, pairing="best_of", save_strategy="epoch")
-    with pytest.raises(RunDirectoryError, match=r"`data.reward_checksum`: '\w+' there, '\w+' now"):
-        SPINTrainer(tiny_model, config, train_dataset=corrected, reward_funcs=rewards)
 
 
 @pytest.mark.slow

@@ -2,20 +2,9 @@
 
 from contextlib import contextmanager
 
-import pytest
-
 from spin_trl import SPINTrainer
 from spin_trl.generation.policy_sampler import PolicySampler
 from spin_trl.generation.sampler import SamplingParams
-
-
-def test_first_version_of_fsdp_is_refused_for_in_process_generation(
-    tiny_model, train_dataset, make_config, monkeypatch
-):
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    monkeypatch.setenv("FSDP_VERSION", "1")
-    with pytest.raises(ValueError, match="version 1 of FSDP.*`fsdp_version: 2`"):
-        SPINTrainer(tiny_model, make_config(), train_dataset=train_dataset)
 
 
 def test_policy_is_opened_once_even_by_a_process_without_requests():

@@ -86,12 +86,13 @@ def tokenize_dataset(
     chat_template = None
     if features["prompt"] != Value("string") and tokenizer.chat_template is not None:
         chat_template = ChatTemplate(tokenizer, end_token_ids, chat_template_kwargs)
-    renderer = _Renderer(data_format, train_on_turns, tokenizer, tuple(end_token_ids), chat_template)
+    renderer = _Renderer(
+        data_format, train_on_turns, tokenizer, tuple(end_token_ids), chat_template, readable, skip_invalid_rows
+    )
     rendered = (dataset.select(readable) if unreadable else dataset).map(
         renderer.render_batch,
         batched=True,
         with_indices=True,
-        fn_kwargs={"row_numbers": readable, "columns": list(features), "skip_invalid_rows": skip_invalid_rows},
         remove_columns=dataset.column_names,
         features=features,
         num_proc=num_proc,
@@ -103,33 +104,27 @@ def tokenize_dataset(
 
 
 class _Renderer(NamedTuple):
-    """Splits rows into their games and renders them."""
+    """Splits rows, whose numbers in the user's data are `row_numbers`, into their games and renders them."""
 
     data_format: DataFormat
     train_on_turns: str
     tokenizer: PreTrainedTokenizerBase
     end_token_ids: tuple[int, ...]
     chat_template: ChatTemplate | None
+    row_numbers: np.ndarray
+    skip_invalid_rows: bool
 
-    def render_batch(
-        self,
-        batch: dict[str, list],
-        positions: list[int],
-        row_numbers: np.ndarray,
-        columns: list[str],
-        skip_invalid_rows: bool,
-    ) -> dict[str, list]:
-        """The games of a batch of rows, whose numbers in the user's data are `row_numbers` at their positions."""
+    def render_batch(self, batch: dict[str, list], positions: list[int]) -> dict[str, list]:
         games = []
-        for place, number in enumerate(row_numbers[positions].tolist()):
+        for place, number in enumerate(self.row_numbers[positions].tolist()):
             try:
                 rendered = self.render({name: values[place] for name, values in batch.items()})
             except InvalidRowError as error:
-                if not skip_invalid_rows:
+                if not self.skip_invalid_rows:
                     raise InvalidRowError(_refusal(number, str(error))) from error
                 rendered = [{"invalid": str(error)}]
             games += [{"source_row": number, **game} for game in rendered]
-        return {name: [game.get(name) for game in games] for name in columns}
+        return {name: [game.get(name) for game in games] for name in _FEATURES}
 
     def render(self, row: dict[str, Any]) -> list[dict[str, Any]]:
         """The row's games, each with `prompt`, `prompt_ids` and `chosen_ids`."""
