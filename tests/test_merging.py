@@ -176,7 +176,7 @@ def play(tiny_model, tokenizer, train_dataset, make_config):
 
 
 def test_merged_model_of_a_run_computes_what_its_adapter_does_and_grpo_goes_on_from_it(play, tiny_model, tmp_path):
-    """With the lines that README shows, but for a tiny model's settings."""
+    """With the lines that docs/results.md shows, but for a tiny model's settings."""
     trainer = play(learning_rate=1e-2)
     folder = tmp_path / "run" / "merged"
     merged = AutoModelForCausalLM.from_pretrained(folder)
@@ -187,7 +187,7 @@ def test_merged_model_of_a_run_computes_what_its_adapter_does_and_grpo_goes_on_f
     assert torch.allclose(logits(merged), expected, atol=1e-5) and not torch.allclose(unmerged, expected, atol=1e-2)
     assert not list((tmp_path / "run").glob("merged-adapter*"))
 
-    code = re.search(r"```python\n([^`]*GRPOTrainer\([^`]*)```", (ROOT / "README.md").read_text())[1]
+    code = re.search(r"```python\n([^`]*GRPOTrainer\([^`]*)```", (ROOT / "docs" / "results.md").read_text())[1]
     tiny = "max_steps=1, use_cpu=True, bf16=False, report_to='none', max_completion_length=4, num_generations=2, "
     tiny += f"per_device_train_batch_size=2, gradient_checkpointing=False, output_dir={str(tmp_path / 'grpo')!r}, "
     assert "out/merged" in code and 'output_dir="out/grpo", ' in code

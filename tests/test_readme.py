@@ -21,7 +21,10 @@ def load_script(name: str):
 
 README = (ROOT / "README.md").read_text()
 CONFIGURATION = (ROOT / "docs" / "configuration.md").read_text()
-PAGES = {path.name: path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text()
+    for path in [ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+}
 
 
 def test_every_new_field_is_documented_with_its_default_as_the_docstring_says_it():
@@ -50,8 +53,7 @@ def test_every_link_to_another_page_leads_somewhere(page):
     """Links within the repository: the file exists, and the heading too where one is named."""
     for target in re.findall(r"\]\((?!https?:)([^)]+)\)", PAGES[page]):
         path, _, anchor = target.partition("#")
-        folder = ROOT if page == "README.md" else ROOT / "docs"
-        linked = folder / path if path else folder / page
+        linked = (ROOT / page).parent / path if path else ROOT / page
         assert linked.exists(), target
         if anchor:
             headings = re.findall(r"^#+ (.*)$", linked.read_text(), re.MULTILINE)
@@ -65,3 +67,11 @@ def test_its_example_is_the_one_that_is_tested():
     tested = (ROOT / "tests" / "test_vllm_server.py").read_text()
     for line in ("from spin_trl import SPINConfig, SPINTrainer", "trainer.train()", "prompt + completion"):
         assert line in example and line in tested
+
+
+def test_readme_is_read_in_one_sitting_and_every_page_is_in_the_table_of_contents():
+    assert len(README.splitlines()) <= 200
+    contents = re.findall(r"\]\(([\w/.]+\.md)\)", PAGES["docs/README.md"])
+    assert {f"docs/{path}" for path in contents if "/" not in path} == {
+        page for page in PAGES if page.startswith("docs/") and page != "docs/README.md"
+    }
