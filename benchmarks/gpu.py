@@ -35,7 +35,7 @@ FULL = Workload(
     device="cuda",
     bf16=True,
 )
-QUICK = {"hidden_size": 64, "intermediate_size": 64, "num_layers": 1, "vocab_size": 512, "num_pairs": 16}
+QUICK = {"hidden_size": 64, "intermediate_size": 64, "num_layers": 1, "vocab_size": 512}
 QUICK |= {"prompt_length": 8, "answer_length": 16}
 
 
@@ -69,7 +69,9 @@ def main() -> None:
     if options.device == "cuda" and not torch.cuda.is_available():
         print('Skipped: there is no NVIDIA GPU here. `ARGS="--device cpu --quick"` shows that the benchmark runs.')
         return
-    full = replace(FULL, num_pairs=options.pairs, device=options.device, **(QUICK if options.quick else {}))
+    full = replace(FULL, num_pairs=options.pairs, device=options.device)
+    if options.quick:
+        full = replace(full, num_pairs=16, **QUICK)
     result = {"device": torch.cuda.get_device_name() if options.device == "cuda" else "CPU", **asdict(full)}
     for kind, workload in {"lora": replace(full, lora=True, dtype="bfloat16"), "full": full}.items():
         figures = compare(workload, ["spin", "dpo"], options.rounds)

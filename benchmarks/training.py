@@ -302,7 +302,7 @@ def main() -> None:
             workload = replace(memory, optim=optim)
             figures = compare(workload, ["spin", "dpo"], options.rounds)
             for side, measured in figures.items():
-                print(f"{side}: {', '.join(f'{m["peak_bytes"] / 2**20:.0f}' for m in measured)} MiB at the most")
+                print(f"{side}: {', '.join(format(m['peak_bytes'] / 2**20, '.0f') for m in measured)} MiB at the most")
             share = spin_to_dpo(figures, "peak_bytes")
             print(f"memory with {name}, spin / dpo: {share:.2f} (target: at most {limit})", flush=True)
             result[name] = {**asdict(workload), "figures": figures, "spin_to_dpo": share, "at_most": limit}
