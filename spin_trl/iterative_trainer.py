@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader
 from transformers import ProgressCallback
 from transformers.trainer import SCHEDULER_NAME
 from trl import DPOTrainer
@@ -19,7 +20,6 @@ from trl import DPOTrainer
 from .data.batching import epoch_order
 from .data.pair_dataset import PairDataset, pair_lengths
 from .policy.adapters import precisions_of, restore_precisions
-from .policy.log_probs import forget_loader
 from .policy.optimizer import forget_moments, set_learning_rate
 from .policy.sizes import size_of_checkpoint
 from .run_directory.checkpoints import saving_checkpoints
@@ -135,7 +135,12 @@ class IterativeTrainer(DPOTrainer):
         kwargs["num_update_steps_per_epoch"] = math.ceil(len(loader) / self.args.gradient_accumulation_steps)
         with saving_checkpoints(self.args, self.state, lambda: size_of_checkpoint(self.model, self.args)):
             super()._run_epoch(**kwargs)
-        forget_loader(self, loader)
+        self._forget(loader)
+
+    def _forget(self, loader: DataLoader) -> None:
+        """Accelerate remembers every loader it ever prepared, and with it the dataset; let go of this one."""
+        kept = [known for known in self.accelerator._dataloaders if known is not loader]
+        self.accelerator._dataloaders[:] = kept
 
     def _num_update_steps(self, num_pairs: int) -> int:
         """Number of optimizer steps in one epoch over `num_pairs` pairs."""

@@ -6,7 +6,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset
 from huggingface_hub import CommitInfo
@@ -258,7 +257,7 @@ class SPINTrainer(IterativeTrainer):
         origins, forward = take_origins(inputs), ForwardOfSides(model, inputs)
         result = super()._compute_loss(forward, inputs, return_outputs)
         sides = forward.sides()
-        self._numbers = StepNumbers(torch.cat([*sides.values()]).detach(), origins, tuple(sides))
+        self._numbers = StepNumbers(sides, origins)
         if "initial" in sides:
             mode = "train" if self.model.training else "eval"
             initial_logps = self.accelerator.gather(sides["initial"].detach())

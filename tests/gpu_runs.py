@@ -3,7 +3,7 @@
 `test_gpu.py` says where, how large and what is expected.
 """
 
-from collections.abc import Callable
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -71,25 +71,36 @@ def _in_use() -> int:
     return total - free
 
 
+class MemoryWatch(threading.Thread):
+    """Looks at the GPU's memory, where there is one, many times a second, until it is stopped."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.seen: list[Memory] = []
+        self.is_over = threading.Event()
+
+    def run(self) -> None:
+        while torch.cuda.is_available() and not self.is_over.wait(0.02):
+            self.seen.append(Memory())
+
+
 class Record(TrainerCallback):
-    """What a run saw: losses and learning steps, and where there is a GPU its memory in every turn."""
+    """What a run saw: losses and, where there is a GPU, its memory in learning steps and throughout."""
 
     def __init__(self, trainer: SPINTrainer):
         self.trainer = trainer
         self.losses: list[float] = []
         self.first_losses: list[float] = []  # of each iteration
         self.while_training: list[Memory] = []
-        self.while_generating: list[Memory] = []
-        trainer.sampler.sample = self._observed(trainer.sampler.sample)
+        self.watch = MemoryWatch()
         trainer.add_callback(self)
 
-    def _observed(self, sample: Callable) -> Callable:
-        def observed(*args, **kwargs):
-            if torch.cuda.is_available():
-                self.while_generating.append(Memory())
-            return sample(*args, **kwargs)
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.watch.start()
 
-        return observed
+    def on_train_end(self, args, state, control, **kwargs):
+        self.watch.is_over.set()
+        self.watch.join()
 
     def on_step_end(self, args, state, control, **kwargs):
         if torch.cuda.is_available():

@@ -353,7 +353,7 @@ def for_other_data(completions, answer, **kwargs):
     ),
     (
         {"config": SERVER, "peft_config": PromptTuningConfig(num_virtual_tokens=4)},
-        *("`peft_type=PROMPT_TUNING`", "Use a plain `LoraConfig`", "set `use_vllm=False`"),
+        *("`peft_type='PROMPT_TUNING'`", "Use a plain `LoraConfig`", "set `use_vllm=False`"),
     ),
     (
         {"config": SERVER, "peft_config": LoraConfig(layer_replication=[[0, 2]])},

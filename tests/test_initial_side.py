@@ -9,7 +9,6 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from spin_trl import SPINConfig, SPINTrainer
 from spin_trl.objectives.third_side import ForwardOfSides, InitialSideCollator
-from spin_trl.policy.finite import StepNumbers
 
 
 PAIRS = [
@@ -97,13 +96,3 @@ def test_loss_is_of_the_log_probs_that_each_sequence_has_by_itself(trainer, tiny
     loss, metrics, _ = compute(trainer, PAIRS)
     assert loss == pytest.approx(expected.item(), abs=1e-4)
     assert metrics["logps/initial"] == pytest.approx([initial.mean().item()], abs=1e-4)
-
-
-def test_initial_answer_whose_log_prob_is_no_number_is_named():
-    numbers = StepNumbers(
-        torch.tensor([-1.0, -2.0, -3.0, -4.0, -5.0, float("nan")]),
-        torch.tensor([[30, 1], [50, 1]]),
-        ("chosen", "rejected", "initial"),
-    )
-    with pytest.raises(FloatingPointError, match=r"the initial side in 1 of 2 pair\(s\), of these rows .*: 50\. "):
-        numbers.require_finite(torch.tensor(float("nan")), step=3, iteration=1)

@@ -11,7 +11,6 @@ from transformers import TrainerCallback
 from spin_trl import SPINConfig, SPINTrainer, load_pairs
 from spin_trl.data.pair_dataset import PREFERENCE
 from spin_trl.data.preferences import prepare_preferences
-from spin_trl.policy.log_probs import score_pairs
 from spin_trl.run_directory.run_paths import RunDirectoryError
 
 
@@ -147,7 +146,7 @@ class ScoreFirst(TrainerCallback):
 
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step in (0, 4):
-            self.found.append(score_pairs(self.trainer, self.trainer.train_dataset))
+            self.found.append(self.trainer.policy.score(self.trainer.train_dataset))
 
 
 def test_preferences_join_every_iteration_once_and_are_scored_by_its_opponent(make_trainer, preferences, tokenizer):

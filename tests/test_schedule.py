@@ -26,9 +26,10 @@ class WatchGroups(TrainerCallback):
         self.rates.append([group["lr"] for group in optimizer.param_groups])
 
 
-def test_warmup_is_a_share_of_each_iterations_own_steps(tiny_model, train_dataset, make_config):
+def test_each_iteration_has_its_own_peak_warmup_and_beta_and_the_run_says_which(tiny_model, train_dataset, make_config):
     """48 pairs in batches of 8 are 6 steps, then with history 12; a third of them is 2 and 4."""
-    config = make_config(num_iterations=2, warmup_steps=1 / 3, learning_rate=[1e-3, 4e-4])
+    schedules = {"learning_rate": [1e-3, 4e-4], "beta": [1.0, 1e-9]}
+    config = make_config(num_iterations=2, warmup_steps=1 / 3, **schedules)
     trainer = SPINTrainer(tiny_model, config, train_dataset=train_dataset)
     trainer.train()
 
@@ -36,6 +37,11 @@ def test_warmup_is_a_share_of_each_iterations_own_steps(tiny_model, train_datase
         return [peak * min(k / warmup, (num_steps - k) / (num_steps - warmup)) for k in range(num_steps)]
 
     assert logged(trainer, "learning_rate") == pytest.approx(curve(1e-3, 6, 2) + curve(4e-4, 12, 4))
+    margins = logged(trainer, "rewards/margins")  # of rewards, which beta scales
+    assert max(map(abs, margins[1:6])) > 1e-2
+    assert 0 < max(map(abs, margins[7:])) < 1e-6
+    written = json.loads((trainer.store.output_dir / "self_play.json").read_text())["config"]
+    assert {name: written[name] for name in schedules} == schedules
 
 
 def test_schedule_with_a_minimum_keeps_it_in_every_iteration(tiny_model, train_dataset, make_config):
@@ -54,16 +60,6 @@ def test_schedule_with_a_minimum_keeps_it_in_every_iteration(tiny_model, train_d
         assert logged(trainer, "learning_rate")[6 * iteration + 5] == pytest.approx(last)
 
 
-def test_beta_scales_the_rewards_of_its_own_iteration(tiny_model, train_dataset, make_config):
-    """The hinge loss of one pair is 1 - beta * margin, so rewards of a tiny beta are tiny."""
-    config = make_config(num_iterations=2, beta=[1.0, 1e-9], num_history_iterations=0)
-    trainer = SPINTrainer(tiny_model, config, train_dataset=train_dataset)
-    trainer.train()
-    margins = logged(trainer, "rewards/margins")
-    assert max(map(abs, margins[1:6])) > 1e-2
-    assert 0 < max(map(abs, margins[7:])) < 1e-6
-
-
 def test_groups_of_a_passed_optimizer_keep_their_ratio(tiny_model, train_dataset, make_config):
     """Groups at 1e-3 and 1e-4; the second iteration has a tenth of the first one's learning rate."""
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
@@ -77,34 +73,29 @@ def test_groups_of_a_passed_optimizer_keep_their_ratio(tiny_model, train_dataset
     assert watch.rates[6] == pytest.approx([1e-4, 1e-5])
 
 
-def test_run_directory_shows_the_schedules_as_given(tiny_model, train_dataset, make_config):
-    config = make_config(num_iterations=2, learning_rate=[1e-3, 1e-4], beta=[0.1, 0.2], max_steps=1)
-    trainer = SPINTrainer(tiny_model, config, train_dataset=train_dataset)
+@pytest.fixture
+def passed(tiny_model):
+    """A model, and an optimizer and a scheduler for it."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    return model, (optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0))
+
+
+def test_passed_scheduler_runs_once_through_all_iterations_and_the_run_says_so(
+    passed, train_dataset, make_config, caplog
+):
+    model, optimizers = passed
+    config = make_config(num_iterations=2, num_history_iterations=0)
+    with caplog.at_level(logging.WARNING):
+        trainer = SPINTrainer(model, config, train_dataset=train_dataset, optimizers=optimizers)
+    assert "runs once through all iterations" in caplog.text
     trainer.train()
-    written = json.loads((trainer.store.output_dir / "self_play.json").read_text())["config"]
-    assert (written["learning_rate"], written["beta"]) == ([1e-3, 1e-4], [0.1, 0.2])
+    assert logged(trainer, "learning_rate") == [0.5] * 12
 
 
-class TestPassedScheduler:
-    def passed(self, tiny_model):
-        model = AutoModelForCausalLM.from_pretrained(tiny_model)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-        return model, (optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0))
-
-    def test_runs_once_through_all_iterations_and_the_run_says_so(self, tiny_model, train_dataset, make_config, caplog):
-        model, optimizers = self.passed(tiny_model)
-        config = make_config(num_iterations=2, num_history_iterations=0)
-        with caplog.at_level(logging.WARNING):
-            trainer = SPINTrainer(model, config, train_dataset=train_dataset, optimizers=optimizers)
-        assert "runs once through all iterations" in caplog.text
-        trainer.train()
-        assert logged(trainer, "learning_rate") == [0.5] * 12
-
-    def test_is_refused_beside_a_learning_rate_for_each_iteration(self, tiny_model, train_dataset, make_config):
-        model, optimizers = self.passed(tiny_model)
-        config = make_config(num_iterations=2, learning_rate=[1e-3, 1e-4])
-        with pytest.raises(ValueError, match=r"the scheduler passed in `optimizers` sets.*\(optimizer, None\)"):
-            SPINTrainer(model, config, train_dataset=train_dataset, optimizers=optimizers)
+def test_passed_scheduler_is_refused_beside_a_learning_rate_for_each_iteration(passed, make_config):
+    with pytest.raises(ValueError, match=r"the scheduler passed in `optimizers` sets.*\(optimizer, None\)"):
+        check_schedule(make_config(num_iterations=2, learning_rate=[1e-3, 1e-4]), *passed[1])
 
 
 @pytest.mark.parametrize("optim", ["adagrad", "schedule_free_adamw", "galore_adamw_layerwise", "adalomo"])

@@ -24,6 +24,6 @@ def test_policy_is_opened_once_even_by_a_process_without_requests():
 def test_policy_generates_without_dropout_and_trains_on_with_it(tiny_model, train_dataset, make_config):
     trainer = SPINTrainer(tiny_model, make_config(), train_dataset=train_dataset)
     trainer.model.train()
-    with trainer.open_policy() as model:
+    with trainer.policy.whole() as model:
         assert not model.training
     assert trainer.model.training

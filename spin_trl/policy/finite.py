@@ -58,15 +58,13 @@ class StepNumbers:
     What one forward pass of the policy gave.
 
     Args:
-        logps (`torch.Tensor` of shape `(2 * B,)` or `(3 * B,)`): Of the chosen sides, then of the rejected ones, then
-            of the initial ones, if there are such. In nats.
+        sides (`dict[str, torch.Tensor]`): Log-probs of "chosen", "rejected" and perhaps "initial", each of shape
+            `(B,)`, in nats.
         origins (`torch.Tensor` of shape `(B, 2)`, *optional*): See [`OriginCollator`].
-        sides (`tuple[str, ...]`): What the sides are called.
     """
 
-    logps: torch.Tensor
+    sides: Mapping[str, torch.Tensor]
     origins: torch.Tensor | None
-    sides: tuple[str, ...] = ("chosen", "rejected")
 
     def require_finite(self, loss: torch.Tensor, step: int, iteration: int | None) -> None:
         """
@@ -78,17 +76,14 @@ class StepNumbers:
         Raises:
             `FloatingPointError`: if the loss or a log-prob is not finite.
         """
-        if (torch.isfinite(loss).all() & torch.isfinite(self.logps).all()).item():
+        if torch.isfinite(torch.cat([loss.reshape(-1), *self.sides.values()])).all().item():
             return
         origins = [] if self.origins is None else self.origins.tolist()
-        broken = np.array_split(~np.isfinite(self.logps.float().cpu().numpy()), len(self.sides))
-        if any(side.any() for side in broken):
-            found = _name_sides(dict(zip(self.sides, broken, strict=True)), origins, iteration)
-        else:
-            found = (
-                f"The policy's log-probs are finite, so the loss itself overflows: lower `beta` or take another "
-                f"`loss_type`. The pairs are {_name_rows(origins, iteration)}."
-            )
+        values = {side: logps.detach().float().cpu().numpy() for side, logps in self.sides.items()}
+        found = _name_sides(values, origins, iteration) or (
+            f"The policy's log-probs are finite, so the loss itself overflows: lower `beta` or take another "
+            f"`loss_type`. The pairs are {_name_rows(origins, iteration)}."
+        )
         raise FloatingPointError(
             f"The loss of step {step}, in iteration {iteration}, is {loss.mean().item()}. The run stops before the "
             f"optimizer takes the step. {found} {_REMEDY}"
@@ -104,13 +99,11 @@ def require_finite_scores(pairs: PairDataset, scores: Mapping[str, np.ndarray], 
     Raises:
         `FloatingPointError`: if one of them is not finite.
     """
-    sides = {name.split("_")[1]: ~np.isfinite(values) for name, values in scores.items()}
-    if any(side.any() for side in sides.values()):
-        origins = np.stack([numbers(pairs.answers, name) for name in ORIGIN_COLUMNS], axis=1).tolist()
-        raise FloatingPointError(
-            f"The reference cannot score the pairs of iteration {iteration}. {_name_sides(sides, origins, iteration)} "
-            f"{_REMEDY}"
-        )
+    if all(np.isfinite(values).all() for values in scores.values()):
+        return
+    origins = np.stack([numbers(pairs.answers, name) for name in ORIGIN_COLUMNS], axis=1).tolist()
+    found = _name_sides({name.split("_")[1]: values for name, values in scores.items()}, origins, iteration)
+    raise FloatingPointError(f"The reference cannot score the pairs of iteration {iteration}. {found} {_REMEDY}")
 
 
 def require_finite_truths(dataset: Dataset, logps: torch.Tensor) -> None:
@@ -124,7 +117,7 @@ def require_finite_truths(dataset: Dataset, logps: torch.Tensor) -> None:
     """
     broken = np.flatnonzero(~np.isfinite(logps.numpy()))
     if len(broken):
-        rows = _listed([str(dataset[int(i)]["source_row"]) for i in broken[:_NUM_ROWS_NAMED]], len(broken))
+        rows = _listed([str(row) for row in numbers(dataset, "source_row")[broken]])
         raise FloatingPointError(
             "The policy cannot score the ground truths of `eval_dataset`: their log-probs are not finite in "
             f"{len(broken)} of {len(dataset)} row(s): {rows}. {_REMEDY}"
@@ -134,15 +127,19 @@ def require_finite_truths(dataset: Dataset, logps: torch.Tensor) -> None:
 def _name_sides(sides: Mapping[str, np.ndarray], origins: Sequence[Sequence[int]], iteration: int | None) -> str:
     """
     Args:
-        sides (`dict[str, np.ndarray]`): For "chosen", "rejected", ... which log-probs are not finite, of shape `(B,)`.
+        sides (`dict[str, np.ndarray]`): Log-probs of "chosen", "rejected", ..., of shape `(B,)`.
         origins: For each pair its `ORIGIN_COLUMNS`; empty if they are not known.
+
+    Returns:
+        `str`: which of them are not finite; empty if all are.
     """
     named = []
-    for side, broken in sides.items():
-        if broken.any():
-            rows = [origins[i] for i in np.flatnonzero(broken)] if origins else []
-            named.append(f"the {side} side in {broken.sum()} of {len(broken)} pair(s), {_name_rows(rows, iteration)}")
-    return f"Log-probs that are not finite: {'; '.join(named)}."
+    for side, logps in sides.items():
+        broken = np.flatnonzero(~np.isfinite(logps))
+        if len(broken):
+            rows = [origins[i] for i in broken] if origins else []
+            named.append(f"the {side} side in {len(broken)} of {len(logps)} pair(s), {_name_rows(rows, iteration)}")
+    return f"Log-probs that are not finite: {'; '.join(named)}." if named else ""
 
 
 def _name_rows(origins: Sequence[Sequence[int]], iteration: int | None) -> str:
@@ -151,9 +148,9 @@ def _name_rows(origins: Sequence[Sequence[int]], iteration: int | None) -> str:
         return "of rows that are not known (the `data_collator` is not given `source_row`)"
     where = {iteration: "", PREFERENCE: " (of `preference_dataset`)"}
     names = [f"{row}{where.get(of, f' (answered in iteration {of})')}" for row, of in origins]
-    return f"of these rows of `train_dataset`: {_listed(names[:_NUM_ROWS_NAMED], len(names))}"
+    return f"of these rows of `train_dataset`: {_listed(names)}"
 
 
-def _listed(names: list[str], count: int) -> str:
-    more = f" and {count - len(names)} more" if count > len(names) else ""
-    return ", ".join(names) + more
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _NUM_ROWS_NAMED} more" if len(names) > _NUM_ROWS_NAMED else ""
+    return ", ".join(names[:_NUM_ROWS_NAMED]) + more

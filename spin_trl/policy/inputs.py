@@ -6,7 +6,7 @@ Loads no weights. Knows nothing of servers and run directories.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from peft import PeftConfig
 from torch import nn
@@ -15,15 +15,12 @@ from transformers import (
     AutoTokenizer,
     GenerationConfig,
     PretrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
 )
 
 from ..spin_config import SPINConfig
-
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 def check_model(model: Any) -> None:
@@ -32,13 +29,15 @@ def check_model(model: Any) -> None:
         `TypeError`: if it is neither a name nor a loaded model.
         `ValueError`: if it names a folder that is missing or holds no model.
     """
-    if not isinstance(model, str | nn.Module):
-        raise TypeError(
-            f"`model` must be a hub id, a folder (both `str`) or a loaded model, got {model!r} "
-            f"(`{type(model).__name__}`). Pass a path as `str(path)`, and a class as `Class.from_pretrained(...)`."
-        )
     if isinstance(model, nn.Module):
         return
+    if not isinstance(model, str):
+        raise _wrong_type(
+            "model",
+            "a hub id, a folder (both `str`) or a loaded model",
+            model,
+            "Pass a path as `str(path)`, and a class as `Class.from_pretrained(...)`.",
+        )
     folder = Path(model)
     if not folder.is_dir():
         if folder.is_file() or folder.is_absolute() or model.startswith((".", "~")) or not 0 < len(folder.parts) <= 2:
@@ -47,12 +46,12 @@ def check_model(model: Any) -> None:
                 f"`model` is {model!r}, where there is {found}: expected a folder with a model, or a hub id such as "
                 "'org/name'. Correct the path."
             )
+    elif (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise ValueError(
+            f"`model` is the folder {model!r} of an adapter, but expected is a model. Pass the adapter loaded: "
+            "`PeftModel.from_pretrained(base_model, folder, is_trainable=True)`."
+        )
     elif not (folder / "config.json").is_file():
-        if (folder / "adapter_config.json").is_file():
-            raise ValueError(
-                f"`model` is the folder {model!r} of an adapter, but expected is a model. Pass the adapter loaded: "
-                "`PeftModel.from_pretrained(base_model, folder, is_trainable=True)`."
-            )
         raise ValueError(
             f"`model` is the folder {model!r}, which has no config.json: expected one that "
             "`model.save_pretrained(folder)` has written. Correct the path."
@@ -68,26 +67,12 @@ def check_peft_config(peft_config: Any) -> None:
     if peft_config is None:
         return
     if not isinstance(peft_config, PeftConfig):
-        raise TypeError(
-            f"`peft_config` must be a `PeftConfig`, got {peft_config!r} (`{type(peft_config).__name__}`). Write "
-            "`LoraConfig(r=16, target_modules='all-linear')`."
-        )
+        remedy = "Write `LoraConfig(r=16, target_modules='all-linear')`."
+        raise _wrong_type("peft_config", "a `PeftConfig`", peft_config, remedy)
     if peft_config.inference_mode:
         raise ValueError(
             "`peft_config` has `inference_mode=True`, which freezes the adapter, but it is what is to be trained. "
             "Set `inference_mode=False`."
-        )
-
-
-def check_tokenizer(processing_class: Any) -> None:
-    """
-    Raises:
-        `TypeError`: if it is no tokenizer or processor.
-    """
-    if not isinstance(processing_class, PreTrainedTokenizerBase | ProcessorMixin):
-        raise TypeError(
-            f"`processing_class` must be a tokenizer, got {processing_class!r} (`{type(processing_class).__name__}`). "
-            "Pass `AutoTokenizer.from_pretrained(...)`, or leave it out for the model's own."
         )
 
 
@@ -100,10 +85,8 @@ def check_generation_metrics(compute: Any, eval_dataset: Any) -> None:
     if compute is None:
         return
     if not callable(compute):
-        raise TypeError(
-            f"`compute_generation_metrics` must be a function, got {compute!r} (`{type(compute).__name__}`). Pass one "
-            "that takes prompts, references and generations and returns a dict of numbers."
-        )
+        remedy = "Pass one that takes prompts, references and generations and returns a dict of numbers."
+        raise _wrong_type("compute_generation_metrics", "a function", compute, remedy)
     if eval_dataset is None:
         raise ValueError(
             "`compute_generation_metrics` is given, but it scores the answers to `eval_dataset`, and that is None. "
@@ -117,10 +100,8 @@ def check_optimizers(optimizers: Any) -> None:
         `TypeError`: if it is no pair.
     """
     if not isinstance(optimizers, tuple | list) or len(optimizers) != 2:
-        raise TypeError(
-            f"`optimizers` must be a pair of an optimizer and a scheduler, each of which may be None, got "
-            f"{optimizers!r}. Pass `(optimizer, None)`."
-        )
+        expected = "a pair of an optimizer and a scheduler, each of which may be None"
+        raise _wrong_type("optimizers", expected, optimizers, "Pass `(optimizer, None)`.")
 
 
 def check_generation_kwargs(generation_kwargs: dict[str, Any] | None) -> None:
@@ -131,14 +112,15 @@ def check_generation_kwargs(generation_kwargs: dict[str, Any] | None) -> None:
     known = vars(GenerationConfig())
     unknown = sorted(set(generation_kwargs or {}) - set(known))
     if unknown:
+        of_sampling = sorted(name for name in known if name.endswith(("_p", "_k", "_cutoff", "_penalty")))
         raise ValueError(
             f"`generation_kwargs` has {unknown}, but in-process generation takes the fields of transformers' "
-            f"`GenerationConfig` only. Correct or remove them; sampling has {_sampling_names(known)}."
+            f"`GenerationConfig` only. Correct or remove them; sampling has {of_sampling}."
         )
 
 
-def _sampling_names(known: dict[str, Any]) -> list[str]:
-    return sorted(name for name in known if name.endswith(("_p", "_k", "_cutoff", "_penalty")))
+def _wrong_type(argument: str, expected: str, found: Any, remedy: str) -> TypeError:
+    return TypeError(f"`{argument}` must be {expected}, got {found!r} (`{type(found).__name__}`). {remedy}")
 
 
 def source_kwargs(args: SPINConfig) -> dict[str, Any]:
@@ -147,14 +129,14 @@ def source_kwargs(args: SPINConfig) -> dict[str, Any]:
     return {"revision": revision, "trust_remote_code": args.trust_remote_code}
 
 
-def model_config(model: "str | PreTrainedModel", args: SPINConfig) -> PretrainedConfig:
+def model_config(model: str | PreTrainedModel, args: SPINConfig) -> PretrainedConfig:
     """
     Raises:
         `ValueError`: if it cannot be loaded.
     """
     if not isinstance(model, str):
         return model.config
-    with explained("configuration", model):
+    with _explained("configuration", model):
         return AutoConfig.from_pretrained(model, **source_kwargs(args))
 
 
@@ -168,9 +150,11 @@ def load_tokenizer(
         `TypeError`, `ValueError`: if there is none, or it has no end token.
     """
     if processing_class is None:
-        with explained("tokenizer", model_name):
+        with _explained("tokenizer", model_name):
             processing_class = AutoTokenizer.from_pretrained(model_name, **source_kwargs(args))
-    check_tokenizer(processing_class)
+    if not isinstance(processing_class, PreTrainedTokenizerBase | ProcessorMixin):
+        remedy = "Pass `AutoTokenizer.from_pretrained(...)`, or leave it out for the model's own."
+        raise _wrong_type("processing_class", "a tokenizer", processing_class, remedy)
     tokenizer = processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
     if tokenizer.eos_token_id is None:
         raise ValueError(
@@ -183,7 +167,7 @@ def load_tokenizer(
 
 
 def end_token_ids(
-    model: "str | PreTrainedModel", tokenizer: PreTrainedTokenizerBase, args: SPINConfig
+    model: str | PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: SPINConfig
 ) -> tuple[int, ...]:
     """Token ids at which the model stops: the tokenizer's end token first, then what its generation config adds."""
     if isinstance(model, str):
@@ -198,13 +182,8 @@ def end_token_ids(
 
 
 @contextmanager
-def explained(part: str, model: str) -> Iterator[None]:
-    """
-    Around the loading of a model's configuration or tokenizer.
-
-    Raises:
-        `ValueError`: in place of a library's own error, with the model's name and what to look at.
-    """
+def _explained(part: str, model: str) -> Iterator[None]:
+    """In place of a library's own error in loading, one with the model's name and what to look at."""
     try:
         yield
     except (OSError, ValueError) as error:
@@ -213,8 +192,9 @@ def explained(part: str, model: str) -> Iterator[None]:
                 f"The {part} of `model` {model!r} is code of its own, which is not run unless it is trusted. Read it, "
                 "and if you do, set `trust_remote_code=True`."
             ) from error
+        kind = "folder here" if Path(model).is_dir() else "hub id: see its spelling, access rights and the network"
+        instead = " or pass `processing_class`" if part == "tokenizer" else ""
         raise ValueError(
             f"The {part} of `model` {model!r} cannot be read; expected is what `save_pretrained` writes. It is a "
-            f"{'folder here' if Path(model).is_dir() else 'hub id: see its spelling, access rights and the network'}. "
-            f"Correct `model`{' or pass `processing_class`' if part == 'tokenizer' else ''}. The library says: {error}"
+            f"{kind}. Correct `model`{instead}. The library says: {error}"
         ) from error

@@ -8,15 +8,14 @@ import copy
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 from trl.trainer.utils import create_model_from_path
 
@@ -26,16 +25,12 @@ from .published_form import adapter_config, obstacle_to_merging
 from .sizes import of_this_process_alone
 
 
-if TYPE_CHECKING:
-    from peft import PeftConfig
-    from transformers import PreTrainedModel
-
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _ADAPTER_CONFIG = "adapter_config.json"
 
 
 def check_can_merge_at_end(
-    model: "str | PreTrainedModel | PeftModel", peft_config: "PeftConfig | None", base_model: str, args: SPINConfig
+    model: str | PreTrainedModel | PeftModel, peft_config: PeftConfig | None, base_model: str, args: SPINConfig
 ) -> None:
     """
     See, before a model is loaded, that there will be an adapter that can be merged, and a base to merge it into.
@@ -80,7 +75,7 @@ def check_can_be_merged(model: PeftModel) -> None:
         )
 
 
-def merge_into_saved(base_model: str, adapter: Path, args: SPINConfig) -> "PreTrainedModel":
+def merge_into_saved(base_model: str, adapter: Path, args: SPINConfig) -> PreTrainedModel:
     """
     A saved adapter merged into the base model as that was saved, in its own precision: so it makes no difference
     whether the policy is sharded or its base is quantised. One process calls it.

@@ -40,7 +40,7 @@ class Offloader:
         if self._away:
             return 0
         for tensors in _by_storage(self.find_tensors()):
-            self._away.append(_Storage(tensors))
+            self._away.append(_Storage(tensors))  # one by one: what has gone can come back if the next does not fit
         gc.collect()
         clear_device_cache()
         return sum(storage.num_bytes for storage in self._away)
@@ -56,24 +56,24 @@ class _Storage:
     """Tensors that share one piece of memory, and its content in host memory."""
 
     def __init__(self, tensors: list[torch.Tensor]):
-        self.num_bytes = tensors[0].untyped_storage().nbytes()
+        shared = tensors[0].untyped_storage()
+        self.num_bytes = shared.nbytes()
+        self._device = tensors[0].device
         self._places = [(tensor, tensor.storage_offset(), tensor.size(), tensor.stride()) for tensor in tensors]
         # Not pinned: that would come in powers of two, and never be given back.
-        self._content = torch.empty(self.num_bytes, dtype=torch.uint8)
-        self._content.copy_(_bytes_of(tensors[0]))
+        self._content = _bytes_in(shared).to("cpu", copy=True)
         for tensor in tensors:
             tensor.data = tensor.data.new_empty(0)
 
     def reload(self) -> None:
-        content = torch.empty(self.num_bytes, dtype=torch.uint8, device=self._places[0][0].device)
-        content.copy_(self._content)
+        content = self._content.to(self._device, copy=True).untyped_storage()
         for tensor, offset, size, stride in self._places:
-            tensor.data = tensor.data.new_empty(0).set_(content.untyped_storage(), offset, size, stride)
+            tensor.data = tensor.data.new_empty(0).set_(content, offset, size, stride)
 
 
-def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
-    """All bytes of the memory that holds a tensor, without a copy."""
-    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
+def _bytes_in(storage: torch.UntypedStorage) -> torch.Tensor:
+    """All bytes of a piece of memory, without a copy."""
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 
 def _by_storage(tensors: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
@@ -99,6 +99,5 @@ def training_tensors(model: nn.Module, optimizer: Optimizer | None, device: torc
 def _tensors_in(state: Any) -> list[torch.Tensor]:
     if isinstance(state, torch.Tensor):
         return [state]
-    if isinstance(state, dict):
-        state = list(state.values())
-    return [tensor for value in state for tensor in _tensors_in(value)] if isinstance(state, list | tuple) else []
+    values = state.values() if isinstance(state, dict) else state if isinstance(state, list | tuple) else []
+    return [tensor for value in values for tensor in _tensors_in(value)]

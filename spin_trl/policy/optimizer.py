@@ -43,28 +43,25 @@ def check_schedule(args: SPINConfig, optimizer: Optimizer | None, scheduler: LRS
             "decay restart in each. Remove the block; `lr_scheduler_type` and `warmup_steps` take its place."
         )
     if args.reset_optimizer and args.num_iterations > 1:
-        _check_reset(args, optimizer, deepspeed_config)
+        if (found := _optimizer_that_cannot_reset(args, optimizer, deepspeed_config)) is not None:
+            raise ValueError(
+                f"`reset_optimizer=True` is not possible with {found}: its moments cannot be emptied between "
+                "iterations. Set `reset_optimizer=False` to carry them over, or choose another optimizer."
+            )
 
 
-def _check_reset(args: SPINConfig, optimizer: Optimizer | None, deepspeed_config: dict[str, Any]) -> None:
-    deepspeed_optimizer = deepspeed_config.get("optimizer", {}).get("type", "")
+def _optimizer_that_cannot_reset(
+    args: SPINConfig, optimizer: Optimizer | None, deepspeed_config: dict[str, Any]
+) -> str | None:
     offload = deepspeed_config.get("zero_optimization", {}).get("offload_optimizer") or {}
-    found = None
     if offload.get("device") == "nvme":
-        found = "DeepSpeed's offload of the optimizer to NVMe"
-    elif deepspeed_optimizer:
-        if deepspeed_optimizer.lower().startswith(_DEEPSPEED_OPTIMIZERS_THAT_CANNOT_RESET):
-            found = f"the DeepSpeed optimizer {deepspeed_optimizer!r}"
-    elif optimizer is not None:
-        if isinstance(optimizer, Adagrad):
-            found = "the `torch.optim.Adagrad` passed in `optimizers`"
-    elif args.optim.value.startswith(_OPTIMIZERS_THAT_CANNOT_RESET):
-        found = f"`optim={args.optim.value!r}`"
-    if found:
-        raise ValueError(
-            f"`reset_optimizer=True` is not possible with {found}: its moments cannot be emptied between iterations. "
-            "Set `reset_optimizer=False` to carry them over, or choose another optimizer."
-        )
+        return "DeepSpeed's offload of the optimizer to NVMe"
+    if of_deepspeed := deepspeed_config.get("optimizer", {}).get("type"):
+        cannot = of_deepspeed.lower().startswith(_DEEPSPEED_OPTIMIZERS_THAT_CANNOT_RESET)
+        return f"the DeepSpeed optimizer {of_deepspeed!r}" if cannot else None
+    if optimizer is not None:
+        return "the `torch.optim.Adagrad` passed in `optimizers`" if isinstance(optimizer, Adagrad) else None
+    return f"`optim={args.optim.value!r}`" if args.optim.value.startswith(_OPTIMIZERS_THAT_CANNOT_RESET) else None
 
 
 def set_learning_rate(optimizer: Optimizer, rates: list[float]) -> None:

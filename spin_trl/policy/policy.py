@@ -1,6 +1,6 @@
 """`Policy`: everything that self-play asks of the weights in training. Knows nothing of servers and iterations."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,17 +9,23 @@ import numpy as np
 import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset
+from torch import nn
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
+from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from ..data.pair_dataset import PairDataset
+from ..data.batching import scoring_batches
+from ..data.columns import list_lengths
+from ..data.pair_dataset import PairDataset, pair_lengths
+from ..processes.progress import progress_bar
 from ..processes.ranks import on_every_process, on_main_process
 from ..run_directory.whole_files import remove, temporary_path, write_directory
-from .adapters import precisions_of, restore_precisions
-from .log_probs import completion_logps, initial_policy_as_reference, negative_log_likelihood, score_pairs
+from .finite import require_finite_truths, take_origins
 from .merging import fold_scaling, merge_into_saved, save_merged
 from .offload import training_tensors
 from .published_form import Publication
-from .sharding import whole_policy
+from .sharding import initial_model, whole_model
 from .sizes import size_of_base, size_of_weights
 
 
@@ -31,6 +37,8 @@ class Policy:
     """
     Saves, loads, scores and lends the policy, sharded or not. Every process calls each method together.
 
+    Log-probs are in nats.
+
     Args:
         trainer ([`~trl.DPOTrainer`]): Holds model, optimizer and processes.
         publication ([`Publication`]): In which form an opponent is saved.
@@ -39,6 +47,8 @@ class Policy:
     def __init__(self, trainer: "DPOTrainer", publication: Publication):
         self._trainer = trainer
         self._publication = publication
+
+    # On disk
 
     def save(self, directory: str) -> None:
         """Save the policy as it stands, in the form to publish, gathered if it is sharded."""
@@ -51,6 +61,12 @@ class Policy:
         trainer.save_model(directory, _internal_call=True)
         if self._publication.folds_scaling and trainer.args.should_save:
             fold_scaling(directory)
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of what [`save`] writes."""
+        model = self._trainer.model
+        return size_of_base(model) if self._publication.kind == "merged" else size_of_weights(model)
 
     def save_merged(self, base_model: str, directory: Path) -> None:
         """
@@ -84,19 +100,16 @@ class Policy:
         quantised = " without its quantisation" if getattr(trainer.model, "is_quantized", False) else ""
         trainer.accelerator.print(f"Saved the adapter merged into {base_model}{quantised} to {directory}")
 
-    @property
-    def num_bytes(self) -> int:
-        """Size of what [`save`] writes."""
-        model = self._trainer.model
-        return size_of_base(model) if self._publication.kind == "merged" else size_of_weights(model)
-
     def load(self, path: Path) -> None:
-        """Make the policy what was saved at `path`, for good."""
-        precisions = precisions_of(self._trainer.model)
-        precisions = precisions_of(self._trainer.model)
-        self._trainer._load_from_checkpoint(str(path))
-        restore_precisions(self._trainer.model, precisions)
-        restore_precisions(self._trainer.model, precisions)
+        """Make the policy what was saved at `path`, for good. Not for a policy whose weights are sharded."""
+        if not is_peft_model(self._trainer.model):
+            self._trainer._load_from_checkpoint(str(path))
+            return
+        from peft import load_peft_weights, set_peft_model_state_dict
+
+        # Not `load_adapter`, which Trainer calls: it would change the adapter's precision.
+        weights = load_peft_weights(str(path), device="cpu")
+        set_peft_model_state_dict(self._trainer.model, weights, adapter_name="default")
 
     @contextmanager
     def lent_to(self, path: Path) -> Iterator[None]:
@@ -112,45 +125,166 @@ class Policy:
         trained = [parameter for parameter in self._trainer.model.parameters() if parameter.requires_grad]
         own = [parameter.detach().to("cpu", copy=True) for parameter in trained]
         try:
-            on_every_process(lambda: self._load_numbers(path))
+            on_every_process(lambda: self.load(path))
             yield
         finally:
             with torch.no_grad():
                 for parameter, numbers in zip(trained, own, strict=True):
                     parameter.copy_(numbers)
 
+    # In memory
+
     def whole(self) -> AbstractContextManager[PreTrainedModel]:
         """The policy, unwrapped and gathered, to generate with."""
-        return whole_policy(self._trainer)
-
-    def score(self, pairs: PairDataset) -> dict[str, np.ndarray]:
-        """Log-probs of both sides of every pair; see [`score_pairs`]."""
-        return score_pairs(self._trainer, pairs)
-
-    def score_initial(self, pairs: PairDataset, path: str) -> dict[str, np.ndarray]:
-        """As [`score`], under the policy before training, which without an adapter is loaded from `path`."""
-        return score_pairs(self._trainer, pairs, initial_policy_as_reference(self._trainer, path))
-
-    def completion_logps(self, rows: list[dict[str, Any]]) -> list[list[float]]:
-        """Log-prob of every token of a few completions; see [`completion_logps`]."""
-        return completion_logps(self._trainer, rows)
-
-    def nll(self, dataset: Dataset) -> float:
-        """Mean negative log-likelihood of the ground truths, in nats per token; see [`negative_log_likelihood`]."""
-        return negative_log_likelihood(self._trainer, dataset)
+        trainer = self._trainer
+        return whole_model(trainer.model_wrapped, trainer.accelerator, trainer.args.gradient_checkpointing_kwargs)
 
     def training_tensors(self) -> Iterator[torch.Tensor]:
         """What training keeps on the device; see [`training_tensors`]."""
         trainer = self._trainer
         return training_tensors(trainer.model, trainer.optimizer, trainer.accelerator.device)
 
-    def _load_numbers(self, path: Path) -> None:
-        if not is_peft_model(self._trainer.model):
-            self.load(path)
-            return
-        from peft import load_peft_weights, set_peft_model_state_dict
+    # Log-probs
 
-        # Not `load_adapter`, which Trainer calls: it would change the adapter's precision.
-        set_peft_model_state_dict(
-            self._trainer.model, load_peft_weights(str(path), device="cpu"), adapter_name="default"
-        )
+    def score(self, pairs: PairDataset) -> dict[str, np.ndarray]:
+        """
+        Log-probs of both sides of every pair, under the policy as it stands.
+
+        Args:
+            pairs ([`PairDataset`]): With the columns `prompt_ids`, `chosen_ids` and `rejected_ids`.
+
+        Returns:
+            `dict` with the columns that DPOTrainer reads: `ref_chosen_logps` and `ref_rejected_logps`, each of shape
+            `(len(pairs),)`, summed over the completion.
+        """
+        self._trainer.ref_model = self._trainer.model_wrapped  # else DPOTrainer would switch the adapter off
+        try:
+            return self._score(pairs, self._trainer.model_wrapped)
+        finally:
+            self._trainer.ref_model = None
+
+    def score_initial(self, pairs: PairDataset, path: str) -> dict[str, np.ndarray]:
+        """
+        As [`score`], under the policy before training. With an adapter DPOTrainer knows it itself: without the adapter,
+        or with a copy of the one that was passed trained. Otherwise it is loaded for as long as it scores.
+
+        Args:
+            path (`str`): Folder or hub id to load it from.
+        """
+        trainer = self._trainer
+        if is_peft_model(trainer.model):
+            return self._score(pairs, trainer.model_wrapped)
+        with initial_model(path, trainer.model, trainer.args, trainer.accelerator) as model:
+            return self._score(pairs, model)
+
+    def completion_logps(self, rows: list[dict[str, Any]]) -> list[list[float]]:
+        """
+        Log-prob of every token of a few completions. Every process computes all of them.
+
+        Args:
+            rows (`list[dict]`): Each with `prompt_ids` and `completion_ids`.
+
+        Returns:
+            `list[list[float]]`: for each row one value per completion token.
+        """
+        with self._evaluating():
+            logps, mask = self._token_logps(self._collate_completions(rows))
+        return [row_logps[row_mask].tolist() for row_logps, row_mask in zip(logps, mask, strict=True)]
+
+    def nll(self, dataset: Dataset) -> float:
+        """
+        Mean negative log-likelihood of the ground truths, per token.
+
+        Args:
+            dataset ([`~datasets.Dataset`]): With `prompt_ids`, `chosen_ids` and `source_row`.
+
+        Raises:
+            `FloatingPointError`: if that of a row is not finite.
+        """
+        rows = dataset.select_columns(["prompt_ids", "chosen_ids"]).rename_column("chosen_ids", "completion_ids")
+        lengths = list_lengths(dataset, "prompt_ids") + list_lengths(dataset, "chosen_ids")
+        batches = scoring_batches(lengths, max_pairs=self._trainer.args.per_device_eval_batch_size)
+
+        def compute(batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+            logps, mask = self._token_logps(batch)
+            return logps.where(mask, 0).sum(dim=1), mask.sum(dim=1)
+
+        logps, num_tokens = self._by_row(rows, batches, self._collate_completions, compute, "Scoring ground truths")
+        require_finite_truths(dataset, logps)
+        return (-logps.sum() / num_tokens.sum()).item()
+
+    def _score(self, pairs: PairDataset, model: nn.Module) -> dict[str, np.ndarray]:
+        """
+        Unless `precompute_ref_batch_size` gives its pairs, a batch has twice the tokens, padding included, of the
+        largest training batch. Without gradients that takes less memory: nothing is kept from one layer to the next,
+        and the gradients and the activations of the layer that is at work take more than its activations alone.
+        """
+        trainer, args = self._trainer, self._trainer.args
+        lengths = pair_lengths(pairs, args.max_length)
+        if args.precompute_ref_batch_size is not None:
+            batches = scoring_batches(lengths, max_pairs=args.precompute_ref_batch_size)
+        else:
+            max_tokens = 2 * (2 * args.per_device_train_batch_size * int(lengths.max()))
+            batches = scoring_batches(lengths, max_tokens=max_tokens)
+
+        def compute(batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+            take_origins(batch)
+            return trainer.compute_ref_log_probs(model, trainer._prepare_inputs(batch))
+
+        logps = self._by_row(pairs, batches, trainer.data_collator, compute, "Scoring pairs").float().numpy()
+        return dict(zip(("ref_chosen_logps", "ref_rejected_logps"), logps, strict=True))
+
+    def _by_row(
+        self,
+        rows: Dataset | PairDataset,
+        batches: list[np.ndarray],
+        collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
+        compute: Callable[[dict[str, Any]], tuple[torch.Tensor, torch.Tensor]],
+        description: str,
+    ) -> torch.Tensor:
+        """Two numbers for each row, in double precision (2, N). The processes share the batches."""
+        trainer, args = self._trainer, self._trainer.args
+        own = batches[args.process_index :: args.world_size]
+        if len(batches) > len(own) * args.world_size:
+            own.append(batches[-1])  # the last round is not for all, but all of a sharded model go forward together
+        loader = DataLoader(rows, batch_sampler=[batch.tolist() for batch in own], collate_fn=collate)
+        numbers = torch.zeros(3, len(rows), device=trainer.accelerator.device)  # the third: how often it was computed
+        with self._evaluating():
+            for positions, batch in zip(own, self._progress(loader, description), strict=True):
+                numbers[:2, positions] = torch.stack(compute(batch)).float()
+                numbers[2, positions] = 1
+        numbers = trainer.accelerator.reduce(numbers).cpu().double()
+        return numbers[:2] / numbers[2]
+
+    def _token_logps(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probs (B, T - 1) of each next token, and where they belong to the completion."""
+        batch = self._trainer._prepare_inputs(batch)
+        with torch.no_grad(), self._trainer.accelerator.autocast():
+            outputs = self._trainer.model_wrapped(**batch, use_cache=False, fused_lm_head=True)
+        mask = batch["labels"][:, 1:] != -100
+        return outputs.log_probs[:, -mask.size(1) :].float(), mask  # prompt learning puts virtual tokens before them
+
+    def _collate_completions(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        max_length = self._trainer.args.max_length
+        examples = [
+            {
+                "input_ids": (row["prompt_ids"] + row["completion_ids"])[:max_length],
+                "labels": ([-100] * len(row["prompt_ids"]) + row["completion_ids"])[:max_length],
+            }
+            for row in rows
+        ]
+        return DataCollatorForLanguageModeling(self._trainer._tokenizer.pad_token_id)(examples)
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        trainer = self._trainer
+        was_training = trainer.model.training
+        trainer.model_wrapped.eval()
+        try:
+            with disable_gradient_checkpointing(trainer.model, trainer.args.gradient_checkpointing_kwargs):
+                yield
+        finally:
+            trainer.model_wrapped.train(was_training)
+
+    def _progress(self, loader: DataLoader, description: str):
+        return progress_bar(loader, desc=description, disable=not self._trainer.is_world_process_zero())

@@ -12,16 +12,14 @@ Merged means that a copy of the policy with the adapter in its weights is publis
 """
 
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from accelerate.utils import is_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel
+from transformers import PreTrainedModel
 
 from .sharding import Sharding
 
-
-if TYPE_CHECKING:
-    from peft import PeftConfig, PeftModel
-    from transformers import PreTrainedModel
 
 # Fields of `LoraConfig` that vLLM reads, or that say nothing about a trained adapter's weights. It ignores
 # `rank_pattern` and `alpha_pattern`: `merging.fold_scaling` sees to them.
@@ -76,8 +74,8 @@ class Publication:
 
 
 def plan_publication(
-    model: "str | PreTrainedModel | PeftModel",
-    peft_config: "PeftConfig | None",
+    model: str | PreTrainedModel | PeftModel,
+    peft_config: PeftConfig | None,
     served: bool,
     quantized: bool = False,
     sharding: Sharding | None = None,
@@ -100,7 +98,7 @@ def plan_publication(
     if not problems:
         largest_rank = max([config.r, *config.rank_pattern.values()])
         return Publication("adapter", largest_rank, folds_scaling=bool(config.rank_pattern or config.alpha_pattern))
-    reason = " and ".join(f"`{problem}`" for problem in problems)
+    reason = " and ".join(f"`{name}={value!r}`" for name, value in problems.items())
     if (obstacle := obstacle_to_merging(config) or _obstacle_here(quantized, sharding)) is not None:
         raise ValueError(
             f"A vLLM server cannot load adapters with {reason}, and {obstacle}. Use a plain `LoraConfig`, or set "
@@ -144,7 +142,7 @@ def check_can_lend(num_opponents: int, publication: Publication, sharding: Shard
     check_can_take_back(f"num_opponents={num_opponents}", publication, sharding, remedy)
 
 
-def adapter_config(model: "str | PreTrainedModel | PeftModel", peft_config: "PeftConfig | None") -> "PeftConfig | None":
+def adapter_config(model: str | PreTrainedModel | PeftModel, peft_config: PeftConfig | None) -> PeftConfig | None:
     """
     The configuration of the adapter that is trained, whether it is new or the model brings it.
 
@@ -153,7 +151,7 @@ def adapter_config(model: "str | PreTrainedModel | PeftModel", peft_config: "Pef
     """
     if peft_config is not None or isinstance(model, str) or not is_peft_model(model):
         return peft_config
-    names, active = list(model.peft_config), list(_active_adapters(model))
+    names, active = list(model.peft_config), list(model.active_adapters)
     if "default" not in names:
         raise ValueError(
             f"The model's adapter is named {names}, but the one that is trained must be named 'default'. Load it with "
@@ -167,40 +165,24 @@ def adapter_config(model: "str | PreTrainedModel | PeftModel", peft_config: "Pef
     return model.peft_config["default"]
 
 
-def _active_adapters(model: "PeftModel") -> list[str]:
-    active = model.active_adapters
-    return active() if callable(active) else active
-
-
-def _not_served(config: "PeftConfig") -> list[str]:
+def _not_served(config: PeftConfig) -> dict[str, Any]:
     """The settings of a configuration with which vLLM cannot load its adapters."""
     if config.peft_type != "LORA":
-        return [f"peft_type={config.peft_type.value}"]
-    return [f"{name}={value!r}" for name, value in _unusual_lora_fields(config).items()]
+        return {"peft_type": config.peft_type.value}
+    known = _SERVED_LORA_FIELDS | {field.name for field in fields(PeftConfig)}
+    names = [field.name for field in fields(LoraConfig) if field.name not in known]
+    settings = {name: getattr(config, name, None) for name in names}
+    if settings["init_lora_weights"] in _INITIALISATIONS_BESIDE_THE_BASE:
+        del settings["init_lora_weights"]
+    return {name: value for name, value in settings.items() if value and value != "none"}
 
 
-def _unusual_lora_fields(config: "PeftConfig") -> dict[str, Any]:
-    from peft import LoraConfig, PeftConfig
-
-    unusual = {}
-    inherited = {field.name for field in fields(PeftConfig)} | {"base_model_name_or_path", "task_type", "revision"}
-    for field in fields(LoraConfig):
-        value = getattr(config, field.name, None)
-        if field.name == "init_lora_weights":
-            is_usual = value in _INITIALISATIONS_BESIDE_THE_BASE
-        else:
-            is_usual = field.name in _SERVED_LORA_FIELDS | inherited or not value or value == "none"
-        if not is_usual:
-            unusual[field.name] = value
-    return unusual
-
-
-def obstacle_to_merging(config: "PeftConfig") -> str | None:
+def obstacle_to_merging(config: PeftConfig) -> str | None:
     """Why an adapter cannot be merged exactly into the weights of its base model, in words."""
     if config.is_prompt_learning:
         return "a learned prompt is no part of the weights, so it cannot be merged into them"
     if config.peft_type == "LORA":
-        is_exact = set(_unusual_lora_fields(config)) <= _MERGED_LORA_FIELDS
+        is_exact = _not_served(config).keys() <= _MERGED_LORA_FIELDS
     else:
         is_exact = config.peft_type.value in MERGED_TYPES
     return None if is_exact else "PEFT is not known to merge them into the weights exactly"

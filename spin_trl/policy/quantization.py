@@ -4,19 +4,15 @@ Knows nothing of servers.
 """
 
 import importlib.util
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
+from peft import PeftModel
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
 from ..spin_config import SPINConfig
 from .sharding import Sharding
-
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import BitsAndBytesConfig, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -28,20 +24,20 @@ class Quantization:
         method (`str`): As transformers names it, such as `"bitsandbytes"`.
         is_4bit (`bool`): Whether it is bitsandbytes with 4 bits, whose weights stand for numbers that can be written
             down: a model of those computes the same.
-        settings (`dict[str, Any]`): All of the configuration.
         of_checkpoint (`bool`): Whether the checkpoint is quantized itself, so that a server loads the same numbers.
+        settings (`dict[str, Any]`): All of the configuration.
     """
 
     method: str
     is_4bit: bool
     of_checkpoint: bool
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any]
 
 
 def find_quantization(
-    model: "str | PreTrainedModel | PeftModel",
+    model: str | PreTrainedModel | PeftModel,
     args: SPINConfig,
-    quantization_config: "BitsAndBytesConfig | dict[str, Any] | None",
+    quantization_config: BitsAndBytesConfig | dict[str, Any] | None,
     model_config: PretrainedConfig,
 ) -> Quantization | None:
     """
@@ -54,29 +50,23 @@ def find_quantization(
     """
     asked = quantization_config or (args.model_init_kwargs or {}).get("quantization_config")
     found = getattr(model_config, "quantization_config", None)
-    if asked is None and found is None:
-        return None
     settings = asked or found
+    if settings is None:
+        return None
     settings = settings if isinstance(settings, dict) else settings.to_dict()
     if settings.get("dequantize"):  # as it is loaded
         return None
-    quantizer = getattr(model, "hf_quantizer", None)
-    is_4bit = bool(settings.get("load_in_4bit") or settings.get("_load_in_4bit"))
-    method = settings.get("quant_method")
-    if method is None and (is_4bit or settings.get("load_in_8bit")):  # as transformers completes it
-        method = "bitsandbytes"
-    quantization = Quantization(
-        method=str(getattr(method, "value", method)),
-        is_4bit=is_4bit,
-        of_checkpoint=found is not None if quantizer is None else quantizer.pre_quantized,
-        settings=settings,
-    )
-    if quantization.method == "bitsandbytes" and importlib.util.find_spec("bitsandbytes") is None:
+    method = settings.get("quant_method") or "bitsandbytes"  # as transformers completes it
+    method = str(getattr(method, "value", method))
+    if method == "bitsandbytes" and importlib.util.find_spec("bitsandbytes") is None:
         raise ValueError(
             "The model is to be quantized by bitsandbytes, which is not installed. Install it: "
             "`pip install spin_trl[qlora]`."
         )
-    return quantization
+    is_4bit = bool(settings.get("load_in_4bit") or settings.get("_load_in_4bit"))
+    quantizer = getattr(model, "hf_quantizer", None)
+    of_checkpoint = found is not None if quantizer is None else quantizer.pre_quantized
+    return Quantization(method, is_4bit, of_checkpoint, settings)
 
 
 def check_trains_adapter(quantization: Quantization | None, has_adapter: bool) -> None:

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
+from accelerate import Accelerator, DistributedType
 from accelerate.utils import fsdp2_prepare_model, release_memory, str_to_bool
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -17,9 +18,7 @@ from trl.models import unwrap_model_for_generation
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import add_fused_lm_head, create_model_from_path
 
-
-if TYPE_CHECKING:
-    from trl import DPOConfig, DPOTrainer
+from ..spin_config import SPINConfig
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class Sharding:
         return self.engine == "fsdp" or self.level == 3
 
     @classmethod
-    def of(cls, args: "DPOConfig") -> "Sharding | None":
+    def of(cls, args: SPINConfig) -> "Sharding | None":
         """As the arguments or the launcher say; `None` if nothing is spread. Needs no accelerator yet."""
         if args.deepspeed_plugin is not None:
             return cls("deepspeed", args.deepspeed_plugin.zero_stage)
@@ -68,20 +67,21 @@ def check_can_generate(sharding: Sharding | None) -> None:
 
 
 @contextmanager
-def whole_policy(trainer: "DPOTrainer") -> Iterator[PreTrainedModel]:
+def whole_model(
+    wrapped: nn.Module, accelerator: Accelerator, gradient_checkpointing_kwargs: dict[str, Any] | None
+) -> Iterator[PreTrainedModel]:
     """
-    The policy, unwrapped and in evaluation mode, with all its weights on every process. Inside, processes may generate
-    different numbers of batches: no forward pass communicates.
+    A model in training, unwrapped and in evaluation mode, with all its weights on every process. Inside, processes may
+    generate different numbers of batches: no forward pass communicates.
     """
-    was_training = trainer.model.training
-    gradient_checkpointing_kwargs = trainer.args.gradient_checkpointing_kwargs
     with unwrap_model_for_generation(
-        trainer.model_wrapped, trainer.accelerator, gradient_checkpointing_kwargs=gradient_checkpointing_kwargs
+        wrapped, accelerator, gradient_checkpointing_kwargs=gradient_checkpointing_kwargs
     ) as model:
+        was_training = model.training
         model.eval()
         try:
             if isinstance(model, FSDPModule):
-                with _unsharded(model, trainer.accelerator.state.fsdp_plugin.reshard_after_forward):
+                with _unsharded(model, accelerator.state.fsdp_plugin.reshard_after_forward):
                     yield model
             else:
                 yield model
@@ -105,26 +105,29 @@ def _unsharded(model: FSDPModule, reshard_after_forward: bool) -> Iterator[None]
 
 
 @contextmanager
-def initial_model(trainer: "DPOTrainer", path: str) -> Iterator[nn.Module]:
+def initial_model(
+    path: str, policy: PreTrainedModel, args: SPINConfig, accelerator: Accelerator
+) -> Iterator[nn.Module]:
     """
     A model as it was before training, to score with, sharded as the policy is; freed at the end.
 
     Args:
         path (`str`): Folder or hub id to load it from.
+        policy ([`~transformers.PreTrainedModel`]): What it has become, for its precision and attention.
     """
-    in_run_directory = Path(path).absolute().is_relative_to(Path(trainer.args.output_dir).absolute())
+    in_run_directory = Path(path).absolute().is_relative_to(Path(args.output_dir).absolute())
     init_kwargs = {
-        "trust_remote_code": trainer.args.trust_remote_code,
-        "dtype": trainer.model.dtype,
-        "attn_implementation": trainer.model.config._attn_implementation,
-        **(trainer.args.model_init_kwargs or {}),
+        "trust_remote_code": args.trust_remote_code,
+        "dtype": policy.dtype,
+        "attn_implementation": policy.config._attn_implementation,
+        **(args.model_init_kwargs or {}),
         "device_map": None,
         # A run writes safetensors only: a pickle in its directory is somebody else's, and may run code.
         **({"use_safetensors": True} if in_run_directory else {}),
     }
     model = create_model_from_path(path, **init_kwargs)
     add_fused_lm_head(model)
-    model = _place(trainer, model.eval())
+    model = _spread(model.eval(), accelerator)
     try:
         yield model
     finally:
@@ -134,13 +137,11 @@ def initial_model(trainer: "DPOTrainer", path: str) -> Iterator[nn.Module]:
         release_memory()
 
 
-def _place(trainer: "DPOTrainer", model: PreTrainedModel) -> nn.Module:
-    plugin = trainer.accelerator.state.deepspeed_plugin if trainer.is_deepspeed_enabled else None
-    if plugin is not None and plugin.zero_stage == 3:
-        return prepare_deepspeed(model, trainer.accelerator)
-    if trainer.is_fsdp_enabled:
-        if trainer.accelerator.is_fsdp2:
-            # TRL's `prepare_fsdp` shards what each rank has loaded, which here only rank 0 has.
-            return fsdp2_prepare_model(trainer.accelerator, model)
-        return prepare_fsdp(model, trainer.accelerator)
-    return model.to(trainer.accelerator.device)
+def _spread(model: PreTrainedModel, accelerator: Accelerator) -> nn.Module:
+    if accelerator.distributed_type == DistributedType.DEEPSPEED and accelerator.state.deepspeed_plugin.zero_stage == 3:
+        return prepare_deepspeed(model, accelerator)
+    if accelerator.is_fsdp2:  # TRL's `prepare_fsdp` shards what each rank has loaded, which here only rank 0 has
+        return fsdp2_prepare_model(accelerator, model)
+    if accelerator.distributed_type == DistributedType.FSDP:
+        return prepare_fsdp(model, accelerator)
+    return model.to(accelerator.device)
