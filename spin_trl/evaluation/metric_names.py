@@ -74,12 +74,9 @@ METRIC_NAMES: dict[str, MetricName] = {
     "self_play/chosen_distinct_2": MetricName("`distinct_2` of the ground truths.", "The same every iteration."),
     # the opponent's log-probs
     "self_play/logps_gap": MetricName(
-        "Mean over pairs of `log p(y)/|y| - log p(y')/|y'|`, `p` being the opponent (with `opponent_reference: fixed` "
-        "the initial model), `y` the ground truth, `y'` its own answer. Nats per token.",
-        "Rises towards 0 or above it. It may start below: a model finds its own answers likely (the demo starts at "
-        "-0.8). Falling although `rewards/margins` look fine means that the policy comes to prefer its own answers to "
-        "the data (arXiv 2601.08198): lower `learning_rate`, or add an SFT term. Where rewards choose, of the pairs "
-        "that have a ground truth, on either side; with `reward_ranked` there are none.",
+        "How much likelier the opponent finds the ground truth than its own answer: the mean over pairs of "
+        "`log p(y)/|y| - log p(y')/|y'|`, in nats per token.",
+        "Rises towards 0 or above it. If it falls, see [below](#the-gap).",
     ),
     "self_play/opponent_nll": MetricName(
         "The opponent's negative log-likelihood of the training set's ground truths, of the pairs that it has scored, "
