@@ -170,7 +170,7 @@ def test_run_stopped_by_a_reward_function_goes_on_with_the_completions_that_are_
     assert not list(trainer.store.path(1).glob("*answers*"))
     again = make_trainer(Rewards(by_text, [0.5] * NUM_ROWS), pairing="best_of")
     again.train()
-    assert again.sampler.num_asked == 0
+    assert again.game.opponents.sampler.num_asked == 0
     for iteration in (0, 1):
         one, other = (load_pairs(run.args.output_dir, iteration)[:] for run in (whole, again))
         assert one == other

@@ -5,8 +5,7 @@ beside the run's own. Knows nothing of files, servers and models.
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from accelerate.logging import get_logger
@@ -28,8 +27,7 @@ _SHARED_COLUMNS = ("prompt", "tools", "chat_template_kwargs")
 _TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 
-@dataclass
-class PreparedPreferences:
+class PreparedPreferences(NamedTuple):
     """
     Args:
         dataset ([`~datasets.Dataset`]): One row per pair, with the columns `iteration`, `row`, `source_row`, `sample`
@@ -40,7 +38,7 @@ class PreparedPreferences:
 
     dataset: Dataset
     report: dict[str, Any]
-    invalid_rows: list[dict[str, Any]] = field(default_factory=list)
+    invalid_rows: list[dict[str, Any]]
 
 
 def check_preference_dataset(dataset: Any, loss_types: Sequence[str]) -> None:
@@ -91,32 +89,17 @@ def prepare_preferences(
             `skip_invalid_rows` is not set.
         `ValueError`: if no row is left.
     """
-    shared = [name for name in _SHARED_COLUMNS if name in dataset.column_names]
-    note = "In `preference_dataset`."
-    chosen = render(args, tokenizer, end_token_ids, dataset.select_columns([*shared, "chosen"]), note)
-    rejected = dataset.select_columns([*shared, "rejected"]).rename_column("rejected", "chosen")
-    rejected = render(args, tokenizer, end_token_ids, rejected, f"{note} In its `rejected`, read as a `chosen`.")
-    reasons = {row: f"its `rejected`, read as a `chosen`: {reason}" for row, reason in rejected.invalid_rows}
-    reasons |= dict(chosen.invalid_rows)
-    pairs = _side_by_side(chosen.dataset, rejected.dataset)
-    same_prompt = equal_lists(batches(pairs, ["prompt_ids", "other_prompt_ids"]), "prompt_ids", "other_prompt_ids")
-    for row in numbers(pairs, "source_row")[~same_prompt].tolist():
-        reasons[row] = (
-            "`chosen` and `rejected` answer different prompts (in conversations, all messages but the last). Cut both "
-            "after the first answer in which they differ."
-        )
-        if not args.skip_invalid_rows:
-            raise InvalidRowError(f"Row {row} of `preference_dataset`: {reasons[row]}")
-    is_identical = same_prompt & equal_lists(batches(pairs, _TOKEN_COLUMNS), "chosen_ids", "rejected_ids")
-    kept = np.flatnonzero(same_prompt & ~is_identical)
-    if len(kept) == 0:
+    pairs, reasons = _render_sides(args, tokenizer, end_token_ids, dataset)
+    is_identical = _equal(pairs, "chosen_ids", "rejected_ids")
+    if is_identical.all():
         raise ValueError(
             f"No row of `preference_dataset` is left: of {len(dataset)}, {len(reasons)} are invalid and "
             f"{is_identical.sum()} have equal sides. See whether `chosen` and `rejected` hold the answers."
         )
     limit = context_length if args.max_length is None else min(args.max_length, context_length)
-    reason = f"the limit of {limit} tokens for `preference_dataset`"
-    pairs, num_long = drop_long_prompts(pairs.remove_columns("other_prompt_ids").select(kept), limit - 1, reason)
+    pairs, num_long = drop_long_prompts(
+        pairs.select(np.flatnonzero(~is_identical)), limit - 1, f"the limit of {limit} tokens for `preference_dataset`"
+    )
     num_dropped = len(dataset) - len(pairs)
     if num_dropped:
         logger.warning(
@@ -129,7 +112,37 @@ def prepare_preferences(
         "num_dropped_preference_rows": num_dropped,
     }
     invalid = [{"dataset": "preference_dataset", "row": row, "reason": reasons[row]} for row in sorted(reasons)]
-    return PreparedPreferences(_numbered(pairs), report, invalid)
+    columns = {
+        "iteration": np.full(len(pairs), PREFERENCE, np.int32),
+        "row": -1 - np.arange(len(pairs)),
+        "sample": np.zeros(len(pairs), np.int32),
+    }
+    for name, values in columns.items():
+        pairs = pairs.add_column(name, values)
+    return PreparedPreferences(pairs, report, invalid)
+
+
+def _render_sides(
+    args: SPINConfig, tokenizer: PreTrainedTokenizerBase, end_token_ids: Collection[int], dataset: Dataset
+) -> tuple[Dataset, dict[int, str]]:
+    """Tokens of both sides of every valid row, and why the others are not."""
+    shared = [name for name in _SHARED_COLUMNS if name in dataset.column_names]
+    note = "In `preference_dataset`."
+    chosen = render(args, tokenizer, end_token_ids, dataset.select_columns([*shared, "chosen"]), note)
+    rejected = dataset.select_columns([*shared, "rejected"]).rename_column("rejected", "chosen")
+    rejected = render(args, tokenizer, end_token_ids, rejected, f"{note} In its `rejected`, read as a `chosen`.")
+    reasons = {row: f"its `rejected`, read as a `chosen`: {reason}" for row, reason in rejected.invalid_rows}
+    reasons |= dict(chosen.invalid_rows)
+    pairs = _side_by_side(chosen.dataset, rejected.dataset)
+    same_prompt = _equal(pairs, "prompt_ids", "other_prompt_ids")
+    for row in numbers(pairs, "source_row")[~same_prompt].tolist():
+        reasons[row] = (
+            "`chosen` and `rejected` answer different prompts (in conversations, all messages but the last). Cut both "
+            "after the first answer in which they differ."
+        )
+        if not args.skip_invalid_rows:
+            raise InvalidRowError(f"Row {row} of `preference_dataset`: {reasons[row]}")
+    return pairs.remove_columns("other_prompt_ids").select(np.flatnonzero(same_prompt)), reasons
 
 
 def _side_by_side(chosen: Dataset, rejected: Dataset) -> Dataset:
@@ -142,12 +155,5 @@ def _side_by_side(chosen: Dataset, rejected: Dataset) -> Dataset:
     return concatenate_datasets([chosen.select_columns(["source_row", "prompt_ids", "chosen_ids"]), rejected], axis=1)
 
 
-def _numbered(pairs: Dataset) -> Dataset:
-    columns = {
-        "iteration": np.full(len(pairs), PREFERENCE, np.int32),
-        "row": -1 - np.arange(len(pairs)),
-        "sample": np.zeros(len(pairs), np.int32),
-    }
-    for name, values in columns.items():
-        pairs = pairs.add_column(name, values)
-    return pairs
+def _equal(pairs: Dataset, left: str, right: str) -> np.ndarray:
+    return equal_lists(batches(pairs, [left, right]), left, right)

@@ -5,8 +5,7 @@ Knows nothing of models, servers and paths.
 
 import hashlib
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -25,8 +24,7 @@ logger = get_logger(__name__)
 _TOKEN_COLUMNS = ("prompt_ids", "chosen_ids")
 
 
-@dataclass
-class PreparedData:
+class PreparedData(NamedTuple):
     """
     What the run plays on.
 
@@ -39,7 +37,7 @@ class PreparedData:
     train: Dataset
     eval: Dataset | None
     report: dict[str, Any]
-    invalid_rows: list[dict[str, Any]] = field(default_factory=list)
+    invalid_rows: list[dict[str, Any]]
 
 
 def prepare_data(
