@@ -46,8 +46,8 @@ def test_fields_of_the_losses_are_shown_where_they_are_used(make_config):
 
 
 def test_section_replaces_an_older_one_and_stands_before_the_versions(make_config):
-    metrics = [(0, {"evaluation": {"nll": 2.0}, "cut_off_share": 0.25, "seconds_score": 3.0})]
+    metrics = [(0, {"evaluation": {"nll": 2.0}, "num_pairs": 8, "cut_off_share": 0.25, "seconds_score": 3.0})]
     card = with_self_play("# Card\n\n### Framework versions\n- TRL\n", metrics, make_config())
-    assert "| start | 2 |" in card and "| iteration 0 | 0.25 |" in card and "seconds" not in card
+    assert "| start | 2 |" in card and "| iteration 0 | 8 | 0.25 |" in card and "seconds" not in card
     assert card.index("### Self-play") < card.index("### Framework versions")
     assert with_self_play(card, metrics, make_config()) == card

@@ -22,22 +22,11 @@ from .model_card import CARD, with_self_play
 
 logger = logging.getLogger(__name__)
 
-_MODEL_FILES = (
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "README.md",
-    "adapter_config.json",
-    "added_tokens.json",
-    "additional_chat_templates/*.jinja",
-    "chat_template.*",
-    "config.json",
-    "generation_config.json",
-    "merges.txt",
-    "*processor_config.json",
-    "special_tokens_map.json",
-    "tokenizer*",
-    "vocab.*",
-)
+_MODEL_FILES = """
+    *.safetensors *.safetensors.index.json config.json generation_config.json adapter_config.json README.md
+    tokenizer* *processor_config.json special_tokens_map.json added_tokens.json vocab.* merges.txt
+    chat_template.* additional_chat_templates/*.jinja
+""".split()
 
 
 def push_model(

@@ -14,45 +14,19 @@ from ..spin_config import SPINConfig
 CARD = "README.md"
 _BEGIN, _END = "<!-- self-play -->", "<!-- end of self-play -->"
 _NEXT_HEADING = "### Framework versions"
-_SETTINGS = (
-    "num_iterations",
-    "epochs_per_iteration",
-    "num_history_iterations",
-    "num_generations",
-    "pairing",
-    "loss_type",
-    "loss_weights",
-    "beta",
-    "learning_rate",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "optim",
-    "max_length",
-    "max_completion_length",
-    "temperature",
-    "top_p",
-    "top_k",
-    "opponent_reference",
-    "reference_mixture_alpha",
-    "num_opponents",
-    "eval_temperature",
-    "seed",
-)
+_SETTINGS = """
+    num_iterations epochs_per_iteration num_history_iterations num_generations pairing loss_type loss_weights beta
+    learning_rate lr_scheduler_type warmup_steps optim max_length max_completion_length temperature top_p top_k
+    opponent_reference reference_mixture_alpha num_opponents eval_temperature seed
+""".split()
 _GOALS = {
     "ground_truth": "it is then trained to tell the ground truth from its own answers",
     "best_of": "it is then trained to tell the best of ground truth and answers, by their rewards, from the others",
     "reward_ranked": "it is then trained to tell the best of its own answers, by their rewards, from the worst",
 }
-_SHOWN_OF_ANSWERS = (
-    "num_pairs",
-    "chosen_length",
-    "rejected_length",
-    "identical_share",
-    "cut_off_share",
-    "distinct_2",
-    "logps_gap",
-    "opponent_nll",
-)
+_OF_ANSWERS = """
+    num_pairs chosen_length rejected_length identical_share cut_off_share distinct_2 logps_gap opponent_nll
+""".split()
 
 
 def complete_card(store: IterationStore, args: SPINConfig, base_model: str) -> None:
@@ -87,30 +61,32 @@ def with_self_play(
 def _section(metrics: list[tuple[int, dict[str, Any]]], args: SPINConfig, last: int | None) -> str:
     last = math.inf if last is None else last
     scores = {label(i): values[EVALUATION] for i, values in metrics if i <= last + 1 and EVALUATION in values}
-    answers = {f"iteration {i}": _numbers(values) for i, values in metrics if i <= last and _numbers(values)}
-    lines = [_BEGIN, "### Self-play", ""]
-    lines += [f"In every iteration the model as it stands, the opponent, answers every prompt; {_GOALS[args.pairing]}."]
-    if scores:
-        lines += ["", "Evaluation of the model after each iteration:", "", *_table("after", scores)]
-    if answers:
-        lines += ["", "The opponent's answers beside the ground truth (in tokens, shares, and nats per token):", ""]
-        lines += _table("", answers)
+    answers = {
+        f"iteration {i}": {name: values[name] for name in _OF_ANSWERS if name in values}
+        for i, values in metrics
+        if i <= last and "num_pairs" in values
+    }
     config = args.to_dict()
-    lines += ["", "Settings:", "", "| setting | value |", "| --- | --- |"]
-    names = [*_SETTINGS, *fields_in_use(args.loss_type)]
-    lines += [f"| `{name}` | `{config[name]}` |" for name in names if config.get(name) is not None]
-    return "\n".join([*lines, "", _END])
+    names = [name for name in (*_SETTINGS, *fields_in_use(args.loss_type)) if config.get(name) is not None]
+    parts = [
+        f"{_BEGIN}\n### Self-play",
+        f"In every iteration the model as it stands, the opponent, answers every prompt; {_GOALS[args.pairing]}.",
+        scores and "Evaluation of the model after each iteration:",
+        scores and _table("after", scores),
+        answers and "The opponent's answers beside the ground truth (in tokens, shares, and nats per token):",
+        answers and _table("", answers),
+        "Settings:",
+        "\n".join(["| setting | value |", "| --- | --- |", *(f"| `{name}` | `{config[name]}` |" for name in names)]),
+        _END,
+    ]
+    return "\n\n".join(part for part in parts if part)
 
 
-def _table(corner: str, columns: dict[str, dict[str, float]]) -> list[str]:
+def _table(corner: str, columns: dict[str, dict[str, float]]) -> str:
     """One row a column of the argument, one column for each name in any of them."""
     names = list(dict.fromkeys(name for values in columns.values() for name in values))
     rows = [
         [label, *(f"{values[name]:.4g}" if name in values else "" for name in names)]
         for label, values in columns.items()
     ]
-    return [f"| {' | '.join(row)} |" for row in [[corner, *names], ["---"] * (len(names) + 1), *rows]]
-
-
-def _numbers(values: dict[str, Any]) -> dict[str, float]:
-    return {name: values[name] for name in _SHOWN_OF_ANSWERS if name in values}
+    return "\n".join(f"| {' | '.join(row)} |" for row in [[corner, *names], ["---"] * (len(names) + 1), *rows])
