@@ -17,7 +17,7 @@ from trl import DPOTrainer
 
 from .data.rewards.functions import RewardFunction
 from .evaluation.best_iteration import check_best_iteration
-from .evaluation.score_table import GenerationMetrics
+from .evaluation.held_out import GenerationMetrics
 from .iterative_trainer import IterativeTrainer
 from .objectives import LogProbs
 from .objectives.own_losses import OwnLosses

@@ -1,6 +1,5 @@
-"""A run in which a sign of collapse is seen: it says so, ends, or goes back, as asked. The signs are put in."""
+"""A run in which self-play makes the policy worse: it says so, ends, or goes back, as asked. Large steps do it here."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -9,37 +8,25 @@ from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file
 
 from spin_trl import SPINTrainer
-from spin_trl.evaluation import collapse_guard
-from spin_trl.evaluation.collapse import CollapseSign
+from spin_trl.evaluation.collapse import Collapsed, CollapseGuard
+from spin_trl.run_directory.store import IterationStore
 
 
-SIGN = CollapseSign("displacement", "Both sides sink by 0.5 nats a token.")
-
-
-@pytest.fixture
-def see(monkeypatch):
-    """Have one of the two looks see a sign, at the `number`-th time that it is taken."""
-
-    def put(look: str, number: int) -> None:
-        taken = []
-
-        def judge(*args):
-            taken.append(args)
-            sign = SIGN if len(taken) == number else None
-            return sign if look == "sign_within" else [] if sign is None else [sign]
-
-        monkeypatch.setattr(collapse_guard, look, judge)
-
-    return put
+HEALTHY, COLLAPSING = 1e-6, 1e-2  # learning rates
 
 
 @pytest.fixture
 def play(tiny_model, train_dataset, eval_dataset, make_config):
-    def play(adapter: bool = False, evaluates: bool = False, **overrides) -> SPINTrainer:
-        settings = {"num_iterations": 3, "save_strategy": "epoch", "resume": "auto", "identical_pairs": "keep"}
+    def play(bad: int | None, adapter: bool = False, evaluates: bool = False, **overrides) -> SPINTrainer:
+        """Play three iterations, in one of which (`bad`) both sides sink by more than a nat a token."""
+        num_iterations = overrides.pop("num_iterations", 3)
+        rates = [HEALTHY] * num_iterations
+        if bad is not None:
+            rates[bad] = COLLAPSING * (10 if adapter else 1)
+        settings = {"save_strategy": "epoch", "resume": "auto", "num_history_iterations": 0, "temperature": 0}
         trainer = SPINTrainer(
             tiny_model,
-            make_config(**{**settings, **overrides}),
+            make_config(num_iterations=num_iterations, learning_rate=rates, **{**settings, **overrides}),
             train_dataset=train_dataset.select(range(16)),
             eval_dataset=eval_dataset if evaluates else None,
             peft_config=LoraConfig(r=4, target_modules="all-linear") if adapter else None,
@@ -50,121 +37,116 @@ def play(tiny_model, train_dataset, eval_dataset, make_config):
     return play
 
 
-def weights_of(trainer: SPINTrainer) -> dict[str, torch.Tensor]:
-    model = trainer.model
-    return get_peft_model_state_dict(model) if hasattr(model, "peft_config") else model.state_dict()
+# What is seen in the training's own log, and, where that has nothing, in what the opponent answers.
+LOOKS = [pytest.param(1, "displacement", id="training"), pytest.param(1000, "unlikely_truths", id="opponent")]
 
 
 def assert_is(trainer: SPINTrainer, folder: Path) -> None:
     saved = {name: value for file in folder.glob("*.safetensors") for name, value in load_file(file).items()}
-    weights = weights_of(trainer)
+    model = trainer.model
+    weights = get_peft_model_state_dict(model) if hasattr(model, "peft_config") else model.state_dict()
     assert saved.keys() <= weights.keys()
     assert all(torch.equal(weights[name], value) for name, value in saved.items())
 
 
-@pytest.mark.parametrize("look", ["sign_within", "signs_between"])
-def test_a_warning_names_sign_cause_and_remedy_and_the_run_goes_on(look, see, play, caplog):
-    see(look, 1)
-    trainer = play()
-    assert trainer.run.iteration == 2
-    (warning,) = [record.message for record in caplog.records if "collapse" in record.message]
-    assert "Sign of collapse after iteration 0: Both sides sink by 0.5 nats a token." in warning
-    assert all(word in warning for word in ("`learning_rate`", "`beta`", "[sigmoid, sft]", "space"))
-    metrics = [trainer.store.read_metrics(iteration) for iteration in (1, 2)]
-    assert metrics[0]["collapse_signs"] == {"displacement": SIGN.numbers}
-    assert [found["num_collapse_signs"] for found in metrics] == [1, 0]
-    logged = {e["self_play/iteration"]: e for e in trainer.state.log_history if "self_play/num_collapse_signs" in e}
-    assert {iteration: entry["self_play/num_collapse_signs"] for iteration, entry in logged.items()} == {
-        0: 0,
-        1: 1,
-        2: 0,
-    }
-    assert "collapsed" not in trainer.store.read_run()
+@pytest.mark.parametrize(("logging_steps", "sign"), LOOKS)
+def test_a_warning_names_sign_cause_and_remedy_and_the_run_goes_on(logging_steps, sign, play, caplog):
+    trainer = play(0, num_iterations=2, logging_steps=logging_steps)
+    assert trainer.run.iteration == 1 and "collapsed" not in trainer.store.read_run()
+    warnings = [record.message for record in caplog.records if "Sign of collapse after iteration 0: " in record.message]
+    assert all(word in warnings[0] for word in ("`learning_rate`", "`beta`", "[sigmoid, sft]", "space"))
+    first, second = (trainer.store.read_metrics(iteration) for iteration in (0, 1))
+    assert first["num_collapse_signs"] == 0 and sign in second["collapse_signs"]
+    assert second["num_collapse_signs"] == len(second["collapse_signs"]) == len(warnings)
+    logged = [e["self_play/num_collapse_signs"] for e in trainer.state.log_history if "self_play/num_pairs" in e]
+    assert logged == [0, len(warnings)]
 
 
-def test_run_in_which_nothing_is_seen_says_nothing(play, caplog, monkeypatch):
-    monkeypatch.setattr("spin_trl.evaluation.collapse._MAX_FALL", 1e9)
-    monkeypatch.setattr("spin_trl.evaluation.collapse._MAX_NLL_GROWTH", 1e9)
-    monkeypatch.setattr("spin_trl.evaluation.collapse._MAX_FACTOR", 1e9)
-    trainer = play(num_iterations=2, on_collapse="stop")
+def test_run_in_which_nothing_is_seen_says_nothing(play, caplog):
+    trainer = play(None, num_iterations=2, on_collapse="stop")
     assert "Sign of collapse" not in caplog.text and trainer.run.iteration == 1
     assert trainer.store.read_metrics(1)["num_collapse_signs"] == 0
 
 
 @pytest.mark.parametrize(
-    ("reference", "starts_at_zero"),
-    [
-        ({}, [True, True, True]),
-        ({"opponent_reference": "fixed"}, [True, False, False]),
-        ({"reference_mixture_alpha": 0.5}, [True, False, False]),
-    ],
+    ("reference", "is_seen"),
+    [({}, True), ({"opponent_reference": "fixed"}, False), ({"reference_mixture_alpha": 0.5}, False)],
     ids=["previous", "fixed", "mixture"],
 )
-def test_training_is_judged_by_its_own_steps(play, monkeypatch, reference, starts_at_zero):
-    judged = []
-    monkeypatch.setattr(collapse_guard, "sign_within", lambda *args: judged.append(args))
-    trainer = play(num_history_iterations=1, logging_steps=1, beta=[0.1, 0.2, 0.3], **reference)
-    steps = [entry for entry in trainer.state.log_history if "rewards/margins" in entry]
-    seen, betas, lengths, starts = zip(*judged, strict=True)
-    assert [len(one) for one in seen] == [2, 4, 4]
-    assert [entry for one in seen for entry in one] == steps
-    assert betas == (0.1, 0.2, 0.3)
-    assert set(lengths) == {trainer.store.read_metrics(0)["chosen_length"]}
-    assert list(starts) == starts_at_zero
+def test_training_is_judged_by_its_own_steps_beta_and_reference(make_config, tmp_path, reference, is_seen):
+    """
+    The policy falls in iteration 0, and does not move in iteration 1, where it is 0.3 below the initial policy.
+
+    With that as the reference there is no fall; with the opponent as reference it fell by 0.3 / 0.2 / 10 nats a token.
+    """
+    store = IterationStore(tmp_path / "run")
+    for iteration in (0, 1, 2):
+        store.write_metrics(iteration, {"chosen_length": 10.0})
+    numbers = [(0.5, 0.0, 0.0), (1.0, -0.9, -2.0), (1.5, -0.3, -1.0), (2.0, -0.3, -1.0)]
+    log = [{"epoch": e, "rewards/chosen": c, "rewards/rejected": r, "rewards/margins": c - r} for e, c, r in numbers]
+    args = make_config(num_iterations=3, beta=[0.1, 0.2, 0.3], on_collapse="stop", **reference)
+    guard = CollapseGuard(args, store, lambda: log)
+    guard.look_at_training(0)  # nothing has been trained
+    with pytest.raises(Collapsed, match=r"lost 0.90 nats a token"):
+        guard.look_at_training(1)
+    if is_seen:
+        with pytest.raises(Collapsed, match=r"lost 0.15 nats a token"):
+            guard.look_at_training(2)
+    else:
+        guard.look_at_training(2)
 
 
-@pytest.mark.parametrize("look", ["sign_within", "signs_between"])
-def test_stop_ends_the_run_with_the_policy_as_it_is_and_a_second_start_leaves_it_so(look, see, play, capsys):
-    see(look, 2)
-    trainer = play(on_collapse="stop")
-    assert trainer.run.iteration == 1 and trainer.state.global_step == 2 + 4
+@pytest.mark.parametrize(("logging_steps", "sign"), LOOKS)
+def test_stop_ends_the_run_with_the_policy_as_it_is_and_a_second_start_leaves_it_so(logging_steps, sign, play, capsys):
+    trainer = play(1, on_collapse="stop", logging_steps=logging_steps)
+    assert trainer.run.iteration == 1 and not trainer.store.has_pairs(2)
     found = trainer.store.read_run()
     assert found["finished"] and found["collapsed"]["iteration"] == 2 and "returned_to" not in found["collapsed"]
+    assert sign in found["collapsed"]["rule"]
     assert "Self-play ends before iteration 2 (`on_collapse='stop'`). Sign of" in capsys.readouterr().out
-    assert not trainer.store.has_pairs(2)
 
-    again = play(on_collapse="stop")
-    assert again.state.global_step == 6
+    again = play(1, on_collapse="stop", logging_steps=logging_steps)
+    assert again.state.global_step == 4
     assert "To play on all the same, set `on_collapse='warn'`." in capsys.readouterr().out
     assert_is(again, trainer.store.checkpoints()[0])
-    assert play(on_collapse="warn").run.iteration == 2
+    assert play(1, on_collapse="warn").run.iteration == 2
 
 
 @pytest.mark.parametrize(
-    ("look", "number", "adapter", "evaluates"),
-    [("sign_within", 2, False, False), ("signs_between", 2, True, True), ("sign_within", 3, True, False)],
+    ("bad", "adapter", "evaluates"),
+    [
+        pytest.param(1, False, False, id="full"),
+        pytest.param(1, True, True, id="lora, with an evaluation"),
+        pytest.param(2, True, False, id="lora, in the last iteration"),
+    ],
 )
-def test_rollback_leaves_the_policy_of_before_the_sign(look, number, adapter, evaluates, see, play, capsys):
-    see(look, number)
-    trainer = play(adapter, evaluates, on_collapse="rollback")
-    good = trainer.store.path(number - 1, "opponent")
+def test_rollback_leaves_the_policy_of_before_the_sign(bad, adapter, evaluates, play, capsys):
+    trainer = play(bad, adapter, evaluates, on_collapse="rollback")
+    good = trainer.store.path(bad, "opponent")
     assert_is(trainer, good)
     with pytest.raises(AssertionError):
         assert_is(trainer, trainer.store.checkpoints()[0])  # what training had come to
     found = trainer.store.read_run()["collapsed"]
-    assert (found["iteration"], found["returned_to"], found["rule"]) == (number, number - 1, "displacement")
-    assert f"The policy is again the opponent of iteration {number - 1}" in capsys.readouterr().out
+    assert (found["iteration"], found["returned_to"]) == (bad + 1, bad)
+    assert f"The policy is again the opponent of iteration {bad}" in capsys.readouterr().out
 
-    again = play(adapter, evaluates, on_collapse="rollback")
+    again = play(bad, adapter, evaluates, on_collapse="rollback")
     assert_is(again, good)
-    assert f"its final policy is the opponent of iteration {number - 1}" in capsys.readouterr().out
+    assert f"its final policy is the opponent of iteration {bad}" in capsys.readouterr().out
 
 
-def test_best_iteration_wins_over_the_one_to_go_back_to(see, play, monkeypatch):
-    see("sign_within", 2)
-    settings = {"metric_for_best_iteration": "nll", "load_best_iteration_at_end": True, "on_collapse": "rollback"}
-    trainer = play(False, True, **settings)
-    best = trainer.store.read_run()["best_iteration"]["opponent"]
-    assert_is(trainer, trainer.store.path(best, "opponent"))
-    assert trainer.store.read_metrics(2)["evaluation"].keys() >= {"nll"}  # what is judged has been evaluated
+def test_best_iteration_wins_over_the_one_to_go_back_to(play):
+    """Asked for the highest `nll`, the collapsed policy is the best; the run would go back to the start."""
+    best = {"metric_for_best_iteration": "nll", "greater_is_better_iteration": True, "load_best_iteration_at_end": True}
+    trainer = play(0, evaluates=True, on_collapse="rollback", **best)
+    found = trainer.store.read_run()
+    assert (found["best_iteration"]["opponent"], found["collapsed"]["returned_to"]) == (1, 0)
+    assert_is(trainer, trainer.store.path(1, "opponent"))
 
 
-def test_sign_in_the_last_training_is_kept_with_the_final_evaluation_if_there_is_one(see, play, caplog):
-    see("sign_within", 1)
-    trainer = play(num_iterations=1, evaluates=True)
-    kept = json.loads(trainer.store.path(1, "metrics.json").read_text())
-    assert kept["collapse_signs"] == {"displacement": SIGN.numbers} and kept["num_collapse_signs"] == 1
-    see("sign_within", 1)
-    trainer = play(num_iterations=1, overwrite_output_dir=True)
+def test_sign_in_the_last_training_is_kept_with_the_final_evaluation_if_there_is_one(play, caplog):
+    trainer = play(0, num_iterations=1, evaluates=True)
+    assert trainer.store.read_metrics(1)["collapse_signs"].keys() == {"displacement"}
+    trainer = play(0, num_iterations=1, overwrite_output_dir=True)
     assert trainer.store.iterations() == [0]
     assert caplog.text.count("Sign of collapse after iteration 0: ") == 2

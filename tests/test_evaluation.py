@@ -5,7 +5,7 @@ import pyarrow as pa
 import pytest
 from datasets import Dataset
 
-from spin_trl.evaluation.score_table import ScoreTable, generation_metrics
+from spin_trl.evaluation.held_out import ScoreTable, generation_metrics
 from spin_trl.run_directory.completion_parts import COMPLETION_SCHEMA
 
 

@@ -14,10 +14,9 @@ from transformers import TrainerState
 from ..data.pair_dataset import PairDataset
 from ..data.pair_metrics import generation_rates
 from ..data.rewards.judged_answers import AnswerRewards
-from ..evaluation.collapse_guard import CollapseGuard
+from ..evaluation.collapse import CollapseGuard
 from ..evaluation.endings import check_evaluation
-from ..evaluation.held_out import HeldOutEvaluation
-from ..evaluation.score_table import GenerationMetrics
+from ..evaluation.held_out import GenerationMetrics, HeldOutEvaluation
 from ..generation.sampler import OpponentSampler
 from ..objectives.settings import needs_initial_answers
 from ..objectives.third_side import INITIAL_IDS

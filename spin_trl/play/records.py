@@ -10,8 +10,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ..evaluation.held_out import ScoreTable
 from ..evaluation.metric_names import EVALUATION, ITERATION, label, logged_values
-from ..evaluation.score_table import ScoreTable
 from ..processes.progress import begin_phase
 from ..processes.ranks import on_main_process
 from ..run_directory.resume import RunStart
