@@ -73,15 +73,12 @@ def test_overwritten_run_leaves_neither_log_nor_report(make_trainer):
     assert list(trainer.store.output_dir.iterdir()) == []
 
 
-def test_report_that_fails_is_a_warning(make_trainer, monkeypatch, caplog):
-    def fail(*arguments):
-        raise OSError("no page today")
-
-    monkeypatch.setattr("spin_trl.report.page.read_run", fail)
+def test_report_that_fails_is_a_warning(make_trainer, caplog):
     trainer = make_trainer(num_iterations=1, report=True)
+    (trainer.store.output_dir / "report.html").mkdir(parents=True)  # in its place
     trainer.train()
     assert trainer.store.read_run()["finished"]
-    assert "The report is not written (OSError: no page today)" in caplog.text
+    assert "The report is not written (" in caplog.text
     assert f"python -m spin_trl.report {trainer.store.output_dir}" in caplog.text
 
 
