@@ -73,6 +73,26 @@ def test_plays_in_process_and_continues_a_stopped_run(tiny_model, train_dataset,
     assert [entry["loss"] for entry in resumed.state.log_history if "loss" in entry] == losses
 
 
+def test_policy_that_is_loaded_again_has_the_numbers_and_the_precision_it_was_trained_in(
+    tiny_model, train_dataset, make_config, tmp_path
+):
+    trainer = SPINTrainer(
+        tiny_model, make_config(), train_dataset=train_dataset, quantization_config=NF4, peft_config=LoraConfig(**LORA)
+    )
+    trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+    trainer.policy.save(str(tmp_path / "opponent"))
+    before = [parameter.detach().clone() for parameter in trained]
+    for parameter in trained:
+        parameter.data.add_(1)
+    after = [parameter.detach().clone() for parameter in trained]
+    with trainer.policy.lent_to(tmp_path / "opponent"):
+        assert all(torch.equal(parameter, own) for parameter, own in zip(trained, before, strict=True))
+    assert all(torch.equal(parameter, own) for parameter, own in zip(trained, after, strict=True))
+    trainer.policy.load(tmp_path / "opponent")
+    assert all(torch.equal(parameter, own) for parameter, own in zip(trained, before, strict=True))
+    assert {parameter.dtype for parameter in trained} == {torch.bfloat16}
+
+
 def test_gradients_pass_quantized_weights_after_the_model_has_answered(tiny_model):
     """On some CPUs bitsandbytes packs the weights in the first evaluation, and no gradient passes them any more."""
     policy = PeftModel(quantized(tiny_model), LoraConfig(**LORA))

@@ -2,9 +2,37 @@
 
 from contextlib import contextmanager
 
+import pytest
+
 from spin_trl import SPINTrainer
 from spin_trl.generation.policy_sampler import PolicySampler
 from spin_trl.generation.sampler import SamplingParams
+from spin_trl.policy.sharding import Sharding
+
+
+@pytest.mark.parametrize(
+    ("fields", "environment", "expected"),
+    [
+        ({}, {}, None),
+        ({"fsdp": True, "fsdp_config": {"version": 2}}, {}, Sharding("fsdp", 2)),
+        ({}, {"ACCELERATE_USE_FSDP": "true"}, Sharding("fsdp", 1)),
+        ({}, {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, Sharding("fsdp", 2)),
+    ],
+    ids=["none", "arguments", "launcher", "launcher, version 2"],
+)
+def test_what_shards_the_weights_is_known_before_the_model_is_loaded(
+    make_config, monkeypatch, fields, environment, expected
+):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    sharding = Sharding.of(make_config(**fields))
+    assert sharding == expected
+    assert sharding is None or sharding.spreads_weights
+
+
+@pytest.mark.parametrize(("stage", "spreads"), [(1, False), (2, False), (3, True)])
+def test_deepspeed_spreads_the_weights_in_its_third_stage_only(stage, spreads):
+    assert Sharding("deepspeed", stage).spreads_weights is spreads
 
 
 def test_policy_is_opened_once_even_by_a_process_without_requests():

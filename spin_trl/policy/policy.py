@@ -250,7 +250,8 @@ class Policy:
         loader = DataLoader(rows, batch_sampler=[batch.tolist() for batch in own], collate_fn=collate)
         numbers = torch.zeros(3, len(rows), device=trainer.accelerator.device)  # the third: how often it was computed
         with self._evaluating():
-            for positions, batch in zip(own, self._progress(loader, description), strict=True):
+            shown = progress_bar(loader, desc=description, disable=not trainer.is_world_process_zero())
+            for positions, batch in zip(own, shown, strict=True):
                 numbers[:2, positions] = torch.stack(compute(batch)).float()
                 numbers[2, positions] = 1
         numbers = trainer.accelerator.reduce(numbers).cpu().double()
@@ -285,6 +286,3 @@ class Policy:
                 yield
         finally:
             trainer.model_wrapped.train(was_training)
-
-    def _progress(self, loader: DataLoader, description: str):
-        return progress_bar(loader, desc=description, disable=not self._trainer.is_world_process_zero())
