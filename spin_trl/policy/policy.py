@@ -207,7 +207,7 @@ class Policy:
 
         def compute(batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
             logps, mask = self._token_logps(batch)
-            return logps.where(mask, 0).sum(dim=1), mask.sum(dim=1)
+            return logps.sum(dim=1), mask.sum(dim=1)
 
         logps, num_tokens = self._by_row(rows, batches, self._collate_completions, compute, "Scoring ground truths")
         require_finite_truths(dataset, logps)
@@ -258,7 +258,7 @@ class Policy:
         return numbers[:2] / numbers[2]
 
     def _token_logps(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probs (B, T - 1) of each next token, and where they belong to the completion."""
+        """Log-probs (B, T - 1) of each next token, 0 in the prompt, and where they belong to the completion."""
         batch = self._trainer._prepare_inputs(batch)
         with torch.no_grad(), self._trainer.accelerator.autocast():
             outputs = self._trainer.model_wrapped(**batch, use_cache=False, fused_lm_head=True)
