@@ -14,14 +14,25 @@ _EXPORTS = {
     "SPINConfig": "spin_trl.spin_config",
     "SPINTrainer": "spin_trl.spin_trainer",
     "load_pairs": "spin_trl.run_directory.load_pairs",
+    # For a sampler of your own (docs/samplers.md).
+    "OpponentSampler": "spin_trl.generation.sampler",
+    "Completion": "spin_trl.generation.sampler",
+    "CompletionRequest": "spin_trl.generation.sampler",
+    "SamplingParams": "spin_trl.generation.sampler",
+    "SamplerError": "spin_trl.generation.sampler",
 }
 
-__all__ = ["SPINConfig", "SPINTrainer", "load_pairs", "__version__"]
+__all__ = [*_EXPORTS, "__version__"]
 
 if TYPE_CHECKING:
-    from spin_trl.run_directory.load_pairs import load_pairs
-    from spin_trl.spin_config import SPINConfig
-    from spin_trl.spin_trainer import SPINTrainer
+    from spin_trl.generation.sampler import Completion as Completion
+    from spin_trl.generation.sampler import CompletionRequest as CompletionRequest
+    from spin_trl.generation.sampler import OpponentSampler as OpponentSampler
+    from spin_trl.generation.sampler import SamplerError as SamplerError
+    from spin_trl.generation.sampler import SamplingParams as SamplingParams
+    from spin_trl.run_directory.load_pairs import load_pairs as load_pairs
+    from spin_trl.spin_config import SPINConfig as SPINConfig
+    from spin_trl.spin_trainer import SPINTrainer as SPINTrainer
 
 
 def __getattr__(name: str):

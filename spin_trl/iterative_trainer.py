@@ -34,6 +34,8 @@ class IterativeTrainer(DPOTrainer):
 
     Args:
         args ([`SPINConfig`]): Has the schedules.
+        num_new_pairs (`int`): About how many pairs each iteration adds.
+        num_other_pairs (`int`): How many pairs join in every iteration.
         optimizers (`tuple`): As for [`~trl.DPOTrainer`].
         *other, **more: As for [`~trl.DPOTrainer`].
     """
@@ -42,24 +44,19 @@ class IterativeTrainer(DPOTrainer):
         self,
         *other,
         args: SPINConfig,
+        num_new_pairs: int,
+        num_other_pairs: int = 0,
         optimizers: tuple[Optimizer | None, LRScheduler | None] = (None, None),
         **more: Any,
     ):
         # Groups of an optimizer that was passed have rates of their own; ours all have `args.learning_rate`.
         self._own_rates = [group["lr"] for group in optimizers[0].param_groups] if optimizers[0] is not None else None
         self._keeps_scheduler = optimizers[1] is not None
+        self._num_new_pairs, self._num_other_pairs = num_new_pairs, num_other_pairs
         self.run = Run()
         self.epoch = 0
         super().__init__(*other, args=args, optimizers=optimizers, **more)
         self._precisions = precisions_of(self.model)
-
-    def _num_new_pairs(self) -> int:
-        """An estimate of how many pairs each iteration adds."""
-        raise NotImplementedError
-
-    def _num_other_pairs(self) -> int:
-        """How many pairs join in every iteration."""
-        return 0
 
     # Iterations of different lengths
 
@@ -155,8 +152,8 @@ class IterativeTrainer(DPOTrainer):
     def _total_steps(self, num_steps: int, first_estimated: int) -> int:
         """Number of steps of the run: those known, and an estimate from the iteration `first_estimated` on."""
         for iteration in range(first_estimated, self.args.num_iterations):
-            num_pairs = self._num_new_pairs() * (1 + min(iteration, self.args.num_history_iterations))
-            num_pairs += self._num_other_pairs()
+            num_pairs = self._num_new_pairs * (1 + min(iteration, self.args.num_history_iterations))
+            num_pairs += self._num_other_pairs
             num_steps += self._num_update_steps(num_pairs) * self.args.epochs_per_iteration
         return min(num_steps, self.args.max_steps) if self.args.max_steps > 0 else num_steps
 

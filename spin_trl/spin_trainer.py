@@ -6,7 +6,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from accelerate.utils import is_peft_model
 from datasets import Dataset
 from huggingface_hub import CommitInfo
 from torch.optim import Optimizer
@@ -16,27 +15,23 @@ from transformers.trainer_utils import EvalPrediction, TrainOutput
 from trl import DPOTrainer
 
 from .data.rewards.functions import RewardFunction
-from .evaluation.best_iteration import check_best_iteration
 from .evaluation.held_out import GenerationMetrics
+from .generation.sampler import OpponentSampler
 from .iterative_trainer import IterativeTrainer
 from .objectives import LogProbs
 from .objectives.own_losses import OwnLosses
 from .objectives.third_side import INITIAL_IDS, ForwardOfSides, InitialSideCollator
+from .play.checks import BEFORE_WEIGHTS, OF_THE_MODEL, refuse
 from .play.game import Game
+from .play.plan import Plan
 from .play.records import Records
-from .play.run_ends import begin_run, finish_run
-from .play.setup import SelfPlaySetup
+from .play.run_ends import begin_run, finish_run, open_sampler
 from .play.turns import Turns
-from .policy.adapters import check_initial_reference, check_trainable, complete_reference_adapter
-from .policy.finite import ORIGIN_COLUMNS, OriginCollator, StepNumbers, take_origins
-from .policy.inputs import check_generation_metrics, check_optimizers
-from .policy.merging import check_can_be_merged, check_can_merge_at_end
+from .policy.adapters import settle_reference_adapter
+from .policy.finite import OriginCollator, StepNumbers, take_origins
 from .policy.offload import Offloader
-from .policy.optimizer import check_schedule
 from .policy.policy import Policy
-from .policy.published_form import check_can_lend, check_can_take_back
 from .policy.quantization import keep_weights_as_quantized
-from .policy.sharding import Sharding, check_can_generate
 from .processes.progress import RunProgress
 from .processes.ranks import failing_together, on_main_process
 from .processes.stop_signal import EXIT_STATUS, StopOnSigterm
@@ -45,7 +40,7 @@ from .report.hub import PushIterations, push_model, warns_of_failed_push
 from .report.log_file import LogFileCallback
 from .report.model_card import complete_card
 from .report.page import write_end_report
-from .run_directory.checkpoints import MarkCheckpoint, Place
+from .run_directory.checkpoints import MarkCheckpoint
 from .run_directory.disk import writing
 from .run_directory.store import IterationStore
 from .self_play import SelfPlayCallback
@@ -55,6 +50,9 @@ from .spin_config import SPINConfig
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
     from transformers import BitsAndBytesConfig
+
+# What a data collator of DPOTrainer's is shown.
+_PAIR_COLUMNS = ["prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen_logps", "ref_rejected_logps", INITIAL_IDS]
 
 
 class SPINTrainer(IterativeTrainer):
@@ -90,7 +88,7 @@ class SPINTrainer(IterativeTrainer):
         data_collator ([`~transformers.DataCollator`], *optional*):
             As for [`~trl.DPOTrainer`].
         train_dataset ([`~datasets.Dataset`]):
-            Prompts and ground truths, in one of the formats of [`data.ACCEPTED_FORMATS`].
+            Prompts and ground truths, in one of the formats of [`formats.ACCEPTED_FORMATS`].
         eval_dataset ([`~datasets.Dataset`], *optional*):
             The same kind of rows. Its prompts are answered by every opponent and by the final policy.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
@@ -106,6 +104,8 @@ class SPINTrainer(IterativeTrainer):
             not apply, for each completion. They judge the ground truths and the generations of every iteration, on the
             main process, in batches of up to 1,024; `args.pairing` says what for. Reward models are called by a
             function of yours.
+        sampler ([`OpponentSampler`], *optional*):
+            What answers as the opponents, in place of a vLLM server or the policy itself: see docs/samplers.md.
         preference_dataset ([`~datasets.Dataset`], *optional*):
             Preference pairs of yours, with `prompt`, `chosen` and `rejected` in TRL's format, text or messages. They
             join the pairs of every iteration as they are, each once, scored anew by each opponent: the same loss, with
@@ -151,15 +151,9 @@ class SPINTrainer(IterativeTrainer):
         ref_model: None = None,
         reward_funcs: RewardFunction | list[RewardFunction] | None = None,
         preference_dataset: Dataset | None = None,
+        sampler: OpponentSampler | None = None,
     ):
-        if ref_model is not None:
-            raise ValueError(
-                "`ref_model` is not used in self-play: the reference is the opponent, that is the policy as it stands "
-                "when an iteration begins, and its log-probs are computed before the first step. Leave it out."
-            )
-        check_optimizers(optimizers)
-        check_generation_metrics(compute_generation_metrics, eval_dataset)
-        self.self_play_setup = SelfPlaySetup.prepare(
+        self.plan = plan = Plan(
             model,
             args,
             train_dataset,
@@ -169,80 +163,63 @@ class SPINTrainer(IterativeTrainer):
             quantization_config,
             reward_funcs,
             preference_dataset,
+            compute_generation_metrics,
+            optimizers,
+            ref_model,
+            sampler,
         )
-        args = self.self_play_setup.args
-        check_schedule(args, *optimizers)
-        check_best_iteration(args, eval_dataset is not None, compute_generation_metrics is not None)
-        sharding = Sharding.of(args)
-        for setting in args.takes_back_policies:
-            check_can_take_back(setting, self.self_play_setup.publication, sharding)
-        if self.self_play_setup.choice.mode == "in-process":
-            check_can_generate(sharding)
-            if args.num_opponents > 1:
-                check_can_lend(args.num_opponents, self.self_play_setup.publication, sharding)
-        if args.initial_reference is not None:
-            check_initial_reference(peft_config, args.initial_reference)
-        if args.merge_adapter_at_end:
-            check_can_merge_at_end(model, peft_config, self.self_play_setup.model_name, args)
+        refuse(BEFORE_WEIGHTS, plan)
+        plan.announce()
+        shown = _PAIR_COLUMNS if plan.args.remove_unused_columns else None
+        plan.args.remove_unused_columns = False  # the collator below does it: errors name rows, which need more columns
         super().__init__(
             model=model,
-            args=args,
+            args=plan.args,
+            num_new_pairs=len(plan.data.train) * plan.args.max_pairs_per_prompt,
+            num_other_pairs=0 if plan.data.preferences is None else len(plan.data.preferences),
             data_collator=data_collator,
-            train_dataset=self.self_play_setup.train_dataset,
-            processing_class=self.self_play_setup.tokenizer,
+            train_dataset=plan.data.train,
+            processing_class=plan.tokenizer,
             compute_metrics=compute_metrics,
             callbacks=callbacks,
             optimizers=optimizers,
             quantization_config=quantization_config,
             peft_config=peft_config,
         )
-        check_trainable(self.model, None)
-        if self.self_play_setup.quantization is not None:
+        refuse(OF_THE_MODEL, plan, self.model)
+        if plan.quantization is not None:
             keep_weights_as_quantized(self.model)
-        if self.self_play_setup.publication.kind == "merged":
-            check_can_be_merged(self.model)
-        # Errors name rows of the user's data, so they travel with each batch. The collator sees what it always saw.
-        hidden = ORIGIN_COLUMNS if args.remove_unused_columns else []
-        self.data_collator = OriginCollator(InitialSideCollator(self.data_collator), hidden)
-        self.own_losses = OwnLosses(self.loss_types, self.loss_weights, vars(args), self.accelerator)
+        settle_reference_adapter(self.model, is_needed=plan.args.initial_reference is not None)
+        self.data_collator = OriginCollator(InitialSideCollator(self.data_collator), shown)
+        self.own_losses = OwnLosses(self.loss_types, self.loss_weights, vars(self.args), self.accelerator)
         self.loss_types, self.loss_weights = self.own_losses.trl_loss_types, self.own_losses.trl_loss_weights
-        if is_peft_model(self.model) and "ref" in self.model.peft_config:
-            if args.initial_reference is None:
-                self.model.delete_adapter("ref")  # DPOTrainer's copy of a trained adapter; the reference moves here
-            else:
-                complete_reference_adapter(self.model)
-        self.store = IterationStore(args.output_dir)
-        self.policy = Policy(self, self.self_play_setup.publication)
-        self.sampler = self.self_play_setup.build_sampler(self.policy.whole)
+        self.store = IterationStore(self.args.output_dir)
+        self.policy = Policy(self, plan.publication)
+        self._set_up_game()
+
+    def _set_up_game(self) -> None:
+        plan, args, store = self.plan, self.args, self.store
+        pad_token_id, vocab_size = plan.tokenizer.pad_token_id, plan.vocab_size
+        self.sampler = plan.sampler or plan.sampler_host.build(self.policy.whole, pad_token_id, vocab_size)
         offloader = Offloader(self.policy.training_tensors) if args.offload_policy_during_generation else None
         self.turns = Turns(args.vllm_sleep, offloader)
-        self.game = Game(
-            self.self_play_setup,
-            self.policy,
-            self.sampler,
-            self.store,
-            self.run,
-            Records(self.store, self.log_self_play, lambda: self.state.log_history),
-            self.turns,
-            lambda: self.state,
-            compute_generation_metrics,
-            self.self_play_setup.build_rewards(train_dataset),
-        )
+        records = Records(store, self._log_self_play, lambda: self.state.log_history)
+        self.game = Game(plan, self.policy, self.sampler, store, self.run, records, self.turns, lambda: self.state)
         self.stop_signal = StopOnSigterm()
         self_play = SelfPlayCallback(self.game, self.stop_signal, self.begin_iteration)
         # First of all, so that trackers and the progress bar are still open when the final policy is evaluated.
         self.callback_handler.callbacks.insert(0, self_play)
-        self.add_callback(LogFileCallback(self.run, self.store))
+        self.add_callback(LogFileCallback(self.run, store))
         if args.hub_iteration_revisions:
-            self.add_callback(PushIterations(self.store, self.hub_model_id))
+            self.add_callback(PushIterations(store, self.hub_model_id))
         if args.log_completions:
-            self.add_callback(ShowCompletions(self.store, self.self_play_setup.tokenizer))
+            self.add_callback(ShowCompletions(store, plan.tokenizer))
         self.add_callback(MarkCheckpoint(self._place, args.save_total_limit))
         if self.pop_callback(ProgressCallback) is not None:  # else the bar is a notebook's, or there is none
             self.add_callback(RunProgress(args.num_iterations))
         self.add_callback(self.stop_signal)
 
-    # What DPOTrainer does with a dataset of pairs at start is done per iteration, by `SelfPlayCallback`.
+    # DPOTrainer tokenises the dataset and scores its pairs at the start. Here there are no pairs before an iteration.
 
     def _prepare_dataset(self, dataset: Dataset, *args, **kwargs) -> Dataset:
         return dataset
@@ -250,43 +227,34 @@ class SPINTrainer(IterativeTrainer):
     def _precompute_ref_logps(self, dataset: Dataset, *args, **kwargs) -> Dataset:
         return dataset
 
-    # Objectives that DPOTrainer lacks
-
-    def _compute_loss(self, model, inputs, return_outputs):
-        """DPOTrainer's losses and all its metrics, and the losses that it lacks from the same forward pass."""
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """
+        DPOTrainer's losses and all its metrics, and the losses that it lacks from the same forward pass. In training a
+        loss that is no number is an error, before a gradient is taken of it.
+        """
         origins, forward = take_origins(inputs), ForwardOfSides(model, inputs)
-        result = super()._compute_loss(forward, inputs, return_outputs)
-        sides = forward.sides()
-        self._numbers = StepNumbers(sides, origins)
-        if "initial" in sides:
-            mode = "train" if self.model.training else "eval"
-            initial_logps = self.accelerator.gather(sides["initial"].detach())
-            self._metrics[mode]["logps/initial"].append(initial_logps.mean().item())
+        result = super().compute_loss(forward, inputs, return_outputs, num_items_in_batch)
         loss, *outputs = result if return_outputs else [result]
+        sides = forward.sides()
         logps = LogProbs(**sides, ref_chosen=inputs["ref_chosen_logps"], ref_rejected=inputs["ref_rejected_logps"])
         loss = loss + self.own_losses(logps, self.beta)
+        mode = "train" if self.model.training else "eval"
+        if "initial" in sides:
+            self._metrics[mode]["logps/initial"].append(
+                self.accelerator.gather(sides["initial"].detach()).mean().item()
+            )
+        if mode == "train":
+            StepNumbers(sides, origins).require_finite(loss.detach(), self.state.global_step + 1, self.run.iteration)
         return (loss, *outputs) if return_outputs else loss
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """As DPOTrainer's, but in training a loss that is no number is an error, before a gradient is taken of it."""
-        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if self.model.training:
-            loss = result[0] if return_outputs else result
-            self._numbers.require_finite(loss.detach(), self.state.global_step + 1, self.run.iteration)
-        self._numbers = None
-        return result
-
-    def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        self._signature_columns = list(dict.fromkeys([*self._signature_columns, *ORIGIN_COLUMNS, INITIAL_IDS]))
-
-    def log_self_play(self, metrics: dict[str, float]) -> None:
+    def _log_self_play(self, metrics: dict[str, float]) -> None:
         """Log an iteration's metrics, without those of training steps that have not been logged yet."""
         is_step_to_log = self.control.should_log
         super(DPOTrainer, self).log(dict(metrics))
         self.control.should_log = is_step_to_log  # any log would count as that of the step
 
-    # The run
+    def _place(self):
+        return self.run.place(self.state.global_step, self.store, holds_optimizer=not self.args.save_only_model)
 
     @failing_together()
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs) -> TrainOutput:
@@ -309,16 +277,13 @@ class SPINTrainer(IterativeTrainer):
             `FloatingPointError`: if a loss or a log-prob is no number; it names the rows of the data.
             The error of whichever process fails first, on all of them.
         """
-        requested = _as_bool_or_path(resume_from_checkpoint)
         with ExitStack() as stack:
             on_main_process(lambda: stack.enter_context(self.store.lock()))
-            self.game.begin(on_main_process(lambda: begin_run(self.self_play_setup, self.store, requested)))
+            start = on_main_process(lambda: begin_run(self.plan, self.store, resume_from_checkpoint))
+            self.game.begin(start)
             stack.enter_context(self.stop_signal.listening())
-            start = self.run.start
             if not start.is_finished:
-                stack.callback(self.turns.end)  # when the server is gone
-                stack.callback(self.self_play_setup.close_sampler, self.sampler)
-                self._start_sampler()
+                stack.enter_context(open_sampler(self.plan, self.sampler, self.policy, self.turns))
             output = super().train(None if start.checkpoint is None else str(start.checkpoint), *args, **kwargs)
             if self.stop_signal.has_stopped:
                 self.accelerator.print(f"Stopped by SIGTERM after step {self.state.global_step}.")
@@ -338,7 +303,7 @@ class SPINTrainer(IterativeTrainer):
         with writing(Path(self.args.output_dir, "README.md")):
             super().create_model_card(*args, **kwargs)
             if self.is_world_process_zero():
-                complete_card(self.store, self.args, self.self_play_setup.model_name)
+                complete_card(self.store, self.args, self.plan.model_name)
 
     def push_to_hub(
         self,
@@ -364,37 +329,4 @@ class SPINTrainer(IterativeTrainer):
         directory = self.store.output_dir / "merged"
         is_there = on_main_process(lambda: self.run.start.is_finished and directory.is_dir())
         if self.args.merge_adapter_at_end and not is_there:
-            self.policy.save_merged(self.self_play_setup.model_name, directory)
-
-    def _start_sampler(self) -> None:
-        self.self_play_setup.write_served_base(self.model)
-        self.turns.give_to_server()  # it takes its memory when it starts
-        self.self_play_setup.open_sampler(self.sampler)
-        self.turns.begin(self.self_play_setup.server_rest(self.sampler))
-        self.turns.give_to_policy(briefly=True)
-
-    def _place(self) -> Place:
-        return Place(
-            run_id=self.store.run_id,
-            step=self.state.global_step,
-            iteration=self.run.iteration,
-            first_step=self.run.first_step,
-            steps_per_epoch=self.run.steps_per_epoch,
-            num_epochs=self.run.num_epochs,
-            pairs=self.store.pairs_checksum(self.run.iteration),
-            holds_optimizer=not self.args.save_only_model,
-        )
-
-    # What the training loop asks
-
-    def _num_new_pairs(self) -> int:
-        return len(self.self_play_setup.train_dataset) * self.args.max_pairs_per_prompt
-
-    def _num_other_pairs(self) -> int:
-        preferences = self.self_play_setup.preferences
-        return 0 if preferences is None else len(preferences)
-
-
-def _as_bool_or_path(value: str | bool | None) -> str | bool | None:
-    """What `resume_from_checkpoint` means: the command line gives booleans as text."""
-    return {"true": True, "false": None, False: None}.get(value.lower() if isinstance(value, str) else value, value)
+            self.policy.save_merged(self.plan.model_name, directory)

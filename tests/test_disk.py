@@ -345,7 +345,7 @@ def test_estimate_is_within_a_factor_of_two_of_what_a_run_writes(
     tiny_model, tokenizer, rows, make_config, monkeypatch, settings
 ):
     footprints = []
-    monkeypatch.setattr("spin_trl.play.setup.check_footprint", lambda footprint, *_: footprints.append(footprint))
+    monkeypatch.setattr("spin_trl.play.checks.check_footprint", lambda *args: footprints.append(args))
     settings = {"save_strategy": "epoch", "per_device_train_batch_size": 64, "num_iterations": 2, **settings}
     peft_config, changed = settings.pop("peft_config", None), settings.pop("changed", False)
     trainer = SPINTrainer(

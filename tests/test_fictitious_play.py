@@ -228,7 +228,7 @@ def test_server_plays_for_each_prompt_the_opponent_drawn_and_the_newest_for_the_
     trainer, fake = play_on(lora)
     rows = trainer.store.read_data()
     prompts = [tuple(prompt_ids) for prompt_ids in rows["prompt_ids"]]
-    evaluated = [tuple(prompt_ids) for prompt_ids in trainer.game.plan.eval_dataset["prompt_ids"]]
+    evaluated = [tuple(prompt_ids) for prompt_ids in trainer.game.plan.data.eval["prompt_ids"]]
     assert not set(prompts) & set(evaluated) and len(set(prompts)) == 24
     played, position = fake.played, 0
     for iteration in range(4):

@@ -57,7 +57,7 @@ def test_rewards_are_of_the_next_policy_against_the_opponent_with_the_iterations
     end = trainer.processing_class.eos_token_id
     for iteration, beta in enumerate(betas):
         chosen, rejected = [], []
-        for row in trainer.game.plan.eval_dataset:
+        for row in trainer.game.plan.data.eval:
             prompt_ids = row["prompt_ids"]
             answer = greedy(models[iteration], prompt_ids, end)
             for side, rewards in ((row["chosen_ids"], chosen), (answer, rejected)):

@@ -160,7 +160,7 @@ def test_run_capped_by_max_steps_is_complete_there(make_trainer):
 def test_evaluation_that_is_missing_at_the_end_is_made_up_for(make_trainer, eval_dataset, monkeypatch, capsys):
     def with_evaluation() -> SPINTrainer:
         trainer = make_trainer(num_iterations=1)
-        trainer.game.plan.eval_dataset = trainer.game.dataset.select(range(4))
+        trainer.game.plan.data.eval = trainer.game.dataset.select(range(4))
         return trainer
 
     first = with_evaluation()

@@ -44,8 +44,8 @@ def run_with_key(tiny_model: str, directory: Path, how: str) -> str:
     )
     print(args, repr(args), args.to_json_string())
     trainer = SPINTrainer({tiny_model!r}, args, train_dataset=Dataset.from_list(rows))
-    print(trainer.self_play_setup, vars(trainer.self_play_setup.choice))
-    assert trainer.self_play_setup.api_key == {KEY!r}  # it did arrive
+    print(trainer.plan, vars(trainer.plan.choice))
+    assert trainer.plan.api_key == {KEY!r}  # it did arrive
     trainer.train()
     trainer.save_model()
     trainer.create_model_card()

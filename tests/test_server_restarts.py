@@ -105,7 +105,7 @@ def test_run_goes_on_with_its_own_server_started_again_and_ends_at_once_when_tha
     trainer = SPINTrainer(
         tiny_model, config, train_dataset=train_dataset, peft_config=LoraConfig(r=8, target_modules="all-linear")
     )
-    setup, sample = trainer.self_play_setup, VLLMSampler.sample
+    setup, sample = trainer.plan, VLLMSampler.sample
     killed_at = []
 
     def sample_and_kill(self, requests, params, logprobs=False):
@@ -133,4 +133,4 @@ def test_run_goes_on_with_its_own_server_started_again_and_ends_at_once_when_tha
     assert "is started again (restart 1 of at most 1)" in caplog.text
     log = trainer.store.server_log.read_text()
     assert log.count("--enable-lora") == 1 and log.count("is started again (restart 1 of at most 1)") == 1
-    assert trainer.self_play_setup.managed_server is None
+    assert trainer.plan.sampler_host.managed_server is None

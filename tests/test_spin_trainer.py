@@ -272,7 +272,7 @@ def test_evaluation_nll_is_the_mean_over_tokens_of_the_ground_truth(
     trainer = SPINTrainer(tiny_model, config, train_dataset=train_dataset, eval_dataset=eval_dataset)
     trainer.train()
     model, total, num_tokens = AutoModelForCausalLM.from_pretrained(tiny_model), 0.0, 0
-    for row in trainer.game.plan.eval_dataset:
+    for row in trainer.game.plan.data.eval:
         ids = row["prompt_ids"] + row["chosen_ids"]
         with torch.no_grad():
             logps = model(torch.tensor([ids])).logits[0].log_softmax(-1)

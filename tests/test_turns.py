@@ -43,10 +43,10 @@ class Run:
         self.trainer = trainer
         self.events: list[str] = []
         self.server = Server(self.events)
-        self.vllm = FakeVLLM(name=trainer.self_play_setup.model_name, context_length=64)
+        self.vllm = FakeVLLM(name=trainer.plan.model_name, context_length=64)
         faulty.answer = self.answer
         trainer.turns = Turns(server_sleeps=True, offloader=trainer._offloader() if offloads else None)
-        trainer.self_play_setup.server_rest = lambda sampler: self.server
+        trainer.plan.server_rest = lambda sampler: self.server
         monkeypatch.setattr(self_play, "score_pairs", self.with_policy(self_play.score_pairs, "score"))
         for name in ("score_pairs", "negative_log_likelihood"):
             monkeypatch.setattr(held_out, name, self.with_policy(getattr(held_out, name), "evaluate"))

@@ -163,7 +163,7 @@ def test_prompt_too_long_for_the_server_is_dropped_before_generation(
     config = make_config(num_iterations=1, **server_fields(lora_server))
     trainer = SPINTrainer(tiny_model, config, train_dataset=dataset, peft_config=LoraConfig(**LORA))
     assert len(trainer.game.dataset) == 48
-    assert trainer.self_play_setup.num_dropped == 1
+    assert trainer.plan.data.num_dropped == 1
 
 
 def test_user_script_plays_three_iterations(lora_server, tiny_model, train_dataset, tmp_path):

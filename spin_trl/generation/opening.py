@@ -26,7 +26,7 @@ from .vllm.sampler import VLLMSampler
 class SamplerChoice:
     """
     Args:
-        mode (`str`): "server", "managed" or "in-process".
+        mode (`str`): "server", "managed", "in-process", or "given" for a sampler of the user's.
         reason (`str`): Why, for the log.
     """
 
@@ -38,6 +38,7 @@ class SamplerChoice:
             "server": "from a running vLLM server",
             "managed": "from a vLLM server that this run starts",
             "in-process": "in-process by transformers",
+            "given": "as you have chosen",
         }
         return f"Opponents are sampled {where[self.mode]}: {self.reason}."
 

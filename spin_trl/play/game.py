@@ -13,10 +13,9 @@ from transformers import TrainerState
 
 from ..data.pair_dataset import PairDataset
 from ..data.pair_metrics import generation_rates
-from ..data.rewards.judged_answers import AnswerRewards
 from ..evaluation.collapse import CollapseGuard
 from ..evaluation.endings import check_evaluation
-from ..evaluation.held_out import GenerationMetrics, HeldOutEvaluation
+from ..evaluation.held_out import HeldOutEvaluation
 from ..generation.sampler import OpponentSampler
 from ..objectives.settings import needs_initial_answers
 from ..objectives.third_side import INITIAL_IDS
@@ -29,9 +28,9 @@ from ..run_directory.store import IterationStore
 from .answers import Answers
 from .opponents import Opponents
 from .pairing import Pairing
+from .plan import Plan
 from .publish_check import allow_for_quantization, check_published
 from .records import Records
-from .setup import SelfPlaySetup
 from .turns import Turns
 
 
@@ -40,7 +39,7 @@ class Game:
     Plays the policy against its own previous iterate. Every process calls the methods together.
 
     Args:
-        plan ([`SelfPlaySetup`]): What the run has settled: settings, data, how opponents answer.
+        plan ([`Plan`]): What the run has settled: settings, data, how opponents answer.
         policy ([`Policy`]): The policy.
         sampler ([`OpponentSampler`]): Answers prompts as an opponent.
         store ([`IterationStore`]): The run directory.
@@ -48,13 +47,11 @@ class Game:
         records ([`Records`]): Keeps and logs an iteration's numbers.
         turns ([`Turns`]): Server and policy on one GPU.
         state (`Callable[[], TrainerState]`): The trainer's.
-        compute_generation_metrics (`Callable`, *optional*): The user's metrics of evaluation answers.
-        rewards ([`AnswerRewards`], *optional*): Judges ground truths and generations.
     """
 
     def __init__(
         self,
-        plan: SelfPlaySetup,
+        plan: Plan,
         policy: Policy,
         sampler: OpponentSampler,
         store: IterationStore,
@@ -62,8 +59,6 @@ class Game:
         records: Records,
         turns: Turns,
         state: Callable[[], TrainerState],
-        compute_generation_metrics: GenerationMetrics | None = None,
-        rewards: AnswerRewards | None = None,
     ):
         args = plan.args
         self.plan = plan
@@ -73,12 +68,12 @@ class Game:
         self.run = run
         self.records = records
         self.turns = turns
-        self.dataset = plan.train_dataset
+        self.dataset = plan.data.train
         self.opponents = Opponents(args, policy, sampler, store, turns, plan.base_is_opponent, plan.model_name)
         self.answers = Answers(args, self.opponents, store, turns)
-        self.evaluation = HeldOutEvaluation(policy, store, args, plan.tokenizer, compute_generation_metrics)
+        self.evaluation = HeldOutEvaluation(policy, store, args, plan.tokenizer, plan.compute_generation_metrics)
         self.guard = CollapseGuard(args, store, records.log_history)
-        self.pairing = Pairing(args, policy, store, records, rewards, state)
+        self.pairing = Pairing(args, policy, store, records, plan.judge, state)
 
     def begin(self, start: RunStart) -> None:
         """
@@ -129,7 +124,7 @@ class Game:
         Raises:
             [`Collapsed`]: as [`play`].
         """
-        if self.plan.eval_dataset is not None:
+        if self.plan.data.eval is not None:
             with self.records.phase("evaluate", iteration):
                 self._publish(iteration)
                 self._evaluate(iteration)
@@ -140,7 +135,7 @@ class Game:
     def _make_pairs(self, iteration: int) -> None:
         with self.records.phase("publish", iteration):
             self._publish(iteration)
-        if self.plan.eval_dataset is not None:
+        if self.plan.data.eval is not None:
             with self.records.phase("evaluate", iteration):
                 scores = self._evaluate(iteration)
             check_evaluation(iteration, scores, self.args)
@@ -166,7 +161,7 @@ class Game:
         self.records.record(iteration, {"publish_check_difference": difference})
 
     def _evaluate(self, iteration: int) -> dict[str, float]:
-        dataset: Dataset = self.plan.eval_dataset
+        dataset: Dataset = self.plan.data.eval
         self.answers.complete(
             iteration, "evaluation", dataset, replace(self.plan.params, temperature=self.args.eval_temperature)
         )

@@ -1,19 +1,26 @@
-"""How a run begins and how it ends, beside its iterations. Knows nothing of training."""
+"""How a run begins, whom it opens, and how it ends, beside its iterations. Knows nothing of training."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 from accelerate import PartialState
 from tqdm import tqdm
 
 from ..evaluation.best_iteration import find_best
+from ..generation.sampler import OpponentSampler
+from ..policy.policy import Policy
 from ..processes.ranks import on_main_process
 from ..run_directory.resume import RunStart, start_run
 from ..run_directory.run import Run
 from ..run_directory.store import IterationStore
+from ..run_directory.whole_files import write_directory
 from ..spin_config import SPINConfig
 from .opponents import Opponents
-from .setup import SelfPlaySetup
+from .plan import Plan
+from .turns import Turns
 
 
-def begin_run(plan: SelfPlaySetup, store: IterationStore, requested: str | bool | None) -> RunStart:
+def begin_run(plan: Plan, store: IterationStore, requested: str | bool | None) -> RunStart:
     """
     Make the run directory this run's, with its data. Called on the main process alone, which holds the lock.
 
@@ -23,16 +30,34 @@ def begin_run(plan: SelfPlaySetup, store: IterationStore, requested: str | bool 
     Raises:
         As [`start_run`].
     """
-    start = start_run(store, plan.args, plan.describe(), requested)
+    if isinstance(requested, str):  # the command line gives booleans as text
+        requested = {"true": True, "false": None}.get(requested.lower(), requested)
+    start = start_run(store, plan.args, plan.describe(), requested or None)
     if start.is_resumed:
         tqdm.write(str(start))
-    store.write_invalid_rows(plan.invalid_rows)
+    store.write_invalid_rows(plan.data.invalid_rows)
     store.run_id = start.run_id
-    if not start.is_resumed or not store.has_whole_data(plan.preferences is not None):
-        store.write_data(plan.train_dataset)
-        if plan.preferences is not None:
-            store.write_preferences(plan.preferences)
+    if not start.is_resumed or not store.has_whole_data(plan.data.preferences is not None):
+        store.write_data(plan.data.train)
+        if plan.data.preferences is not None:
+            store.write_preferences(plan.data.preferences)
     return start
+
+
+@contextmanager
+def open_sampler(plan: Plan, sampler: OpponentSampler, policy: Policy, turns: Turns) -> Iterator[None]:
+    """Start what is to answer, and end it in the end. Every process enters it."""
+    host = plan.sampler_host
+    with ExitStack() as stack:
+        stack.callback(turns.end)  # when the server is gone
+        stack.callback(host.close, sampler)
+        if (folder := host.served_base) is not None:
+            on_main_process(lambda: write_directory(folder, policy.save_base))
+        turns.give_to_server()  # it takes its memory when it starts
+        host.open(sampler, plan.data.min_context_length, plan.longest_sequence)
+        turns.begin(host.rest(sampler))
+        turns.give_to_policy(briefly=True)
+        yield
 
 
 def finish_run(run: Run, args: SPINConfig, store: IterationStore, opponents: Opponents) -> None:

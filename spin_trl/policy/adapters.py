@@ -78,7 +78,19 @@ def starts_as_base(peft_config: PeftConfig | None) -> bool:
     return is_default and peft_config.peft_type.value in _NEUTRAL_TYPES
 
 
-def complete_reference_adapter(model: PeftModel) -> None:
+def settle_reference_adapter(model: PreTrainedModel | PeftModel, is_needed: bool) -> None:
+    """
+    See to the adapter "ref", DPOTrainer's copy of one that came trained: it goes unless the initial policy is a part of
+    the reference.
+    """
+    if is_peft_model(model) and "ref" in model.peft_config:
+        if is_needed:
+            _complete_reference_adapter(model)
+        else:
+            model.delete_adapter("ref")
+
+
+def _complete_reference_adapter(model: PeftModel) -> None:
     """
     Copy into the adapter "ref", DPOTrainer's copy of one that came trained, what DPOTrainer leaves out: the parameters
     whose names end in the adapter's, which are those of LoRA for embeddings and of most other types.

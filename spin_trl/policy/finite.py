@@ -32,15 +32,17 @@ class OriginCollator:
 
     Args:
         collator (`Callable`): Makes the batch itself.
-        hidden (`list[str]`): Columns that `collator` is not shown, because it has not been before.
+        shown (`list[str]`, *optional*): Columns that `collator` is shown. By default all.
     """
 
-    def __init__(self, collator: Callable[[list[dict[str, Any]]], dict[str, Any]], hidden: Sequence[str] = ()):
+    def __init__(self, collator: Callable[[list[dict[str, Any]]], dict[str, Any]], shown: Sequence[str] | None = None):
         self.collator = collator
-        self.hidden = frozenset(hidden)
+        self.shown = shown
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        shown = [{name: value for name, value in row.items() if name not in self.hidden} for row in examples]
+        shown = examples
+        if self.shown is not None:
+            shown = [{name: row[name] for name in self.shown if name in row} for row in examples]
         batch = self.collator(shown)
         if all(name in examples[0] for name in ORIGIN_COLUMNS):
             batch[_BATCH_KEY] = torch.tensor([[row[name] for name in ORIGIN_COLUMNS] for row in examples])

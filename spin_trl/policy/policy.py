@@ -22,7 +22,7 @@ from ..processes.progress import progress_bar
 from ..processes.ranks import on_every_process, on_main_process
 from ..run_directory.whole_files import remove, temporary_path, write_directory
 from .finite import require_finite_truths, take_origins
-from .merging import fold_scaling, merge_into_saved, save_merged
+from .merging import fold_scaling, merge_into_saved, save_base, save_merged
 from .offload import training_tensors
 from .published_form import Publication
 from .sharding import initial_model, whole_model
@@ -99,6 +99,11 @@ class Policy:
                 remove(adapter)
         quantised = " without its quantisation" if getattr(trainer.model, "is_quantized", False) else ""
         trainer.accelerator.print(f"Saved the adapter merged into {base_model}{quantised} to {directory}")
+
+    def save_base(self, directory: Path) -> None:
+        """Save the base model of an adapter, in plain numbers, with its tokenizer. Called on the main process."""
+        save_base(self._trainer.model, str(directory))
+        self._trainer.processing_class.save_pretrained(directory)
 
     def load(self, path: Path) -> None:
         """Make the policy what was saved at `path`, for good. Not for a policy whose weights are sharded."""

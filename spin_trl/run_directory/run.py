@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
+from .checkpoints import Place
 from .resume import RunStart
+from .store import IterationStore
 
 
 class RunEnd(Exception):
@@ -61,6 +63,19 @@ class Run:
     def is_iteration_done(self, step: int) -> bool:
         """Whether the last step of the iteration has been taken."""
         return step - self.first_step >= self.steps_per_epoch * self.num_epochs
+
+    def place(self, step: int, store: IterationStore, holds_optimizer: bool) -> Place:
+        """The place in the run of a checkpoint of this step."""
+        return Place(
+            run_id=store.run_id,
+            step=step,
+            iteration=self.iteration,
+            first_step=self.first_step,
+            steps_per_epoch=self.steps_per_epoch,
+            num_epochs=self.num_epochs,
+            pairs=store.pairs_checksum(self.iteration),
+            holds_optimizer=holds_optimizer,
+        )
 
     @property
     def next_opponent(self) -> int:

@@ -1,0 +1,195 @@
+"""What a run refuses, in two lists: before any weights are loaded, and of the loaded model.
+
+The rules themselves stand in the rooms that they are of. What is no rule of one room alone stands here.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from accelerate import PartialState
+from accelerate.logging import get_logger
+from transformers import PreTrainedModel
+
+from ..data.formats import check_dataset
+from ..data.preferences import check_preference_dataset
+from ..evaluation.best_iteration import check_best_iteration
+from ..generation.vllm.serve_command import serve_command
+from ..policy.adapters import check_initial_reference, check_trainable
+from ..policy.inputs import (
+    check_generation_kwargs,
+    check_generation_metrics,
+    check_model,
+    check_optimizers,
+    check_peft_config,
+    model_config,
+)
+from ..policy.merging import check_can_be_merged, check_can_merge_at_end
+from ..policy.optimizer import check_schedule
+from ..policy.published_form import check_can_lend, check_can_take_back
+from ..policy.quantization import check_trains_adapter
+from ..policy.sharding import check_can_generate
+from ..policy.sizes import empty_policy, weight_sizes
+from ..processes.ranks import on_main_process
+from ..run_directory.disk import check_writable
+from ..run_directory.footprint import check_footprint, num_saved_opponents
+from ..run_directory.resume import check_same_run
+from ..run_directory.store import IterationStore
+from ..spin_config import SPINConfig
+from .plan import Plan
+from .turns import check_turns
+
+
+logger = get_logger(__name__)
+
+
+def refuse(checks: Sequence[Callable[..., None]], *of: object) -> None:
+    """Run the checks, of which the first that does not hold raises."""
+    for check in checks:
+        check(*of)
+
+
+def arguments(plan: Plan) -> None:
+    """Everything that was passed is of the kind that it must be."""
+    if plan.ref_model is not None:
+        raise ValueError(
+            "`ref_model` is not used in self-play: the reference is the opponent, that is the policy as it stands "
+            "when an iteration begins, and its log-probs are computed before the first step. Leave it out."
+        )
+    check_optimizers(plan.optimizers)
+    check_generation_metrics(plan.compute_generation_metrics, plan.eval_dataset)
+    check_model(plan.model)
+    check_peft_config(plan.peft_config)
+    args = plan.given_args
+    if args is not None and not isinstance(args, SPINConfig):
+        raise TypeError(
+            f"`args` must be a `SPINConfig`, got `{type(args).__name__}`. Write `SPINConfig(...)`, which takes every "
+            "field of `DPOConfig`."
+        )
+
+
+def settings(plan: Plan) -> None:
+    """The configuration fits what was passed beside it."""
+    args = plan.args
+    if args.eval_strategy != "no":
+        raise ValueError(
+            f"`eval_strategy={args.eval_strategy.value!r}` evaluates within an iteration, which is not supported: "
+            "every opponent and the final policy are evaluated as soon as an `eval_dataset` is given. Leave "
+            "`eval_strategy` unset."
+        )
+    _ = plan.rewards  # looked at with `pairing`
+    check_schedule(args, *plan.optimizers)
+    check_best_iteration(args, plan.eval_dataset is not None, plan.compute_generation_metrics is not None)
+
+
+def run_directory(plan: Plan) -> None:
+    on_main_process(lambda: check_writable(Path(plan.args.output_dir).absolute()))
+
+
+def datasets(plan: Plan) -> None:
+    """The rows are in a format that is known."""
+    args = plan.args
+    check_dataset(plan.train_dataset, "train_dataset", args.prompt_column, args.completion_column)
+    if plan.eval_dataset is not None:
+        check_dataset(plan.eval_dataset, "eval_dataset", args.prompt_column, args.completion_column)
+    if plan.preference_dataset is not None:
+        check_preference_dataset(plan.preference_dataset, args.loss_type)
+
+
+def adapter(plan: Plan) -> None:
+    """There is something to train, and the reference and the end of the run can do with it what they are to do."""
+    if not isinstance(plan.model, str):
+        check_trainable(plan.model, plan.peft_config)
+    check_trains_adapter(plan.quantization, plan.adapter is not None)
+    if plan.args.initial_reference is not None:
+        check_initial_reference(plan.peft_config, plan.args.initial_reference)
+    if plan.args.merge_adapter_at_end:
+        check_can_merge_at_end(plan.model, plan.peft_config, plan.model_name, plan.args)
+
+
+def sampler(plan: Plan) -> None:
+    """What is to answer can play the opponents of this run."""
+    args, mode = plan.args, plan.choice.mode
+    asked = [f"`{name}`" for name in ("use_vllm", "vllm_mode", "vllm_server_base_url") if getattr(args, name)]
+    if plan.sampler is not None and asked:
+        raise ValueError(
+            f"`sampler` is given, and {' and '.join(asked)} asks for a vLLM server: one of them has to answer. Leave "
+            "the sampler out, or the settings unset."
+        )
+    check_turns(args, mode, plan.sharding, plan.quantization)
+    if mode == "in-process":
+        check_generation_kwargs(args.generation_kwargs)
+        check_can_generate(plan.sharding)
+    if mode == "managed":
+        serve_command(plan.model_name, lora_rank=plan.publication.lora_rank)  # refuses what it would refuse later
+        is_loadable = plan.serves_dequantized or isinstance(plan.model, str) or os.path.isdir(plan.model_name)
+        if not is_loadable:
+            raise ValueError(
+                f"A managed server loads the base model itself, but the model passed comes from {plan.model_name!r}, "
+                "which is no folder here. Save it with `model.save_pretrained(folder)` and pass `model=folder`."
+            )
+
+
+def earlier_opponents(plan: Plan) -> None:
+    """Where an earlier opponent is to be the policy again, for good or for a while, it can be."""
+    for setting in plan.args.takes_back_policies:
+        check_can_take_back(setting, plan.publication, plan.sharding)
+    if plan.args.num_opponents > 1 and not plan.reads_checkpoints:
+        check_can_lend(plan.args.num_opponents, plan.publication, plan.sharding)
+
+
+def rows(plan: Plan) -> None:
+    """Every row can be played, in the model and on the server, and reward functions can judge it."""
+    data, judge = plan.data, plan.judge
+    if judge is not None:
+        on_main_process(lambda: judge.try_on(data.train))
+
+
+def same_run(plan: Plan) -> None:
+    """A run that lies there, and is to go on, is this one."""
+    store = IterationStore(plan.args.output_dir)
+    if plan.args.resume == "auto" and store.has_run() and not plan.args.overwrite_output_dir:
+        on_main_process(lambda: check_same_run(store, plan.describe()))
+
+
+def disk(plan: Plan) -> None:
+    """What the run writes fits on the disk."""
+    args, model = plan.args, plan.model
+
+    def look() -> None:
+        try:
+            is_loaded = not isinstance(model, str) and plan.peft_config is None
+            policy = model if is_loaded else empty_policy(model_config(model, args), args, plan.peft_config)
+            sizes = weight_sizes(policy, merged=plan.publication.kind == "merged")
+        except Exception as error:  # a model that cannot be made empty must not keep the run from being played
+            logger.warning(f"How much the run will write is not known: {type(error).__name__}: {error}")
+            return
+        evaluates = plan.data.eval is not None
+        num_opponents = num_saved_opponents(args, plan.reads_checkpoints, plan.base_is_opponent, evaluates)
+        check_footprint(args, sizes, num_opponents, plan.serves_dequantized, PartialState().print, logger.warning)
+
+    on_main_process(look)
+
+
+def trained_weights(plan: Plan, model: PreTrainedModel) -> None:
+    check_trainable(model, None)
+
+
+def merged_weights(plan: Plan, model: PreTrainedModel) -> None:
+    if plan.publication.kind == "merged":
+        check_can_be_merged(model)
+
+
+BEFORE_WEIGHTS = (
+    arguments,
+    settings,
+    run_directory,
+    datasets,
+    adapter,
+    sampler,
+    earlier_opponents,
+    rows,
+    same_run,
+    disk,
+)
+OF_THE_MODEL = (trained_weights, merged_weights)
