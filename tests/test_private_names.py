@@ -37,7 +37,6 @@ USED = {
 
 # Methods of DPOTrainer that ours replace, and their parameters. The public ones change without notice too.
 OVERRIDDEN = {
-    "_compute_loss": "self model inputs return_outputs",
     "_get_train_sampler": "self train_dataset",
     "_init_training_state": "self max_steps num_update_steps_per_epoch num_train_epochs resume_from_checkpoint trial",
     "_precompute_ref_logps": "self dataset name batch_size",
@@ -46,7 +45,6 @@ OVERRIDDEN = {
         "self model epoch train_dataloader steps_in_epoch num_update_steps_per_epoch trial ignore_keys_for_eval "
         "start_time resume_from_checkpoint epochs_trained steps_trained_in_current_epoch"
     ),
-    "_set_signature_columns_if_needed": "self",
     "compute_loss": "self model inputs return_outputs num_items_in_batch",
     "create_model_card": "self model_name dataset_name tags",
     "push_to_hub": "self commit_message blocking token revision kwargs",
