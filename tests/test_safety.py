@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from spin_trl import SPINTrainer
 from spin_trl.generation.sampler import SamplerError
 from spin_trl.generation.vllm.managed_server import ManagedServer
-from spin_trl.play import setup as run_setup
+from spin_trl.generation import opening
 from spin_trl.run_directory.store import IterationStore, RunDirectoryError
 from spin_trl.serve import _exposure_warning
 
@@ -298,7 +298,7 @@ def test_managed_server_trusts_a_models_code_only_if_the_run_does(
             started.append(options)
             raise InterruptedError
 
-    monkeypatch.setattr(run_setup, "ManagedServer", Recorder)
+    monkeypatch.setattr(opening, "ManagedServer", Recorder)
     config = make_config(vllm_mode="managed", trust_remote_code=trusted)
     with pytest.raises(InterruptedError):
         SPINTrainer(tiny_model, config, train_dataset=train_dataset).train()
