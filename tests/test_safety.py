@@ -16,9 +16,9 @@ from conftest import ROOT
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from spin_trl import SPINTrainer
+from spin_trl.generation import opening
 from spin_trl.generation.sampler import SamplerError
 from spin_trl.generation.vllm.managed_server import ManagedServer
-from spin_trl.generation import opening
 from spin_trl.run_directory.store import IterationStore, RunDirectoryError
 from spin_trl.serve import _exposure_warning
 
