@@ -1,12 +1,17 @@
 """Plays two short iterations and writes what every step saw; launched on several processes by test_distributed.py.
 
-ADAPTER=lora accelerate launch --config_file CONFIG tests/play_distributed.py MODEL DATA OUTPUT_DIR [--any_field value]
+accelerate launch --config_file CONFIG tests/play_distributed.py MODEL DATA OUTPUT_DIR [--any_field value] [-- ...]
+
+Behind each `--` stands another output directory with its fields, which is played next, by a trainer of its own. Fields
+are those of `SPINConfig` and `Play`.
 """
 
 import json
 import os
 import signal
 import sys
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -53,12 +58,21 @@ class Record(TrainerCallback):
         self.ends.append(moments(optimizer))
 
 
-class Terminate(TrainerCallback):
-    """Sends this process SIGTERM within a step, if it is the process and the step that SIGTERM_AT names."""
+@dataclass
+class Play:
+    """What is played: what is trained, which process gets SIGTERM in which step, and whether the trainer is refused."""
 
-    def __init__(self, process_index: int):
-        rank, step = os.environ.get("SIGTERM_AT", "-1:-1").split(":")
-        self.step = int(step) if int(rank) == process_index else None
+    adapter: str = "full"
+    sigterm_to: int = -1
+    sigterm_at: int = -1
+    is_refused: bool = False
+
+
+class Terminate(TrainerCallback):
+    """Sends this process SIGTERM within a step."""
+
+    def __init__(self, step: int | None):
+        self.step = step
 
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step == self.step:
@@ -102,7 +116,7 @@ def as_preferences(rows: list[dict]) -> Dataset:
     return Dataset.from_dict({**columns, "rejected": ["AH0"] * len(rows)})
 
 
-def play(model: str, data: str, config: SPINConfig, adapter: str | None = None) -> dict:
+def play(model: str, data: str, config: SPINConfig, adapter: str = "full", sigterm_at: int | None = None) -> dict:
     record = Record()
     rows = [json.loads(line) for line in Path(data).read_text().splitlines()[:39]]
     trainer = SPINTrainer(
@@ -112,7 +126,7 @@ def play(model: str, data: str, config: SPINConfig, adapter: str | None = None) 
         eval_dataset=None if config.metric_for_best_iteration is None else Dataset.from_list(rows[30:]),
         reward_funcs=None if config.pairing == "ground_truth" else shorter,
         preference_dataset=None if config.pairing == "ground_truth" else as_preferences(rows[:4]),
-        callbacks=[record, Terminate(config.process_index)],
+        callbacks=[record, Terminate(sigterm_at)],
         peft_config=LoraConfig(r=4, target_modules="all-linear") if adapter == "lora" else None,
     )
     record.trainer = trainer
@@ -138,11 +152,22 @@ if __name__ == "__main__":
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"  # the second process' "cpu:1" is none that `torch.load` can load to
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         let_fsdp_run_on_cpu()
-    model, data, output_dir = sys.argv[1:4]
-    parser = TrlParser(SPINConfig)
-    parser.set_defaults_with_config(
-        **settings(output_dir, per_device_train_batch_size=8 // int(os.environ.get("WORLD_SIZE", 1)))
-    )
-    (config,) = parser.parse_args_and_config(sys.argv[4:])
-    seen = play(model, data, config, os.environ.get("ADAPTER"))
-    Path(output_dir, f"seen-{config.process_index}.json").write_text(json.dumps(seen))
+    model, data, *arguments = sys.argv[1:]
+    for is_between, words in groupby(arguments, "--".__eq__):
+        if is_between:
+            continue
+        output_dir, *fields = words
+        parser = TrlParser((Play, SPINConfig))
+        parser.set_defaults_with_config(
+            **settings(output_dir, per_device_train_batch_size=8 // int(os.environ.get("WORLD_SIZE", 1)))
+        )
+        options, config = parser.parse_args_and_config(fields)
+        is_terminated = options.sigterm_to == config.process_index
+        try:
+            seen = play(model, data, config, options.adapter, options.sigterm_at if is_terminated else None)
+        except ValueError as error:
+            if not options.is_refused:
+                raise
+            seen = {"refused": str(error)}
+        Path(output_dir).mkdir(exist_ok=True)
+        Path(output_dir, f"seen-{config.process_index}.json").write_text(json.dumps(seen))

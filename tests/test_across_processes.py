@@ -85,7 +85,7 @@ def test_two_processes_train_on_the_same_loss_as_one(name, fields, adapter, tiny
     arguments = [tiny_model, str(TRAIN_FILE), str(tmp_path / "two")]
     for field, value in fields.items():
         arguments += [f"--{field}", *map(str, value if isinstance(value, list) else [value])]
-    done = launch(name, tmp_path, arguments, ADAPTER=adapter)
+    done = launch(name, tmp_path, [*arguments, "--adapter", adapter])
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
     for rank in range(2):
         seen = json.loads((tmp_path / "two" / f"seen-{rank}.json").read_text())

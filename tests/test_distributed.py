@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -20,28 +20,52 @@ from play_distributed import play, settings
 from transformers import AutoModelForCausalLM
 
 from spin_trl import SPINConfig, load_pairs
+from spin_trl.run_directory.resume import Place
+from spin_trl.run_directory.store import IterationStore
 
 
 ACCELERATE = RECIPES / "accelerate"
 TRAIN_FILE = DATA / "accent_train.jsonl"
 slow = pytest.mark.slow
 
-# (accelerate configuration or None for this process, what is trained, opponent_reference, class that wraps the policy)
-RUNS = [
-    pytest.param((None, "full", "previous", "LlamaForCausalLM"), id="plain"),
-    pytest.param(("ddp", "full", "previous", "DistributedDataParallel"), id="ddp"),
-    pytest.param(("zero3", "full", "fixed", "DeepSpeedEngine"), id="zero3-fixed"),
-    pytest.param(("fsdp2", "lora", "previous", "FSDPPeftModel"), id="fsdp2-lora"),
-    pytest.param(("single", "full", "previous", "LlamaForCausalLM"), id="single", marks=slow),
-    pytest.param(("single", "lora", "previous", "PeftModel"), id="single-lora", marks=slow),
-    pytest.param(("ddp", "lora", "previous", "DistributedDataParallel"), id="ddp-lora", marks=slow),
-    pytest.param(("zero2", "full", "fixed", "DeepSpeedEngine"), id="zero2-fixed", marks=slow),
-    pytest.param(("zero2", "lora", "previous", "DeepSpeedEngine"), id="zero2-lora", marks=slow),
-    pytest.param(("zero3", "full", "previous", "DeepSpeedEngine"), id="zero3", marks=slow),
-    pytest.param(("zero3", "lora", "previous", "DeepSpeedEngine"), id="zero3-lora", marks=slow),
-    pytest.param(("fsdp2", "full", "previous", "FSDPLlamaForCausalLM"), id="fsdp2", marks=slow),
-    pytest.param(("fsdp2", "full", "fixed", "FSDPLlamaForCausalLM"), id="fsdp2-fixed", marks=slow),
-]
+BEST = ["--metric_for_best_iteration", "nll", "--load_best_iteration_at_end", "true"]
+STOPPABLE = ["--resume", "auto", "--save_strategy", "steps", "--save_steps", "100"]
+
+# What else a launch plays: with what a trainer refuses, or takes back, or until SIGTERM to one process stops both in
+# step 7 of twelve or, if the signal comes late, in the one after.
+OTHERS = {
+    "refused": ["--is_refused", "true", *BEST],
+    "best": BEST,
+    "stopped": [*STOPPABLE, "--sigterm_to", "1", "--sigterm_at", "6"],
+}
+# The accelerate configuration, what is trained with which opponent_reference, and others.
+LAUNCHES = {
+    "ddp": ("ddp", [("full", "previous")], ["stopped"]),
+    "zero3": ("zero3", [("full", "fixed")], ["refused"]),
+    "fsdp2": ("fsdp2", [("lora", "previous")], ["refused"]),
+    "slow-ddp": ("ddp", [("lora", "previous")], ["best"]),
+    "slow-zero2": ("zero2", [("full", "fixed"), ("lora", "previous")], ["stopped"]),
+    "slow-zero3": ("zero3", [("full", "previous"), ("lora", "previous")], ["stopped"]),
+    "slow-fsdp2": ("fsdp2", [("full", "previous"), ("full", "fixed")], ["stopped"]),
+    "slow-single": ("single", [("full", "previous"), ("lora", "previous")], []),
+}
+WRAPPERS = {
+    "ddp": {"full": "DistributedDataParallel", "lora": "DistributedDataParallel"},
+    "zero2": {"full": "DeepSpeedEngine", "lora": "DeepSpeedEngine"},
+    "zero3": {"full": "DeepSpeedEngine", "lora": "DeepSpeedEngine"},
+    "fsdp2": {"full": "FSDPLlamaForCausalLM", "lora": "FSDPPeftModel"},
+    "single": {"full": "LlamaForCausalLM", "lora": "PeftModel"},
+}
+
+
+def marked(launch_id: str, *more: str):
+    """A parameter, slow where the launch is."""
+    marks = slow if launch_id.startswith("slow") else ()
+    return pytest.param((launch_id, *more) if more else launch_id, id="-".join([launch_id, *more]), marks=marks)
+
+
+RUNS = [pytest.param(("plain", "full", "previous"), id="plain")]
+RUNS += [marked(launch_id, *played) for launch_id, (_, plays, _) in LAUNCHES.items() for played in plays]
 
 
 @dataclass(frozen=True)
@@ -55,14 +79,14 @@ class Run:
     wrapper: str
 
 
-def launch(name: str, folder, arguments: list[str], **variables: str) -> subprocess.CompletedProcess:
+def launch(name: str, folder: Path, arguments: list[str]) -> subprocess.CompletedProcess:
     """Run `play_distributed.py` under a recipe's configuration, on two CPU processes, or on one where it says one."""
     config = yaml.safe_load((ACCELERATE / f"{name}.yaml").read_text())
     config |= {"use_cpu": True, "num_processes": min(2, config["num_processes"]), "mixed_precision": "no"}
     (folder / "accelerate.yaml").write_text(yaml.safe_dump(config))
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(folder / "accelerate.yaml")]
     command += ["--main_process_port", "0", str(ROOT / "tests" / "play_distributed.py"), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **variables}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     launcher = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipes)
     try:
@@ -71,6 +95,47 @@ def launch(name: str, folder, arguments: list[str], **variables: str) -> subproc
         if launcher.poll() is None:
             os.killpg(launcher.pid, signal.SIGKILL)  # its processes too
     return subprocess.CompletedProcess(command, launcher.returncode, stdout, stderr)
+
+
+def seen_in(output_dir: Path, count: int = 2) -> list[dict]:
+    return [json.loads((output_dir / f"seen-{rank}.json").read_text()) for rank in range(count)]
+
+
+@dataclass(frozen=True)
+class Launched:
+    """All plays of one launch, in the folder of which each has its own."""
+
+    folder: Path
+    done: subprocess.CompletedProcess
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory, tiny_model):
+    """Plays all of a launch, once."""
+
+    @cache
+    def play_all(launch_id: str) -> Launched:
+        name, plays, others = LAUNCHES[launch_id]
+        folder = tmp_path_factory.mktemp(launch_id)
+        arguments = [
+            [f"{adapter}-{reference}", "--adapter", adapter, "--opponent_reference", reference]
+            for adapter, reference in plays
+        ]
+        arguments += [[other, "--opponent_reference", plays[0][1], *OTHERS[other]] for other in others]
+        done = launch(name, folder, words_of(name, folder, arguments, tiny_model))
+        is_whole = (done.returncode == 0) is ("stopped" not in others)
+        assert is_whole, f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
+        return Launched(folder, done)
+
+    return play_all
+
+
+def words_of(name: str, folder: Path, plays: list[list[str]], model: str) -> list[str]:
+    words = [model, str(TRAIN_FILE)]
+    for number, (output_dir, *fields) in enumerate(plays):
+        words += ["--"] * (number > 0) + [str(folder / output_dir), *fields]
+        words += ["--use_cpu", "false"] * (name == "fsdp2")  # see `let_fsdp_run_on_cpu`
+    return words
 
 
 @pytest.fixture(scope="module")
@@ -88,21 +153,17 @@ def alone(tmp_path_factory, tiny_model):
 
 
 @pytest.fixture(scope="module", params=RUNS)
-def run(request, tmp_path_factory, tiny_model, alone) -> Run:
-    name, adapter, reference, wrapper = request.param
-    if name is None:
-        return replace(alone(adapter, reference), wrapper=wrapper)
-    folder = tmp_path_factory.mktemp("run")
-    output_dir = folder / "out"
-    arguments = [tiny_model, str(TRAIN_FILE), str(output_dir), "--opponent_reference", reference]
-    if name == "fsdp2":
-        arguments += ["--use_cpu", "false"]  # see `let_fsdp_run_on_cpu`
-    done = launch(name, folder, arguments, ADAPTER=adapter)
-    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
+def run(request, alone, launched) -> Run:
+    launch_id, adapter, reference = request.param
+    if launch_id == "plain":
+        return alone(adapter, reference)
+    name, done = LAUNCHES[launch_id][0], launched(launch_id)
+    output_dir = done.folder / f"{adapter}-{reference}"
     num_processes = 1 if name == "single" else 2
-    seen = [json.loads((output_dir / f"seen-{rank}.json").read_text()) for rank in range(num_processes)]
+    assert (output_dir / "seen-0.json").exists(), f"{done.done.stdout[-2000:]}\n{done.done.stderr[-6000:]}"
+    seen = seen_in(output_dir, num_processes)
     assert [process["num_processes"] for process in seen] == [num_processes] * num_processes
-    return Run(seen, output_dir, adapter, reference, wrapper)
+    return Run(seen, output_dir, adapter, reference, WRAPPERS[name][adapter])
 
 
 def expected_rates(peak: float, num_steps: int) -> list[float]:
@@ -178,6 +239,48 @@ def test_saved_policy_is_that_of_one_process(run, alone, name, tiny_model):
         torch.testing.assert_close(saved[key], expected[key], atol=1e-4, rtol=0, msg=key)
     initial = AutoModelForCausalLM.from_pretrained(tiny_model).state_dict()
     assert any((saved[key] - initial.get(key, 0)).abs().max() > 1e-3 for key in saved)
+
+
+# Stopped, refused, taken back
+
+
+@pytest.mark.parametrize("launch_id", [marked(name) for name, plays in LAUNCHES.items() if "stopped" in plays[2]])
+def test_run_goes_on_where_sigterm_to_one_process_stopped_both(launch_id, launched, tiny_model):
+    stopped, (name, [(_, reference), *_], _) = launched(launch_id), LAUNCHES[launch_id]
+    assert "Stopped by SIGTERM after step" in stopped.done.stdout, stopped.done.stderr[-6000:]
+    output_dir = stopped.folder / "stopped"
+    place = Place.read(IterationStore(output_dir).checkpoints()[0])
+    assert place.iteration == 1 and place.step in (7, 8) and not place.is_iteration_done
+    play = ["stopped", "--opponent_reference", reference, *STOPPABLE]
+    resumed = launch(name, stopped.folder, words_of(name, stopped.folder, [play], tiny_model))
+    assert resumed.returncode == 0, resumed.stderr[-5000:]
+    assert f"goes on from checkpoint-{place.step}: iteration 1" in resumed.stdout
+    undisturbed = stopped.folder / f"full-{reference}"
+    losses, expected = ([seen["loss"] for seen in seen_in(directory)] for directory in (output_dir, undisturbed))
+    assert len(losses[0]) == 12
+    torch.testing.assert_close(losses, expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["zero3", "fsdp2"])
+def test_taking_back_a_policy_in_shards_is_refused_before_it_is_loaded(name, launched):
+    for seen in seen_in(launched(name).folder / "refused"):
+        assert "under ZeRO-3 and FSDP each process holds only shards of it" in seen["refused"]
+
+
+@slow
+def test_every_process_logs_the_same_numbers_and_has_the_best_policy(launched, tiny_model):
+    """The least negative log-likelihood is the start's: a policy that the last step has left behind."""
+    ddp = launched("slow-ddp")
+    output_dir = ddp.folder / "best"
+    first, second = seen_in(output_dir)
+    assert first["logged"] == second["logged"]
+    assert json.loads((output_dir / "self_play.json").read_text())["best_iteration"]["after"] == "start"
+    start = {n: p.double().sum().item() for n, p in AutoModelForCausalLM.from_pretrained(tiny_model).named_parameters()}
+    for seen in (first, second):
+        assert seen["policy"] == pytest.approx(start, abs=1e-9)
+    last = json.loads((output_dir / "iteration-2" / "metrics.json").read_text())["evaluation"]
+    assert 0 <= last["rewards/accuracies"] <= 1
+    assert ddp.done.stdout.count("The start is the best by `nll`") == 1
 
 
 def load(folder: Path, adapter: str, tiny_model: str) -> dict[str, torch.Tensor]:

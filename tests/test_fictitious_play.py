@@ -391,7 +391,7 @@ def test_earlier_opponent_that_is_gone_is_named(tiny_model, train_dataset, make_
 def test_pairs_of_two_processes_are_those_of_one(tiny_model, tmp_path, launcher, adapter, fields):
     arguments = [word for name, value in fields.items() for word in (f"--{name}", str(value))]
     output_dir, alone = tmp_path / "out", tmp_path / "alone"
-    done = launch(launcher, tmp_path, [tiny_model, str(TRAIN_FILE), str(output_dir), *arguments], ADAPTER=adapter)
+    done = launch(launcher, tmp_path, [tiny_model, str(TRAIN_FILE), str(output_dir), "--adapter", adapter, *arguments])
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
     play(tiny_model, str(TRAIN_FILE), SPINConfig(**settings(str(alone), **fields)), adapter)
     for iteration in (0, 1):
