@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset, disable_progress_bars
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
 
 ROOT = Path(__file__).parents[1]
@@ -132,6 +132,24 @@ def make_config(tmp_path):
         return SPINConfig(**{**settings, **overrides})
 
     return make
+
+
+@pytest.fixture
+def at_forward(monkeypatch):
+    """Has `act()` called before the first forward pass of a Llama at which `when()` is true."""
+
+    def register(act, when=lambda: True) -> None:
+        forward, done = LlamaModel.forward, []
+
+        def first(*args, **kwargs):
+            if not done and when():
+                done.append(True)
+                act()
+            return forward(*args, **kwargs)
+
+        monkeypatch.setattr(LlamaModel, "forward", first)
+
+    return register
 
 
 @pytest.fixture(scope="session")

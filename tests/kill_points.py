@@ -6,24 +6,21 @@ deleted, a step's beginning and end. On one process a run repeats exactly, so a 
 
 import json
 import os
+import re
 import shutil
 import signal
+import subprocess
 import zlib
 from collections.abc import Callable
-from contextlib import contextmanager
 from pathlib import Path
 
 import safetensors.torch
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import LlamaForCausalLM, TrainerCallback
+from transformers import LlamaModel, TrainerCallback
 
 from spin_trl import SPINConfig, SPINTrainer
-from spin_trl.generation.opening import SamplerHost
-from spin_trl.generation.vllm.managed_server import ManagedServer
-from spin_trl.play.records import Records
-from spin_trl.policy.policy import Policy
 
 
 FINAL_WEIGHTS = "final.safetensors"
@@ -32,44 +29,47 @@ PLACES = "places.json"
 
 class KillAt:
     """
-    Counts, remembers in which phase, and ends the process at a given count.
+    Counts, remembers at which place, and ends the process.
 
     Args:
-        count (`int`, *optional*): Where to end; by default never.
+        output_dir (`str`): The run directory.
+        kill_at (`int` or `str`, *optional*): The count at which to end, or the place, when first there; by default
+            never.
     """
 
-    def __init__(self, count: int | None):
-        self.count = count
+    def __init__(self, output_dir: str, kill_at: int | str | None):
+        self.output_dir = Path(output_dir).absolute()
+        self.kill_at = kill_at
         self.places: list[str] = []
-        self.phase = "start"
 
-    def here(self) -> None:
-        if len(self.places) == self.count:
+    def here(self, place: str) -> None:
+        if self.kill_at in (len(self.places), place):
             os.kill(os.getpid(), signal.SIGKILL)
-        self.places.append(self.phase)
-
-    @contextmanager
-    def within(self, phase: str):
-        earlier, self.phase = self.phase, phase
-        try:
-            yield
-        finally:
-            self.phase = earlier
+        self.places.append(place)
 
     def judge(self, completions: list[str], **kwargs) -> list[float]:
         """A reward function: no two texts are equally good."""
-        with self.within("rewards"):
-            self.here()
+        self.here("rewards")
         return [zlib.crc32(text.encode()) / 2**32 for text in completions]
 
-    def before(self, function: Callable) -> Callable:
+    def before(self, function: Callable, place_of: Callable[..., str]) -> Callable:
         """`function`, with a count before it."""
 
         def counted(*args, **kwargs):
-            self.here()
+            self.here(place_of(*args))
             return function(*args, **kwargs)
 
         return counted
+
+    def kind_of(self, path: str | Path) -> str:
+        """What lies at a path, whatever its number: "checkpoint", "its mark", "pairs", "metrics"."""
+        path = Path(path).absolute()
+        if not path.is_relative_to(self.output_dir) or path == self.output_dir:
+            return "elsewhere"
+        names = [re.split(r"[-.]", name)[0] for name in path.relative_to(self.output_dir).parts]
+        if names[0] == "checkpoint":
+            return "mark" if names[-1] == "self_play" else "checkpoint"
+        return names[min(1, len(names) - 1)] if names[0] == "iteration" else names[0]
 
 
 def as_preferences(rows: list[dict]) -> Dataset:
@@ -82,59 +82,40 @@ class CountSteps(TrainerCallback):
         self.kill = kill
 
     def on_step_begin(self, *args, **kwargs):
-        self.kill.here()
+        self.kill.here("step begins")
 
     def on_step_end(self, *args, **kwargs):
-        self.kill.here()
+        self.kill.here("step ends")
 
     def on_epoch_end(self, *args, **kwargs):
-        with self.kill.within("between iterations"):
-            self.kill.here()
+        self.kill.here("epoch ends")
 
     def on_save(self, *args, **kwargs):
-        with self.kill.within("between iterations"):
-            self.kill.here()
+        self.kill.here("saved, not marked")
 
 
 def instrument(kill: KillAt) -> None:
     """Count wherever the state on disk or in memory changes. The process is this run's alone."""
-    os.fsync = kill.before(os.fsync)
-    Path.rename = kill.before(Path.rename)
-    shutil.rmtree = kill.before(shutil.rmtree)
-    torch.save = kill.before(torch.save)
-    LlamaForCausalLM.forward = kill.before(LlamaForCausalLM.forward)
-    ManagedServer._is_ready = kill.before(ManagedServer._is_ready)
-    phase_of, open_sampler = Records.phase, SamplerHost.open
-    save_checkpoint, save_opponent = SPINTrainer._save_checkpoint, Policy.save
+    os.fsync = kill.before(os.fsync, lambda number, *_: kill.kind_of(os.readlink(f"/proc/self/fd/{number}")))
+    Path.rename = kill.before(Path.rename, lambda _, target: kill.kind_of(target))
+    shutil.rmtree = kill.before(shutil.rmtree, lambda path, *_: kill.kind_of(path))
+    torch.save = kill.before(torch.save, lambda *_: "checkpoint")
+    LlamaModel.forward = kill.before(
+        LlamaModel.forward, lambda model, *_: "training" if model.training else "inference"
+    )
+    spawn = subprocess.Popen.__init__
 
-    @contextmanager
-    def phase(self, name, iteration):
-        with kill.within(name), phase_of(self, name, iteration):
-            yield
+    def spawned(*args, **kwargs):
+        spawn(*args, **kwargs)
+        kill.here("server start")
 
-    def saving(self, *args):
-        with kill.within("checkpoint"):
-            save_checkpoint(self, *args)
-
-    def saving_opponent(self, *args):
-        with kill.within("opponent"):
-            kill.here()
-            save_opponent(self, *args)
-            kill.here()
-
-    def opening(self, *args):
-        with kill.within("server start"):
-            kill.here()
-            open_sampler(self, *args)
-
-    Records.phase, SamplerHost.open = phase, opening
-    SPINTrainer._save_checkpoint, Policy.save = saving, saving_opponent
+    subprocess.Popen.__init__ = spawned
 
 
-def play(model: str, rows: list[dict], output_dir: str, kill_at: int | None, settings: dict) -> None:
-    """Play the run, or what is left of it, and leave the final weights and the phase of every count."""
+def play(model: str, rows: list[dict], output_dir: str, kill_at: int | str | None, settings: dict) -> None:
+    """Play the run, or what is left of it, and leave the final weights and the place of every count."""
     torch.set_num_threads(1)
-    kill = KillAt(kill_at)
+    kill = KillAt(output_dir, kill_at)
     instrument(kill)
     config = SPINConfig(output_dir=output_dir, **{**SETTINGS, **settings})
     has_rewards = config.pairing != "ground_truth"  # then some preferences, too
@@ -148,8 +129,7 @@ def play(model: str, rows: list[dict], output_dir: str, kill_at: int | None, set
         peft_config=LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.2),
         callbacks=[CountSteps(kill)],
     )
-    with kill.within("train"):
-        trainer.train()
+    trainer.train()
     weights = {name: p.detach().contiguous() for name, p in trainer.model.named_parameters() if p.requires_grad}
     safetensors.torch.save_file(weights, Path(output_dir, FINAL_WEIGHTS))
     Path(output_dir, PLACES).write_text(json.dumps(kill.places))

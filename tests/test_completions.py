@@ -198,16 +198,3 @@ def test_request_carries_the_prompt_of_its_row(store):
         ((3, 0), [103]),
         ((3, 1), [103]),
     ]
-
-
-def test_requests_are_made_only_as_the_sampler_takes_them(store, monkeypatch):
-    made = []
-
-    def request(*args):
-        made.append(args)
-        return CompletionRequest(*args)
-
-    monkeypatch.setattr("spin_trl.play.answers.CompletionRequest", request)
-    with pytest.raises(SamplerError):
-        job(store).run(FakeSampler(num_answers=3), prompts(*range(1000)), Share())
-    assert len(made) == 4  # three answered, and the one at which it failed

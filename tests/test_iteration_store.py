@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from datasets import Dataset
 
+from spin_trl.run_directory.description import differences
 from spin_trl.run_directory.store import IterationStore, RunDirectoryError
 from spin_trl.run_directory.whole_files import temporary_path
 
@@ -34,34 +36,7 @@ def files(store: IterationStore) -> list[str]:
     return sorted(str(path.relative_to(store.output_dir)) for path in store.output_dir.rglob("*") if path.is_file())
 
 
-def write_half_and_fail(path: Path, *args, **kwargs) -> None:
-    with open(path, "wb") as file:
-        file.write(b"half")
-    raise OSError("No space left on device")
-
-
 # Atomic writes
-
-
-def test_part_that_could_not_be_written_leaves_no_file_and_earlier_parts_survive(store, monkeypatch):
-    store.write_completions(0, "generations", 0, completions(0, 1))
-    before = files(store)
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_bytes", write_half_and_fail)
-        with pytest.raises(OSError, match="No space left"):
-            store.write_completions(0, "generations", 2, completions(2, 3))
-    assert files(store) == before and len(before) == 1
-    assert set(store.completed_rows(0, "generations")) == {0, 1}
-
-
-def test_metrics_that_could_not_be_written_leave_the_earlier_ones(store, monkeypatch):
-    store.write_metrics(0, {"num_pairs": 3})
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_text", write_half_and_fail)
-        with pytest.raises(OSError, match="No space left"):
-            store.write_metrics(0, {"num_pairs": 4})
-    assert files(store) == ["iteration-0/metrics.json"]
-    assert store.read_metrics(0) == {"num_pairs": 3}
 
 
 def test_interrupt_during_a_write_leaves_no_file_either(store, monkeypatch):
@@ -86,16 +61,12 @@ def answers(*rows: int) -> Dataset:
     return Dataset.from_dict({"row": list(rows), "rejected_ids": [[30, row] for row in rows]})
 
 
-def test_pairs_that_could_not_be_written_are_absent_and_can_be_written_again(store, monkeypatch):
+def test_pairs_that_could_not_be_written_are_absent_and_can_be_written_again(store):
     store.write_data(run_data(0, 1))
-
-    with monkeypatch.context() as patch:
-        patch.setattr("spin_trl.run_directory.arrow_directory.write_rows", write_half_and_fail)
-        with pytest.raises(OSError, match="No space left"):
-            store.write_pairs(0, answers(0, 1), {})
+    with pytest.raises(pa.ArrowInvalid):
+        store.write_pairs(0, answers(0, 1), {"ref_chosen_logps": np.zeros(1)})
     assert not store.has_pairs(0)
     store.write_pairs(0, answers(0, 1), {})
-    assert store.has_pairs(0)
     assert store.read_pairs(0)["row"][:] == [0, 1]
     assert [path.name for path in store.path(0).iterdir()] == ["pairs"]
 
@@ -242,7 +213,7 @@ def test_description_that_is_no_json_is_an_error_that_names_it(store):
 
 HOLDER = """
 import sys
-from spin_trl.iteration_store import IterationStore
+from spin_trl.run_directory.store import IterationStore
 
 with IterationStore(sys.argv[1]).lock():
     print("locked", flush=True)
@@ -341,10 +312,42 @@ def test_metric_that_is_not_a_number_survives(store):
     assert math.isnan(store.read_metrics(0)["nll"])
 
 
-def test_description_of_the_run_comes_back(store):
-    description = {"model": "m", "config": {"num_iterations": 3, "vllm_mode": None}}
-    store.write_run(description)
-    assert store.read_run() == description
+def test_description_of_the_run_comes_back_without_secrets(store):
+    secrets = {"hub_token": "a", "model_init_kwargs": {"token": "hf_b", "revision": "main"}, "note": "hf_" + "c" * 30}
+    servers = {"vllm_server_base_url": ["http://me:d@host:8000/v1"], "vllm_server_args": "--hf-token e --dtype auto"}
+    store.write_run({"model": "m", "config": {"num_iterations": 3, **secrets, **servers}})
+    assert store.read_run() == {
+        "model": "m",
+        "config": {
+            "num_iterations": 3,
+            "hub_token": "<secret>",
+            "model_init_kwargs": {"token": "<secret>", "revision": "main"},
+            "note": "<secret>",
+            "vllm_server_base_url": ["http://host:8000/v1"],
+            "vllm_server_args": "--hf-token <secret> --dtype auto",
+        },
+    }
+
+
+# What binds
+
+
+@pytest.mark.parametrize(
+    ("stored", "present", "names"),
+    [
+        ({"config": {"beta": 0.1}}, {"config": {"beta": 0.2}}, ["beta"]),
+        ({"config": {}}, {"config": {"top_k": 0, "learning_rate": 5e-7}}, []),  # a release that lacked them
+        ({"config": {}}, {"config": {"top_k": 5}}, ["top_k"]),
+        ({"config": {"beta": [0.1, 0.2]}}, {"config": {"beta": [0.1, 0.2, 0.3]}}, []),
+        ({"config": {"logging_steps": 1}}, {"config": {"logging_steps": 7, "vllm_max_restarts": 1}}, []),
+        ({"adapter": {"r": 4}}, {"adapter": {"r": 4, "new_in_peft": True, "peft_version": "9"}}, []),
+        ({"adapter": {"r": 4}}, {"adapter": {"r": 8}}, ["adapter"]),
+        ({"adapter": {"r": 4}}, {"adapter": None}, ["adapter"]),
+        ({"data": {}}, {"data": {"preference_checksum": "a"}}, ["data.preference_checksum"]),
+    ],
+)
+def test_settings_that_change_the_result_bind_and_others_do_not(stored, present, names):
+    assert [text.split("`")[1] for text in differences(stored, present)] == names
 
 
 def test_opponent_replaces_an_older_folder_and_holds_no_pickled_arguments(store):

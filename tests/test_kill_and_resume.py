@@ -4,7 +4,6 @@ import json
 import multiprocessing
 import random
 import signal
-from collections import defaultdict
 from pathlib import Path
 
 import kill_points
@@ -17,17 +16,22 @@ from spin_trl import load_pairs
 from spin_trl.run_directory.store import IterationStore
 
 
-NUM_KILLS_IN_PROCESS = 17
-# How the opponent is sampled, and which of the kills: the first so many over all phases, or one in a certain phase.
-IN_PROCESS = [("in-process", number) for number in range(NUM_KILLS_IN_PROCESS)]
-WITH_SERVER = [("server", "opponent"), ("server", "generate"), ("managed", "server start")]
-QUICK = [*IN_PROCESS[:4], WITH_SERVER[0]]
+# How the opponent is sampled, and where the run is killed; see `KillAt.kind_of`.
+QUICK = [
+    ("in-process", "saved, not marked"),
+    ("in-process", "training"),
+    ("in-process", "pairs"),
+    ("server", "opponent"),
+]
+SLOW_PLACES = "checkpoint mark inference generations evaluation metrics train_data self_play README".split()
+SLOW = [("in-process", place) for place in [*SLOW_PLACES, "step begins", "step ends", "epoch ends"]]
+SLOW += [("server", "generations"), ("managed", "server start")]
 # It prepares imports once, and forks a process for every run.
 FORKSERVER = multiprocessing.get_context("forkserver")
 FORKSERVER.set_forkserver_preload(["kill_points"])
 
 
-def start(model: str, output_dir: Path, settings: dict, kill_at: int | None = None) -> int:
+def start(model: str, output_dir: Path, settings: dict, kill_at: int | str | None = None) -> int:
     """Play in a process of its own; its exit status."""
     rows = read_rows("accent_train.jsonl", 32)
     process = FORKSERVER.Process(target=kill_points.play, args=(model, rows, str(output_dir), kill_at, settings))
@@ -55,29 +59,15 @@ def undisturbed(tiny_model, tmp_path_factory, request):
     return get
 
 
-def choose_kill(places: list[str], which: int | str) -> int:
-    """A count at which to kill. The first so many fall on all phases alike; which, repeats."""
-    by_phase = defaultdict(list)
-    for count, phase in enumerate(places):
-        by_phase[phase].append(count)
-    chooser = random.Random(0)
-    if isinstance(which, str):
-        return chooser.choice(by_phase[which])
-    shuffled = [chooser.sample(by_phase[phase], len(by_phase[phase])) for phase in sorted(by_phase)]
-    in_turn = [counts[n] for n in range(max(map(len, shuffled))) for counts in shuffled if n < len(counts)]
-    return in_turn[which]
+def choose_kill(places: list[str], place: str) -> int | str:
+    """One of the counts at a place; which, repeats. Where the undisturbed run never was: the place."""
+    counts = [count for count, name in enumerate(places) if name == place]
+    return random.Random(0).choice(counts) if counts else place
 
 
 def parts(output_dir: Path) -> dict[str, int]:
     """When each finished part was written."""
     return {str(path.relative_to(output_dir)): path.stat().st_mtime_ns for path in output_dir.rglob("part-*.parquet")}
-
-
-def num_completions(output_dir: Path) -> int:
-    """Of generations and evaluation, all iterations together; each counts once, however often it lies there."""
-    store = IterationStore(output_dir, IterationStore(output_dir).read_run()["run"])
-    tables = [store.read_completions(i, kind) for i in store.iterations() for kind in ("generations", "evaluation")]
-    return sum(len(set(zip(table["row"].to_pylist(), table["sample"].to_pylist(), strict=True))) for table in tables)
 
 
 def pairs(output_dir: Path, iteration: int) -> list[dict]:
@@ -96,6 +86,7 @@ def assert_ends_the_same(output_dir: Path, undisturbed: Path, num_steps: int = 3
     steps = [json.loads((newest_checkpoint(d) / "trainer_state.json").read_text()) for d in (output_dir, undisturbed)]
     assert steps[0]["global_step"] == steps[1]["global_step"] == num_steps
     assert [p.name for p in output_dir.rglob("*.tmp-*")] == []
+    assert len(IterationStore(output_dir).checkpoints()) == len(list(output_dir.glob("checkpoint-*")))  # all are whole
 
 
 def newest_checkpoint(output_dir: Path) -> Path:
@@ -103,22 +94,18 @@ def newest_checkpoint(output_dir: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("sampler", "which"),
-    [pytest.param(*kill, marks=() if kill in QUICK else pytest.mark.slow) for kill in IN_PROCESS + WITH_SERVER],
+    ("sampler", "place"), [*QUICK, *(pytest.param(*kill, marks=pytest.mark.slow) for kill in SLOW)]
 )
-def test_killed_run_ends_as_the_undisturbed_one(tiny_model, undisturbed, tmp_path, record_property, sampler, which):
+def test_killed_run_ends_as_the_undisturbed_one(tiny_model, undisturbed, tmp_path, sampler, place):
     """24 rows in parts of 6; 3 + 3 steps, then with history 6 + 6 and 6 + 6."""
     expected, settings = undisturbed(sampler)
-    places = json.loads((expected / PLACES).read_text())
-    kill_at = choose_kill(places, which)
-    record_property("killed", places[kill_at])
+    kill_at = choose_kill(json.loads((expected / PLACES).read_text()), place)
     output_dir = tmp_path / "run"
     assert start(tiny_model, output_dir, settings, kill_at) == -signal.SIGKILL
     finished = parts(output_dir)
     assert start(tiny_model, output_dir, settings) == 0
     assert finished.items() <= parts(output_dir).items()  # nothing was generated twice
     assert_ends_the_same(output_dir, expected)
-    record_property("completions_lost", num_completions(expected) - num_completions(output_dir))
 
 
 JUDGED = {"use_vllm": False, "pairing": "best_of"}
@@ -131,14 +118,13 @@ def judged(tiny_model, tmp_path_factory) -> Path:
     return output_dir
 
 
-@pytest.mark.parametrize("phase", ["rewards", pytest.param("score", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("place", ["rewards", pytest.param("pairs", marks=pytest.mark.slow)])
 def test_run_with_rewards_and_preferences_killed_while_it_judges_ends_as_the_undisturbed_one(
-    tiny_model, judged, tmp_path, phase
+    tiny_model, judged, tmp_path, place
 ):
     """4 preferences join the 24 pairs: 4 + 4 steps, then with history 7 + 7 and 7 + 7."""
     places = json.loads((judged / PLACES).read_text())
-    counts = [count for count, place in enumerate(places) if place == phase]
-    kill_at = counts[len(counts) // 2]
+    kill_at = choose_kill(places, place)
     assert start(tiny_model, tmp_path / "run", JUDGED, kill_at) == -signal.SIGKILL
     assert start(tiny_model, tmp_path / "run", JUDGED) == 0
     assert_ends_the_same(tmp_path / "run", judged, num_steps=36)

@@ -15,7 +15,6 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 
 from spin_trl import SPINTrainer
-from spin_trl.generation.policy_sampler import PolicySampler
 from spin_trl.run_directory.checkpoints import Place
 from spin_trl.run_directory.store import RunDirectoryError
 
@@ -46,11 +45,12 @@ def terminate():
 def make_trainer(tiny_model, train_dataset, make_config):
     """48 rows in batches of 8: six steps in iteration 0, then with history twelve in each."""
 
-    def make(*callbacks, dataset=train_dataset, adapter=DEFAULT, **overrides) -> SPINTrainer:
+    def make(*callbacks, dataset=train_dataset, eval_dataset=None, adapter=DEFAULT, **overrides) -> SPINTrainer:
         settings = {"num_iterations": 2, "save_strategy": "steps", "save_steps": 4, "resume": "auto", "temperature": 0}
         config = make_config(**{**settings, **overrides})
         adapter = LoraConfig(r=4) if adapter is DEFAULT else adapter
-        return SPINTrainer(tiny_model, config, train_dataset=dataset, callbacks=list(callbacks), peft_config=adapter)
+        datasets = {"train_dataset": dataset, "eval_dataset": eval_dataset}
+        return SPINTrainer(tiny_model, config, **datasets, callbacks=list(callbacks), peft_config=adapter)
 
     return make
 
@@ -93,8 +93,7 @@ def test_stopped_run_goes_on_however_it_is_asked_to(make_trainer, tmp_path, ask)
     assert [start["from"] for start in trainer.store.read_run()["starts"]] == ["the initial model", "checkpoint-8"]
 
 
-@pytest.mark.parametrize("opponent_reference", ["previous", "fixed"])
-@pytest.mark.parametrize("step", [4, 6, 11])
+@pytest.mark.parametrize(("step", "opponent_reference"), [(4, "previous"), (6, "fixed"), (11, "fixed")])
 def test_full_fine_tuning_goes_on_too(make_trainer, tmp_path, step, opponent_reference):
     settings = {"adapter": None, "opponent_reference": opponent_reference, "learning_rate": 1e-4}
     expected = play_undisturbed(make_trainer, tmp_path, **settings)
@@ -157,22 +156,12 @@ def test_run_capped_by_max_steps_is_complete_there(make_trainer):
     assert again.state.global_step == 9
 
 
-def test_evaluation_that_is_missing_at_the_end_is_made_up_for(make_trainer, eval_dataset, monkeypatch, capsys):
-    def with_evaluation() -> SPINTrainer:
-        trainer = make_trainer(num_iterations=1)
-        trainer.game.plan.data.eval = trainer.game.dataset.select(range(4))
-        return trainer
-
-    first = with_evaluation()
-    complete = first.self_play._complete
-
-    def fail_at_the_end(iteration, kind, *args, **kwargs):
-        return fail() if iteration == 1 else complete(iteration, kind, *args, **kwargs)
-
-    monkeypatch.setattr(first.self_play, "_complete", fail_at_the_end)
+def test_evaluation_that_is_missing_at_the_end_is_made_up_for(make_trainer, eval_dataset, at_forward, tmp_path, capsys):
+    settings = {"num_iterations": 1, "eval_dataset": eval_dataset}
+    at_forward(fail, lambda: (tmp_path / "run" / "iteration-1").exists())
     with pytest.raises(ZeroDivisionError):
-        first.train()
-    second = with_evaluation()
+        make_trainer(**settings).train()
+    second = make_trainer(**settings)
     second.train()
     assert "evaluation" in second.store.read_metrics(1) and second.store.read_run()["finished"]
     assert second.state.global_step == 6
@@ -191,7 +180,7 @@ def test_checkpoint_that_is_asked_for_takes_the_run_back_there(make_trainer, tmp
     assert {path: path.stat().st_mtime_ns for path in trainer.store.path(1).rglob("*.parquet")} != made
 
 
-def test_run_without_checkpoints_goes_on_from_its_first_generations(make_trainer, monkeypatch):
+def test_run_without_checkpoints_goes_on_from_its_first_generations(make_trainer):
     """They are the initial model's, which is always there; everything later is lost, and said to be."""
     first = stop_after(make_trainer, 11, save_strategy="no")
     made = {path: path.stat().st_mtime_ns for path in first.store.path(0).rglob("*.parquet")}
@@ -202,9 +191,9 @@ def test_run_without_checkpoints_goes_on_from_its_first_generations(make_trainer
     assert {path: path.stat().st_mtime_ns for path in first.store.path(0).rglob("*.parquet")} == made
 
 
-def test_seconds_of_a_phase_add_up_over_stops(make_trainer, monkeypatch):
+def test_seconds_of_a_phase_add_up_over_stops(make_trainer, at_forward, tmp_path):
+    at_forward(fail, lambda: any((tmp_path / "run" / "iteration-0" / "generations").glob("part-*")))
     first = make_trainer()
-    monkeypatch.setattr(first.self_play, "_pair_and_score", lambda iteration: fail())
     with pytest.raises(ZeroDivisionError):
         first.train()
     first.store.write_metrics(0, {"seconds_generate": 1000.0})
@@ -362,14 +351,28 @@ def test_damaged_pairs_are_made_again_by_the_policy_that_made_them(make_trainer,
     assert_same_weights(trainer, expected)
 
 
-def test_pairs_of_the_history_cannot_be_made_again(make_trainer):
+def test_pairs_of_the_history_cannot_be_made_again(make_trainer, at_forward, tmp_path):
+    at_forward(fail, lambda: (tmp_path / "run" / "iteration-1").exists())
     first = make_trainer()
-    first.self_play._make_pairs, make_pairs = lambda i: fail() if i == 1 else make_pairs(i), first.self_play._make_pairs
     with pytest.raises(ZeroDivisionError):
         first.train()
     next(first.store.path(0, "pairs").glob("*.arrow")).unlink()
     with pytest.raises(RunDirectoryError, match="iteration-0/pairs is damaged or missing.*num_history_iterations"):
         make_trainer().train()
+
+
+def test_what_lies_behind_the_checkpoint_that_a_run_goes_on_from_is_deleted(make_trainer):
+    """A whole one, and one whose save was cut short; what was there before the run stays."""
+    first = stop_after(make_trainer, 9)
+    output_dir = first.store.output_dir
+    (output_dir / "checkpoint-20").mkdir()
+    os.utime(output_dir / "checkpoint-20", (0, 0))
+    (output_dir / "checkpoint-9").mkdir()
+    trainer = make_trainer(At(7, fail), save_steps=1000)
+    with pytest.raises(ZeroDivisionError):
+        trainer.train(resume_from_checkpoint=str(output_dir / "checkpoint-4"))
+    found = sorted(path.name for path in output_dir.glob("checkpoint-*"))
+    assert found == ["checkpoint-20", "checkpoint-4", "checkpoint-6"]
 
 
 # SIGTERM
@@ -390,22 +393,16 @@ def test_sigterm_in_training_leaves_a_checkpoint_of_that_step(make_trainer, tmp_
     assert_same_weights(again, expected)
 
 
-def test_sigterm_while_generating_ends_at_once_and_keeps_finished_parts(make_trainer, monkeypatch):
-    generate, seen = PolicySampler._generate, []
-
-    def terminate_at_the_third(self, *args):
-        seen.append(True)
-        if len(seen) == 3:
-            terminate()
-        return generate(self, *args)
+def test_sigterm_while_generating_ends_at_once_and_keeps_finished_parts(make_trainer, at_forward, tmp_path):
+    def parts() -> list[Path]:
+        return list((tmp_path / "run" / "iteration-0" / "generations").glob("part-*"))
 
     settings = {"per_device_generation_batch_size": 8, "generation_part_size": 8}
-    with monkeypatch.context() as patch:
-        patch.setattr(PolicySampler, "_generate", terminate_at_the_third)
-        trainer = make_trainer(**settings)
-        with pytest.raises(SystemExit):
-            trainer.train()
-    assert len(seen) == 3 and not trainer.store.has_pairs(0)
+    at_forward(terminate, lambda: len(parts()) == 2)
+    trainer = make_trainer(**settings)
+    with pytest.raises(SystemExit):
+        trainer.train()
+    assert len(parts()) == 2 and not trainer.store.has_pairs(0)
     again = make_trainer(**settings)
     again.train()
     assert again.state.global_step == 18
