@@ -146,26 +146,15 @@ def test_part_of_another_iteration_is_known_by_its_content(store):
 
 
 @pytest.mark.parametrize("damage", [cut_off, flip_a_bit, Path.unlink])
-def test_damaged_pairs_are_known_as_such(store, damage):
-    store.write_pairs(0, answers(0, 1), {})
-    assert store.has_whole_pairs(0) and len(store.pairs_checksum(0)) == 16
-    damage(next(store.path(0, "pairs").glob("*.arrow")))
-    assert not store.has_whole_pairs(0)
-
-
-def test_pairs_without_a_checksum_are_not_whole(store):
-    store.write_pairs(0, answers(0, 1), {})
-    (store.path(0, "pairs") / "checksum.txt").unlink()
-    assert store.pairs_checksum(0) is None and not store.has_whole_pairs(0)
-
-
-@pytest.mark.parametrize("damage", [cut_off, flip_a_bit, Path.unlink])
-def test_damaged_data_are_known_as_such(store, damage):
-    assert not store.has_whole_data()
+@pytest.mark.parametrize("file", ["rows.arrow", "checksum.txt"])
+def test_damaged_pairs_and_data_are_known_as_such(store, damage, file):
+    assert not store.has_whole_data() and store.pairs_checksum(0) is None
     store.write_data(run_data(0, 1))
-    assert store.has_whole_data()
-    damage(next((store.output_dir / "train_data").glob("*.arrow")))
-    assert not store.has_whole_data()
+    store.write_pairs(0, answers(0, 1), {})
+    assert store.has_whole_data() and store.has_whole_pairs(0) and len(store.pairs_checksum(0)) == 16
+    damage(store.output_dir / "train_data" / file)
+    damage(store.path(0, "pairs") / file)
+    assert not store.has_whole_data() and not store.has_whole_pairs(0)
 
 
 def test_data_of_another_run_are_not_this_ones(store):
@@ -338,6 +327,9 @@ def test_description_of_the_run_comes_back_without_secrets(store):
         ({"config": {"beta": 0.1}}, {"config": {"beta": 0.2}}, ["beta"]),
         ({"config": {}}, {"config": {"top_k": 0, "learning_rate": 5e-7}}, []),  # a release that lacked them
         ({"config": {}}, {"config": {"top_k": 5}}, ["top_k"]),
+        ({"config": {"num_iterations": 2}}, {"config": {"num_iterations": 1}}, ["num_iterations"]),
+        ({"config": {"num_iterations": 2}}, {"config": {"num_iterations": 3}}, []),
+        ({"config": {"learning_rate": 0.1}}, {"config": {"learning_rate": [0.1, 0.2]}}, ["learning_rate"]),
         ({"config": {"beta": [0.1, 0.2]}}, {"config": {"beta": [0.1, 0.2, 0.3]}}, []),
         ({"config": {"logging_steps": 1}}, {"config": {"logging_steps": 7, "vllm_max_restarts": 1}}, []),
         ({"adapter": {"r": 4}}, {"adapter": {"r": 4, "new_in_peft": True, "peft_version": "9"}}, []),

@@ -400,17 +400,3 @@ def test_rows_that_lie_elsewhere_are_refused(store, elsewhere, name):
     (path / "rows.arrow").symlink_to(elsewhere / "metrics.json")
     with pytest.raises(RunDirectoryError, match=r"rows\.arrow is a link"):
         store.read_data() if name == "train_data" else store.has_whole_pairs(0)
-
-
-@pytest.mark.parametrize("field", ["iteration", "step"])
-def test_checkpoint_whose_place_is_no_number_is_not_resumed_from(tiny_model, train_dataset, make_config, caplog, field):
-    settings = {"save_strategy": "epoch", "resume": "auto", "num_iterations": 1}
-    first = SPINTrainer(tiny_model, make_config(**settings), train_dataset=train_dataset)
-    first.train()
-    (checkpoint,) = first.store.checkpoints()
-    place = json.loads((checkpoint / "self_play.json").read_text())
-    (checkpoint / "self_play.json").write_text(json.dumps({**place, field: "../../elsewhere"}))
-    again = SPINTrainer(tiny_model, make_config(**settings), train_dataset=train_dataset)
-    with pytest.raises(RunDirectoryError, match="left no checkpoint"):
-        again.train()
-    assert "is not resumed from" in caplog.text and "expected whole numbers" in caplog.text

@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
-from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from .disk import writing
 
 
 _TEMPORARY = ".tmp"
-_CHECKSUM_BYTES = 8
+_digest = partial(hashlib.blake2b, digest_size=8)  # bytes
 
 
 def temporary_path(path: Path, shared: bool = False) -> Path:
@@ -109,38 +109,15 @@ def write_directory(path: Path, write: Callable[[Path], Any], num_bytes: int | N
             _remove_if_there(temporary)
 
 
-def checksum(path: Path, without: tuple[str, ...] = ()) -> str:
-    """
-    Checksum of a file's content, or of the names and contents of a directory's files.
-
-    Args:
-        path (`Path`): The file or directory.
-        without (`tuple[str, ...]`): Patterns of names of files in the directory that do not count.
-
-    Returns:
-        `str`: 16 hexadecimal digits.
-    """
-    digest = hashlib.blake2b(digest_size=_CHECKSUM_BYTES)
-    if path.is_file():
-        _update(digest, path)
-    else:
-        for file in sorted(p for p in path.rglob("*") if p.is_file()):
-            if any(fnmatch(file.name, pattern) for pattern in without):
-                continue
-            digest.update(str(file.relative_to(path)).encode())
-            _update(digest, file)
-    return digest.hexdigest()
+def checksum(file: Path) -> str:
+    """Checksum of a file's content: 16 hexadecimal digits."""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, _digest).hexdigest()
 
 
 def checksum_of(content: bytes) -> str:
     """What `checksum` gives for a file with this content."""
-    return hashlib.blake2b(content, digest_size=_CHECKSUM_BYTES).hexdigest()
-
-
-def _update(digest: "hashlib._Hash", file: Path) -> None:
-    with file.open("rb") as content:
-        while block := content.read(1 << 20):
-            digest.update(block)
+    return _digest(content).hexdigest()
 
 
 def remove(path: Path) -> None:
