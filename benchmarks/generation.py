@@ -72,7 +72,7 @@ def spin(address: str, model: Path, prompts: Prompts) -> float:
             max_steps=1,
             max_completion_length=NUM_NEW_TOKENS,
             generation_kwargs=ALL_TOKENS,
-            publish_check_samples=0,
+            publish_check_tolerance=None,
         )
         SPINTrainer(str(model), config, train_dataset=Dataset.from_list(rows)).train()
         return len(rows) / read_metrics(Path(folder))[0]["seconds_generate"]

@@ -59,7 +59,7 @@ def play(size: int, folder: Path, address: str) -> dict[str, Any]:
         vllm_server_base_url=address,
         num_iterations=1,
         max_steps=4,
-        publish_check_samples=0,
+        publish_check_tolerance=None,
         per_device_train_batch_size=32,
         precompute_ref_batch_size=256,
     )

@@ -41,11 +41,9 @@ _NUMBERS = {
     "num_generations": at_least(1),
     "num_opponents": at_least(1),
     "reference_mixture_alpha": NumberRule("in [0, 1]", lambda value: 0 <= value <= 1),
-    "convergence_tolerance": NumberRule("in (0, 0.5)", lambda value: 0 < value < 0.5),
     # generation
     "max_completion_length": at_least(1, optional=True),
     "per_device_generation_batch_size": at_least(1),
-    "generation_part_size": at_least(1),
     "top_k": at_least(0),
     "temperature": not_negative("at least 0 (0 is greedy decoding)"),
     "eval_temperature": not_negative("at least 0 (0 is greedy decoding)"),
@@ -61,10 +59,12 @@ _NUMBERS = {
     "vllm_request_timeout": positive("a positive number of seconds"),
     "vllm_progress_timeout": NumberRule("a positive number of seconds", lambda value: value > 0, optional=True),
     "vllm_max_restarts": at_least(0),
-    "publish_check_samples": at_least(0),
-    "publish_check_tolerance": positive(remedy="To switch the check off, set `publish_check_samples=0`."),
-    # what is shown
-    "num_completions_to_print": at_least(1),
+    "publish_check_tolerance": NumberRule(
+        "positive",
+        lambda value: value > 0,
+        optional=True,
+        remedy="To switch the check off, set `publish_check_tolerance=None`.",
+    ),
     # TRL's and transformers', which let these pass and fail on them late, or never
     "per_device_train_batch_size": at_least(1),
     "per_device_eval_batch_size": at_least(1),
@@ -162,18 +162,15 @@ class SPINConfig(DPOConfig):
         reset_optimizer (`bool`, *optional*, defaults to `True`):
             Whether the optimizer's moments start fresh in each iteration, as in the paper. Warm-up and decay of the
             learning rate always run within each iteration.
-        opponent_reference (`str`, *optional*, defaults to `'previous'`):
-            Whose log-probs are the reference. `"previous"`: the opponent's, as in the paper. `"fixed"`: the initial
-            model's in every iteration, as in online DPO. Full fine-tuning then loads the initial model beside the
-            policy while an iteration's pairs are scored, and frees it before the first step.
         reference_mixture_alpha (`float`, *optional*, defaults to `0.0`):
             The share a of the initial model in the reference, whose log-probs are `(1 - a) * log p_t + a * log p_base`
-            (alpha-SPIN, arXiv 2404.04291; published). 0 is the opponent alone, 1 is `opponent_reference="fixed"`. Such
-            a mixture has a normaliser, which cancels between the two sides of a pair and is not computed: in between,
-            only losses of their difference are possible, `sigmoid`, `hinge`, `exo_pair`, `robust`, `aot`, `discopop`,
-            `exponential` and `correlation`, with or without `sft` and `t_spin`. From iteration 1 on pairs are scored
-            twice, the second time as with `"fixed"`. `logps_gap` and `opponent_nll` are still the opponent's own, and
-            the rewards of the evaluation against it.
+            (alpha-SPIN, arXiv 2404.04291; published). 0 is the opponent alone, as in the paper, and 1 the initial model
+            alone, as in online DPO. In between, the mixture has a normaliser, which cancels between the two sides of a
+            pair and is not computed: only losses of their difference are possible, `sigmoid`, `hinge`, `exo_pair`,
+            `robust`, `aot`, `discopop`, `exponential` and `correlation`, with or without `sft` and `t_spin`. From
+            iteration 1 on pairs are scored twice; full fine-tuning loads the initial model beside the policy for that,
+            and frees it before the first step. `logps_gap`, `opponent_nll` and the rewards of the evaluation are still
+            the opponent's own.
         num_opponents (`int`, *optional*, defaults to `1`):
             From how many of the last opponents that of each prompt is drawn, uniformly (fictitious play, arXiv
             2404.04291; published). In iteration t there are at most `t + 1`. The draw depends on `seed`, iteration and
@@ -201,11 +198,8 @@ class SPINConfig(DPOConfig):
             better; over gradient accumulation the loss is averaged. Above 1 single pairs may outweigh all others.
         stop_when_converged (`bool`, *optional*, defaults to `False`):
             Whether the run ends before `num_iterations` when the opponent cannot be told from the data: the held-out
-            accuracy (`eval_rewards/accuracies`) of an iteration is back at a half, or nearly all answers equal the
-            ground truth. Where rewards choose (`pairing`), when hardly any prompt makes a pair.
-        convergence_tolerance (`float`, *optional*, defaults to `0.02`):
-            How near to a half that accuracy, and to 1 the share of identical pairs has to be. With few evaluation rows
-            chance alone is further away: about `1 / sqrt(rows)`.
+            accuracy (`eval_rewards/accuracies`) of an iteration is within 0.02 of a half, or 98 % of the answers equal
+            the ground truth. Where rewards choose (`pairing`), when 98 % of the prompts make no pair.
         on_collapse (`str`, *optional*, defaults to `'warn'`):
             What happens on a sign that self-play makes the policy worse: both sides' log-probs sinking while the
             margins grow, ground truths becoming less likely from one opponent to the next, `logps_gap` falling below 0,
@@ -233,9 +227,8 @@ class SPINConfig(DPOConfig):
             Additional sampling parameters, passed as they are to the server's `/v1/completions` (for vLLM) or to
             `GenerationConfig` (for in-process generation). They win over the fields above.
         per_device_generation_batch_size (`int`, *optional*, defaults to `64`):
-            Number of prompts per batch when generating in-process (no vLLM).
-        generation_part_size (`int`, *optional*, defaults to `256`):
-            Number of prompts whose completions are written to disk as one part.
+            Number of prompts per batch when generating in-process (no vLLM). Completions are written to disk in parts
+            of four times as many.
 
         > Parameters that control the vLLM server
 
@@ -284,29 +277,16 @@ class SPINConfig(DPOConfig):
 
         > Parameters that control the publish check
 
-        publish_check_samples (`int`, *optional*, defaults to `8`):
-            Number of completions of each newly published opponent whose log-probs, as the server gives them, are
-            compared with the policy's own. 0 switches the check off.
         publish_check_tolerance (`float`, *optional*, defaults to `0.05`):
-            Largest mean absolute difference per token, in nats. In float32 a healthy server is below 1e-5; in bfloat16
-            0.015 was reported, and 0.2 for a stale opponent (trl#5312).
+            Largest mean absolute difference per token, in nats, between the log-probs that the server gives for a few
+            completions of each newly published opponent and the policy's own. In float32 a healthy server is below
+            1e-5; in bfloat16 0.015 was reported, and 0.2 for a stale opponent (trl#5312). `None` switches the check
+            off.
 
         > Parameters that control the evaluation
 
         eval_temperature (`float`, *optional*, defaults to `0.0`):
             Sampling temperature for the answers to the prompts of `eval_dataset`. 0.0 is greedy decoding.
-        eval_on_error (`str`, *optional*, defaults to `'raise'`):
-            What happens if `compute_generation_metrics` fails. `"raise"`: the run ends with its error. `"warn"`: the
-            error is logged, and the run goes on without these metrics.
-        metric_for_best_iteration (`str`, *optional*):
-            Evaluation metric by which the best iteration is told, with or without `eval_`: `"nll"`,
-            `"rewards/accuracies"`, ..., or one of `compute_generation_metrics`. The start is compared too.
-        greater_is_better_iteration (`bool`, *optional*):
-            Whether the greater value of that metric is the better one. By default known for the run's own metrics; for
-            yours yes, unless the name ends in `loss` or `nll`.
-        load_best_iteration_at_end (`bool`, *optional*, defaults to `False`):
-            Whether the policy is the best iteration's at the end of `train()`, in place of the last one's. Every
-            opponent, the start and the final policy are saved for that. Not possible under ZeRO-3 and FSDP.
 
         > Parameters that control the run directory
 
@@ -324,8 +304,6 @@ class SPINConfig(DPOConfig):
         log_completions (`bool`, *optional*, defaults to `False`):
             Whether to print a few prompts with their ground truth and the answers of every opponent so far, once in
             each iteration, and to log them as a table to trackio and Weights & Biases where `report_to` names these.
-        num_completions_to_print (`int`, *optional*, defaults to `5`):
-            Number of prompts that `log_completions` shows, the same ones in each iteration.
 
         > Parameters that control what becomes of the result
 
@@ -349,6 +327,12 @@ class SPINConfig(DPOConfig):
     >   similar length, which saves padding. Not with the loss `iris`, for which it stays `"random"`. An epoch's order
     >   follows from `seed` (or `data_seed`) and does not depend on how a batch is divided over processes.
     >   `"batch_rebalance"` is refused.
+    > - `metric_for_best_model`: Evaluation metric by which the best iteration is told, with or without `eval_`:
+    >   `"nll"`, `"rewards/accuracies"`, ..., or one of `compute_generation_metrics`. The start is compared too.
+    > - `greater_is_better`: Unset, it is known for the run's own metrics; yours are better the greater, unless the
+    >   name ends in `loss` or `nll`.
+    > - `load_best_model_at_end`: Whether the policy is the best iteration's at the end of `train()`, in place of the
+    >   last one's. Every opponent, the start and the final policy are saved for that. Not under ZeRO-3 and FSDP.
     > - `precompute_ref_batch_size`: Pairs per device in a batch that is scored. Unset, a batch has twice the tokens of
     >   the largest training batch, instead of as many pairs.
     > - `num_train_epochs`: Follows from `num_iterations` and `epochs_per_iteration`; setting it is refused.
@@ -385,7 +369,6 @@ class SPINConfig(DPOConfig):
     pairing: Literal["ground_truth", "best_of", "reward_ranked"] = "ground_truth"
     reward_weights: list[float] | None = None
     reset_optimizer: bool = True
-    opponent_reference: Literal["previous", "fixed"] = "previous"
     reference_mixture_alpha: float = 0.0
     num_opponents: int = 1
     space_mu: float = 1.0
@@ -393,7 +376,6 @@ class SPINConfig(DPOConfig):
     t_spin_beta: float = 0.1
     iris_alpha: float = 0.5
     stop_when_converged: bool = False
-    convergence_tolerance: float = 0.02
     on_collapse: Literal["warn", "stop", "rollback"] = "warn"
 
     # Parameters that control the opponent's generation
@@ -405,7 +387,6 @@ class SPINConfig(DPOConfig):
     repetition_penalty: float = 1.0
     generation_kwargs: dict[str, Any] | str | None = None
     per_device_generation_batch_size: int = 64
-    generation_part_size: int = 256
 
     # Parameters that control the vLLM server
     use_vllm: bool | None = None
@@ -427,15 +408,10 @@ class SPINConfig(DPOConfig):
     vllm_server_args: str | None = None
 
     # Parameters that control the publish check
-    publish_check_samples: int = 8
-    publish_check_tolerance: float = 0.05
+    publish_check_tolerance: float | None = 0.05
 
     # Parameters that control the evaluation
     eval_temperature: float = 0.0
-    eval_on_error: Literal["raise", "warn"] = "raise"
-    metric_for_best_iteration: str | None = None
-    greater_is_better_iteration: bool | None = None
-    load_best_iteration_at_end: bool = False
 
     # Parameters that control the run directory
     resume: Literal["auto", "never"] = "never"
@@ -444,7 +420,6 @@ class SPINConfig(DPOConfig):
     # Parameters that control what is shown
     report: bool = True
     log_completions: bool = False
-    num_completions_to_print: int = 5
 
     # Parameters that control what becomes of the result
     hub_iteration_revisions: bool = False
@@ -466,7 +441,11 @@ class SPINConfig(DPOConfig):
         self._check_server()
         self._take_schedules()
         self.num_train_epochs = float(self.num_iterations * self.epochs_per_iteration)
+        # The parent compares checkpoints, which takes an evaluation at each of them. Here iterations are compared.
+        best = self.load_best_model_at_end, self.greater_is_better
+        self.load_best_model_at_end = False
         super().__post_init__()
+        self.load_best_model_at_end, self.greater_is_better = best
         check_settings(self.loss_type, vars(self))
         check_pairs_per_forward(self.loss_type, self.pairs_per_forward)
 
@@ -519,19 +498,14 @@ class SPINConfig(DPOConfig):
                 setattr(self, name, value)
 
     def _check_reference(self):
-        if self.initial_reference is None:
-            return
-        check_reference(self.loss_type, self.initial_reference)
-        if self.opponent_reference == "fixed" and self.reference_mixture_alpha > 0:
+        alpha = self.reference_mixture_alpha
+        if alpha > 0:
+            check_reference(self.loss_type, f"reference_mixture_alpha={alpha:g}")
+        if 0 < alpha < 1 and self.f_divergence_type != "reverse_kl":
             raise ValueError(
-                f"`reference_mixture_alpha={self.reference_mixture_alpha:g}` contradicts `opponent_reference='fixed'`, "
-                "which is the initial model alone: a mixture with `reference_mixture_alpha=1`. Set only one of the two."
-            )
-        if 0 < self.reference_mixture_alpha < 1 and self.f_divergence_type != "reverse_kl":
-            raise ValueError(
-                f"`reference_mixture_alpha={self.reference_mixture_alpha:g}` contradicts `f_divergence_type="
-                f"{self.f_divergence_type!r}`, which takes a function of each side's log-ratio: the normaliser of the "
-                "mixture, which cancels in their difference, is missing there. Leave one of the two unset."
+                f"`reference_mixture_alpha={alpha:g}` contradicts `f_divergence_type={self.f_divergence_type!r}`, "
+                "which takes a function of each side's log-ratio: the normaliser of the mixture, which cancels in "
+                "their difference, is missing there. Leave one of the two unset."
             )
 
     def _check_data(self):
@@ -546,15 +520,11 @@ class SPINConfig(DPOConfig):
                 raise ValueError(f"`{name}` must be the name of a column, got ''. Name one, or leave both unset.")
 
     def _check_evaluation(self):
-        if self.metric_for_best_iteration is not None:
-            return
-        for name, neutral in (("load_best_iteration_at_end", False), ("greater_is_better_iteration", None)):
-            if getattr(self, name) != neutral:
-                raise ValueError(
-                    f"`{name}={getattr(self, name)!r}` needs a metric by which iterations are compared, but "
-                    "`metric_for_best_iteration` is unset. Set it, for example to 'nll', or leave "
-                    f"`{name}` unset."
-                )
+        if self.load_best_model_at_end and self.metric_for_best_model is None:
+            raise ValueError(
+                "`load_best_model_at_end=True` needs a metric by which iterations are compared, but "
+                "`metric_for_best_model` is unset. Set it, for example to 'nll', or leave the other unset too."
+            )
 
     def _check_self_play(self):
         if self.num_train_epochs is not None:
@@ -603,18 +573,11 @@ class SPINConfig(DPOConfig):
                 )
 
     @property
-    def initial_reference(self) -> str | None:
-        """The setting that makes the initial policy the reference, or a part of it; `None` where nothing does."""
-        if self.opponent_reference == "fixed":
-            return "opponent_reference='fixed'"
-        return f"reference_mixture_alpha={self.reference_mixture_alpha}" if self.reference_mixture_alpha > 0 else None
-
-    @property
     def takes_back_policies(self) -> list[str]:
         """The settings for which an earlier opponent may become the policy again."""
         settings = []
-        if self.load_best_iteration_at_end:
-            settings.append("load_best_iteration_at_end=True")
+        if self.load_best_model_at_end:
+            settings.append("load_best_model_at_end=True")
         if self.on_collapse == "rollback":
             settings.append("on_collapse='rollback'")
         return settings
@@ -657,12 +620,6 @@ class SPINConfig(DPOConfig):
             raise ValueError(
                 f"`output_dir` must be the path of a directory, got {self.output_dir!r}. Name the one that the run "
                 "is to be written to."
-            )
-        if self.load_best_model_at_end:
-            raise ValueError(
-                "`load_best_model_at_end=True` needs an evaluation at every checkpoint, but opponents are evaluated "
-                "between iterations. Leave it unset, and set `load_best_iteration_at_end=True` and "
-                "`metric_for_best_iteration`."
             )
         if self.ignore_data_skip:
             raise ValueError(

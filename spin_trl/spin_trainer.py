@@ -189,7 +189,7 @@ class SPINTrainer(IterativeTrainer):
         refuse(OF_THE_MODEL, plan, self.model)
         if plan.quantization is not None:
             keep_weights_as_quantized(self.model)
-        settle_reference_adapter(self.model, is_needed=plan.args.initial_reference is not None)
+        settle_reference_adapter(self.model, is_needed=plan.args.reference_mixture_alpha > 0)
         self.data_collator = OriginCollator(InitialSideCollator(self.data_collator), shown)
         self.own_losses = OwnLosses(self.loss_types, self.loss_weights, vars(self.args), self.accelerator)
         self.loss_types, self.loss_weights = self.own_losses.trl_loss_types, self.own_losses.trl_loss_weights

@@ -155,6 +155,5 @@ SETTINGS = {
     "max_completion_length": 12,
     "temperature": 0.0,
     "identical_pairs": "keep",
-    "generation_part_size": 6,
-    "per_device_generation_batch_size": 3,
+    "per_device_generation_batch_size": 2,
 }

@@ -98,8 +98,7 @@ def settings(output_dir: str, **overrides) -> dict:
         "identical_pairs": "keep",
         "temperature": 0.0,  # the same answers, whichever process gives them
         "use_vllm": False,
-        "generation_part_size": 8,
-        "per_device_generation_batch_size": 3,
+        "per_device_generation_batch_size": 2,
         **overrides,
     }
 
@@ -123,7 +122,7 @@ def play(model: str, data: str, config: SPINConfig, adapter: str = "full", sigte
         model,
         config,
         train_dataset=Dataset.from_list(rows[:30]),
-        eval_dataset=None if config.metric_for_best_iteration is None else Dataset.from_list(rows[30:]),
+        eval_dataset=None if config.metric_for_best_model is None else Dataset.from_list(rows[30:]),
         reward_funcs=None if config.pairing == "ground_truth" else shorter,
         preference_dataset=None if config.pairing == "ground_truth" else as_preferences(rows[:4]),
         callbacks=[record, Terminate(sigterm_at)],

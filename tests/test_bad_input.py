@@ -88,7 +88,7 @@ AT_LEAST = {
     **dict.fromkeys(("num_iterations", "epochs_per_iteration", "num_generations", "num_opponents"), 1),
     **dict.fromkeys(("max_completion_length", "per_device_generation_batch_size", "per_device_train_batch_size"), 1),
     **dict.fromkeys(("gradient_accumulation_steps", "vllm_max_concurrent_requests", "vllm_tensor_parallel_size"), 1),
-    **dict.fromkeys(("num_history_iterations", "top_k", "seed", "vllm_max_restarts", "publish_check_samples"), 0),
+    **dict.fromkeys(("num_history_iterations", "top_k", "seed", "vllm_max_restarts"), 0),
     **dict.fromkeys(("max_length", "vllm_max_model_length"), 2),
 }
 
@@ -115,7 +115,7 @@ def test_whole_number_that_is_too_small_is_refused(field, least, make_config):
     ({"vllm_server_timeout": NAN}, "`vllm_server_timeout` must be a finite number", "got nan", "Leave it unset"),
     ({"vllm_server_timeout": 0}, "`vllm_server_timeout` must be a positive number of seconds", "got 0"),
     ({"vllm_request_timeout": -1}, "`vllm_request_timeout` must be a positive number of seconds", "got -1"),
-    ({"publish_check_tolerance": 0}, "must be positive", "got 0", "`publish_check_samples=0`"),
+    ({"publish_check_tolerance": 0}, "must be positive", "got 0", "`publish_check_tolerance=None`"),
     ({"label_smoothing": 0.7}, "`label_smoothing` must be in [0, 0.5)", "got 0.7", "Leave it unset"),
     # one for each iteration
     ({"beta": -0.1}, "`beta` must be at least 0", "got -0.1", "Give a positive number"),
@@ -143,7 +143,7 @@ def test_whole_number_that_is_too_small_is_refused(field, least, make_config):
     ({"precompute_ref_log_probs": False}, "`precompute_ref_log_probs=False` is not possible", "unset"),
     ({"sync_ref_model": True}, "`sync_ref_model=True` is not possible", "Leave it unset"),
     ({"eval_on_start": True}, "`eval_on_start=True` comes before", "Leave it unset"),
-    ({"load_best_iteration_at_end": True}, "needs a metric", "`metric_for_best_iteration`"),
+    ({"load_best_model_at_end": True}, "needs a metric", "`metric_for_best_model`"),
     # rewards
     ({"pairing": "reward_ranked"}, "`num_generations` is 1", "Set it to 2 or more"),
     ({"pairing": "best_of", "loss_type": "space"}, "`loss_type='space'` contradicts `pairing='best_of'`", "Leave"),
@@ -295,7 +295,7 @@ LORA = {"r": 4, "target_modules": "all-linear"}
 OFFLOADS = {**MANAGED, "offload_policy_during_generation": True}
 LENGTHS = rows({"prompt": "a" * 70, "completion": "B"}, {"prompt": "b" * 80, "completion": "B"})
 PREFERENCES = rows({"prompt": "a", "chosen": "b", "rejected": "c"})
-BEST = {"load_best_iteration_at_end": True, "metric_for_best_iteration": "nll"}
+BEST = {"load_best_model_at_end": True, "metric_for_best_model": "nll"}
 MERGES = {"merge_adapter_at_end": True}
 ROLLBACK = {"on_collapse": "rollback"}
 
@@ -368,9 +368,9 @@ def for_other_data(completions, answer, **kwargs):
     # evaluation
     ({"eval_dataset": rows(GOOD), "compute_generation_metrics": "f"}, TypeError, "got 'f' (`str`)", "a function"),
     ({"compute_generation_metrics": length}, "answers to `eval_dataset`, and that is None", "Pass an"),
-    ({"config": {"metric_for_best_iteration": "nll"}}, "compares evaluations, but `eval_dataset` is None"),
+    ({"config": {"metric_for_best_model": "nll"}}, "compares evaluations, but `eval_dataset` is None"),
     (
-        {"config": {"metric_for_best_iteration": "accuracy"}, "eval_dataset": rows(GOOD)},
+        {"config": {"metric_for_best_model": "accuracy"}, "eval_dataset": rows(GOOD)},
         *("'accuracy'` is none of the run's metrics: ['nll', 'rewards/chosen'",),
     ),
     # what could not become the policy again

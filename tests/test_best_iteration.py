@@ -17,7 +17,7 @@ from spin_trl.run_directory.store import RunDirectoryError
 
 
 def config(metric: str, **overrides) -> SPINConfig:
-    return SPINConfig(use_cpu=True, bf16=False, report_to="none", metric_for_best_iteration=metric, **overrides)
+    return SPINConfig(use_cpu=True, bf16=False, report_to="none", metric_for_best_model=metric, **overrides)
 
 
 def evaluations(*values: float | None, metric: str = "nll"):
@@ -30,7 +30,7 @@ def evaluations(*values: float | None, metric: str = "nll"):
         ("nll", [3.0, 1.0, 2.0], {}, 1),
         ("eval_nll", [3.0, 1.0, 2.0], {}, 1),
         ("right", [0.1, 0.2, 0.3], {}, 2),
-        ("right", [0.1, 0.2, 0.3], {"greater_is_better_iteration": False}, 0),
+        ("right", [0.1, 0.2, 0.3], {"greater_is_better": False}, 0),
         ("right", [0.1, 0.3, 0.3], {}, 1),
         ("right", [0.1, math.nan, math.inf], {}, 0),
         ("rewards/margins", [None, 0.2, 0.1], {}, 1),
@@ -67,7 +67,7 @@ def test_metric_that_the_users_function_does_not_return_ends_the_run_at_the_firs
 ):
     trainer = SPINTrainer(
         tiny_model,
-        make_config(metric_for_best_iteration="accurracy", eval_on_error="warn"),
+        make_config(metric_for_best_model="accurracy"),
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         compute_generation_metrics=lambda *_: {"accuracy": 0.5},
@@ -110,7 +110,7 @@ def assert_is(trainer: SPINTrainer, iteration: int, adapter: bool, tmp_path) -> 
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
-SETTINGS = {"num_iterations": 2, "metric_for_best_iteration": "score", "load_best_iteration_at_end": True}
+SETTINGS = {"num_iterations": 2, "metric_for_best_model": "score", "load_best_model_at_end": True}
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_best_iterations_policy_is_restored_and_named(
 
 
 def test_best_iteration_is_named_without_being_loaded(tiny_model, train_dataset, eval_dataset, make_config, capsys):
-    configuration = make_config(num_iterations=1, metric_for_best_iteration="score")
+    configuration = make_config(num_iterations=1, metric_for_best_model="score")
     trainer = make(tiny_model, train_dataset, eval_dataset, configuration, score_of(1, 0), True)
     before = {name: tensor.clone() for name, tensor in trainer.model.named_parameters()}
     trainer.train()

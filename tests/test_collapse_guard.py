@@ -70,8 +70,8 @@ def test_run_in_which_nothing_is_seen_says_nothing(play, caplog):
 
 @pytest.mark.parametrize(
     ("reference", "is_seen"),
-    [({}, True), ({"opponent_reference": "fixed"}, False), ({"reference_mixture_alpha": 0.5}, False)],
-    ids=["previous", "fixed", "mixture"],
+    [({}, True), ({"reference_mixture_alpha": 0.5}, False)],
+    ids=["opponent", "mixture"],
 )
 def test_training_is_judged_by_its_own_steps_beta_and_reference(make_config, tmp_path, reference, is_seen):
     """
@@ -137,7 +137,7 @@ def test_rollback_leaves_the_policy_of_before_the_sign(bad, adapter, evaluates, 
 
 def test_best_iteration_wins_over_the_one_to_go_back_to(play):
     """Asked for the highest `nll`, the collapsed policy is the best; the run would go back to the start."""
-    best = {"metric_for_best_iteration": "nll", "greater_is_better_iteration": True, "load_best_iteration_at_end": True}
+    best = {"metric_for_best_model": "nll", "greater_is_better": True, "load_best_model_at_end": True}
     trainer = play(0, evaluates=True, on_collapse="rollback", **best)
     found = trainer.store.read_run()
     assert (found["best_iteration"]["opponent"], found["collapsed"]["returned_to"]) == (1, 0)

@@ -28,7 +28,7 @@ ACCELERATE = RECIPES / "accelerate"
 TRAIN_FILE = DATA / "accent_train.jsonl"
 slow = pytest.mark.slow
 
-BEST = ["--metric_for_best_iteration", "nll", "--load_best_iteration_at_end", "true"]
+BEST = ["--metric_for_best_model", "nll", "--load_best_model_at_end", "true"]
 STOPPABLE = ["--resume", "auto", "--save_strategy", "steps", "--save_steps", "100"]
 
 # What else a launch plays: with what a trainer refuses, or takes back, or until SIGTERM to one process stops both in
@@ -38,16 +38,16 @@ OTHERS = {
     "best": BEST,
     "stopped": [*STOPPABLE, "--sigterm_to", "1", "--sigterm_at", "6"],
 }
-# The accelerate configuration, what is trained with which opponent_reference, and others.
+# The accelerate configuration, what is trained with which reference_mixture_alpha, and others.
 LAUNCHES = {
-    "ddp": ("ddp", [("full", "previous")], ["stopped"]),
-    "zero3": ("zero3", [("full", "fixed")], ["refused"]),
-    "fsdp2": ("fsdp2", [("lora", "previous")], ["refused"]),
-    "slow-ddp": ("ddp", [("lora", "previous")], ["best"]),
-    "slow-zero2": ("zero2", [("full", "fixed"), ("lora", "previous")], ["stopped"]),
-    "slow-zero3": ("zero3", [("full", "previous"), ("lora", "previous")], ["stopped"]),
-    "slow-fsdp2": ("fsdp2", [("full", "previous"), ("full", "fixed")], ["stopped"]),
-    "slow-single": ("single", [("full", "previous"), ("lora", "previous")], []),
+    "ddp": ("ddp", [("full", "0")], ["stopped"]),
+    "zero3": ("zero3", [("full", "1")], ["refused"]),
+    "fsdp2": ("fsdp2", [("lora", "0")], ["refused"]),
+    "slow-ddp": ("ddp", [("lora", "0")], ["best"]),
+    "slow-zero2": ("zero2", [("full", "1"), ("lora", "0")], ["stopped"]),
+    "slow-zero3": ("zero3", [("full", "0"), ("lora", "0")], ["stopped"]),
+    "slow-fsdp2": ("fsdp2", [("full", "0"), ("full", "1")], ["stopped"]),
+    "slow-single": ("single", [("full", "0"), ("lora", "0")], []),
 }
 WRAPPERS = {
     "ddp": {"full": "DistributedDataParallel", "lora": "DistributedDataParallel"},
@@ -64,7 +64,7 @@ def marked(launch_id: str, *more: str):
     return pytest.param((launch_id, *more) if more else launch_id, id="-".join([launch_id, *more]), marks=marks)
 
 
-RUNS = [pytest.param(("plain", "full", "previous"), id="plain")]
+RUNS = [pytest.param(("plain", "full", "0"), id="plain")]
 RUNS += [marked(launch_id, *played) for launch_id, (_, plays, _) in LAUNCHES.items() for played in plays]
 
 
@@ -118,10 +118,10 @@ def launched(tmp_path_factory, tiny_model):
         name, plays, others = LAUNCHES[launch_id]
         folder = tmp_path_factory.mktemp(launch_id)
         arguments = [
-            [f"{adapter}-{reference}", "--adapter", adapter, "--opponent_reference", reference]
+            [f"{adapter}-{reference}", "--adapter", adapter, "--reference_mixture_alpha", reference]
             for adapter, reference in plays
         ]
-        arguments += [[other, "--opponent_reference", plays[0][1], *OTHERS[other]] for other in others]
+        arguments += [[other, "--reference_mixture_alpha", plays[0][1], *OTHERS[other]] for other in others]
         done = launch(name, folder, words_of(name, folder, arguments, tiny_model))
         is_whole = (done.returncode == 0) is ("stopped" not in others)
         assert is_whole, f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
@@ -145,7 +145,7 @@ def alone(tmp_path_factory, tiny_model):
     @cache
     def play_alone(adapter: str, reference: str) -> Run:
         output_dir = tmp_path_factory.mktemp("alone")
-        config = SPINConfig(**settings(str(output_dir), opponent_reference=reference))
+        config = SPINConfig(**settings(str(output_dir), reference_mixture_alpha=float(reference)))
         seen = play(tiny_model, str(TRAIN_FILE), config, adapter)
         return Run([seen], output_dir, adapter, reference, seen["wrapper"])
 
@@ -193,7 +193,7 @@ def test_policy_equals_the_reference_where_the_reference_is_the_opponent(run):
     """log 2 at the first step of both iterations, or, if the reference stays the initial model, of the first only."""
     for seen in run.seen:
         assert seen["loss"][0] == pytest.approx(math.log(2), abs=1e-6)
-        moves_on = run.reference == "previous"
+        moves_on = run.reference == "0"
         assert (abs(seen["loss"][4] - math.log(2)) < 1e-6) is moves_on
 
 
@@ -208,7 +208,7 @@ def test_every_prompt_is_paired_once_and_scored_by_the_reference(run, tiny_model
         assert sorted(pairs["row"][:30]) == list(range(30))
         expected = [logp(model, row["prompt_ids"], row["rejected_ids"]) for row in pairs]
         by_initial_model = pairs["ref_rejected_logps"][:] == pytest.approx(expected, abs=1e-3)
-        assert by_initial_model is (iteration == 0 or run.reference == "fixed")
+        assert by_initial_model is (iteration == 0 or run.reference == "1")
 
 
 # However the processes divide the work, the result is that of one alone.
@@ -251,7 +251,7 @@ def test_run_goes_on_where_sigterm_to_one_process_stopped_both(launch_id, launch
     output_dir = stopped.folder / "stopped"
     place = Place.read(IterationStore(output_dir).checkpoints()[0])
     assert place.iteration == 1 and place.step in (7, 8) and not place.is_iteration_done
-    play = ["stopped", "--opponent_reference", reference, *STOPPABLE]
+    play = ["stopped", "--reference_mixture_alpha", reference, *STOPPABLE]
     resumed = launch(name, stopped.folder, words_of(name, stopped.folder, [play], tiny_model))
     assert resumed.returncode == 0, resumed.stderr[-5000:]
     assert f"goes on from checkpoint-{place.step}: iteration 1" in resumed.stdout

@@ -101,8 +101,7 @@ def test_each_prompt_is_answered_by_the_opponent_drawn(tiny_model, train_dataset
         num_opponents=2,
         temperature=0.0,
         learning_rate=5e-2 if policy == "lora" else 3e-3,
-        generation_part_size=5,
-        per_device_generation_batch_size=4,
+        per_device_generation_batch_size=1,
     )
     watch = ScoreAtIterationOne()
     trainer = SPINTrainer(
@@ -209,7 +208,7 @@ def play_on(faulty, tiny_model, make_config):
     def run(lora: bool, fake: Names | None = None, **overrides) -> tuple[SPINTrainer, Names]:
         fake = fake or Names(tiny_model)
         faulty.answer = fake
-        fields = {"num_iterations": 3, "num_opponents": 2, "publish_check_samples": 0, "num_history_iterations": 0}
+        fields = {"num_iterations": 3, "num_opponents": 2, "publish_check_tolerance": None, "num_history_iterations": 0}
         trainer = SPINTrainer(
             tiny_model,
             make_config(vllm_server_base_url=faulty.url, **{**fields, **overrides}),

@@ -49,7 +49,7 @@ def test_rewards_are_of_the_next_policy_against_the_opponent_with_the_iterations
     """Recomputed from the saved opponents, by plain transformers: nothing of a later or earlier one slips in."""
     betas = [0.5, 2.0]
     config = make_config(
-        num_iterations=2, beta=betas, load_best_iteration_at_end=True, metric_for_best_iteration="nll"
+        num_iterations=2, beta=betas, load_best_model_at_end=True, metric_for_best_model="nll"
     )  # which saves every opponent
     trainer = SPINTrainer(tiny_model, config, train_dataset=train_dataset, eval_dataset=eval_dataset)
     trainer.train()
@@ -96,24 +96,7 @@ def test_metrics_function_that_fails_ends_the_run_with_its_error_and_what_to_do(
     with pytest.raises(KeyError, match="answer") as failure:
         trainer.train()
     (note,) = failure.value.__notes__
-    assert "`compute_generation_metrics`, for the opponent of iteration 0" in note and "eval_on_error='warn'" in note
-
-
-@pytest.mark.parametrize("returned", [None, {"right": "0.5"}, {"nll": 1.0}], ids=str)
-def test_run_goes_on_without_what_failed_if_asked(
-    tiny_model, train_dataset, eval_dataset, make_config, caplog, returned
-):
-    trainer = SPINTrainer(
-        tiny_model,
-        make_config(num_iterations=1, eval_on_error="warn"),
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        compute_generation_metrics=lambda *_: returned,
-    )
-    trainer.train()
-    assert list(trainer.store.read_metrics(1)["evaluation"]) == ["nll", *REWARDS]
-    warnings = [record.getMessage() for record in caplog.records if "goes on without" in record.getMessage()]
-    assert len(warnings) == 2 and "Traceback" in warnings[0]
+    assert "`compute_generation_metrics`, for the opponent of iteration 0" in note and "resume the run" in note
 
 
 def test_users_metric_may_not_take_the_name_of_one_of_the_runs(tiny_model, train_dataset, eval_dataset, make_config):

@@ -1,4 +1,4 @@
-"""Whose log-probs are stored as the reference: the opponent's, or with `fixed` the initial model's."""
+"""Whose log-probs are stored as the reference: the opponent's, or with a share of 1 the initial model's."""
 
 import pytest
 import torch
@@ -64,16 +64,14 @@ class ScoreAtIterationOne(TrainerCallback):
             model.train(was_training)
 
 
-@pytest.mark.parametrize("opponent_reference", ["previous", "fixed"])
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
 @pytest.mark.parametrize("policy", POLICIES)
-def test_stored_reference_is_the_opponents_or_the_initial_models(
-    tiny_model, train_dataset, make_config, policy, opponent_reference
-):
+def test_stored_reference_is_the_opponents_or_the_initial_models(tiny_model, train_dataset, make_config, policy, alpha):
     model, kwargs = POLICIES[policy](tiny_model)
     initial, _ = POLICIES[policy](tiny_model)
     initial = AutoModelForCausalLM.from_pretrained(initial) if isinstance(initial, str) else initial
     watch = ScoreAtIterationOne()
-    config = make_config(num_iterations=2, opponent_reference=opponent_reference)
+    config = make_config(num_iterations=2, reference_mixture_alpha=alpha)
     trainer = SPINTrainer(model, config, train_dataset=train_dataset, callbacks=[watch], **kwargs)
     watch.trainer = trainer
     trainer.train()
@@ -81,7 +79,7 @@ def test_stored_reference_is_the_opponents_or_the_initial_models(
     stored = [row[f"ref_{side}_logps"] for row in rows for side in ("chosen", "rejected")]
     of_initial = all_logps(initial, rows)
     assert watch.opponent != pytest.approx(of_initial, abs=1e-2)
-    assert stored == pytest.approx(of_initial if opponent_reference == "fixed" else watch.opponent, abs=1e-4)
+    assert stored == pytest.approx(of_initial if alpha == 1 else watch.opponent, abs=1e-4)
     assert trainer.ref_model is None
     if policy.endswith("lora") or policy.startswith("trained"):
         assert trainer.model.active_adapters == ["default"]
@@ -89,20 +87,20 @@ def test_stored_reference_is_the_opponents_or_the_initial_models(
 
 def test_adapter_that_changes_the_base_model_is_refused(tiny_model, train_dataset, make_config):
     lora = LoraConfig(**{**LORA, "init_lora_weights": "pissa"})
-    config = make_config(opponent_reference="fixed")
-    with pytest.raises(ValueError, match="`init_lora_weights='pissa'`.*`opponent_reference='previous'`"):
+    config = make_config(reference_mixture_alpha=1.0)
+    with pytest.raises(ValueError, match="`init_lora_weights='pissa'`.*`reference_mixture_alpha=0`"):
         SPINTrainer(tiny_model, config, train_dataset=train_dataset, peft_config=lora)
 
 
 def test_adapter_that_trains_the_base_models_biases_is_refused(tiny_model, train_dataset, make_config):
     lora = LoraConfig(**LORA, bias="all")
-    config = make_config(opponent_reference="fixed")
-    with pytest.raises(ValueError, match="`bias='all'`.*does not bring back.*`opponent_reference='previous'`"):
+    config = make_config(reference_mixture_alpha=1.0)
+    with pytest.raises(ValueError, match="`bias='all'`.*does not bring back.*`reference_mixture_alpha=0`"):
         SPINTrainer(tiny_model, config, train_dataset=train_dataset, peft_config=lora)
 
 
 def test_adapter_of_a_type_that_changes_the_base_model_is_refused(tiny_model, train_dataset, make_config):
-    config = make_config(opponent_reference="fixed")
+    config = make_config(reference_mixture_alpha=1.0)
     with pytest.raises(ValueError, match="`peft_type=.*VBLORA.*the model is another one then"):
         vblora = VBLoRAConfig(target_modules=["q_proj"], vector_length=16, num_vectors=32)
         SPINTrainer(tiny_model, config, train_dataset=train_dataset, peft_config=vblora)

@@ -119,7 +119,7 @@ def test_two_processes_play_the_demo_with_pairs_for_every_prompt_once(tiny_model
     command += ["--config", "recipes/pronunciation.yaml", "--model_name_or_path", tiny_model]
     command += ["--train_file", str(tmp_path / "train.jsonl"), "--eval_file", str(tmp_path / "test.jsonl")]
     command += ["--output_dir", str(tmp_path / "run"), "--num_iterations", "2", "--epochs_per_iteration", "1"]
-    done = run([*command, "--generation_part_size", "50"], tmp_path)
+    done = run([*command, "--per_device_generation_batch_size", "12"], tmp_path)
     rows = list(range(200))
     for iteration in (0, 1):
         folder = tmp_path / "run" / f"iteration-{iteration}"

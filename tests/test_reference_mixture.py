@@ -64,26 +64,6 @@ def test_stored_reference_is_the_mixture_of_opponent_and_initial_model(tiny_mode
     assert trainer.ref_model is None
 
 
-@pytest.mark.parametrize("policy", ["full", "lora"])
-@pytest.mark.parametrize(
-    ("alpha", "opponent_reference"), [(0.0, "previous"), (1.0, "fixed")], ids=["0: opponent", "1: fixed"]
-)
-def test_ends_of_the_scale_are_the_references_there_were(
-    tiny_model, train_dataset, make_config, tmp_path, policy, alpha, opponent_reference
-):
-    """The same pairs, log-probs and final weights, bit for bit."""
-    settings = {"num_iterations": 3, "temperature": 0.0, "learning_rate": 1e-2 if policy == "lora" else 1e-3}
-    runs = []
-    for name, fields in (("mixed", {"reference_mixture_alpha": alpha}), ("one", {})):
-        reference = {} if name == "mixed" else {"opponent_reference": opponent_reference}
-        model, kwargs = POLICIES[policy](tiny_model)
-        config = make_config(output_dir=str(tmp_path / name), **settings, **fields, **reference)
-        runs.append(play(model, config, train_dataset, **kwargs))
-    mixed, one = runs
-    assert all(columns(mixed, iteration) == columns(one, iteration) for iteration in range(3))
-    assert all((a == b).all() for a, b in zip(weights(mixed), weights(one), strict=True))
-
-
 def test_metrics_of_the_opponent_stay_its_own(tiny_model, train_dataset, eval_dataset, make_config, tmp_path):
     """Iteration 1's opponent is the same in all three runs, since iteration 0's reference is."""
     found = {}
@@ -151,7 +131,6 @@ def test_share_outside_0_to_1_is_refused(make_config, bad):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"opponent_reference": "fixed"}, "contradicts `opponent_reference='fixed'`.*Set only one of the two"),
         ({"loss_type": ["space", "sft"]}, "`loss_type='space'` contradicts `reference_mixture_alpha=0.5`"),
         ({"loss_type": "iris"}, "`loss_type='iris'` contradicts .*Leave `reference_mixture_alpha` unset"),
         ({"loss_type": ["t_spin", "sft"]}, "`reference_mixture_alpha=0.5` has no effect.*such as 'sigmoid'"),

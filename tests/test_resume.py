@@ -94,9 +94,9 @@ def test_stopped_run_goes_on_however_it_is_asked_to(make_trainer, tmp_path, ask)
     assert [start["from"] for start in trainer.store.read_run()["starts"]] == ["the initial model", "checkpoint-8"]
 
 
-@pytest.mark.parametrize(("step", "opponent_reference"), [(4, "previous"), (6, "fixed"), (11, "fixed")])
-def test_full_fine_tuning_goes_on_too(make_trainer, tmp_path, step, opponent_reference):
-    settings = {"adapter": None, "opponent_reference": opponent_reference, "learning_rate": 1e-4}
+@pytest.mark.parametrize(("step", "alpha"), [(4, 0.0), (6, 1.0), (11, 1.0)])
+def test_full_fine_tuning_goes_on_too(make_trainer, tmp_path, step, alpha):
+    settings = {"adapter": None, "reference_mixture_alpha": alpha, "learning_rate": 1e-4}
     expected = play_undisturbed(make_trainer, tmp_path, **settings)
     stop_after(make_trainer, step, **settings)
     trainer = make_trainer(**settings)
@@ -397,7 +397,7 @@ def test_sigterm_in_training_leaves_a_checkpoint_of_that_step(make_trainer, tmp_
 def test_sigterm_while_generating_ends_at_once(make_trainer, at_forward):
     """In the third of six batches of up to twelve tokens."""
     forwards = itertools.count(1)
-    settings = {"per_device_generation_batch_size": 8, "generation_part_size": 8}
+    settings = {"per_device_generation_batch_size": 2}
     at_forward(terminate, lambda: next(forwards) == 30)
     trainer = make_trainer(**settings)
     with pytest.raises(SystemExit):

@@ -182,7 +182,7 @@ def changed_model(tiny_model: str):
 def test_pickles_beside_an_opponent_are_not_run(tiny_model, tokenizer, train_dataset, make_config, tmp_path):
     trainer = SPINTrainer(
         changed_model(tiny_model),
-        make_config(num_iterations=2, opponent_reference="fixed"),
+        make_config(num_iterations=2, reference_mixture_alpha=1.0),
         train_dataset=train_dataset,
         processing_class=tokenizer,
         callbacks=[PlantInOpponent(tmp_path / "trace", in_place=False)],
@@ -197,7 +197,7 @@ def test_pickle_in_place_of_an_opponents_weights_is_not_even_opened(
 ):
     trainer = SPINTrainer(
         changed_model(tiny_model),
-        make_config(num_iterations=2, opponent_reference="fixed"),
+        make_config(num_iterations=2, reference_mixture_alpha=1.0),
         train_dataset=train_dataset,
         processing_class=tokenizer,
         callbacks=[PlantInOpponent(tmp_path / "trace", in_place=True)],

@@ -101,7 +101,7 @@ def test_restarted_server_gets_the_opponent_again_and_no_answer_is_lost_doubled_
 def test_run_goes_on_with_its_own_server_started_again_and_ends_at_once_when_that_dies_too_often(
     tiny_model, train_dataset, make_config, monkeypatch, caplog, record_property
 ):
-    config = make_config(num_iterations=3, vllm_mode="managed", vllm_max_restarts=1, generation_part_size=8)
+    config = make_config(num_iterations=3, vllm_mode="managed", vllm_max_restarts=1, per_device_generation_batch_size=2)
     trainer = SPINTrainer(
         tiny_model, config, train_dataset=train_dataset, peft_config=LoraConfig(r=8, target_modules="all-linear")
     )

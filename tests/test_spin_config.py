@@ -31,7 +31,7 @@ def make(tmp_path):
         {"num_history_iterations": 0},
         {"temperature": 0.0},
         {"top_k": 0},
-        {"publish_check_samples": 0},
+        {"publish_check_tolerance": None},
         {"use_vllm": True},
         {"vllm_mode": "managed"},
         {"vllm_mode": "server", "vllm_server_base_url": URL},
@@ -39,7 +39,7 @@ def make(tmp_path):
         {"loss_type": ["space"], "space_mu": 0.5},
         {"loss_type": ["space"], "space_mu": 2.5, "num_generations": 3},
         {"loss_type": ["t_spin"], "t_spin_beta": 0.0},
-        {"loss_type": ["t_spin", "sigmoid"], "opponent_reference": "fixed"},
+        {"loss_type": ["t_spin", "sigmoid"], "reference_mixture_alpha": 1.0},
         {"loss_type": ["iris"], "iris_alpha": 2.0, "per_device_train_batch_size": 2},
     ],
     ids=str,
@@ -63,7 +63,7 @@ def test_defaults_are_the_papers_or_those_of_dpo(make):
         "space_mu": 1.0,
         "t_spin_alpha": 1.0,
         "t_spin_beta": 0.1,
-        "opponent_reference": "previous",
+        "reference_mixture_alpha": 0.0,
         "precompute_ref_log_probs": True,
         "max_completion_length": None,
         "temperature": 1.0,
@@ -73,7 +73,6 @@ def test_defaults_are_the_papers_or_those_of_dpo(make):
         "repetition_penalty": 1.0,
         "use_vllm": None,
         "vllm_mode": None,
-        "publish_check_samples": 8,
         "publish_check_tolerance": 0.05,
         "eval_temperature": 0.0,
         "prompt_column": None,
@@ -120,6 +119,11 @@ def test_answers_that_are_no_samples_of_the_reference_are_told_where_a_loss_need
     ]
 
 
+def test_whether_a_greater_metric_is_better_is_left_to_the_run_unless_it_is_set(make):
+    assert make(metric_for_best_model="nll").greater_is_better is None
+    assert make(metric_for_best_model="nll", greater_is_better=True).greater_is_better is True
+
+
 def test_number_of_epochs_follows_from_iterations(make):
     assert make().num_train_epochs == 3
     assert make(num_iterations=4, epochs_per_iteration=2).num_train_epochs == 8
@@ -142,8 +146,9 @@ def test_every_new_field_is_documented_with_its_default():
 def test_every_field_that_is_defined_anew_is_noted():
     anew = set(SPINConfig.__annotations__) - set(OWN_FIELDS)
     note = inspect.getdoc(SPINConfig).partition("> [!NOTE]")[2]
-    # `precompute_ref_batch_size` is unset as in DPOConfig, which means something else here.
-    assert anew | {"precompute_ref_batch_size"} == set(re.findall(r"^> - `(\w+)`:", note, re.MULTILINE))
+    of_other_meaning = {"precompute_ref_batch_size", "metric_for_best_model", "greater_is_better"}
+    of_other_meaning |= {"load_best_model_at_end"}
+    assert anew | of_other_meaning == set(re.findall(r"^> - `(\w+)`:", note, re.MULTILINE))
 
 
 def test_help_on_the_command_line_is_the_docstrings_text_and_dpo_configs_is_left_alone():

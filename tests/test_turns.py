@@ -80,7 +80,7 @@ def make_run(faulty, tiny_model, train_dataset, eval_dataset, make_config, monke
     def make(offloads: bool, **settings) -> Run:
         faulty.answer = FakeVLLM(name=tiny_model)
         config = make_config(
-            vllm_server_base_url=faulty.url, publish_check_samples=0, num_iterations=2, logging_steps=1, **settings
+            vllm_server_base_url=faulty.url, publish_check_tolerance=None, num_iterations=2, logging_steps=1, **settings
         )
         trainer = SPINTrainer(tiny_model, config, train_dataset=train_dataset, eval_dataset=eval_dataset)
         return Run(trainer, faulty, monkeypatch, offloads)

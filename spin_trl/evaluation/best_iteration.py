@@ -44,17 +44,17 @@ def check_best_iteration(args: SPINConfig, has_eval_dataset: bool, has_generatio
     Raises:
         `ValueError`: if nothing is evaluated, or no such metric can come.
     """
-    metric = args.metric_for_best_iteration
+    metric = args.metric_for_best_model
     if metric is None:
         return
     if not has_eval_dataset:
         raise ValueError(
-            f"`metric_for_best_iteration={metric!r}` compares evaluations, but `eval_dataset` is None. Pass an "
-            "`eval_dataset`, or leave the metric and `load_best_iteration_at_end` unset."
+            f"`metric_for_best_model={metric!r}` compares evaluations, but `eval_dataset` is None. Pass an "
+            "`eval_dataset`, or leave the metric and `load_best_model_at_end` unset."
         )
     if not has_generation_metrics and _plain(metric) not in evaluation_names():
         raise ValueError(
-            f"`metric_for_best_iteration={metric!r}` is none of the run's metrics: {evaluation_names()}. Name one of "
+            f"`metric_for_best_model={metric!r}` is none of the run's metrics: {evaluation_names()}. Name one of "
             "them, or pass a `compute_generation_metrics` that returns it."
         )
 
@@ -64,11 +64,11 @@ def check_is_evaluated(args: SPINConfig, scores: Mapping[str, float]) -> None:
     Raises:
         `ValueError`: if the metric that iterations are to be compared by is not among those of an evaluation.
     """
-    metric = args.metric_for_best_iteration
+    metric = args.metric_for_best_model
     known = [*scores, *(name for name in evaluation_names() if name not in scores)]
     if metric is not None and _plain(metric) not in known:
         raise ValueError(
-            f"`metric_for_best_iteration={metric!r}` is none of the evaluation's metrics: {known}. Name one of them, "
+            f"`metric_for_best_model={metric!r}` is none of the evaluation's metrics: {known}. Name one of them, "
             "or have `compute_generation_metrics` return it, and start the same command again."
         )
 
@@ -80,12 +80,12 @@ def find_best(metrics: Iterable[tuple[int, dict[str, Any]]], args: SPINConfig) -
     Args:
         metrics: Each opponent's number and its iteration's metrics.
     """
-    metric = _plain(args.metric_for_best_iteration)
+    metric = _plain(args.metric_for_best_model)
     values = {number: found.get(EVALUATION, {}).get(metric) for number, found in metrics}
     values = {number: value for number, value in values.items() if value is not None and math.isfinite(value)}
     if not values:
         return None
-    choose = max if is_greater_better(metric, args.greater_is_better_iteration) else min
+    choose = max if is_greater_better(metric, args.greater_is_better) else min
     best = choose(values, key=values.get)
     return BestIteration(best, metric, {label(number): value for number, value in values.items()})
 

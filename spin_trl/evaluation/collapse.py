@@ -202,7 +202,7 @@ class CollapseGuard:
             if "rewards/margins" in entry and epochs[0] < entry["epoch"] <= epochs[1]
         ]
 
-        has_initial = args.opponent_reference == "fixed" or args.reference_mixture_alpha > 0
+        has_initial = args.reference_mixture_alpha > 0
         starts_at_zero = iteration == 0 or not has_initial
 
         def look() -> list[CollapseSign]:

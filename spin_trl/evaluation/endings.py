@@ -10,6 +10,10 @@ from ..run_directory.run import RunEnd
 from ..spin_config import SPINConfig
 
 
+# How near to a half the accuracy, and to 1 a share has to be. With few rows chance alone is further: `1 / sqrt(rows)`.
+_TOLERANCE = 0.02
+
+
 class Converged(RunEnd):
     """There is nothing left to learn."""
 
@@ -28,14 +32,14 @@ def check_evaluation(iteration: int, scores: Mapping[str, float], args: SPINConf
     accuracy = scores.get("rewards/accuracies")
     if not args.stop_when_converged or args.pairing != "ground_truth":
         return  # with another pairing the policy does not learn to tell the ground truths
-    if accuracy is not None and abs(accuracy - 0.5) <= args.convergence_tolerance:
+    if accuracy is not None and abs(accuracy - 0.5) <= _TOLERANCE:
         raise Converged(
             iteration,
             "held-out accuracy",
             f"on `eval_dataset` the policy after iteration {iteration - 1} tells the ground truth from its opponent's "
-            f"answer in {accuracy:.1%} of the pairs, within {args.convergence_tolerance:.1%} of a coin's toss.",
+            f"answer in {accuracy:.1%} of the pairs, within {_TOLERANCE:.1%} of a coin's toss.",
             accuracy=accuracy,
-            tolerance=args.convergence_tolerance,
+            tolerance=_TOLERANCE,
         )
 
 
@@ -45,14 +49,14 @@ def check_identical_share(iteration: int, identical_share: float, args: SPINConf
         [`Converged`]: if that is asked for and nearly all of the opponent's answers equal the ground truth.
     """
     is_judged = args.stop_when_converged and args.pairing == "ground_truth"
-    if is_judged and identical_share >= 1 - args.convergence_tolerance:
+    if is_judged and identical_share >= 1 - _TOLERANCE:
         raise Converged(
             iteration,
             "identical pairs",
             f"its opponent reproduces the ground truth in {identical_share:.1%} of the pairs, at least "
-            f"{1 - args.convergence_tolerance:.1%}.",
+            f"{1 - _TOLERANCE:.1%}.",
             identical_share=identical_share,
-            tolerance=args.convergence_tolerance,
+            tolerance=_TOLERANCE,
         )
 
 
@@ -61,12 +65,12 @@ def check_no_pair_share(iteration: int, no_pair_share: float, args: SPINConfig) 
     Raises:
         [`Converged`]: if that is asked for, rewards choose, and they find hardly any prompt's answers to differ.
     """
-    if args.stop_when_converged and no_pair_share >= 1 - args.convergence_tolerance:
+    if args.stop_when_converged and no_pair_share >= 1 - _TOLERANCE:
         raise Converged(
             iteration,
             "equal rewards",
             f"with `pairing={args.pairing!r}`, {no_pair_share:.1%} of the prompts make no pair, at least "
-            f"{1 - args.convergence_tolerance:.1%}.",
+            f"{1 - _TOLERANCE:.1%}.",
             no_pair_share=no_pair_share,
-            tolerance=args.convergence_tolerance,
+            tolerance=_TOLERANCE,
         )

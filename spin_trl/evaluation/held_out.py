@@ -4,7 +4,6 @@ Knows nothing of how the answers are generated.
 """
 
 import logging
-import traceback
 from collections.abc import Callable, Iterable
 from numbers import Real
 
@@ -108,15 +107,9 @@ class HeldOutEvaluation:
             found = generation_metrics(self.compute, dataset, completions, self.tokenizer)
             _check_names(found)
         except Exception as error:
-            if self.args.eval_on_error == "warn":
-                logger.warning(
-                    f"`compute_generation_metrics` failed for the opponent of iteration {iteration}; the run goes on "
-                    f"without its metrics (`eval_on_error='warn'`).\n{traceback.format_exc()}"
-                )
-                return {}
             error.add_note(
                 f"In `compute_generation_metrics`, for the opponent of iteration {iteration}. Its answers are on disk: "
-                "correct the function and resume the run. `eval_on_error='warn'` would go on without its metrics."
+                "correct the function and resume the run."
             )
             raise
         check_is_evaluated(self.args, found)

@@ -125,7 +125,7 @@ class OpponentSampler(Protocol):
         """
         What each of those that play the opponent, such as several servers, answers to the same prompts, by its name.
         Called on the main process, with `logprobs`, to see that the opponent published is the one that plays. Not
-        called where `reads_checkpoints` is false, or with `publish_check_samples=0`.
+        called where `reads_checkpoints` is false, or with `publish_check_tolerance=None`.
         """
         return {type(self).__name__: list(self.sample(requests, params, logprobs))}
 

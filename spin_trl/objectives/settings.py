@@ -35,7 +35,6 @@ _NORMALISER = "it does not see the difference of the two sides alone, in which t
 _NOT_DEFINED = "the two are not defined together"
 
 _CONFLICTS = (
-    _Conflict("needs_samples_of_reference", "opponent_reference", lambda name: name == "fixed", _ONE_REFERENCE),
     _Conflict("needs_samples_of_reference", "reference_mixture_alpha", lambda alpha: alpha > 0, _ONE_REFERENCE),
     _Conflict("needs_samples_of_reference", "num_opponents", lambda number: number > 1, _ONE_REFERENCE),
     _Conflict("needs_samples_of_reference", "identical_pairs", lambda name: name == "drop", _ONE_BY_ONE),

@@ -22,6 +22,9 @@ from .opponents import Opponents
 from .turns import Turns
 
 
+_BATCHES_PER_PART = 4
+
+
 @dataclass(frozen=True)
 class Share:
     """Which share of the work this process does: number `index` of `count`."""
@@ -148,9 +151,8 @@ class Answers:
     ) -> np.ndarray:
         """Returns the rows that were not on disk yet; see [`GenerationJob`] for the arguments."""
         args = self.args
-        job = GenerationJob(
-            self.store, iteration, kind, params, num_samples, args.generation_part_size, args.seed, draw
-        )
+        part_size = _BATCHES_PER_PART * args.per_device_generation_batch_size
+        job = GenerationJob(self.store, iteration, kind, params, num_samples, part_size, args.seed, draw)
         share = Share(args.process_index, args.world_size)
         missing_rows = on_main_process(lambda: job.missing_rows(dataset))
         self.turns.give_to_server()

@@ -101,8 +101,8 @@ def adapter(plan: Plan) -> None:
     if not isinstance(plan.model, str):
         check_trainable(plan.model, plan.peft_config)
     check_trains_adapter(plan.quantization, plan.adapter is not None)
-    if plan.args.initial_reference is not None:
-        check_initial_reference(plan.peft_config, plan.args.initial_reference)
+    if plan.args.reference_mixture_alpha > 0:
+        check_initial_reference(plan.peft_config, plan.args.reference_mixture_alpha)
     if plan.args.merge_adapter_at_end:
         check_can_merge_at_end(plan.model, plan.peft_config, plan.model_name, plan.args)
 

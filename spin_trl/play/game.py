@@ -147,7 +147,7 @@ class Game:
 
     def _publish(self, iteration: int) -> None:
         self.opponents.publish(iteration)
-        if not self.opponents.sampler.reads_checkpoints or self.args.publish_check_samples == 0:
+        if not self.opponents.sampler.reads_checkpoints or self.args.publish_check_tolerance is None:
             return
         is_base = iteration == 0 and self.opponents.base_is_opponent
         name = "the base model" if is_base else f"iteration {iteration}'s opponent"
@@ -182,7 +182,7 @@ class Game:
         try:
             self.turns.give_to_policy()
             pairs = self.pairing.make(iteration, self.dataset)
-            scores = self.pairing.score(iteration, pairs, self.opponents.initial_path)
+            scores = self.pairing.score(iteration, pairs)
             self.guard.look_at_opponent(iteration)
             scores = self.pairing.mix_with_initial(iteration, pairs, scores, self.opponents.initial_path)
             on_main_process(lambda: self.store.write_pairs(iteration, pairs.answers, scores))

@@ -132,7 +132,7 @@ class Opponents:
         if not path.is_dir():
             raise RunDirectoryError(
                 f"{path}, the policy to return to, is not there. The last policy is in the newest checkpoint; to go on "
-                "without the earlier one, leave `load_best_iteration_at_end` and `on_collapse` unset."
+                "without the earlier one, leave `load_best_model_at_end` and `on_collapse` unset."
             )
         self.policy.load(path)
         PartialState().print(f"The policy is again the opponent of iteration {opponent}, from {path}.")
@@ -170,7 +170,7 @@ class Opponents:
         """Save the policy if anybody will load it. Returns what is published."""
         args = self.args
         is_base = iteration == 0 and self.base_is_opponent
-        is_reference = iteration == 0 and args.initial_reference is not None
+        is_reference = iteration == 0 and args.reference_mixture_alpha > 0
         plays_again = args.num_opponents > 1 and not self.sampler.reads_checkpoints
         is_needed = (self.sampler.reads_checkpoints or is_reference) and not is_base
         if not (is_needed or plays_again or args.takes_back_policies):

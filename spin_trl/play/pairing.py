@@ -100,15 +100,9 @@ class Pairing:
         pairs = add_history(pairs, [(number, self.store.read_pairs(number)) for number in range(first, iteration)])
         return add_preferences(pairs, self.store.read_preferences())
 
-    def score(self, iteration: int, pairs: PairDataset, initial_path: str) -> dict[str, np.ndarray]:
-        """
-        The reference's log-probs of both sides of every pair, as [`Policy.score`] gives them.
-
-        With `opponent_reference="fixed"` they are the initial policy's, which is loaded from `initial_path`. In
-        iteration 0 that is the opponent.
-        """
-        is_fixed = iteration > 0 and self.args.opponent_reference == "fixed"
-        scores = self.policy.score_initial(pairs, initial_path) if is_fixed else self.policy.score(pairs)
+    def score(self, iteration: int, pairs: PairDataset) -> dict[str, np.ndarray]:
+        """The opponent's log-probs of both sides of every pair, as [`Policy.score`] gives them."""
+        scores = self.policy.score(pairs)
         require_finite_scores(pairs, scores, iteration)
         self._describe_scores(iteration, pairs, scores)
         return scores

@@ -14,6 +14,9 @@ from ..spin_config import SPINConfig
 from .turns import Turns
 
 
+_NUM_COMPARED = 8  # completions of each opponent
+
+
 _MOST_BY_QUANTIZATION = 0.5  # nats a token; another model differs by more
 _HEADROOM = 1.5
 
@@ -80,7 +83,7 @@ def check_published(
     Raises:
         `SamplerError`: if a server plays something else.
     """
-    prompts = dataset.select(range(min(len(dataset), args.publish_check_samples)))
+    prompts = dataset.select(range(min(len(dataset), _NUM_COMPARED)))
     requests = [CompletionRequest((row["row"], 0), row["prompt_ids"], seed=args.seed + row["row"]) for row in prompts]
     # Log-probs are of the opponent itself, so it must be sampled as it is.
     params = replace(params, temperature=1.0, top_p=1.0, top_k=0, min_p=None, repetition_penalty=1.0, extra={})

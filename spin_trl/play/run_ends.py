@@ -69,15 +69,15 @@ def finish_run(run: Run, args: SPINConfig, store: IterationStore, opponents: Opp
         [`RunDirectoryError`]: if a policy to return to is not on disk.
     """
     outcome = {}
-    if args.metric_for_best_iteration is not None:
+    if args.metric_for_best_model is not None:
         best = on_main_process(lambda: find_best(store.all_metrics(), args))
-        PartialState().print(str(best) if best else f"No evaluation has a value of `{args.metric_for_best_iteration}`.")
+        PartialState().print(str(best) if best else f"No evaluation has a value of `{args.metric_for_best_model}`.")
         if best is not None:
             outcome["best_iteration"] = best.describe()
-            if args.load_best_iteration_at_end:
+            if args.load_best_model_at_end:
                 opponents.take_back(best.opponent)
     if run.end is not None:
         outcome[run.end.kind] = run.end.describe()
-    if run.returned_to is not None and not args.load_best_iteration_at_end:
+    if run.returned_to is not None and not args.load_best_model_at_end:
         opponents.take_back(run.returned_to)
     on_main_process(lambda: store.mark_finished(**outcome))

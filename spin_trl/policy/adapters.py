@@ -43,15 +43,14 @@ def check_trainable(model: PreTrainedModel | PeftModel, peft_config: PeftConfig 
     )
 
 
-def check_initial_reference(peft_config: PeftConfig | None, setting: str) -> None:
+def check_initial_reference(peft_config: PeftConfig | None, alpha: float) -> None:
     """
     Args:
-        setting (`str`): What asks for the initial policy, see [`SPINConfig.initial_reference`].
+        alpha (`float`): The run's `reference_mixture_alpha`, for the error.
 
     Raises:
         `ValueError`: if the initial policy could not be had back by switching this new adapter off.
     """
-    without = "`opponent_reference='previous'`" if setting.startswith("opponent") else "`reference_mixture_alpha=0`"
     bias = getattr(peft_config, "bias", "none")
     if bias not in ("none", False):
         found = f"with `bias={bias!r}` the base model's own biases are trained, which that does not bring back"
@@ -63,8 +62,9 @@ def check_initial_reference(peft_config: PeftConfig | None, setting: str) -> Non
     else:
         return
     raise ValueError(
-        f"`{setting}` takes the initial policy's log-probs with the adapter switched off, but {found}. Use {remedy}, "
-        f"or {without}."
+        f"`reference_mixture_alpha={alpha:g}` takes the initial policy's log-probs with the adapter switched off, but "
+        f"{found}. Use {remedy}, "
+        "or `reference_mixture_alpha=0`."
     )
 
 

@@ -17,7 +17,7 @@ _NEXT_HEADING = "### Framework versions"
 _SETTINGS = """
     num_iterations epochs_per_iteration num_history_iterations num_generations pairing loss_type loss_weights beta
     learning_rate lr_scheduler_type warmup_steps optim max_length max_completion_length temperature top_p top_k
-    opponent_reference reference_mixture_alpha num_opponents eval_temperature seed
+    reference_mixture_alpha num_opponents eval_temperature seed
 """.split()
 _GOALS = {
     "ground_truth": "it is then trained to tell the ground truth from its own answers",

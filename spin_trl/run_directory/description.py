@@ -18,7 +18,7 @@ _BINDING_FIELDS = """
     identical_pairs max_completion_length temperature top_p top_k min_p repetition_penalty generation_kwargs
     eval_temperature max_length truncation_mode skip_invalid_rows
     loss_type loss_weights beta label_smoothing f_divergence_type f_alpha_divergence_coef discopop_tau ld_alpha
-    use_weighting opponent_reference reference_mixture_alpha disable_dropout
+    use_weighting reference_mixture_alpha disable_dropout
     learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps max_steps reset_optimizer optim optim_args
     weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm neftune_noise_alpha
     seed data_seed train_sampling_strategy dataloader_drop_last bf16 fp16 model_init_kwargs

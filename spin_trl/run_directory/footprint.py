@@ -50,7 +50,7 @@ def num_saved_opponents(args: SPINConfig, saves_opponents: bool, base_is_opponen
         return args.num_iterations + evaluates - base_is_opponent
     if args.num_opponents > 1:  # for the policy to play them again
         return args.num_iterations + evaluates
-    return int(args.initial_reference is not None and not base_is_opponent)
+    return int(args.reference_mixture_alpha > 0 and not base_is_opponent)
 
 
 def check_footprint(

@@ -88,7 +88,7 @@ def _logprobs(request: CompletionRequest, choice: dict[str, Any], num_tokens: in
         raise _wrong(
             request,
             f"the log-probs {logprobs!r} instead of a finite number for each of {num_tokens} tokens",
-            "The server must heed `logprobs`, as vLLM does; without them set `publish_check_samples=0`.",
+            "The server must heed `logprobs`, as vLLM does; without them set `publish_check_tolerance=None`.",
         )
     return logprobs
 
