@@ -24,6 +24,8 @@ _CONTENT_LENGTH = re.compile(rb"content-length: *(\d+)", re.IGNORECASE)
 class Connection(asyncio.Protocol):
     """One client's connection, which is kept open."""
 
+    weight_version = "default"  # of the one server
+
     def __init__(self, options: argparse.Namespace):
         self.options = options
         self.received = bytearray()
@@ -58,6 +60,10 @@ class Connection(asyncio.Protocol):
             return 200, {"data": [{"id": name, "root": name, "max_model_len": self.options.max_model_length}]}
         if path == "/v1/load_lora_adapter" and body["lora_path"].startswith("/nonexistent"):
             return 404, {"error": f"{body['lora_name']} cannot be found"}
+        if path == "/update_weight_version":
+            Connection.weight_version = body["new_version"]
+        if path == "/weight_info":
+            return 200, {"weight_version": Connection.weight_version}
         return 200, {}
 
     def complete(self, body: dict, prompt: list[int]) -> dict:

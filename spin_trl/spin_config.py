@@ -96,10 +96,10 @@ _RESERVED_SAMPLING = {
 }
 
 _SERVER_FLAGS = {
-    "--host": "It binds to the loopback interface, since whoever reaches it can make it load files. Leave it out.",
-    "--port": "It takes a free one. Leave it out.",
-    "--uds": "It binds to the loopback interface. Leave it out.",
-    "--api-key": "It has a random one, which no list of processes may show. Leave it out.",
+    "--host": "It binds to a Unix socket, since whoever reaches it can make it load files. Leave it out.",
+    "--port": "It binds to a Unix socket. Leave it out.",
+    "--uds": "It takes a socket that this user alone can reach. Leave it out.",
+    "--api-key": "It needs none: this user alone can reach it. Leave it out.",
     "--model": "It serves the policy's base model. Leave it out.",
     "--served-model-name": "The run knows the model by its own name. Leave it out.",
 }
@@ -237,7 +237,7 @@ class SPINConfig(DPOConfig):
             otherwise the policy generates in-process. The run says which and why.
         vllm_mode (`str`, *optional*):
             `"server"`: a server that is running already, at `vllm_server_base_url`. `"managed"`: the run starts one on
-            a free loopback port and stops it at its end. Unset: `"server"` if `vllm_server_base_url` is given.
+            a Unix socket and stops it at its end. Unset: `"server"` if `vllm_server_base_url` is given.
         vllm_server_base_url (`str` or `list[str]`, *optional*):
             Address of a running server, such as `"http://localhost:8000"`, or of several that serve the same model:
             each prompt goes to one that is free. `python -m spin_trl.serve MODEL` starts one with everything the
@@ -247,7 +247,8 @@ class SPINConfig(DPOConfig):
         vllm_server_timeout (`float`, *optional*, defaults to `240.0`):
             Seconds to wait for the server to come up, or to come back.
         vllm_request_timeout (`float`, *optional*, defaults to `600.0`):
-            Seconds to wait for the answer to one request.
+            Seconds within which some completion must come back while any is asked for, and within which any other
+            request must be answered.
         vllm_progress_timeout (`float`, *optional*):
             Seconds to wait for any completion at all, while there are requests that are not answered. By default
             `vllm_server_timeout` and `vllm_request_timeout` together: what a restart of the server, and the first

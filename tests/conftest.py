@@ -166,27 +166,23 @@ def loss(tiny_model, tmp_path_factory):
     return LossProbe(SPINTrainer(tiny_model, config, train_dataset=dataset))
 
 
-def _serve(model: str, log_path: Path, **options):
-    from spin_trl.generation.vllm.managed_server import ManagedServer
-
-    # A few restarts, for the tests that kill it.
-    server = ManagedServer(log_path, timeout=240, max_restarts=3, model=model, dtype="float32", **options)
-    server.start(show_progress=False)
-    return server
-
-
 @pytest.fixture(scope="session")
 def lora_server(tmp_path_factory, tiny_model):
-    """A real vLLM server for adapters up to rank 8, with an API key."""
-    server = _serve(tiny_model, tmp_path_factory.mktemp("lora-server") / "log", lora_rank=8, max_model_length=48)
-    yield server
-    server.stop()
+    """A `RealServer` for adapters up to rank 8."""
+    yield from _serve(tiny_model, tmp_path_factory, "--lora-rank", "8")
 
 
 @pytest.fixture(scope="session")
 def full_server(tmp_path_factory, tiny_model):
-    """A real vLLM server for full weights, with an API key."""
-    server = _serve(tiny_model, tmp_path_factory.mktemp("full-server") / "log", max_model_length=48)
+    """A `RealServer` for full weights."""
+    yield from _serve(tiny_model, tmp_path_factory)
+
+
+def _serve(model: str, tmp_path_factory, *arguments: str):
+    from real_server import RealServer
+
+    server = RealServer(model, tmp_path_factory.mktemp("server") / "log", "--max-model-len", "48", *arguments)
+    server.start()
     yield server
     server.stop()
 
@@ -202,24 +198,26 @@ def faulty():
 
 
 @pytest.fixture
-def connect(faulty, monkeypatch):
-    """A factory of clients of `faulty`, or of another address, that try again soon; they are closed at the end."""
+def connect():
+    """A factory of samplers, each connected to servers at the given addresses; they are closed at the end."""
     from fault_server import PATIENCE
 
-    from spin_trl.generation.vllm import attempts
     from spin_trl.generation.vllm.http_api import VLLMServer
+    from spin_trl.generation.vllm.sampler import VLLMSampler
 
-    monkeypatch.setattr(attempts, "_FIRST_DELAY", 0.01)
-    monkeypatch.setattr(attempts, "_LONGEST_DELAY", 0.1)
-    clients = []
+    samplers = []
 
-    def make(base_url: str | None = None, **options) -> VLLMServer:
-        clients.append(VLLMServer(base_url or faulty.url, **{"server_timeout": PATIENCE, **options}))
-        return clients[-1]
+    def make(*urls: str, model="org/base-model", lora_rank=8, run_name="run", min_context_length=20, **options):
+        names = ("served_model", "vocab_size", "max_concurrent_requests")
+        own = {name: options.pop(name) for name in names if name in options}
+        options = {"server_timeout": PATIENCE, "delay": 0.01, **options}
+        samplers.append(VLLMSampler(model, lora_rank, **own))
+        samplers[-1].connect([VLLMServer(url, **options) for url in urls], run_name, min_context_length)
+        return samplers[-1]
 
     yield make
-    for client in clients:
-        client.close()
+    for sampler in samplers:
+        sampler.close()
 
 
 @pytest.fixture
@@ -227,12 +225,8 @@ def play(faulty, connect):
     """A factory of samplers that are connected to `faulty`, with the given answers."""
     from fault_server import FakeVLLM
 
-    from spin_trl.generation.vllm.sampler import VLLMSampler
-
-    def make(answer=None, lora_rank: int | None = 8, model: str = "org/base-model", **options) -> VLLMSampler:
+    def make(answer=None, lora_rank: int | None = 8, **options):
         faulty.answer = answer or FakeVLLM()
-        sampler = VLLMSampler(model, lora_rank, options.pop("served_model", None), options.pop("vocab_size", None))
-        sampler.connect(connect(**options), "run", min_context_length=20)
-        return sampler
+        return connect(faulty.url, lora_rank=lora_rank, **options)
 
     return make

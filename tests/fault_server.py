@@ -1,6 +1,8 @@
 """A small HTTP server that fails on purpose, and what stands in for a vLLM server behind it."""
 
 import json
+import socket
+import socketserver
 import sys
 import threading
 from collections.abc import Callable
@@ -30,20 +32,30 @@ class _QuietServer(ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
 
+class _QuietUnixServer(_QuietServer):
+    address_family = socket.AF_UNIX
+    server_bind = socketserver.TCPServer.server_bind  # not HTTPServer's, which asks for a host's name
+
+
 class FaultyServer:
     """
-    An HTTP server on a free loopback port that answers as `answer(path, body)` says, and remembers what it was asked.
+    An HTTP server on a free loopback port, or on a Unix socket, that answers as `answer(path, body)` says, and
+    remembers what it was asked.
 
     `answer` runs in a thread of its own for each connection, so it may block.
     """
 
-    def __init__(self):
+    def __init__(self, path: str | None = None):
         self.answer: Callable[[str, dict | None], Answer] = lambda path, body: (200, "")
         self.requests: list[tuple[str, dict | None]] = []
         self.api_keys: set[str | None] = set()
         self.release = threading.Event()  # set at the end, for answers that hang
-        self._http = _QuietServer(("127.0.0.1", 0), self._handler())
-        self.url = f"http://127.0.0.1:{self._http.server_port}"
+        if path is None:
+            self._http = _QuietServer(("127.0.0.1", 0), self._handler())
+            self.url = f"http://127.0.0.1:{self._http.server_port}"
+        else:
+            self._http = _QuietUnixServer(path, self._handler())
+            self.url = f"unix:{path}"
         threading.Thread(target=self._http.serve_forever, args=(0.01,), daemon=True).start()
 
     def paths(self) -> list[str]:
@@ -116,13 +128,11 @@ class FakeVLLM:
         name: str = "org/base-model",
         context_length: int = 64,
         adapters: bool = True,
-        marks: bool = True,
         tells_who_plays: bool = False,
     ):
         self.name = name
         self.context_length = context_length
         self.adapters = adapters
-        self.takes_marks = marks
         self.tells_who_plays = tells_who_plays
         self.num_reloads = 0
         self.lock = threading.RLock()
@@ -133,7 +143,7 @@ class FakeVLLM:
         with self.lock:
             self.loaded: list[str] = []
             self.weights = self.name
-            self.attributes: set[str] = set()
+            self.version = "default"
 
     def __call__(self, path: str, body: dict | None) -> Answer:
         with self.lock:
@@ -149,6 +159,10 @@ class FakeVLLM:
             if body["lora_name"] not in self.loaded:
                 return 404, {"error": {"message": f"The lora adapter '{body['lora_name']}' cannot be found."}}
             self.loaded.remove(body["lora_name"])
+        if path == "/weight_info":
+            return 200, {"weight_version": self.version}
+        if path == "/update_weight_version":
+            self.version = body["new_version"]
         if path == "/collective_rpc":
             return self.call_workers(body)
         if path == "/v1/completions":
@@ -169,21 +183,9 @@ class FakeVLLM:
         return 200, ""
 
     def call_workers(self, body: dict) -> Answer:
-        """As `collective_rpc` does, on two workers."""
-        method = body.get("method")
-        if method is None:
+        """As `collective_rpc` does."""
+        if "method" not in body:
             return 400, "Missing 'method' in request body"
-        if method == "reload_weights":
-            self.weights = body["kwargs"]["weights_path"]
-            self.num_reloads += 1
-        elif not self.takes_marks:
-            return 500, {"error": {"message": f"Method '{method}' is not implemented."}}
-        elif method == "__dir__":
-            return 200, {"results": [["rank", "worker", *self.attributes]] * 2}
-        elif method == "__setattr__":
-            self.attributes.add(body["args"][0])
-        elif method == "__delattr__":
-            if body["args"][0] not in self.attributes:
-                return 500, {"error": {"message": f"object has no attribute {body['args'][0]!r}"}}
-            self.attributes.remove(body["args"][0])
-        return 200, {"results": [None, None]}
+        self.weights = body["kwargs"]["weights_path"]
+        self.num_reloads += 1
+        return 200, {"results": [None]}

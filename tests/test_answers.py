@@ -3,7 +3,7 @@
 import pytest
 
 from spin_trl.generation.sampler import Completion, CompletionRequest, SamplerError, SamplingParams
-from spin_trl.generation.vllm.read_answer import read_completion
+from spin_trl.generation.vllm.completion import read_completion
 
 
 REQUEST = CompletionRequest(key=(17, 1), prompt_ids=[5, 6, 7], seed=0)

@@ -5,6 +5,7 @@ import pickle
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from transformers import TrainerCallback
 
 from spin_trl import SPINTrainer
 from spin_trl.generation.vllm.managed_server import ManagedServer
+from spin_trl.generation.vllm.serve_command import serve_command
 from spin_trl.run_directory.disk import DiskError, writing
 from spin_trl.run_directory.store import IterationStore
 from spin_trl.run_directory.whole_files import is_temporary, write_directory, write_file, write_text
@@ -269,9 +271,10 @@ def test_libraries_that_write_into_a_directory_that_is_there_give_the_same_error
 def test_log_of_a_managed_server_on_a_full_disk_is_an_error_before_the_server_starts(make_disk, tiny_model):
     disk = make_disk("1m")
     disk.fill()
-    server = ManagedServer(disk.path / "vllm-server.log", timeout=1, model=tiny_model)
+    command = partial(serve_command, tiny_model)
+    server = ManagedServer(disk.path / "vllm-server.log", 1, 0, lambda uds: command(uds=uds))
     with pytest.raises(DiskError, match=r"vllm-server\.log could not be written"):
-        server.start(show_progress=False)
+        server.start()
     assert [path.name for path in disk.path.iterdir()] == ["filler"]
 
 

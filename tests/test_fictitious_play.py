@@ -427,7 +427,7 @@ def test_two_adapters_that_are_asked_in_turns_answer_as_each_does_alone(lora_ser
         return {completion.key[0]: completion.token_ids for completion in sampler.sample(requests, params)}
 
     sampler = VLLMSampler(tiny_model, 8)
-    sampler.connect(VLLMServer(lora_server.base_url, lora_server.api_key), f"turns-{os.getpid()}", 2)
+    sampler.connect([VLLMServer(lora_server.base_url, lora_server.api_key)], f"turns-{os.getpid()}", 2)
     try:
         alone = []
         for number, path in enumerate(paths):

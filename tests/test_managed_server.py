@@ -1,135 +1,174 @@
-"""A run that starts a vLLM server for itself (`vllm_mode: managed`), real, on the CPU."""
+"""A server that a run starts for itself, played by a small program in real processes.
 
-import os
+That vLLM itself is started, and started again, is tested in `test_server_restarts.py`.
+"""
+
 import signal
+import stat
 import subprocess
 import sys
 import textwrap
-import time
-import urllib.error
-import urllib.request
-import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
-from peft import LoraConfig
+from managed import PATIENCE, fake_server, kill, listens, processes_of, program_of, wait_for
 
-from spin_trl import SPINTrainer
 from spin_trl.generation.sampler import SamplerError
+from spin_trl.generation.vllm.http_api import VLLMServer
 from spin_trl.generation.vllm.managed_server import ManagedServer
-
-
-class Servers:
-    """The server processes that a test has started, by a variable in their environment that is this test's alone."""
-
-    VARIABLE = "SPIN_TRL_TEST"
-
-    def __init__(self):
-        self.name = uuid.uuid4().hex
-
-    def running(self) -> list[str]:
-        """Command lines of those that run."""
-        mark = f"{self.VARIABLE}={self.name}".encode()
-        return [
-            command
-            for command, environment in running_processes()
-            if mark in environment and ("spin_trl.generation.vllm.supervise" in command or "vllm" in command)
-        ]
-
-    def wait_until_gone(self, seconds: float) -> list[str]:
-        deadline = time.monotonic() + seconds
-        while (left := self.running()) and time.monotonic() < deadline:
-            time.sleep(0.2)
-        return left
+from spin_trl.generation.vllm.sampler import VLLMSampler
 
 
 @pytest.fixture
-def servers(monkeypatch) -> Servers:
-    found = Servers()
-    monkeypatch.setenv(found.VARIABLE, found.name)
-    return found
+def make_server(tmp_path):
+    """A factory of managed servers that run the small program; they are stopped at the end."""
+    servers = []
+
+    def make(**options) -> ManagedServer:
+        servers.append(fake_server(tmp_path, **options))
+        servers[-1].start()
+        return servers[-1]
+
+    yield make
+    for server in servers:
+        server.stop()
 
 
-def running_processes() -> Iterator[tuple[str, list[bytes]]]:
-    """Command line and environment of every other process."""
-    for folder in set(Path("/proc").glob("[0-9]*")) - {Path(f"/proc/{os.getpid()}")}:
-        try:
-            command, environment = [(folder / name).read_bytes().split(b"\0") for name in ("cmdline", "environ")]
-        except OSError:  # it has ended meanwhile, or is somebody else's
-            continue
-        yield b" ".join(command).decode(), environment
+def connect(server: ManagedServer, **options) -> VLLMSampler:
+    sampler = VLLMSampler("org/base-model", 8)
+    sampler.connect([VLLMServer(server.base_url, server_timeout=PATIENCE, delay=0.05)], "run", 2)
+    return sampler
 
 
-def test_run_starts_its_own_server_and_stops_it_at_the_end(servers, tiny_model, train_dataset, make_config):
-    config = make_config(num_iterations=2, vllm_mode="managed")
-    trainer = SPINTrainer(
-        tiny_model, config, train_dataset=train_dataset, peft_config=LoraConfig(r=8, target_modules="all-linear")
-    )
-    trainer.train()
-    assert trainer.store.read_run()["sampler"]["mode"] == "managed"
-    assert trainer.store.read_metrics(1)["publish_check_difference"] < 1e-4
-    assert servers.running() == []
-    log = trainer.store.server_log.read_text()
-    assert "--enable-lora" in log.splitlines()[0] and "--host 127.0.0.1" in log.splitlines()[0]
+# Starting and stopping
 
 
-def test_server_is_gone_when_the_run_fails(servers, tiny_model, train_dataset, eval_dataset, make_config):
-    def fail(prompts, references, generations):
-        assert servers.running()  # it is up by now
-        raise ZeroDivisionError("in the user's metrics")
-
-    trainer = SPINTrainer(
-        tiny_model,
-        make_config(vllm_mode="managed"),
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        compute_generation_metrics=fail,
-    )
-    with pytest.raises(ZeroDivisionError, match="in the user's metrics"):
-        trainer.train()
-    assert servers.running() == []
+def test_server_is_reached_by_this_user_alone_and_leaves_nothing_behind(make_server):
+    server = make_server()
+    folder = Path(server.base_url.removeprefix("unix:")).parent
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    connect(server).close()
+    server.stop()
+    assert not folder.exists() and processes_of(server) == []
 
 
-def test_server_is_gone_when_the_trainer_is_killed(servers, tiny_model, tmp_path):
+def test_long_path_for_temporary_files_is_no_obstacle(make_server, monkeypatch, tmp_path):
+    """A socket's path may have 107 bytes."""
+    folder = tmp_path / ("x" * 120)
+    folder.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    assert listens(make_server().base_url)
+
+
+def test_server_that_cannot_start_shows_the_end_of_its_log(make_server, tmp_path):
+    (tmp_path / "broken").touch()
+    with pytest.raises(SamplerError, match=r"ended with status 1 while starting(.|\n)*out of memory"):
+        make_server(max_restarts=3)
+
+
+def test_server_that_takes_too_long_is_stopped(tmp_path):
+    (tmp_path / "slow").touch()
+    server = fake_server(tmp_path, timeout=1)
+    with pytest.raises(SamplerError, match=r"was not up after `vllm_server_timeout` \(1 s\)(.|\n)*starting"):
+        server.start()
+    assert processes_of(server) == []
+
+
+def test_key_for_a_users_own_server_is_not_passed_on(make_server, monkeypatch):
+    monkeypatch.setenv("VLLM_API_KEY", "sk-secret")
+    assert "VLLM_API_KEY" not in program_of(make_server()).environ()
+
+
+# A server that ends by itself
+
+
+def test_server_that_is_killed_is_started_again_at_the_same_address(make_server, caplog):
+    server = make_server(max_restarts=2)
+    address = server.base_url
+    sampler = connect(server)
+    for number in (1, 2):
+        kill(server)
+        assert wait_for(lambda number=number: f"(restart {number} of at most 2)" in caplog.text)
+        sampler.publish(number, None)  # as soon as it answers again
+    sampler.close()
+    assert server.base_url == address and not server.has_ended
+    assert "ended with status 137 and is started again" in caplog.text
+    assert server.log_path.read_text().count("starting\n") == 3  # nothing was cut off
+
+
+def test_server_whose_supervisor_is_killed_is_started_again(make_server, caplog):
+    server = make_server(max_restarts=1)
+    program = program_of(server)
+    program.parent().kill()
+    assert wait_for(lambda: "(restart 1 of at most 1)" in caplog.text and listens(server.base_url))
+    assert wait_for(lambda: not program.is_running() or program.status() == psutil.STATUS_ZOMBIE)
+
+
+@pytest.mark.parametrize("max_restarts", [0, 1])
+def test_server_that_ends_too_often_is_not_started_again_and_every_client_learns_why(make_server, max_restarts):
+    server = make_server(max_restarts=max_restarts)
+    sampler = connect(server)
+    for _ in range(max_restarts + 1):
+        assert wait_for(lambda: listens(server.base_url))
+        kill(server)
+    with pytest.raises(SamplerError) as error:
+        sampler.publish(1, None)
+    sampler.close()
+    message = str(error.value)
+    assert f"started again {max_restarts} time(s), and `vllm_max_restarts` is {max_restarts}" in message
+    assert "ended with status 137" in message and f"The end of {server.log_path}:\n" in message
+    assert server.has_ended
+
+
+def test_server_that_ends_whenever_it_is_started_again_is_given_up_soon(make_server, tmp_path):
+    server = make_server(max_restarts=3)
+    (tmp_path / "broken").touch()
+    kill(server)
+    assert wait_for(lambda: server.has_ended)
+    assert server.num_restarts == 3
+
+
+def test_server_that_is_stopped_while_it_is_started_again_is_gone(make_server, tmp_path):
+    server = make_server(max_restarts=3)
+    (tmp_path / "slow").touch()
+    kill(server)
+    assert wait_for(lambda: server.num_restarts == 1)
+    server.stop()
+    assert processes_of(server) == [] and server.num_restarts == 1
+
+
+def test_server_that_is_started_anew_has_not_ended(make_server):
+    server = make_server()
+    kill(server)
+    assert wait_for(lambda: server.has_ended)
+    server.stop()
+    server.start()
+    assert not server.has_ended and listens(server.base_url)
+
+
+def test_server_is_gone_when_the_trainer_is_killed(tmp_path):
     script = f"""
-    import time
+    import sys, time
     from pathlib import Path
-    from spin_trl.generation.vllm.managed_server import ManagedServer
+    sys.path.insert(0, {str(Path(__file__).parent)!r})
+    from managed import fake_server
 
-    server = ManagedServer(Path({str(tmp_path / "log")!r}), 240, model={tiny_model!r}, dtype="float32")
-    server.start(show_progress=False)
-    print("up", flush=True)
+    server = fake_server(Path({str(tmp_path)!r}))
+    server.start()
+    print(server.base_url, flush=True)
     time.sleep(600)
     """
     trainer = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, text=True)
-    assert trainer.stdout.readline() == "up\n"
-    assert servers.running()
+    path = trainer.stdout.readline().strip().removeprefix("unix:")
+
+    def running() -> list:
+        return [process for process in psutil.process_iter(["cmdline"]) if path in (process.info["cmdline"] or [])]
+
+    assert len(running()) == 2
     trainer.send_signal(signal.SIGKILL)
     trainer.wait()
-    assert servers.wait_until_gone(seconds=60) == []
-
-
-def test_api_key_guards_the_server_and_stands_in_no_file_or_command_line(full_server):
-    request = urllib.request.Request(f"{full_server.base_url}/v1/models")
-    with pytest.raises(urllib.error.HTTPError, match="401"):
-        urllib.request.urlopen(request)
-    assert full_server.api_key not in full_server.log_path.read_text()
-    assert not [command for command, _ in running_processes() if full_server.api_key in command]
-
-
-def test_server_that_cannot_start_shows_the_end_of_its_log(servers, tmp_path):
-    server = ManagedServer(tmp_path / "log", timeout=120, model=str(tmp_path / "no-such-model"))
-    with pytest.raises(SamplerError, match=r"ended with status \d+ while starting(.|\n)*no-such-model"):
-        server.start(show_progress=False)
-    assert servers.running() == []
-
-
-def test_server_that_takes_too_long_is_stopped(servers, tiny_model, tmp_path):
-    server = ManagedServer(tmp_path / "log", timeout=1, model=tiny_model, max_model_length=33)
-    with pytest.raises(SamplerError, match=r"was not up after `vllm_server_timeout` \(1 s\)"):
-        server.start(show_progress=False)
-    assert servers.running() == []
+    assert wait_for(lambda: running() == [])
 
 
 def test_supervisor_imports_neither_torch_nor_datasets():

@@ -4,10 +4,8 @@ The CPU build of vLLM cannot sleep: it is ended for the policy's turn and starte
 memory is freed, is seen in `test_gpu.py`; who has which turn in `test_turns.py`.
 """
 
-import urllib.error
-import urllib.request
-
 import pytest
+from managed import listens
 from peft import LoraConfig
 from transformers import TrainerCallback
 
@@ -25,11 +23,7 @@ class Observer(TrainerCallback):
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         assert all(parameter.numel() > 0 for parameter in model.parameters())
-        try:
-            urllib.request.urlopen(f"{self.trainer.sampler.base_url}/health", timeout=10).close()
-            self.server_answers.append(True)
-        except urllib.error.URLError:
-            self.server_answers.append(False)
+        self.server_answers.append(listens(self.trainer.sampler.replicas[0].address))
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" in logs:

@@ -6,8 +6,6 @@ import pickle
 import subprocess
 import sys
 import textwrap
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 import pytest
@@ -16,9 +14,7 @@ from conftest import ROOT
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from spin_trl import SPINTrainer
-from spin_trl.generation import opening
 from spin_trl.generation.sampler import SamplerError
-from spin_trl.generation.vllm.managed_server import ManagedServer
 from spin_trl.run_directory.store import IterationStore, RunDirectoryError
 from spin_trl.serve import _exposure_warning
 
@@ -90,33 +86,14 @@ def listening_addresses(pids: set[int]) -> set[str]:
     return {row[1] for row in rows if row[3] == "0A" and row[9] in inodes}
 
 
-def test_managed_server_and_all_its_processes_listen_on_loopback_alone(lora_server):
-    pids = process_tree(lora_server._process.pid)
+def test_server_and_all_its_processes_listen_on_loopback_alone_and_show_no_key(lora_server):
+    pids = process_tree(lora_server.process.pid)
     addresses = listening_addresses(pids)
-    port = int(lora_server.base_url.rpartition(":")[2])
-    assert f"0100007F:{port:04X}" in addresses
+    assert f"0100007F:{int(lora_server.base_url.rpartition(':')[2]):04X}" in addresses
     assert {address.partition(":")[0] for address in addresses} == {"0100007F"}  # 127.0.0.1
-
-
-def test_key_of_a_managed_server_is_in_no_command_line_log_or_error(lora_server, tmp_path):
-    commands = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in process_tree(lora_server._process.pid)]
+    commands = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in pids]
     assert len(commands) > 2 and not any(lora_server.api_key.encode() in command for command in commands)
     assert lora_server.api_key not in lora_server.log_path.read_text()
-    assert lora_server.api_key not in repr(lora_server)
-    fails = ManagedServer(tmp_path / "log", timeout=0, model=str(tmp_path / "no-such-model"))
-    with pytest.raises(SamplerError) as error:
-        fails.start(show_progress=False)
-    assert fails.api_key not in f"{error.value!r} {error.value} {(tmp_path / 'log').read_text()}"
-    assert len(fails.api_key) >= 32 and fails.api_key != lora_server.api_key
-
-
-def answer_without_key(url: str, body: dict) -> tuple[int, str]:
-    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    try:
-        with urllib.request.urlopen(request) as response:
-            return response.status, response.read().decode()
-    except urllib.error.HTTPError as error:
-        return error.code, error.read().decode()
 
 
 def test_warning_of_an_open_server_names_what_its_api_key_does_not_guard(lora_server, tiny_model):
@@ -124,7 +101,7 @@ def test_warning_of_an_open_server_names_what_its_api_key_does_not_guard(lora_se
     adapter = {"name": "a", "src": "/nonexistent/adapter", "lora_name": "a", "lora_path": "/nonexistent/adapter"}
     prompt = {"model": tiny_model, "prompt": "a", "max_tokens": 1}
     bodies = {"/v1/load_lora_adapter": adapter, "/adapters": adapter, "/v1/completions": prompt, "/invocations": prompt}
-    answers = {path: answer_without_key(lora_server.base_url + path, body) for path, body in bodies.items()}
+    answers = {path: lora_server.ask(path, body, with_key=False) for path, body in bodies.items()}
     assert answers["/v1/load_lora_adapter"][0] == answers["/v1/completions"][0] == 401
     assert "/nonexistent/adapter" in answers["/adapters"][1]  # it has looked for it
     assert answers["/invocations"][0] == 200
@@ -288,21 +265,12 @@ def test_code_of_a_model_is_run_if_it_is_trusted(tiny_model, train_dataset, make
 
 
 @pytest.mark.parametrize("trusted", [False, True])
-def test_managed_server_trusts_a_models_code_only_if_the_run_does(
-    tiny_model, train_dataset, make_config, monkeypatch, trusted
-):
-    started = []
-
-    class Recorder:
-        def __init__(self, **options):
-            started.append(options)
-            raise InterruptedError
-
-    monkeypatch.setattr(opening, "ManagedServer", Recorder)
-    config = make_config(vllm_mode="managed", trust_remote_code=trusted)
-    with pytest.raises(InterruptedError):
-        SPINTrainer(tiny_model, config, train_dataset=train_dataset).train()
-    assert [options["trust_remote_code"] for options in started] == [trusted]
+def test_managed_server_trusts_a_models_code_only_if_the_run_does(tiny_model, train_dataset, make_config, trusted):
+    config = make_config(vllm_mode="managed", trust_remote_code=trusted, vllm_server_timeout=0.1)
+    trainer = SPINTrainer(tiny_model, config, train_dataset=train_dataset)
+    with pytest.raises(SamplerError, match="was not up"):
+        trainer.train()
+    assert ("--trust-remote-code" in trainer.store.server_log.read_text().splitlines()[0]) is trusted
 
 
 # Names that come from outside

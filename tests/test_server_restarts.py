@@ -1,136 +1,121 @@
 """Real vLLM servers that are killed in the middle of the work, and come back without the opponent, or do not."""
 
-import random
-import time
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
+from managed import Servers
 from peft import LoraConfig, get_peft_model
+from real_server import by_key, make_requests
 from transformers import AutoModelForCausalLM
 
 from spin_trl import SPINTrainer
-from spin_trl.generation.sampler import Completion, CompletionRequest, SamplerError, SamplingParams
-from spin_trl.generation.vllm import sampler as vllm_sampler
-from spin_trl.generation.vllm.http_api import VLLMServer
-from spin_trl.generation.vllm.managed_server import ManagedServer
-from spin_trl.generation.vllm.sampler import VLLMSampler
+from spin_trl.generation.sampler import CompletionRequest, SamplerError, SamplingParams
 
 
-NUM_REQUESTS = 600
-KILLED_AT = 300  # number of requests that have been taken when the server is killed
+LORA = {"r": 8, "target_modules": "all-linear"}
 
 
-def kill(server: ManagedServer) -> None:
-    """End the process that answers, as the system does when memory runs out."""
-    (vllm,) = psutil.Process(server._process.pid).children()
-    vllm.kill()
-    vllm.wait(60)
+def make_opponent(model: str, folder: Path, kind: str) -> Path:
+    torch.manual_seed(1)
+    policy = AutoModelForCausalLM.from_pretrained(model)
+    if kind == "lora":
+        policy = get_peft_model(policy, LoraConfig(**LORA, init_lora_weights=False))
+    else:
+        for parameter in policy.parameters():
+            parameter.data += 0.05 * torch.randn_like(parameter)
+    policy.save_pretrained(folder)
+    return folder
 
 
-def make_requests() -> list[CompletionRequest]:
-    generator = random.Random(0)
-    prompts = [generator.choices(range(5, 30), k=generator.randint(3, 8)) for _ in range(NUM_REQUESTS)]
-    return [CompletionRequest((row, 0), prompt, seed=row) for row, prompt in enumerate(prompts)]
-
-
-def killing(server: ManagedServer, requests: list[CompletionRequest]) -> Iterator[CompletionRequest]:
-    for number, request in enumerate(requests):
-        if number == KILLED_AT:
-            kill(server)
-        yield request
-
-
-def make_sampler(server: ManagedServer, tiny_model: str, lora_rank: int | None, eos_token_id: int) -> VLLMSampler:
-    sampler = VLLMSampler(tiny_model, lora_rank)
-    client = VLLMServer(server.base_url, server.api_key, max_concurrent_requests=16)
-    sampler.connect(client, "spin-test", min_context_length=20)
-    return sampler
-
-
-def publish(sampler: VLLMSampler, iteration: int, checkpoint: Path | None) -> None:
-    sampler.publish(iteration, checkpoint)
-    sampler.select(iteration, checkpoint)
-
-
-def by_key(completions: Iterator[Completion]) -> dict[tuple[int, int], list[int]]:
-    answers = [(completion.key, completion.token_ids) for completion in completions]
-    assert len(dict(answers)) == len(answers)  # none came twice
-    return dict(answers)
-
-
-@pytest.mark.parametrize("kind", ["lora", pytest.param("full", marks=pytest.mark.slow)])
-def test_restarted_server_gets_the_opponent_again_and_no_answer_is_lost_doubled_or_anothers(
-    kind, request, tiny_model, tokenizer, tmp_path, monkeypatch, record_property
+@pytest.mark.parametrize("kind", [pytest.param("lora", marks=pytest.mark.slow), "full"])
+def test_server_killed_in_mid_work_gets_the_opponent_again_and_no_answer_is_lost_doubled_or_anothers(
+    kind, request, tiny_model, tokenizer, connect, tmp_path, record_property
 ):
     """Greedy answers are those of the undisturbed server, and not the base model's."""
-    monkeypatch.setattr(vllm_sampler, "_NUM_BETWEEN_CONFIRMATIONS", 32)
     server = request.getfixturevalue(f"{kind}_server")
-    torch.manual_seed(1)
-    model = AutoModelForCausalLM.from_pretrained(tiny_model)
-    if kind == "lora":
-        model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear", init_lora_weights=False))
-    else:
-        for parameter in model.parameters():
-            parameter.data += 0.05 * torch.randn_like(parameter)
-    model.save_pretrained(tmp_path / "opponent")
-
+    options = {"lora_rank": 8 if kind == "lora" else None, "server_timeout": 300, "max_concurrent_requests": 16}
+    sampler = connect(server.base_url, api_key=server.api_key, model=tiny_model, **options)
     params = SamplingParams(12, (tokenizer.eos_token_id,), temperature=0.0)
-    sampler = make_sampler(server, tiny_model, 8 if kind == "lora" else None, tokenizer.eos_token_id)
-    try:
-        publish(sampler, 0, None)
-        base = by_key(sampler.sample(make_requests(), params))
-        publish(sampler, 1, tmp_path / "opponent")
-        expected = by_key(sampler.sample(make_requests(), params))
-        assert len(expected) == NUM_REQUESTS
-        assert sum(base[key] != expected[key] for key in expected) > 0.9 * NUM_REQUESTS
+    answers = []
+    for iteration, checkpoint in enumerate((None, make_opponent(tiny_model, tmp_path / "opponent", kind))):
+        sampler.publish(iteration, checkpoint)
+        sampler.select(iteration, checkpoint)
+        answers.append(by_key(sampler.sample(make_requests(600), params)))
+    base, expected = answers
+    assert len(expected) == 600
+    assert sum(base[key] != expected[key] for key in expected) > 500
 
-        num_restarts = server.num_restarts
-        found = by_key(sampler.sample(killing(server, make_requests()), params))
-        assert server.num_restarts == num_restarts + 1
-        assert found == expected
-        record_property("killed", f"the real vLLM server, {kind}")
-        record_property("completions_lost", NUM_REQUESTS - len(found))
-    finally:
-        sampler.close()
+    def killing() -> Iterator[CompletionRequest]:
+        for number, one in enumerate(make_requests(600)):
+            if number == 300:
+                server.kill()
+                threading.Thread(target=server.start).start()
+            yield one
+
+    found = by_key(sampler.sample(killing(), params))
+    record_property("killed", f"the real vLLM server, {kind}")
+    record_property("completions_lost", 600 - len(found))
+    assert found == expected
+
+
+@pytest.fixture
+def servers(monkeypatch) -> Servers:
+    found = Servers()
+    monkeypatch.setenv(found.VARIABLE, found.name)
+    return found
+
+
+@pytest.fixture
+def managed_run(tiny_model, train_dataset, eval_dataset, make_config):
+    """A factory of trainers with a managed server; `act` is called in the evaluation of each iteration's opponent."""
+
+    def make(act, **settings) -> SPINTrainer:
+        def metrics(prompts, references, generations):
+            act()
+            return {}
+
+        return SPINTrainer(
+            tiny_model,
+            make_config(vllm_mode="managed", **settings),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            compute_generation_metrics=metrics,
+            peft_config=LoraConfig(**LORA),
+        )
+
+    return make
+
+
+def test_run_starts_its_own_server_and_stops_it_when_it_fails(servers, managed_run):
+    def fail():
+        assert servers.running()
+        if trainer.store.has_pairs(0):
+            raise ZeroDivisionError("in the user's metrics")
+
+    trainer = managed_run(fail, num_iterations=2)
+    with pytest.raises(ZeroDivisionError, match="in the user's metrics"):
+        trainer.train()
+    assert servers.running() == []
+    assert trainer.store.read_run()["sampler"]["mode"] == "managed"
+    assert trainer.store.read_metrics(1)["publish_check_difference"] < 1e-4
+    command = trainer.store.server_log.read_text().splitlines()[0]
+    assert "--enable-lora" in command and "--uds" in command and "--port" not in command
 
 
 @pytest.mark.slow
-def test_run_goes_on_with_its_own_server_started_again_and_ends_at_once_when_that_dies_too_often(
-    tiny_model, train_dataset, make_config, monkeypatch, caplog, record_property
+def test_run_goes_on_with_its_server_started_again_and_ends_at_once_when_that_dies_too_often(
+    servers, managed_run, caplog, record_property
 ):
-    config = make_config(num_iterations=3, vllm_mode="managed", vllm_max_restarts=1, per_device_generation_batch_size=2)
-    trainer = SPINTrainer(
-        tiny_model, config, train_dataset=train_dataset, peft_config=LoraConfig(r=8, target_modules="all-linear")
-    )
-    setup, sample = trainer.plan, VLLMSampler.sample
-    killed_at = []
-
-    def sample_and_kill(self, requests, params, logprobs=False):
-        def killing():
-            for number, one in enumerate(requests):
-                if number == 20 and trainer.run.iteration in (0, 1):  # of the iteration before
-                    kill(setup.managed_server)
-                    killed_at.append(time.monotonic())
-                yield one
-
-        return sample(self, killing(), params, logprobs)
-
-    monkeypatch.setattr(VLLMSampler, "sample", sample_and_kill)
-    with pytest.raises(
-        SamplerError, match=r"`vllm_max_restarts` is 1(.|\n)*vllm-server\.log:\n(.|\n)*startup"
-    ) as error:
+    trainer = managed_run(servers.kill, num_iterations=3, vllm_max_restarts=1)
+    with pytest.raises(SamplerError, match=r"status 137(.|\n)*`vllm_max_restarts` is 1(.|\n)*vllm-server\.log:\n"):
         trainer.train()
-    assert time.monotonic() - killed_at[1] < config.vllm_server_timeout / 2
-    assert "ended with status 137" in str(error.value)  # as a shell says of a process that was killed
-    # Iteration 1 was played in full, by its own opponent, although its server died; iteration 2 has no pairs.
-    assert len(trainer.store.read_completions(1, "generations")) == 48
+    assert servers.running() == []
+    # Iteration 0 was played in full although its server died; iteration 1, evaluated as its server died again, was not.
+    num_completions = len(trainer.store.read_completions(0, "generations"))
     record_property("killed", "the managed server of a run")
-    record_property("completions_lost", 48 - len(trainer.store.read_completions(1, "generations")))
-    assert trainer.store.has_pairs(1) and not trainer.store.has_pairs(2)
+    record_property("completions_lost", 48 - num_completions)
+    assert num_completions == 48 and trainer.store.has_pairs(0) and not trainer.store.has_pairs(1)
     assert "is started again (restart 1 of at most 1)" in caplog.text
-    log = trainer.store.server_log.read_text()
-    assert log.count("--enable-lora") == 1 and log.count("is started again (restart 1 of at most 1)") == 1
-    assert trainer.plan.sampler_host.managed_server is None

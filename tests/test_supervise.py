@@ -11,10 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-
-from spin_trl.generation.vllm import managed_server
-from spin_trl.generation.vllm.managed_server import ManagedServer
-from spin_trl.generation.vllm.serve_command import ServeCommand
+from managed import fake_server
 
 
 PATIENCE = 20.0  # seconds until a test gives up; none waits for it when all is well
@@ -43,8 +40,7 @@ SUPERVISOR = """
 import signal, sys
 from spin_trl.generation.vllm import supervise
 signal.signal(signal.SIGINT, signal.default_int_handler)
-supervise.GRACE_PERIOD = float(sys.argv[1])
-sys.exit(supervise.supervise(sys.argv[2:]))
+sys.exit(supervise.supervise(sys.argv[2:], grace_period=float(sys.argv[1])))
 """
 
 
@@ -176,17 +172,10 @@ def test_child_that_outlives_the_command_ends_too(processes):
     assert processes.all_gone()
 
 
-def test_managed_server_stops_while_a_forked_worker_still_lives(tmp_path, monkeypatch):
+def test_managed_server_stops_while_a_forked_worker_still_lives(tmp_path):
     """A data loader's workers inherit the pipe, and live on while an error of the training is on its way up."""
-    (tmp_path / "health").touch()
-
-    def serve_files(host: str, port: int) -> ServeCommand:
-        argv = [sys.executable, "-m", "http.server", str(port), "--bind", host, "--directory", str(tmp_path)]
-        return ServeCommand(argv, {})
-
-    monkeypatch.setattr(managed_server, "serve_command", serve_files)
-    server = ManagedServer(tmp_path / "log", timeout=PATIENCE)
-    server.start(show_progress=False)
+    server = fake_server(tmp_path)
+    server.start()
     worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,))
     worker.start()
     stopping = threading.Thread(target=server.stop, daemon=True)

@@ -13,7 +13,6 @@ from datasets import Dataset
 from fault_server import HANG_UP, OPPONENT, FakeVLLM
 
 from spin_trl.generation.sampler import Completion, CompletionRequest, SamplerError, SamplingParams
-from spin_trl.generation.vllm import http_api as vllm_api
 from spin_trl.generation.vllm.sampler import VLLMSampler
 from spin_trl.play.answers import GenerationJob, Share
 from spin_trl.run_directory.store import IterationStore
@@ -163,14 +162,6 @@ def test_each_lora_opponent_is_played_under_a_name_of_its_own_and_the_older_one_
     assert loaded == [[], ["run-iteration-1"], ["run-iteration-2"]]
 
 
-def test_lora_opponent_of_the_same_name_that_an_interrupted_run_left_is_replaced(faulty, play, tmp_path):
-    fake = FakeVLLM()
-    fake.loaded.append("run-iteration-1")
-    play_opponent(play(fake), 1, tmp_path)
-    assert faulty.bodies("/v1/unload_lora_adapter") == [{"lora_name": "run-iteration-1"}]
-    assert fake.loaded == ["run-iteration-1"]
-
-
 def test_lora_opponent_that_is_published_again_stays_loaded(play, tmp_path):
     fake = FakeVLLM()
     sampler = play(fake)
@@ -188,9 +179,9 @@ def test_full_opponent_replaces_the_weights_and_cached_prefixes_are_forgotten(fa
         {"weights_path": "org/base-model"},
         {"weights_path": str(tmp_path)},
     ]
-    order = [path for path, body in faulty.requests if path != "/collective_rpc" or body in reloads]
-    order = [path for path in order if path not in ("/health", "/v1/models")]
-    assert order == ["/collective_rpc", "/reset_prefix_cache?reset_running_requests=true", "/v1/completions"] * 2
+    reset = "/reset_prefix_cache?reset_running_requests=true"
+    order = [path for path, body in faulty.requests if path in (reset, "/v1/completions") or body in reloads]
+    assert order == ["/collective_rpc", reset, "/v1/completions"] * 2
     assert {body["model"] for body in faulty.bodies("/v1/completions")} == {"org/base-model"}
 
 
@@ -313,17 +304,12 @@ def test_server_that_is_restarted_whenever_weights_are_loaded_is_an_error(play, 
         play_on(play(answer, None), tmp_path)
 
 
-def test_weights_that_another_run_loaded_are_replaced_again(play, connect, tmp_path):
+def test_weights_that_another_run_loaded_are_replaced_again(play, connect, faulty, tmp_path):
     fake = FakeVLLM(tells_who_plays=True)
     other = play(fake, None)
-    sampler = VLLMSampler("org/base-model", None)
-    sampler.connect(connect(), "another-run", 20)
-    play_on(sampler, tmp_path)
-
-    def publish_the_base_model() -> None:
-        in_thread(lambda: other.publish(0, None))
-
-    assert_all_are_the_opponents(sampler.sample(requests(40, 20, publish_the_base_model), PARAMS), 40)
+    sampler = play_on(connect(faulty.url, lora_rank=None, run_name="another-run"), tmp_path)
+    completions = sampler.sample(requests(40, 20, lambda: other.publish(0, None)), PARAMS)
+    assert_all_are_the_opponents(completions, 40)
 
 
 def test_two_runs_that_load_weights_at_once_are_an_error(play, tmp_path):
@@ -332,8 +318,7 @@ def test_two_runs_that_load_weights_at_once_are_an_error(play, tmp_path):
 
     def answer(path, body):
         if path == "/reset_prefix_cache?reset_running_requests=true" and fake.weights == str(tmp_path):
-            fake.attributes.add("spin_trl:another-run-iteration-0:loading:0")
-            fake.weights = "another opponent"
+            fake.version, fake.weights = "another-run-iteration-0:loading:0", "another opponent"
         return fake(path, body)
 
     with pytest.raises(SamplerError, match="could not be made to play .*no other run publishes to it"):
@@ -350,23 +335,15 @@ def test_selecting_an_opponent_asks_the_server_nothing(play, faulty, tmp_path):
         assert faulty.requests == []
 
 
-def in_thread(action) -> None:
-    """Have another process's sampler act while this one's event loop runs."""
-    thread = threading.Thread(target=action)
-    thread.start()
-    thread.join()
-
-
 @pytest.mark.parametrize("lora_rank", [8, None], ids=["lora", "full"])
-def test_processes_that_share_a_server_share_its_recovery(play, connect, tmp_path, lora_rank):
+def test_processes_that_share_a_server_share_its_recovery(play, connect, faulty, tmp_path, lora_rank):
     """
     The second process asks on while the first has the opponent loaded again. What it got in between is the base
     model's, although the server plays the opponent both before and after; and it need not load it once more.
     """
     fake = FakeVLLM(tells_who_plays=True)
     first = play_on(play(fake, lora_rank), tmp_path)
-    second = VLLMSampler("org/base-model", lora_rank)
-    second.connect(connect(max_concurrent_requests=1), "run", 20)
+    second = connect(faulty.url, lora_rank=lora_rank, max_concurrent_requests=1)
     second.select(1, tmp_path)
     found = []
 
@@ -375,7 +352,7 @@ def test_processes_that_share_a_server_share_its_recovery(play, connect, tmp_pat
             if one.key == (5, 0):
                 fake.restart()
             if one.key == (10, 0):
-                in_thread(lambda: found.extend(first.sample(requests(10), PARAMS)))
+                found.extend(first.sample(requests(10), PARAMS))
             yield one
 
     assert_all_are_the_opponents(second.sample(twenty(), PARAMS), 20)
@@ -384,12 +361,11 @@ def test_processes_that_share_a_server_share_its_recovery(play, connect, tmp_pat
         assert fake.num_reloads == 2
 
 
-def test_several_processes_may_load_the_weights_at_once(play, connect, tmp_path):
+def test_several_processes_may_load_the_weights_at_once(play, connect, faulty, tmp_path):
     fake = FakeVLLM(tells_who_plays=True)
     samplers = [play_on(play(fake, None), tmp_path)]
     for _ in range(3):
-        samplers.append(VLLMSampler("org/base-model", None))
-        samplers[-1].connect(connect(), "run", 20)
+        samplers.append(connect(faulty.url, lora_rank=None))
         samplers[-1].select(1, tmp_path)
     fake.restart()
     found = [[] for _ in samplers]
@@ -405,23 +381,6 @@ def test_several_processes_may_load_the_weights_at_once(play, connect, tmp_path)
         assert_all_are_the_opponents(answers, 50)
 
 
-def test_server_that_cannot_be_marked_is_taken_for_restarted_when_a_connection_breaks(play, tmp_path, caplog):
-    fake = FakeVLLM(tells_who_plays=True, marks=False)
-    broken = []
-
-    def answer(path, body):
-        if path == "/v1/completions" and body["prompt"][0] == 40 and not broken:
-            fake.restart()
-            broken.append(path)
-            return HANG_UP
-        return fake(path, body)
-
-    sampler = play_on(play(answer, None, max_concurrent_requests=1), tmp_path)
-    assert "does not let its workers be marked" in caplog.text
-    assert_all_are_the_opponents(sampler.sample(requests(40), PARAMS), 40)
-    assert fake.num_reloads == 2
-
-
 @pytest.mark.parametrize("lora_rank", [8, None], ids=["lora", "full"])
 def test_server_that_always_loses_the_opponent_is_an_error(play, tmp_path, lora_rank):
     """It is restarted as soon as it has been asked anything."""
@@ -433,9 +392,7 @@ def test_server_that_always_loses_the_opponent_is_an_error(play, tmp_path, lora_
         return fake(path, body)
 
     sampler = play_on(play(answer, lora_rank, max_concurrent_requests=1), tmp_path)
-    with pytest.raises(
-        SamplerError, match="lost iteration 1's opponent 4 times in a row .*no other run publishes to it"
-    ):
+    with pytest.raises(SamplerError, match="lost the opponent 4 times in a row .*no other run publishes to it"):
         list(sampler.sample(requests(10), PARAMS))
 
 
@@ -518,11 +475,10 @@ def test_part_with_a_wrong_answer_is_not_written(play, tmp_path, lora_rank, chan
 # The end of a run
 
 
-def test_last_adapter_is_unloaded_by_the_process_that_published_it(play, connect, tmp_path):
+def test_last_adapter_is_unloaded_by_the_process_that_published_it(play, connect, faulty, tmp_path):
     fake = FakeVLLM()
     sampler = play_on(play_on(play(fake), tmp_path, 1), tmp_path, 2)
-    other = VLLMSampler("org/base-model", 8)
-    other.connect(connect(), "run", 20)
+    other = connect(faulty.url)
     other.select(2, tmp_path)
     list(other.sample(requests(3), PARAMS))
     other.close()
@@ -531,9 +487,8 @@ def test_last_adapter_is_unloaded_by_the_process_that_published_it(play, connect
     assert fake.loaded == []
 
 
-@pytest.mark.parametrize("problem", [HANG_UP, (503, "busy"), (404, "gone"), "hang"], ids=["gone", "503", "404", "hang"])
-def test_end_of_a_run_waits_for_no_server_and_is_no_error(play, faulty, tmp_path, monkeypatch, problem):
-    monkeypatch.setattr(vllm_api, "_FAREWELL", 0.2)
+@pytest.mark.parametrize("problem", [HANG_UP, (503, "busy"), (404, "gone")], ids=["gone", "503", "404"])
+def test_end_of_a_run_waits_for_no_server_and_is_no_error(play, faulty, tmp_path, problem):
     sampler = play_on(play(server_timeout=100_000), tmp_path)
     faulty.requests.clear()
     faulty.answer = faulty.hang if problem == "hang" else lambda path, body: problem

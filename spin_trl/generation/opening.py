@@ -5,6 +5,7 @@ import shlex
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -17,9 +18,9 @@ from .policy_sampler import PolicySampler
 from .sampler import OpponentSampler
 from .vllm.http_api import VLLMServer
 from .vllm.managed_server import ManagedServer
-from .vllm.replicas import ReplicatedSampler
 from .vllm.rest import ServerRest
 from .vllm.sampler import VLLMSampler
+from .vllm.serve_command import serve_command
 
 
 @dataclass(frozen=True)
@@ -151,20 +152,19 @@ class SamplerHost:
             min_context_length (`int`): Tokens that a server must at least hold.
             longest_sequence (`int`): Tokens that the managed server is to hold, unless `vllm_max_model_length` says.
         """
-        if not isinstance(sampler, VLLMSampler | ReplicatedSampler):
+        if not isinstance(sampler, VLLMSampler):
             return
         run_name = on_main_process(lambda: f"spin-{os.urandom(4).hex()}")
+        server = None
         if self.choice.mode == "managed":
-            server = self._connection(*on_main_process(lambda: self._start_server(longest_sequence)))
-            on_every_process(lambda: sampler.connect(server, run_name, min_context_length))
-        else:
-            on_every_process(lambda: self._connect(sampler, run_name, min_context_length))
+            server = on_main_process(lambda: self._start_server(longest_sequence))
+        on_every_process(lambda: self._connect(sampler, run_name, min_context_length, server))
 
     def rest(self, sampler: OpponentSampler) -> ServerRest | None:
         """How the managed server rests, on the process that has started it."""
         if self.managed_server is None or not self.args.vllm_sleep:
             return None
-        return ServerRest(self.managed_server, sampler.server, needs_base_weights=self.lora_rank is not None)
+        return ServerRest(self.managed_server, sampler)
 
     def close(self, sampler: OpponentSampler) -> None:
         """Close the sampler, and end the managed server."""
@@ -175,35 +175,28 @@ class SamplerHost:
             if self.served_base is not None:
                 remove(self.served_base)
 
-    def _client(self, vocab_size: int | None = None) -> VLLMSampler | ReplicatedSampler:
+    def _client(self, vocab_size: int | None = None) -> VLLMSampler:
         served_model = self.args.vllm_server_model if self.served_base is None else str(self.served_base)
-        clients = [
-            VLLMSampler(self.model_name, self.lora_rank, served_model, vocab_size)
-            for _ in self.args.vllm_server_base_urls or [None]
-        ]
-        return clients[0] if len(clients) == 1 else ReplicatedSampler(clients)
+        max_concurrent_requests = self.args.vllm_max_concurrent_requests
+        return VLLMSampler(self.model_name, self.lora_rank, served_model, vocab_size, max_concurrent_requests)
 
-    def _connect(self, sampler: VLLMSampler | ReplicatedSampler, run_name: str, min_context_length: int) -> None:
-        servers = [self._connection(base_url, self.api_key) for base_url in self.args.vllm_server_base_urls]
-        sampler.connect(servers if len(servers) > 1 else servers[0], run_name, min_context_length)
+    def _connect(
+        self, sampler: VLLMSampler, run_name: str, min_context_length: int, managed_server: str | None = None
+    ) -> None:
+        """To the managed server at that address, or to the user's own."""
+        if managed_server is None:
+            urls, api_key = self.args.vllm_server_base_urls, self.api_key
+        else:
+            urls, api_key = [managed_server], None
+        timeouts = self.args.vllm_server_timeout, self.args.vllm_request_timeout
+        sampler.connect([VLLMServer(url, api_key, *timeouts) for url in urls], run_name, min_context_length)
 
-    def _connection(self, base_url: str, api_key: str | None, death_notice: Path | None = None) -> VLLMServer:
-        return VLLMServer(
-            base_url,
-            api_key,
-            server_timeout=self.args.vllm_server_timeout,
-            request_timeout=self.args.vllm_request_timeout,
-            max_concurrent_requests=self.args.vllm_max_concurrent_requests,
-            death_notice=death_notice,
-        )
-
-    def _start_server(self, longest_sequence: int) -> tuple[str, str, Path]:
+    def _start_server(self, longest_sequence: int) -> str:
+        """Returns its address."""
         args = self.args
-        self.managed_server = server = ManagedServer(
-            log_path=self.log_path,
-            timeout=args.vllm_server_timeout,
-            max_restarts=args.vllm_max_restarts,
-            model=self.model_name if self.served_base is None else str(self.served_base),
+        command = partial(
+            serve_command,
+            self.model_name if self.served_base is None else str(self.served_base),
             lora_rank=self.lora_rank,
             max_loras=min(args.num_opponents, args.num_iterations),
             max_model_length=args.vllm_max_model_length or longest_sequence,
@@ -215,5 +208,9 @@ class SamplerHost:
             sleep_mode=args.vllm_sleep,
             extra=shlex.split(args.vllm_server_args or ""),
         )
+        self.managed_server = server = ManagedServer(
+            self.log_path, args.vllm_server_timeout, args.vllm_max_restarts, lambda uds: command(uds=uds)
+        )
+        print(f"Starting a vLLM server. Its output goes to {self.log_path}.", flush=True)
         server.start()
-        return server.base_url, server.api_key, server.death_notice
+        return server.base_url

@@ -1,12 +1,10 @@
 """What went wrong between here and a vLLM server, in words: what was asked, what came back, and what to do."""
 
 import json
-from collections import Counter
-from collections.abc import Collection
+from collections.abc import Mapping
 from typing import Any
 
 from ..sampler import SamplerError
-from .attempts import Attempts, Progress
 
 
 class UnknownModelError(SamplerError):
@@ -49,27 +47,29 @@ def no_completion(base_url: str, path: str, answer: Any) -> SamplerError:
 def no_answer(base_url: str, method: str, path: str, request_timeout: float) -> UnreachableError:
     return UnreachableError(
         f"The vLLM server at {base_url} gave no answer within `vllm_request_timeout` ({request_timeout:g} s) to "
-        f"{method} {path}. Raise it if single answers take that long; otherwise the server hangs: see its log and "
-        "restart it."
+        f"{method} {path}. Raise it if single answers take that long, or lower `vllm_max_concurrent_requests`; "
+        "otherwise the server hangs: see its log and restart it."
     )
 
 
-def unreachable(base_url: str, method: str, path: str, server_timeout: float, attempts: Attempts) -> UnreachableError:
+def unreachable(base_url: str, method: str, path: str, problem: str) -> UnreachableError:
     return UnreachableError(
-        f"The vLLM server at {base_url} did not answer {method} {path} within `vllm_server_timeout` "
-        f"({server_timeout:g} s): {attempts.num_failed} attempts, the last {attempts.elapsed:.1f} s after the first. "
-        f"Last problem: {attempts.problem}. Start it with `python -m spin_trl.serve MODEL`, or correct "
-        "`vllm_server_base_url`."
+        f"The vLLM server at {base_url} did not answer {method} {path}, however often it was asked. The last problem: "
+        f"{problem}. Start it with `python -m spin_trl.serve MODEL`, correct `vllm_server_base_url`, or raise "
+        "`vllm_server_timeout` if it needs longer to come back."
     )
 
 
-def no_progress(base_url: str, progress: Progress, in_flight: Collection[Attempts]) -> UnreachableError:
-    waiting = Counter(attempts.waiting_for for attempts in in_flight)
-    shown = "; ".join(f"{count} for {what}" for what, count in waiting.most_common(3))
-    return UnreachableError(
-        f"Not one completion came back from the vLLM server at {base_url} within `vllm_progress_timeout` "
-        f"({progress.timeout:g} s). {len(in_flight)} requests are waiting: {shown}. See the server's log and restart "
-        "it; if it is only slow, raise `vllm_progress_timeout` or lower `vllm_max_concurrent_requests`."
+def all_gone(seconds: float, problems: Mapping[str, str]) -> SamplerError:
+    listed = "; ".join(f"{address}: {problem}" for address, problem in problems.items())
+    return SamplerError(f"No vLLM server was there within `vllm_server_timeout` ({seconds:g} s). {listed}")
+
+
+def lost_too_often(base_url: str, num_losses: int, loss: Exception) -> SamplerError:
+    return SamplerError(
+        f"The vLLM server at {base_url} lost the opponent {num_losses} times in a row without one completion in "
+        f"between. The last time: {loss}. See its log for why it is restarted, and see that no other run publishes to "
+        "it."
     )
 
 

@@ -1,265 +1,253 @@
-"""`VLLMSampler`: an opponent played by a vLLM server. Knows the server's limits, not its HTTP API."""
+"""`VLLMSampler`: opponents played by one vLLM server or several. Knows nothing of HTTP."""
 
-import itertools
+import asyncio
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import closing
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
-from ..sampler import Completion, CompletionRequest, SamplerError, SamplingParams
-from .attempts import Progress
-from .errors import UnknownModelError
+from ..sampler import Completion, CompletionRequest, OpponentSampler, SamplerError, SamplingParams
+from .background import Background, all_of
+from .errors import UnreachableError, all_gone, lost_too_often
 from .http_api import VLLMServer
-from .publishers import AdapterPublisher, OpponentLostError, Publisher, WeightsPublisher
-from .read_answer import read_completion
+from .replica import AdapterReplica, OpponentLostError, Opponents, Replica, WeightsReplica
+from .work import Work
 
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
 _MAX_NUM_LOSSES = 3  # in a row, without one completion in between
-# Completions are held back until the server is seen to be still the one that the opponent was published to.
-_NUM_BETWEEN_CONFIRMATIONS = 256
-_SECONDS_BETWEEN_CONFIRMATIONS = 5.0
+# How long one of several servers is asked again before its prompts go to the others, in times of its first delay.
+_PATIENCE_AMONG_SEVERAL = 10
+_NUM_WAITING_PER_SLOT = 4  # completions that wait for the consumer, or to be confirmed
 
 
-class VLLMSampler:
+class VLLMSampler(OpponentSampler):
     """
-    An [`OpponentSampler`] that asks a stock vLLM server.
+    An [`OpponentSampler`] that asks stock vLLM servers.
 
-    A LoRA opponent is an adapter with a name of its own per run and iteration, so that no cached prefix of an older
-    one is ever served; earlier ones stay loaded beside it where requests are for them. A full opponent replaces the
-    server's weights. A server that loses opponents, because it is restarted, gets them again, and what is in doubt is
-    asked for again.
+    A LoRA opponent is an adapter with a name of its own per run and iteration; earlier ones stay loaded beside it where
+    requests are for them. A full opponent replaces a server's weights. The servers pull prompts from one queue, so a
+    slow one gets fewer. One that fails, or has lost the opponent because it was restarted, gives its prompts back; it
+    is asked again later, and gets the opponent before it plays.
 
     Args:
         model (`str`): The base model, as the trainer names it.
         lora_rank (`int`, *optional*): Rank of the adapters to come; `None` for full weights.
-        served_model (`str`, *optional*): The base model, as the server names it, where that differs.
+        served_model (`str`, *optional*): The base model, as the servers name it, where that differs.
         vocab_size (`int`, *optional*): Number of the model's token ids, where it is known: no others are accepted.
+        max_concurrent_requests (`int`): Number of completions in flight at each server.
     """
 
-    reads_checkpoints = True
-
     def __init__(
-        self, model: str, lora_rank: int | None, served_model: str | None = None, vocab_size: int | None = None
+        self,
+        model: str,
+        lora_rank: int | None,
+        served_model: str | None = None,
+        vocab_size: int | None = None,
+        max_concurrent_requests: int = 256,
     ):
         self.model = model
         self.lora_rank = lora_rank
         self.served_model = served_model
         self.vocab_size = vocab_size
-        self.server: VLLMServer | None = None
-        self._publisher: Publisher | None = None
-        self._base: dict[str, Any] = {}
-        self._newest = 0
-        self._opponents: dict[int, Path | None] = {}  # iteration -> checkpoint, the newest last
-        self._names: dict[int, str] = {}  # iteration -> what the server calls its opponent
+        self.max_concurrent_requests = max_concurrent_requests
+        self.plays_several = lora_rank is not None  # weights replace each other
+        self.replicas: list[Replica] = []
+        self._opponents: Opponents = {}
+        self._has_published = False
+        self._background: Background | None = None
 
-    def connect(self, server: VLLMServer, run_name: str, min_context_length: int) -> None:
+    def connect(self, servers: list[VLLMServer], run_name: str, min_context_length: int) -> None:
         """
-        Wait for the server and see that it can play this run.
+        Wait for the servers, and see that each can play this run, and that it makes no difference which one answers.
 
         Args:
-            server ([`VLLMServer`]): The server. [`close`] closes the connection to it.
-            run_name (`str`): Distinguishes the adapters of this run from those of others on the same server.
+            servers (`list[VLLMServer]`): The servers. `close` closes the connections to them.
+            run_name (`str`): Distinguishes the opponents of this run from those of others on the same server.
             min_context_length (`int`): Tokens that must at least fit: the shortest prompt and one more.
 
         Raises:
-            `SamplerError`: no answer, another model, too short a context, or no way to publish an opponent.
+            `SamplerError`: as [`Replica.connect`] of the first that cannot, or if their contexts differ.
         """
-        self.server = server
-        self.server.wait_until_ready()
-        self._base = self._find_base_model()
-        if not isinstance(self._base.get("max_model_len"), int):
-            raise SamplerError(
-                f"The server at {self.server.base_url} serves {self._base['id']!r} without saying how long its context "
-                "is, as a vLLM server does in `max_model_len`. Start one with `python -m spin_trl.serve "
-                f"{self.model}`, or correct `vllm_server_base_url`."
-            )
-        if self.context_length < min_context_length:
-            raise SamplerError(
-                f"The vLLM server at {self.server.base_url} has a context of {self.context_length} tokens, but at "
-                f"least {min_context_length} are needed for the shortest prompt and its answer. Start it with a "
-                "larger `--max-model-len`."
-            )
-        if self.lora_rank is not None:
-            refusal, remedy = self.server.adapter_refusal(), f" --lora-rank {self.lora_rank}"
-            purpose = "load the LoRA adapters of the opponents"
+        names = run_name, self.model, self.served_model, self.vocab_size
+        if self.lora_rank is None:
+            self.replicas = [WeightsReplica(server, *names) for server in servers]
         else:
-            refusal, remedy = self.server.reload_refusal(), ""
-            purpose = "load the weights of the opponents"
-        if refusal is not None:
+            self.replicas = [AdapterReplica(server, *names, lora_rank=self.lora_rank) for server in servers]
+        self._background = Background()
+        self._background.run(all_of(replica.connect(min_context_length) for replica in self.replicas))
+        lengths = {replica.address: replica.context_length for replica in self.replicas}
+        if len(set(lengths.values())) > 1:
             raise SamplerError(
-                f"The vLLM server at {self.server.base_url} cannot {purpose}: {refusal}. Start it with `python -m "
-                f"spin_trl.serve {self.model}{remedy}`, which sets every flag and variable needed (`--print` shows "
-                "them)."
+                f"The vLLM servers have contexts of different lengths: {lengths}. An answer must not depend on which "
+                "of them gives it: start all with the same `--max-model-len`."
             )
-        self._publisher = (WeightsPublisher if self.lora_rank is None else AdapterPublisher)(server, run_name)
-
-    @property
-    def base_url(self) -> str:
-        """Address of the server."""
-        return self.server.base_url
+        if len(servers) > 1:
+            for server in servers:
+                server.patience = min(_PATIENCE_AMONG_SEVERAL * server.delay, server.server_timeout)
 
     @property
     def context_length(self) -> int:
-        """Number of tokens, prompt and completion, that the server can hold."""
-        return self._base["max_model_len"]
-
-    def require_noticing_restarts(self) -> None:
-        """
-        Raises:
-            `SamplerError`: if the server could miss an opponent and play on with an older one. Where several servers
-                play, one may be away while an opponent is published.
-        """
-        if not self._publisher.notices_restarts:
-            raise SamplerError(
-                f"The vLLM server at {self.base_url} does not let its workers be marked, so it could play an old "
-                "opponent unnoticed where several servers play. Update vLLM, or name one address in "
-                "`vllm_server_base_url`."
-            )
-
-    @property
-    def plays_several(self) -> bool:
-        """Whether earlier opponents can be published beside the newest: adapters can, weights replace each other."""
-        return self.lora_rank is not None
+        """Number of tokens, prompt and completion, that each server can hold."""
+        return self.replicas[0].context_length
 
     def publish(
         self, iteration: int, checkpoint: Path | None, earlier: Mapping[int, Path | None] | None = None
     ) -> None:
-        self._publisher.publish(iteration, checkpoint, self._base, earlier or {})
+        """Publish to all servers. Those that are not there get it before they play; one at least has to be."""
+        self._has_published = True
+        opponents = {**(earlier or {}), iteration: checkpoint}
+        self._background.run(self._where_reachable(lambda replica: replica.ensure(opponents)))
 
     def select(self, iteration: int, checkpoint: Path | None, earlier: Mapping[int, Path | None] | None = None) -> None:
-        self._newest = iteration
         self._opponents = {**(earlier or {}), iteration: checkpoint}
-        self._names = {i: self._publisher.select(i, path, self._base) for i, path in self._opponents.items()}
 
     def sample(
         self, requests: Iterable[CompletionRequest], params: SamplingParams, logprobs: bool = False
     ) -> Iterator[Completion]:
-        source = enumerate(requests)
-        outstanding: dict[int, CompletionRequest] = {}  # taken from the source, and not answered beyond doubt
-        progress = Progress(self.server.progress_timeout)
-        num_losses = 0
-        while True:
-            try:
-                numbered = itertools.chain(list(outstanding.items()), source)
-                for completion in self._confirmed(numbered, outstanding, params, logprobs, progress):
-                    num_losses = 0
-                    yield completion
-                return
-            except (OpponentLostError, UnknownModelError) as loss:
-                num_losses += 1
-                self._restore(num_losses, len(outstanding), loss)
+        background = self._background
+        work = Work(requests, max_waiting=_NUM_WAITING_PER_SLOT * self.max_concurrent_requests)
+        playing = background.start(self._play(work, params, logprobs))
+        try:
+            while completions := background.run(work.next_completions()):
+                yield from completions
+        finally:
+            background.stop(playing)
 
     def sample_each(
         self, requests: list[CompletionRequest], params: SamplingParams, logprobs: bool = False
     ) -> dict[str, list[Completion]]:
-        return {self.base_url: list(self.sample(requests, params, logprobs))}
+        """What every server that can be reached answers to the same prompts, by address."""
+
+        async def ask(replica: Replica) -> list[Completion]:
+            await replica.ensure(self._opponents)
+            answers = [replica.complete(request, self._opponents, params, logprobs) for request in requests]
+            completions = await all_of(answers)
+            await replica.confirm()
+            return completions
+
+        return self._background.run(self._where_reachable(ask))
+
+    def sleep(self, level: int) -> None:
+        """Have the one server free its memory. At level 2 it has the opponent no more, and must not say it had."""
+        self._background.run(self.replicas[0].sleep(level))
+
+    def wake_up(self) -> None:
+        self._background.run(self.replicas[0].server.wake_up())
 
     def close(self) -> None:
-        if self.server is None:
-            return
-        if self._publisher is not None:
-            self._publisher.withdraw()
-        self.server.close()
-        self.server = None
+        if self._background is not None:
+            self._background.close(all_of(self._leave(replica) for replica in self.replicas))
+            self._background = None
 
-    def _confirmed(
-        self,
-        requests: Iterable[tuple[int, CompletionRequest]],
-        outstanding: dict[int, CompletionRequest],
-        params: SamplingParams,
-        logprobs: bool,
-        progress: Progress,
-    ) -> Iterator[Completion]:
-        """Completions that are the opponent's beyond doubt. `outstanding` is kept up to date."""
+    async def _leave(self, replica: Replica) -> None:
+        if self._has_published:
+            await replica.withdraw()
+        await replica.server.close()
 
-        def bodies() -> Iterator[tuple[tuple[int, dict], dict]]:
-            for number, request in requests:
-                outstanding[number] = request
-                body = self._body(request, params, logprobs)
-                yield (number, body), body
+    async def _where_reachable(self, act: Callable[[Replica], Awaitable[T]]) -> dict[str, T]:
+        """
+        Do the same with all servers at once. Returns the results of those that are there, by address.
 
-        if self._publisher.needs_confirmation:
-            self._publisher.confirm()  # saves the completions of a server that was restarted meanwhile
-        held_back: dict[int, Completion] = {}
-        confirmed_at = time.monotonic()
-        with closing(self.server.complete(bodies(), progress)) as answers:
-            for (number, body), choice in answers:
-                request, max_tokens = outstanding[number], body["max_tokens"]
-                completion = read_completion(choice, request, params, max_tokens, self.vocab_size, logprobs)
-                held_back[number] = completion
-                if (
-                    not self._publisher.needs_confirmation
-                    or len(held_back) >= _NUM_BETWEEN_CONFIRMATIONS
-                    or time.monotonic() > confirmed_at + _SECONDS_BETWEEN_CONFIRMATIONS
-                ):
-                    yield from self._release(held_back, outstanding)
-                    confirmed_at = time.monotonic()
-        yield from self._release(held_back, outstanding)
+        Raises:
+            `SamplerError`: if none is within `vllm_server_timeout`.
+        """
+        results: dict[str, T] = {}
+        problems: dict[str, str] = {}
 
-    def _release(
-        self, held_back: dict[int, Completion], outstanding: dict[int, CompletionRequest]
-    ) -> Iterator[Completion]:
-        if held_back:
-            self._publisher.confirm()
-        for number in list(held_back):
-            del outstanding[number]
-            yield held_back.pop(number)
+        async def act_if_there(replica: Replica) -> None:
+            try:
+                results[replica.address] = await act(replica)
+            except (UnreachableError, OpponentLostError) as error:
+                logger.warning(f"The vLLM server at {replica.address} is left out for now: {error}")
+                problems[replica.address] = str(error)
 
-    def _restore(self, num_losses: int, num_outstanding: int, loss: Exception) -> None:
-        """Publish the opponent again, on a server that has lost it."""
-        iteration = self._newest
-        if num_losses > _MAX_NUM_LOSSES:
-            raise SamplerError(
-                f"The vLLM server at {self.server.base_url} lost iteration {iteration}'s opponent {num_losses} times "
-                f"in a row without one completion in between. The last time: {loss}. See its log for why it is "
-                "restarted, and see that no other run publishes to it."
-            ) from loss
-        logger.warning(
-            f"The vLLM server at {self.server.base_url} has lost iteration {iteration}'s opponent: {loss}. It is "
-            f"published again, and {num_outstanding} completion(s) are asked for again."
-        )
-        self.server.wait_until_ready()
-        self._base = self._find_base_model()
-        for opponent, checkpoint in self._opponents.items():
-            self._publisher.restore(opponent, checkpoint, self._base)
+        server = self.replicas[0].server
+        until = time.monotonic() + server.server_timeout
+        while True:
+            await all_of(act_if_there(replica) for replica in self.replicas)
+            if results:
+                return results
+            if time.monotonic() >= until:
+                raise all_gone(server.server_timeout, problems)
+            await asyncio.sleep(server.delay)
 
-    def _body(self, request: CompletionRequest, params: SamplingParams, logprobs: bool) -> dict[str, Any]:
-        body = {
-            "model": self._names[self._newest if request.opponent is None else request.opponent],
-            "prompt": request.prompt_ids,
-            "seed": request.seed,
-            "max_tokens": min(params.max_completion_length, self.context_length - len(request.prompt_ids)),
-            "temperature": params.temperature,
-            "top_p": params.top_p,
-            "top_k": params.top_k,
-            "min_p": params.min_p or 0.0,
-            "repetition_penalty": params.repetition_penalty,
-            "stop_token_ids": list(params.end_token_ids),
-            "return_token_ids": True,
-        }
-        if logprobs:
-            body["logprobs"] = 0
-        return {**body, **params.extra}
+    # Playing
 
-    def _find_base_model(self) -> dict[str, Any]:
-        wanted = self.served_model or self.model
-        bases = [model for model in self.server.served_models() if model.get("parent") is None]
-        for base in bases:
-            if _same_model(wanted, base["id"]) or _same_model(wanted, base.get("root") or ""):
-                return base
-        raise SamplerError(
-            f"The vLLM server at {self.server.base_url} serves {[base['id'] for base in bases]}, not {wanted!r}. Start "
-            f"it with `python -m spin_trl.serve {self.model}`; if it is the same model under another name, set "
-            "`vllm_server_model` to the server's name for it."
+    async def _play(self, work: Work, params: SamplingParams, logprobs: bool) -> None:
+        """Have all servers play until everything is answered. What goes wrong is for the consumer to raise."""
+        try:
+            await all_of(self._play_on(replica, work, params, logprobs) for replica in self.replicas)
+        except Exception as error:
+            await work.fail(error)
+
+    async def _play_on(self, replica: Replica, work: Work, params: SamplingParams, logprobs: bool) -> None:
+        num_losses, num_answered = 0, replica.num_answered
+        while await work.has_more():
+            try:
+                await replica.ensure(self._opponents)
+                await self._ask(replica, work, params, logprobs)
+            except UnreachableError as error:
+                self._leave_out(replica, error)
+                await asyncio.sleep(replica.server.delay)
+            except OpponentLostError as loss:
+                num_losses = 1 if replica.num_answered > num_answered else num_losses + 1
+                num_answered = replica.num_answered
+                if num_losses > _MAX_NUM_LOSSES:
+                    raise lost_too_often(replica.address, num_losses, loss) from loss
+                logger.warning(
+                    f"The vLLM server at {replica.address} has lost the opponent: {loss}. It is published again, and "
+                    "what is not answered is asked for again."
+                )
+
+    async def _ask(self, replica: Replica, work: Work, params: SamplingParams, logprobs: bool) -> None:
+        """Have one server answer until no prompt waits, or it fails: what it has not answered then goes back."""
+        taken: dict[tuple[int, int], CompletionRequest] = {}
+        unconfirmed: asyncio.Queue[Completion | None] = asyncio.Queue(
+            _NUM_WAITING_PER_SLOT * self.max_concurrent_requests
         )
 
+        async def ask() -> None:
+            while (request := await work.take()) is not None:
+                taken[request.key] = request
+                await unconfirmed.put(await replica.complete(request, self._opponents, params, logprobs))
 
-def _same_model(wanted: str, found: str) -> bool:
-    """Whether two names may mean one model. A hub id and a local copy may; the publish check has the last word."""
-    if Path(wanted).is_dir() and Path(found).is_dir():
-        return Path(wanted).samefile(found)
-    return bool(found) and Path(wanted).name == Path(found).name
+        async def ask_for_all() -> None:
+            await all_of(ask() for _ in range(self.max_concurrent_requests))
+            await unconfirmed.put(None)
+
+        async def release() -> None:
+            is_last = False
+            while not is_last:
+                completions = [await unconfirmed.get()]
+                completions += [unconfirmed.get_nowait() for _ in range(unconfirmed.qsize())]
+                if is_last := completions[-1] is None:
+                    completions.pop()
+                if completions:
+                    await replica.confirm()
+                for completion in completions:
+                    del taken[completion.key]
+                    await work.answer(completion)
+                replica.has_answered(len(completions))
+                await asyncio.sleep(0 if is_last else replica.seconds_between_confirmations)
+
+        try:
+            await all_of([ask_for_all(), release()])
+        finally:
+            await work.give_back(taken.values())
+
+    def _leave_out(self, replica: Replica, error: UnreachableError) -> None:
+        """
+        Raises:
+            `SamplerError`: if no other server is there, nor was for `vllm_server_timeout`.
+        """
+        if len(self.replicas) == 1:
+            raise error
+        replica.has_failed(error)
+        timeout = replica.server.server_timeout
+        if all(other.problem is not None and other.seconds_failing >= timeout for other in self.replicas):
+            raise all_gone(timeout, {other.address: other.problem for other in self.replicas})

@@ -38,6 +38,7 @@ def serve_command(
     model: str,
     host: str = "127.0.0.1",
     port: int = 8000,
+    uds: str | None = None,
     lora_rank: int | None = None,
     max_loras: int = 1,
     max_model_length: int | None = None,
@@ -56,6 +57,7 @@ def serve_command(
         model (`str`): Hub id or folder of the base model.
         host (`str`): Interface to bind. With full weights anyone who reaches it can make the server load files.
         port (`int`): Port to bind.
+        uds (`str`, *optional*): Path of a Unix socket to bind instead.
         lora_rank (`int`, *optional*): Largest rank of the adapters to come. `None` serves full weights.
         max_loras (`int`): Number of adapters that are played at once. vLLM has the prompts of further ones wait.
         max_model_length (`int`, *optional*): Context length in tokens. By default the model's own.
@@ -74,7 +76,7 @@ def serve_command(
         `ValueError`: if `lora_rank` is larger than any that vLLM can serve.
     """
     launcher, on_cpu = _launcher(model)
-    argv = [*launcher, "--host", host, "--port", str(port), "--dtype", dtype]
+    argv = [*launcher, *(["--host", host, "--port", str(port)] if uds is None else ["--uds", uds]), "--dtype", dtype]
     # A model's own generation_config must not change how an opponent is sampled.
     argv += ["--generation-config", "vllm", "--disable-uvicorn-access-log"]
     env = {}

@@ -18,7 +18,7 @@ _POLL_INTERVAL = 0.1  # seconds
 _SET_SIGNAL_AT_PARENTS_DEATH = 1  # PR_SET_PDEATHSIG of prctl(2)
 
 
-def supervise(argv: list[str]) -> int:
+def supervise(argv: list[str], grace_period: float = GRACE_PERIOD) -> int:
     """Run `argv` until it ends or is to end. Returns its exit status, a shell's 128 + N where signal N ended it."""
     parent = os.getppid()
     command = subprocess.Popen(argv, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_end_with_supervisor)
@@ -33,7 +33,7 @@ def supervise(argv: list[str]) -> int:
             to_end.set()
     if command.poll() is None:
         _signal_group(command, signal.SIGTERM)
-        deadline = time.monotonic() + GRACE_PERIOD
+        deadline = time.monotonic() + grace_period
         while command.poll() is None and time.monotonic() < deadline:
             time.sleep(_POLL_INTERVAL)
     _signal_group(command, signal.SIGKILL)  # the command, or children that outlived it

@@ -8,9 +8,6 @@ import pytest
 from fault_server import HANG_UP, OPPONENT, FakeVLLM, FaultyServer
 
 from spin_trl.generation.sampler import CompletionRequest, SamplerError, SamplingParams
-from spin_trl.generation.vllm import replicas as replicas_module
-from spin_trl.generation.vllm import sampler as vllm_sampler
-from spin_trl.generation.vllm.replicas import ReplicatedSampler
 from spin_trl.generation.vllm.sampler import VLLMSampler
 
 
@@ -19,28 +16,19 @@ KINDS = pytest.mark.parametrize("lora_rank", [8, None], ids=["lora", "full"])
 
 
 @pytest.fixture
-def play_two(connect, monkeypatch):
+def play_two(connect):
     """A factory of samplers that are connected to two servers with the given answers; also the servers."""
-    monkeypatch.setattr(replicas_module, "_PATIENCE", 0.2)
-    monkeypatch.setattr(replicas_module, "_SECONDS_BETWEEN_LOOKS", 0.05)
-    monkeypatch.setattr(vllm_sampler, "_NUM_BETWEEN_CONFIRMATIONS", 8)
     servers = [FaultyServer(), FaultyServer()]
-    samplers = []
 
-    def make(*answers, lora_rank: int | None = 8, **options) -> tuple[ReplicatedSampler, list[FaultyServer]]:
+    def make(*answers, lora_rank: int | None = 8, **options) -> tuple[VLLMSampler, list[FaultyServer]]:
         for server, answer in zip(servers, answers, strict=True):
             server.answer = answer
-        sampler = ReplicatedSampler([VLLMSampler("org/base-model", lora_rank) for _ in servers])
-        samplers.append(sampler)
-        options = {"max_concurrent_requests": 4, **options}
-        sampler.connect([connect(server.url, **options) for server in servers], "run", min_context_length=20)
-        return sampler, servers
+        urls = [server.url for server in servers]
+        return connect(*urls, lora_rank=lora_rank, **{"max_concurrent_requests": 4, **options}), servers
 
     yield make
     for server in servers:
         server.release.set()
-    for sampler in samplers:
-        sampler.close()
     for server in servers:
         server.close()
 
@@ -52,7 +40,7 @@ def make_requests(count: int, at: int = -1, action=None):
         yield CompletionRequest((row, 0), [20 + row, 6], seed=row)
 
 
-def publish(sampler: ReplicatedSampler, path: Path | None, iteration: int = 1) -> None:
+def publish(sampler: VLLMSampler, path: Path | None, iteration: int = 1) -> None:
     sampler.publish(iteration, path)
     sampler.select(iteration, path)
 
@@ -177,9 +165,9 @@ def test_all_servers_gone_is_an_error_that_names_each(play_two, tmp_path):
         for mortal in mortals:
             mortal.die()
 
-    with pytest.raises(SamplerError, match=r"None of the 2 vLLM servers .*`vllm_server_timeout` \(0.5 s\)") as error:
+    with pytest.raises(SamplerError, match=r"No vLLM server was there within `vllm_server_timeout` \(0.5 s\)") as error:
         list(sampler.sample(make_requests(1000, 30, die), PARAMS))
-    with pytest.raises(SamplerError, match="None of the 2 vLLM servers") as unpublished:
+    with pytest.raises(SamplerError, match="No vLLM server was there") as unpublished:
         sampler.publish(2, tmp_path)
     for server in servers:
         assert f"{server.url}: The vLLM server at" in str(error.value) and server.url in str(unpublished.value)
@@ -190,10 +178,21 @@ def test_servers_that_hang_are_an_error(play_two, tmp_path):
         return servers[0].hang(path, body) if path == "/v1/completions" else fake(path, body)
 
     fake = FakeVLLM()
-    sampler, servers = play_two(hang, hang, progress_timeout=0.3)
+    sampler, servers = play_two(hang, hang, request_timeout=0.2, server_timeout=0.3)
     publish(sampler, tmp_path)
-    with pytest.raises(SamplerError, match=r"within `vllm_progress_timeout` \(0.3 s\)"):
+    with pytest.raises(SamplerError, match="No vLLM server was there.*`vllm_request_timeout`"):
         list(sampler.sample(make_requests(10), PARAMS))
+
+
+def test_server_that_hangs_is_left_to_the_other(play_two, tmp_path):
+    fake, other = FakeVLLM(), Mortal()
+
+    def hang(path, body):
+        return servers[0].hang(path, body) if path == "/v1/completions" else fake(path, body)
+
+    sampler, servers = play_two(hang, other, request_timeout=0.3)
+    publish(sampler, tmp_path)
+    assert_all_are_the_opponents(sampler.sample(make_requests(40), PARAMS), 40)
 
 
 def test_answer_that_no_server_may_give_ends_the_work(play_two, tmp_path):
@@ -234,11 +233,9 @@ def test_completions_can_be_left_in_the_middle_and_the_next_phase_is_played(play
     assert_all_are_the_opponents(sampler.sample(make_requests(20), PARAMS), 20)
     next(sampler.sample(make_requests(100_000), PARAMS))
     sampler.close()
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("spin_trl-http")]
 
 
-def test_servers_wait_for_a_consumer_that_is_slower_than_they_are(play_two, tmp_path, monkeypatch):
-    monkeypatch.setattr(replicas_module, "_MOST_WAITING", 20)
+def test_servers_wait_for_a_consumer_that_is_slower_than_they_are(play_two, tmp_path):
     sampler, _ = play_two(FakeVLLM(), FakeVLLM(), max_concurrent_requests=8)
     publish(sampler, tmp_path)
     taken = []
@@ -254,7 +251,7 @@ def test_servers_wait_for_a_consumer_that_is_slower_than_they_are(play_two, tmp_
     while len(taken) > most:  # until nobody takes any more
         most = len(taken)
         time.sleep(0.5)
-    assert 20 <= most < 300
+    assert 32 <= most < 200
     assert len(list(completions)) == 1999 and len(taken) == 2000
 
 
@@ -271,7 +268,7 @@ def test_every_server_answers_what_the_publish_check_compares(play_two, tmp_path
     ("other", "message"),
     [
         (FakeVLLM("org/other-model"), r"server at http://\S+ serves \['org/other-model'\], not 'org/base-model'"),
-        (FakeVLLM(context_length=65), r"contexts of different lengths: http://\S+: 64; http://\S+: 65"),
+        (FakeVLLM(context_length=65), r"contexts of different lengths: {'http://\S+': 64, 'http://\S+': 65}"),
     ],
     ids=["another model", "another context"],
 )
@@ -280,15 +277,6 @@ def test_servers_that_differ_are_refused(play_two, other, message):
         play_two(FakeVLLM(), other)
 
 
-def test_servers_that_could_keep_an_older_opponent_unnoticed_are_refused(play_two):
-    with pytest.raises(SamplerError, match="does not let its workers be marked.*name one address"):
-        play_two(FakeVLLM(), FakeVLLM(marks=False), lora_rank=None)
-
-
 def test_server_that_is_not_there_at_the_start_is_named(connect):
-    sampler = ReplicatedSampler([VLLMSampler("org/base-model", 8) for _ in range(2)])
-    addresses = ["http://127.0.0.1:9", "http://127.0.0.1:10"]
-    with pytest.raises(SamplerError) as error:
-        sampler.connect([connect(address, server_timeout=0.1) for address in addresses], "run", 20)
-    assert all(address in str(error.value) for address in addresses)
-    sampler.close()
+    with pytest.raises(SamplerError, match="http://127.0.0.1:9 did not answer"):
+        connect("http://127.0.0.1:9", "http://127.0.0.1:10", server_timeout=0.1)

@@ -1,4 +1,7 @@
-"""What a server's answer must hold to be a completion. Nothing that fails this is ever trained on."""
+"""What a server is asked for a completion, and what its answer must hold to be one.
+
+Nothing that fails this is ever trained on.
+"""
 
 import math
 from typing import Any
@@ -8,6 +11,28 @@ from ..sampler import Completion, CompletionRequest, SamplerError, SamplingParam
 
 # Parameters of the user's own after which an answer may end elsewhere than at an end token.
 _STOP_PARAMETERS = ("stop", "stop_token_ids")
+
+
+def completion_body(
+    name: str, request: CompletionRequest, params: SamplingParams, context_length: int, logprobs: bool
+) -> dict[str, Any]:
+    """What to ask the model `name` for. Every parameter is sent, so that no server's defaults slip in."""
+    body = {
+        "model": name,
+        "prompt": request.prompt_ids,
+        "seed": request.seed,
+        "max_tokens": min(params.max_completion_length, context_length - len(request.prompt_ids)),
+        "temperature": params.temperature,
+        "top_p": params.top_p,
+        "top_k": params.top_k,
+        "min_p": params.min_p or 0.0,
+        "repetition_penalty": params.repetition_penalty,
+        "stop_token_ids": list(params.end_token_ids),
+        "return_token_ids": True,
+    }
+    if logprobs:
+        body["logprobs"] = 0
+    return {**body, **params.extra}
 
 
 def read_completion(
