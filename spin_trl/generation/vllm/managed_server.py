@@ -126,8 +126,8 @@ class ManagedServer:
         """
         if self._process is None:
             self._launch("is started for the next turn")
-        elif (status := self._process.poll()) is not None:
-            self._restart(status)
+        elif not self._listens():
+            self._restart(self._process.wait())
         self._wait_until_ready()
 
     def _launch(self, occasion: str) -> None:
