@@ -1,17 +1,14 @@
 """`SPINTrainer`: what differs from `DPOTrainer`, and nothing else. Knows nothing of HTTP and file names."""
 
 import textwrap
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
 from huggingface_hub import CommitInfo
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
-from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, TrainerCallback
-from transformers.trainer_utils import EvalPrediction, TrainOutput
+from transformers import PreTrainedModel, ProgressCallback
+from transformers.trainer_utils import TrainOutput
 from trl import DPOTrainer
 
 from .data.rewards.functions import RewardFunction
@@ -24,12 +21,9 @@ from .objectives.third_side import INITIAL_IDS, ForwardOfSides, InitialSideColla
 from .play.checks import BEFORE_WEIGHTS, OF_THE_MODEL, refuse
 from .play.game import Game
 from .play.plan import Plan
-from .play.records import Records
 from .play.run_ends import begin_run, finish_run, open_sampler
-from .play.turns import Turns
 from .policy.adapters import settle_reference_adapter
 from .policy.finite import OriginCollator, StepNumbers, take_origins
-from .policy.offload import Offloader
 from .policy.policy import Policy
 from .policy.quantization import keep_weights_as_quantized
 from .processes.progress import RunProgress
@@ -48,8 +42,7 @@ from .spin_config import SPINConfig
 
 
 if TYPE_CHECKING:
-    from peft import PeftConfig, PeftModel
-    from transformers import BitsAndBytesConfig
+    from peft import PeftModel
 
 # What a data collator of DPOTrainer's is shown.
 _PAIR_COLUMNS = ["prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen_logps", "ref_rejected_logps", INITIAL_IDS]
@@ -85,33 +78,24 @@ class SPINTrainer(IterativeTrainer):
             The policy, as for [`~trl.DPOTrainer`]. The first opponent is this model as it is.
         args ([`SPINConfig`], *optional*):
             Configuration. If `None`, a default one is used.
-        data_collator ([`~transformers.DataCollator`], *optional*):
-            As for [`~trl.DPOTrainer`].
         train_dataset ([`~datasets.Dataset`]):
             Prompts and ground truths, in one of the formats of [`formats.ACCEPTED_FORMATS`].
         eval_dataset ([`~datasets.Dataset`], *optional*):
             The same kind of rows. Its prompts are answered by every opponent and by the final policy.
-        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            The tokenizer. By default the model's own.
-        compute_metrics (`Callable`, *optional*):
-            As for [`~trl.DPOTrainer`].
         compute_generation_metrics (`Callable[[list, list[str], list[str]], dict[str, float]]`, *optional*):
             Called with the prompts (as in the dataset), the ground truths and the answers (text) of `eval_dataset`.
         reward_funcs (`Callable` or `list[Callable]`, *optional*):
-            Functions in the signature of [`~trl.GRPOTrainer`], synchronous or asynchronous: called with `prompts`,
-            `completions`, `completion_ids` and, as keyword arguments, the other columns of `train_dataset`,
-            `trainer_state` and `ground_truth` (the ground truths' text), they return a number, or `None` where they do
-            not apply, for each completion. They judge the ground truths and the generations of every iteration, on the
-            main process, in batches of up to 1,024; `args.pairing` says what for. Reward models are called by a
-            function of yours.
-        sampler ([`OpponentSampler`], *optional*):
-            What answers as the opponents, in place of a vLLM server or the policy itself: see docs/samplers.md.
+            Judge the ground truths and the generations of every iteration, in the signature of
+            [`~trl.GRPOTrainer`]; `args.pairing` says what for. See docs/rewards.md.
         preference_dataset ([`~datasets.Dataset`], *optional*):
             Preference pairs of yours, with `prompt`, `chosen` and `rejected` in TRL's format, text or messages. They
             join the pairs of every iteration as they are, each once, scored anew by each opponent: the same loss, with
             the opponent as reference, on both. No opponent answers their prompts.
-        callbacks, optimizers, quantization_config, peft_config:
-            As for [`~trl.DPOTrainer`].
+        sampler ([`OpponentSampler`], *optional*):
+            What answers as the opponents, in place of a vLLM server or the policy itself. See docs/samplers.md.
+        **dpo:
+            As for [`~trl.DPOTrainer`]: `data_collator`, `processing_class`, `compute_metrics`, `callbacks`,
+            `optimizers`, `quantization_config` and `peft_config`.
 
     Raises:
         `ValueError`, `TypeError`, [`SamplerError`]: for bad data, contradicting settings or a server that cannot play
@@ -138,35 +122,25 @@ class SPINTrainer(IterativeTrainer):
         self,
         model: "str | PreTrainedModel | PeftModel",
         args: SPINConfig | None = None,
-        data_collator: DataCollator | None = None,
+        *,
         train_dataset: Dataset | None = None,
         eval_dataset: Dataset | None = None,
-        processing_class: PreTrainedTokenizerBase | None = None,
-        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
         compute_generation_metrics: GenerationMetrics | None = None,
-        callbacks: list[TrainerCallback] | None = None,
-        optimizers: tuple[Optimizer | None, LRScheduler | None] = (None, None),
-        quantization_config: "BitsAndBytesConfig | None" = None,
-        peft_config: "PeftConfig | None" = None,
-        ref_model: None = None,
         reward_funcs: RewardFunction | list[RewardFunction] | None = None,
         preference_dataset: Dataset | None = None,
         sampler: OpponentSampler | None = None,
+        **dpo: Any,
     ):
         self.plan = plan = Plan(
             model,
             args,
             train_dataset,
             eval_dataset,
-            processing_class,
-            peft_config,
-            quantization_config,
+            compute_generation_metrics,
             reward_funcs,
             preference_dataset,
-            compute_generation_metrics,
-            optimizers,
-            ref_model,
             sampler,
+            dpo,
         )
         refuse(BEFORE_WEIGHTS, plan)
         plan.announce()
@@ -175,16 +149,10 @@ class SPINTrainer(IterativeTrainer):
         super().__init__(
             model=model,
             args=plan.args,
+            train_dataset=plan.data.train,
             num_new_pairs=len(plan.data.train) * plan.args.max_pairs_per_prompt,
             num_other_pairs=0 if plan.data.preferences is None else len(plan.data.preferences),
-            data_collator=data_collator,
-            train_dataset=plan.data.train,
-            processing_class=plan.tokenizer,
-            compute_metrics=compute_metrics,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            quantization_config=quantization_config,
-            peft_config=peft_config,
+            **{**dpo, "processing_class": plan.tokenizer},
         )
         refuse(OF_THE_MODEL, plan, self.model)
         if plan.quantization is not None:
@@ -201,10 +169,8 @@ class SPINTrainer(IterativeTrainer):
         plan, args, store = self.plan, self.args, self.store
         pad_token_id, vocab_size = plan.tokenizer.pad_token_id, plan.vocab_size
         self.sampler = plan.sampler or plan.sampler_host.build(self.policy.whole, pad_token_id, vocab_size)
-        offloader = Offloader(self.policy.training_tensors) if args.offload_policy_during_generation else None
-        self.turns = Turns(args.vllm_sleep, offloader)
-        records = Records(store, self._log_self_play, lambda: self.state.log_history)
-        self.game = Game(plan, self.policy, self.sampler, store, self.run, records, self.turns, lambda: self.state)
+        log, state = self._log_self_play, lambda: self.state
+        self.game = Game(plan, self.policy, self.sampler, store, self.run, log, state)
         self.stop_signal = StopOnSigterm()
         self_play = SelfPlayCallback(self.game, self.stop_signal, self.begin_iteration)
         # First of all, so that trackers and the progress bar are still open when the final policy is evaluated.
@@ -283,7 +249,7 @@ class SPINTrainer(IterativeTrainer):
             self.game.begin(start)
             stack.enter_context(self.stop_signal.listening())
             if not start.is_finished:
-                stack.enter_context(open_sampler(self.plan, self.sampler, self.policy, self.turns))
+                stack.enter_context(open_sampler(self.plan, self.sampler, self.policy, self.game.turns))
             output = super().train(None if start.checkpoint is None else str(start.checkpoint), *args, **kwargs)
             if self.stop_signal.has_stopped:
                 self.accelerator.print(f"Stopped by SIGTERM after step {self.state.global_step}.")

@@ -1,7 +1,6 @@
 """A run that ends because the opponent cannot be told from the data any more."""
 
 import pytest
-from datasets import Dataset
 
 from spin_trl import SPINConfig, SPINTrainer
 from spin_trl.data.pairs import NoPairsError
@@ -52,8 +51,8 @@ class LearnsTheTruth:
 
     reads_checkpoints = False
 
-    def __init__(self, dataset: Dataset, iteration: int):
-        self.truths = dict(zip(dataset["row"], dataset["chosen_ids"], strict=True))
+    def __init__(self, iteration: int):
+        self.truths = {}
         self.learned_at = iteration
         self.iteration = 0
 
@@ -76,8 +75,10 @@ def make_trainer(tiny_model, train_dataset, make_config):
 
     def make(learned_at: int, **overrides) -> SPINTrainer:
         settings = {"stop_when_converged": True, "identical_pairs": None, "resume": "auto", "save_strategy": "epoch"}
-        trainer = SPINTrainer(tiny_model, make_config(**{**settings, **overrides}), train_dataset=train_dataset)
-        trainer.game.opponents.sampler = LearnsTheTruth(trainer.game.dataset, learned_at)
+        config, sampler = make_config(**{**settings, **overrides}), LearnsTheTruth(learned_at)
+        trainer = SPINTrainer(tiny_model, config, train_dataset=train_dataset, sampler=sampler)
+        data = trainer.plan.data.train
+        sampler.truths = dict(zip(data["row"], data["chosen_ids"], strict=True))
         return trainer
 
     return make

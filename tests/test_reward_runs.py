@@ -67,11 +67,13 @@ def make_trainer(tiny_model, train_dataset, tokenizer, make_config):
     def make(reward_funcs, numbers=range(NUM_ROWS), **overrides) -> SPINTrainer:
         data = train_dataset.select(range(NUM_ROWS)).add_column("number", list(numbers))
         settings = {"num_iterations": 2, "resume": "auto", "save_strategy": "epoch", "num_generations": 2}
-        trainer = SPINTrainer(
-            tiny_model, make_config(**{**settings, **overrides}), train_dataset=data, reward_funcs=reward_funcs
+        return SPINTrainer(
+            tiny_model,
+            make_config(**{**settings, **overrides}),
+            train_dataset=data,
+            reward_funcs=reward_funcs,
+            sampler=Letters(tokenizer),
         )
-        trainer.game.opponents.sampler = Letters(tokenizer)
-        return trainer
 
     return make
 

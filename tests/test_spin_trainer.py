@@ -347,8 +347,8 @@ class RepeatsTheTruth:
 
     reads_checkpoints = False
 
-    def __init__(self, dataset: Dataset, wrong: set[int]):
-        self.truths = dict(zip(dataset["row"], dataset["chosen_ids"], strict=True))
+    def __init__(self, wrong: set[int]):
+        self.truths = {}
         self.wrong = wrong
 
     def sample(self, requests, params, logprobs=False):
@@ -365,8 +365,10 @@ class RepeatsTheTruth:
 
 
 def repeating(tiny_model, train_dataset, config, wrong: set[int]) -> SPINTrainer:
-    trainer = SPINTrainer(tiny_model, config, train_dataset=train_dataset)
-    trainer.game.opponents.sampler = RepeatsTheTruth(trainer.game.dataset, wrong)
+    sampler = RepeatsTheTruth(wrong)
+    trainer = SPINTrainer(tiny_model, config, train_dataset=train_dataset, sampler=sampler)
+    data = trainer.plan.data.train
+    sampler.truths = dict(zip(data["row"], data["chosen_ids"], strict=True))
     return trainer
 
 

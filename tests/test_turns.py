@@ -45,7 +45,7 @@ class Run:
         self.server = Server(self.events)
         self.vllm = FakeVLLM(name=trainer.plan.model_name, context_length=64)
         faulty.answer = self.answer
-        trainer.turns = Turns(server_sleeps=True, offloader=trainer._offloader() if offloads else None)
+        trainer.game.turns = Turns(server_sleeps=True, offloader=trainer._offloader() if offloads else None)
         trainer.plan.server_rest = lambda sampler: self.server
         monkeypatch.setattr(self_play, "score_pairs", self.with_policy(self_play.score_pairs, "score"))
         for name in ("score_pairs", "negative_log_likelihood"):

@@ -3,13 +3,17 @@
 The rules themselves stand in the rooms that they are of. What is no rule of one room alone stands here.
 """
 
+import inspect
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import fields
+from difflib import get_close_matches
 from pathlib import Path
 
 from accelerate import PartialState
 from accelerate.logging import get_logger
 from transformers import PreTrainedModel
+from trl import DPOTrainer
 
 from ..data.formats import check_dataset
 from ..data.preferences import check_preference_dataset
@@ -51,12 +55,19 @@ def refuse(checks: Sequence[Callable[..., None]], *of: object) -> None:
 
 def arguments(plan: Plan) -> None:
     """Everything that was passed is of the kind that it must be."""
-    if plan.ref_model is not None:
+    known = inspect.signature(DPOTrainer.__init__).parameters
+    for name in plan.dpo:
+        if name not in known:
+            near = get_close_matches(name, [*known, *(field.name for field in fields(plan))], n=1)
+            raise TypeError(
+                f"`SPINTrainer` has no argument `{name}`. {f'Do you mean `{near[0]}`?' if near else 'Leave it out.'}"
+            )
+    if plan.dpo.get("ref_model") is not None:
         raise ValueError(
             "`ref_model` is not used in self-play: the reference is the opponent, that is the policy as it stands "
             "when an iteration begins, and its log-probs are computed before the first step. Leave it out."
         )
-    check_optimizers(plan.optimizers)
+    check_optimizers(plan.dpo.get("optimizers", (None, None)))
     check_generation_metrics(plan.compute_generation_metrics, plan.eval_dataset)
     check_model(plan.model)
     check_peft_config(plan.peft_config)
@@ -78,7 +89,7 @@ def settings(plan: Plan) -> None:
             "`eval_strategy` unset."
         )
     _ = plan.rewards  # looked at with `pairing`
-    check_schedule(args, *plan.optimizers)
+    check_schedule(args, *plan.dpo.get("optimizers", (None, None)))
     check_best_iteration(args, plan.eval_dataset is not None, plan.compute_generation_metrics is not None)
 
 

@@ -19,6 +19,7 @@ from ..evaluation.held_out import HeldOutEvaluation
 from ..generation.sampler import OpponentSampler
 from ..objectives.settings import needs_initial_answers
 from ..objectives.third_side import INITIAL_IDS
+from ..policy.offload import Offloader
 from ..policy.policy import Policy
 from ..processes.ranks import on_main_process
 from ..run_directory.resume import RunStart
@@ -44,8 +45,7 @@ class Game:
         sampler ([`OpponentSampler`]): Answers prompts as an opponent.
         store ([`IterationStore`]): The run directory.
         run ([`Run`]): How the run stands.
-        records ([`Records`]): Keeps and logs an iteration's numbers.
-        turns ([`Turns`]): Server and policy on one GPU.
+        log (`Callable[[dict[str, float]], None]`): Hands an iteration's numbers to the loggers.
         state (`Callable[[], TrainerState]`): The trainer's.
     """
 
@@ -56,8 +56,7 @@ class Game:
         sampler: OpponentSampler,
         store: IterationStore,
         run: Run,
-        records: Records,
-        turns: Turns,
+        log: Callable[[dict[str, float]], None],
         state: Callable[[], TrainerState],
     ):
         args = plan.args
@@ -66,8 +65,9 @@ class Game:
         self.policy = policy
         self.store = store
         self.run = run
-        self.records = records
-        self.turns = turns
+        self.records = records = Records(store, log, lambda: state().log_history)
+        offloader = Offloader(policy.training_tensors) if args.offload_policy_during_generation else None
+        self.turns = turns = Turns(args.vllm_sleep, offloader)
         self.dataset = plan.data.train
         self.opponents = Opponents(args, policy, sampler, store, turns, plan.base_is_opponent, plan.model_name)
         self.answers = Answers(args, self.opponents, store, turns)

@@ -5,7 +5,7 @@ Each part is worked out when it is first asked for, and kept. So the checks (`ch
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
 from typing import Any
@@ -56,15 +56,16 @@ class Plan:
     given_args: SPINConfig | None
     train_dataset: Dataset | None
     eval_dataset: Dataset | None = None
-    processing_class: Any = None
-    peft_config: Any = None
-    quantization_config: Any = None
+    compute_generation_metrics: Callable | None = None
     reward_funcs: Any = None
     preference_dataset: Dataset | None = None
-    compute_generation_metrics: Callable | None = None
-    optimizers: Any = (None, None)
-    ref_model: Any = None
     sampler: OpponentSampler | None = None
+    dpo: dict[str, Any] = field(default_factory=dict)  # DPOTrainer's other arguments
+
+    @property
+    def peft_config(self) -> Any:
+        """Of an adapter that is to be added."""
+        return self.dpo.get("peft_config")
 
     # The settings
 
@@ -116,7 +117,7 @@ class Plan:
     @cached_property
     def quantization(self) -> Quantization | None:
         """How the base model's weights are quantized."""
-        return find_quantization(self.model, self.args, self.quantization_config, self.config)
+        return find_quantization(self.model, self.args, self.dpo.get("quantization_config"), self.config)
 
     @cached_property
     def adapter(self) -> dict[str, Any] | None:
@@ -175,7 +176,7 @@ class Plan:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's."""
-        return load_tokenizer(self.processing_class, self.model_name, self.args)
+        return load_tokenizer(self.dpo.get("processing_class"), self.model_name, self.args)
 
     @cached_property
     def end_token_ids(self) -> tuple[int, ...]:
