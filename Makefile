@@ -42,7 +42,7 @@ test-slow: $(INSTALLED)  ## run the slow tests too
 test-gpu: $(INSTALLED)  ## run the tests that need an NVIDIA GPU
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
-bench: $(INSTALLED)  ## speed and memory, each next to what one would use instead; only some: ARGS="generation client"
+bench: $(INSTALLED)  ## speed and memory, each next to what one would use instead; only some: ARGS="generation scale"
 	$(BIN)/python benchmarks/suite.py $(ARGS)
 
 bench-gpu: $(INSTALLED)  ## speed and memory on an NVIDIA GPU
@@ -69,4 +69,4 @@ lint: $(INSTALLED)  ## check style and format
 
 clean:  ## remove build output and caches; .venv and runs/ stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
-	find recipes scripts spin_trl tests -name __pycache__ -exec rm -rf {} +
+	find benchmarks recipes scripts spin_trl tests -name __pycache__ -exec rm -rf {} +

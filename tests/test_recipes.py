@@ -18,12 +18,16 @@ CONFIGS = sorted(RECIPES.glob("*.yaml"))
 LAUNCH = ["--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
 
 
+def parse(recipe: str, *arguments: str) -> tuple:
+    """Script, training and model arguments of a recipe, as its command line has them, on a CPU."""
+    parser = TrlParser((load_recipe("spin").SPINScriptArguments, SPINConfig, ModelConfig))
+    command = ["--config", str(RECIPES / f"{recipe}.yaml"), "--use_cpu", "true", "--bf16", "false", *arguments]
+    return parser.parse_args_and_config(command)
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_recipe_parses_into_a_valid_configuration(path, monkeypatch):
-    spin = load_recipe("spin")
-    parser = TrlParser((spin.SPINScriptArguments, SPINConfig, ModelConfig))
-    arguments = ["--config", str(path), "--use_cpu", "true", "--bf16", "false"]
-    script_args, training_args, model_args = parser.parse_args_and_config(arguments)
+def test_every_recipe_parses_into_a_valid_configuration(path):
+    script_args, training_args, model_args = parse(path.stem)
     assert script_args.train_file and model_args.model_name_or_path
     assert training_args.num_train_epochs == training_args.num_iterations * training_args.epochs_per_iteration
 
@@ -36,28 +40,19 @@ def test_every_recipe_opens_with_purpose_hardware_and_launch_command(path):
 
 
 def test_command_line_overrides_the_yaml_file():
-    spin = load_recipe("spin")
-    parser = TrlParser((spin.SPINScriptArguments, SPINConfig, ModelConfig))
-    arguments = ["--config", str(RECIPES / "pronunciation.yaml"), "--num_iterations", "2", "--lora_r", "4"]
-    _, training_args, model_args = parser.parse_args_and_config(arguments)
+    _, training_args, model_args = parse("pronunciation", "--num_iterations", "2", "--lora_r", "4")
     assert (training_args.num_iterations, model_args.lora_r, training_args.beta) == (2, 4, 0.1)
 
 
-def test_seeds_recipe_has_the_seeds_settings():
-    spin = load_recipe("spin")
-    parser = TrlParser((spin.SPINScriptArguments, SPINConfig, ModelConfig))
-    path = RECIPES / "qwen2.5-7b-instruct-lora.yaml"
-    _, args, model_args = parser.parse_args_and_config(["--config", str(path), "--use_cpu", "true", "--bf16", "false"])
+def test_chat_model_recipe_has_the_settings_of_the_readmes_example():
+    _, args, model_args = parse("qwen2.5-7b-instruct-lora")
     assert model_args.model_name_or_path == "Qwen/Qwen2.5-7B-Instruct" and model_args.use_peft
     assert (args.num_iterations, args.beta, args.learning_rate) == (3, 0.1, 5e-7)
     assert (args.temperature, args.max_completion_length) == (0.7, 1024)
 
 
 def test_papers_recipe_has_the_papers_settings():
-    spin = load_recipe("spin")
-    parser = TrlParser((spin.SPINScriptArguments, SPINConfig, ModelConfig))
-    path = RECIPES / "zephyr-7b-full.yaml"
-    _, args, model_args = parser.parse_args_and_config(["--config", str(path), "--use_cpu", "true", "--bf16", "false"])
+    _, args, model_args = parse("zephyr-7b-full")
     assert not model_args.use_peft
     assert [args.learning_rate_at(i) for i in range(4)] == [5e-7, 5e-7, 1e-7, 1e-7]
     assert [args.beta_at(i) for i in range(4)] == [0.1, 0.1, 0.1, 5.0]
@@ -75,7 +70,7 @@ def test_launch_configurations_leave_optimizer_and_scheduler_to_the_run():
         assert not {"optimizer", "scheduler"} & set(yaml.safe_load(path.read_text()).get("deepspeed_config", {}))
 
 
-def run(command: list[str], tmp_path) -> subprocess.CompletedProcess:
+def run(command: list[str]) -> subprocess.CompletedProcess:
     env = {**os.environ, "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
@@ -88,7 +83,7 @@ def test_demo_launches_with_accelerate_and_prints_its_table(tiny_model, tmp_path
     config = (RECIPES / "pronunciation.yaml").read_text().replace("vllm_mode: managed\n", "use_vllm: false\n")
     (tmp_path / "demo.yaml").write_text(config)
     command = ["accelerate", "launch", "--cpu", "--num_cpu_threads_per_process", "1", *LAUNCH, "recipes/spin.py"]
-    done = run([*command, "--config", str(tmp_path / "demo.yaml"), *overrides], tmp_path)
+    done = run([*command, "--config", str(tmp_path / "demo.yaml"), *overrides])
     table = [line.split() for line in done.stdout.splitlines()]
     assert ["after", "nll", "word_accuracy", "phone_error_rate"] in table
     assert [line[0] for line in table if len(line) in (4, 5)][-2:] == ["start", "iteration"]
@@ -102,8 +97,8 @@ def test_same_command_again_finds_the_run_complete(tiny_model, tmp_path):
     config = (RECIPES / "pronunciation.yaml").read_text().replace("vllm_mode: managed\n", "use_vllm: false\n")
     (tmp_path / "demo.yaml").write_text(config)
     arguments[1] = str(tmp_path / "demo.yaml")
-    first = run(["python", "recipes/spin.py", *arguments], tmp_path)
-    again = run(["python", "recipes/spin.py", *arguments, "--resume_from_checkpoint", "true"], tmp_path)
+    first = run(["python", "recipes/spin.py", *arguments])
+    again = run(["python", "recipes/spin.py", *arguments, "--resume_from_checkpoint", "true"])
     assert "The run in `output_dir` is complete; its final policy is checkpoint-3." in again.stdout
     table = [line for line in first.stdout.splitlines() if line.startswith(("start ", "iteration 0 "))]
     assert len(table) == 2 and [line for line in again.stdout.splitlines() if line in table] == table
@@ -119,7 +114,7 @@ def test_two_processes_play_the_demo_with_pairs_for_every_prompt_once(tiny_model
     command += ["--config", "recipes/pronunciation.yaml", "--model_name_or_path", tiny_model]
     command += ["--train_file", str(tmp_path / "train.jsonl"), "--eval_file", str(tmp_path / "test.jsonl")]
     command += ["--output_dir", str(tmp_path / "run"), "--num_iterations", "2", "--epochs_per_iteration", "1"]
-    done = run([*command, "--per_device_generation_batch_size", "12"], tmp_path)
+    done = run([*command, "--per_device_generation_batch_size", "12"])
     rows = list(range(200))
     for iteration in (0, 1):
         folder = tmp_path / "run" / f"iteration-{iteration}"
