@@ -39,7 +39,7 @@ from peft import LoraConfig
 from trl import DPOConfig, DPOTrainer
 
 from spin_trl import SPINConfig, SPINTrainer
-from spin_trl.generation.sampler import Completion
+from spin_trl.generation.sampler import Completion, OpponentSampler
 
 
 FASTER, SMALLER_ADAMW, SMALLER_RMSPROP = 1.15, 0.85, 0.80
@@ -138,23 +138,20 @@ MEMORY = Workload(
 )
 
 
-class PreparedAnswers:
-    """An `OpponentSampler` that knows all answers beforehand."""
+class PreparedAnswers(OpponentSampler):
+    """Knows all answers beforehand."""
 
-    reads_checkpoints = plays_several = False
+    reads_checkpoints = False
 
     def __init__(self, pairs: list[dict[str, list[int]]]):
         self.pairs = pairs
 
+    def publish(self, iteration, checkpoint, earlier=None):
+        pass
+
     def sample(self, requests, params, logprobs=False):
         for request in requests:
             yield Completion(request.key, self.pairs[request.key[0]]["rejected_ids"], "stop")
-
-    def publish(self, iteration, checkpoint, earlier=None): ...
-
-    def select(self, iteration, checkpoint, earlier=None): ...
-
-    def close(self): ...
 
 
 class CountTokens:

@@ -29,12 +29,7 @@ def test_every_script_is_tried():
     assert scripts == {*BENCHMARKS, *PARTS}
 
 
-WAITING = pytest.mark.xfail(reason="`SPINTrainer` does not take a sampler yet")
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=WAITING if name in ("training", "gpu") else ()) for name in BENCHMARKS]
-)
+@pytest.mark.parametrize("name", BENCHMARKS)
 def test_runs_on_toy_sizes(name, tmp_path):
     arguments, figure = BENCHMARKS[name]
     command = [sys.executable, f"benchmarks/{name}.py", "--quick", "--output", str(tmp_path), *arguments]

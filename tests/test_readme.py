@@ -48,6 +48,14 @@ def test_every_make_target_and_file_that_a_page_names_exists(page):
         assert (ROOT / path).is_file(), path
 
 
+def test_every_file_of_the_package_that_contributors_are_sent_to_exists():
+    package = ROOT / "spin_trl"
+    rooms = "|".join(path.name for path in package.iterdir() if path.is_dir())
+    named = re.findall(rf"`((?:{rooms})/[\w/.]*)`", PAGES["docs/contributing.md"] + README)
+    assert len(set(named)) > 10
+    assert [path for path in named if not (package / path).exists()] == []
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_every_link_to_another_page_leads_somewhere(page):
     """Links within the repository: the file exists, and the heading too where one is named."""
