@@ -111,33 +111,31 @@ def test_users_metric_may_not_take_the_name_of_one_of_the_runs(tiny_model, train
         trainer.train()
 
 
-def test_rewards_survive_a_stop_between_any_two_phases(tiny_model, train_dataset, eval_dataset, make_config, tmp_path):
-    """Stopped at the start of iteration 1, before its evaluation: the opponent's log-probs come from the disk."""
+def test_run_that_failed_in_the_users_metrics_goes_on_from_there(
+    tiny_model, train_dataset, eval_dataset, make_config, tmp_path
+):
+    """It failed at the start of iteration 1, whose opponent is judged by the log-probs of the one before: on disk."""
 
-    def make(folder: str):
+    def play(folder: str, compute) -> SPINTrainer:
         config = make_config(
             output_dir=str(tmp_path / folder), num_iterations=2, temperature=0, save_strategy="epoch", resume="auto"
         )
-        return SPINTrainer(tiny_model, config, train_dataset=train_dataset, eval_dataset=eval_dataset)
+        trainer = SPINTrainer(
+            tiny_model,
+            config,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            compute_generation_metrics=compute,
+        )
+        trainer.train()
+        return trainer
 
-    undisturbed = make("undisturbed")
-    undisturbed.train()
-    stopped = make("stopped")
-    evaluate = stopped.game.evaluation.scores
-
-    def stop(iteration, dataset):
-        if iteration == 1:
-            raise ZeroDivisionError
-        return evaluate(iteration, dataset)
-
-    stopped.game.evaluation.scores = stop
     with pytest.raises(ZeroDivisionError):
-        stopped.train()
-    again = make("stopped")
-    again.train()
+        play("stopped", broken_after(1, ZeroDivisionError()))
+    undisturbed, again = (play(folder, lambda *_: {"right": 0.5}) for folder in ("undisturbed", "stopped"))
     for iteration in (1, 2):
         found, expected = (run.store.read_metrics(iteration)["evaluation"] for run in (again, undisturbed))
-        assert found == expected and set(evaluation_names()) == set(found)
+        assert found == expected and set(found) == {*evaluation_names(), "right"}
 
 
 def test_evaluation_data_of_one_row_is_enough(tiny_model, train_dataset, make_config):
