@@ -7,6 +7,7 @@ SPIN, like DPO, sees differences only: both sides may become unlikely as long as
 degenerate. The limits are such that a healthy run stays well below them; `tests/test_collapse.py` has both kinds.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -101,55 +102,38 @@ def signs_between(
         first, previous, current (`Mapping[str, float]`): Metrics of iteration 0, of the iteration before, and of this
             one: `logps_gap`, `opponent_nll`, `rejected_length`, `distinct_2`. What is missing is not judged.
     """
-    signs = [_falling_gap(previous, current), _unlikely_truths(previous, current)]
-    signs += [_length(first, current), _variety(first, current)]
-    return [sign for sign in signs if sign is not None]
+    signs = []
 
+    def numbers(name: str, earlier: Mapping[str, float]) -> tuple[float, float]:
+        return earlier.get(name, math.nan), current.get(name, math.nan)  # nothing holds of what is missing
 
-def _falling_gap(previous: Mapping[str, float], current: Mapping[str, float]) -> CollapseSign | None:
-    before, now = previous.get("logps_gap"), current.get("logps_gap")
-    if before is None or now is None or now >= 0 or before - now <= _MAX_FALL:
-        return None
-    return CollapseSign(
-        "negative_gap",
-        f"The policy prefers its own answers to the ground truths, and more so than before: `logps_gap` sank from "
-        f"{before:.2f} to {now:.2f} nats a token.",
-    )
-
-
-def _unlikely_truths(previous: Mapping[str, float], current: Mapping[str, float]) -> CollapseSign | None:
-    before, now = previous.get("opponent_nll"), current.get("opponent_nll")
-    if before is None or now is None or now <= before * (1 + _MAX_NLL_GROWTH):
-        return None
-    return CollapseSign(
-        "unlikely_truths",
-        f"An iteration made the ground truths less likely: `opponent_nll` rose from {before:.3f} to {now:.3f} nats a "
-        "token.",
-    )
-
-
-def _length(first: Mapping[str, float], current: Mapping[str, float]) -> CollapseSign | None:
-    before, now = first.get("rejected_length"), current.get("rejected_length")
-    if not before or now is None or before / _MAX_FACTOR <= now <= before * _MAX_FACTOR:
-        return None
-    return CollapseSign(
-        "length",
-        f"The answers' mean length, {now:.1f} tokens, is far from iteration 0's {before:.1f}.",
-        f"the policy found length to tell the sides apart by. See that `max_completion_length` leaves the answers the "
-        f"room that the ground truths have; otherwise {_TOO_FAST}",
-    )
-
-
-def _variety(first: Mapping[str, float], current: Mapping[str, float]) -> CollapseSign | None:
-    before, now = first.get("distinct_2"), current.get("distinct_2")
-    if not before or now is None or now >= before / _MAX_FACTOR:
-        return None
-    return CollapseSign(
-        "variety",
-        f"The answers repeat themselves: the share of distinct bigrams sank from {before:.3f} in iteration 0 to "
-        f"{now:.3f}.",
-        f"a cooled sampler, or that {_TOO_FAST}",
-    )
+    before, now = numbers("logps_gap", previous)
+    if now < 0 and before - now > _MAX_FALL:
+        found = (
+            f"The policy prefers its own answers to the ground truths, and more so than before: `logps_gap` sank from "
+            f"{before:.2f} to {now:.2f} nats a token."
+        )
+        signs.append(CollapseSign("negative_gap", found))
+    before, now = numbers("opponent_nll", previous)
+    if now > before * (1 + _MAX_NLL_GROWTH):
+        found = f"`opponent_nll` rose from {before:.3f} to {now:.3f} nats a token."
+        signs.append(CollapseSign("unlikely_truths", f"An iteration made the ground truths less likely: {found}"))
+    before, now = numbers("rejected_length", first)
+    if before > 0 and (now < before / _MAX_FACTOR or now > before * _MAX_FACTOR):
+        found = f"The answers' mean length, {now:.1f} tokens, is far from iteration 0's {before:.1f}."
+        cause = (
+            "the policy found length to tell the sides apart by. See that `max_completion_length` leaves the answers "
+            f"the room that the ground truths have; otherwise {_TOO_FAST}"
+        )
+        signs.append(CollapseSign("length", found, cause))
+    before, now = numbers("distinct_2", first)
+    if now < before / _MAX_FACTOR:
+        found = (
+            f"The answers repeat themselves: the share of distinct bigrams sank from {before:.3f} in iteration 0 to "
+            f"{now:.3f}."
+        )
+        signs.append(CollapseSign("variety", found, f"a cooled sampler, or that {_TOO_FAST}"))
+    return signs
 
 
 def _quarters(steps: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
@@ -195,21 +179,15 @@ class CollapseGuard:
         if iteration < 0:
             return
         args = self.args
-        epochs = [number * args.epochs_per_iteration for number in (iteration, opponent)]
-        steps = [
-            entry
-            for entry in self.log_history()
-            if "rewards/margins" in entry and epochs[0] < entry["epoch"] <= epochs[1]
-        ]
-
+        begin, end = (number * args.epochs_per_iteration for number in (iteration, opponent))
+        log = self.log_history()
+        steps = [entry for entry in log if "rewards/margins" in entry and begin < entry["epoch"] <= end]
         has_initial = args.reference_mixture_alpha > 0
         starts_at_zero = iteration == 0 or not has_initial
 
         def look() -> list[CollapseSign]:
             mean_length = self.store.read_metrics(iteration).get("chosen_length")
-            if not mean_length:
-                return []
-            sign = sign_within(steps, args.beta_at(iteration), mean_length, starts_at_zero)
+            sign = sign_within(steps, args.beta_at(iteration), mean_length, starts_at_zero) if mean_length else None
             return [] if sign is None else [sign]
 
         self._act(opponent, on_main_process(look))
@@ -221,16 +199,11 @@ class CollapseGuard:
         Raises:
             [`Collapsed`]: if there is a sign of collapse and the run is to end.
         """
-
-        def look() -> list[CollapseSign]:
-            if opponent == 0:
-                return []
-            metrics = [self.store.read_metrics(number) for number in (0, opponent - 1, opponent)]
-            if self.args.pairing != "ground_truth":  # then these are of other prompts in every iteration
-                metrics = [{k: v for k, v in one.items() if k not in _OF_TRUTHS} for one in metrics]
-            return signs_between(*metrics)
-
-        self._act(opponent, on_main_process(look))
+        numbers = (0, opponent - 1, opponent) if opponent > 0 else ()
+        metrics = on_main_process(lambda: [self.store.read_metrics(number) for number in numbers])
+        if self.args.pairing != "ground_truth":  # then these are of other prompts in every iteration
+            metrics = [{name: value for name, value in one.items() if name not in _OF_TRUTHS} for one in metrics]
+        self._act(opponent, signs_between(*metrics) if metrics else [])
 
     def _act(self, opponent: int, signs: list[CollapseSign]) -> None:
         on_main_process(lambda: self._record(opponent, signs))
