@@ -52,12 +52,10 @@ _NUMBERS = {
     "repetition_penalty": positive(remedy="Use 1.0 for none."),
     # server
     "vllm_max_concurrent_requests": at_least(1),
-    "vllm_tensor_parallel_size": at_least(1),
     "vllm_max_model_length": at_least(2, optional=True),
     "vllm_gpu_memory_utilization": share("Give a share of the GPU's memory, such as 0.3 for 30 %."),
     "vllm_server_timeout": positive("a positive number of seconds"),
     "vllm_request_timeout": positive("a positive number of seconds"),
-    "vllm_progress_timeout": NumberRule("a positive number of seconds", lambda value: value > 0, optional=True),
     "vllm_max_restarts": at_least(0),
     "publish_check_tolerance": NumberRule(
         "positive",
@@ -249,10 +247,6 @@ class SPINConfig(DPOConfig):
         vllm_request_timeout (`float`, *optional*, defaults to `600.0`):
             Seconds within which some completion must come back while any is asked for, and within which any other
             request must be answered.
-        vllm_progress_timeout (`float`, *optional*):
-            Seconds to wait for any completion at all, while there are requests that are not answered. By default
-            `vllm_server_timeout` and `vllm_request_timeout` together: what a restart of the server, and the first
-            answer after it, may take.
         vllm_max_restarts (`int`, *optional*, defaults to `3`):
             Number of times that a managed server is started again after it ended by itself. 0 makes its first end the
             run's.
@@ -271,10 +265,8 @@ class SPINConfig(DPOConfig):
         offload_policy_during_generation (`bool`, *optional*, defaults to `False`):
             Whether weights, gradients and optimizer state move to host memory while a server generates, and back to
             score and train. Not for policies that are sharded, nor for quantized ones but bitsandbytes' with 4 bits.
-        vllm_tensor_parallel_size (`int`, *optional*, defaults to `1`):
-            Number of GPUs over which a managed server splits the model.
         vllm_server_args (`str`, *optional*):
-            Further arguments for a managed server's `vllm serve`, as one string.
+            Further arguments for a managed server's `vllm serve`, as one string: `"--tensor-parallel-size 2"`.
 
         > Parameters that control the publish check
 
@@ -397,7 +389,6 @@ class SPINConfig(DPOConfig):
     vllm_server_model: str | None = None
     vllm_server_timeout: float = 240.0
     vllm_request_timeout: float = 600.0
-    vllm_progress_timeout: float | None = None
     vllm_max_restarts: int = 3
     vllm_max_concurrent_requests: int = 256
     vllm_api_key: str | None = field(default=None, repr=False)
@@ -405,7 +396,6 @@ class SPINConfig(DPOConfig):
     vllm_gpu_memory_utilization: float = 0.3
     vllm_sleep: bool = False
     offload_policy_during_generation: bool = False
-    vllm_tensor_parallel_size: int = 1
     vllm_server_args: str | None = None
 
     # Parameters that control the publish check
@@ -609,12 +599,6 @@ class SPINConfig(DPOConfig):
                 f"{self.vllm_server_base_url!r}. Set only one of the two."
             )
         check_arguments("vllm_server_args", self.vllm_server_args, _SERVER_FLAGS)
-        if self.vllm_progress_timeout is not None and self.vllm_progress_timeout < self.vllm_request_timeout:
-            raise ValueError(
-                f"`vllm_progress_timeout` ({self.vllm_progress_timeout:g} s) must be at least `vllm_request_timeout` "
-                f"({self.vllm_request_timeout:g} s), the time that each answer may take. Raise the one, lower the "
-                "other, or leave `vllm_progress_timeout` unset."
-            )
 
     def _check_run_directory(self):
         if self.output_dir is not None and not str(self.output_dir).strip():

@@ -87,7 +87,7 @@ def test_good_input_gets_as_far_as_the_weights_which_are_missing(play):
 AT_LEAST = {
     **dict.fromkeys(("num_iterations", "epochs_per_iteration", "num_generations", "num_opponents"), 1),
     **dict.fromkeys(("max_completion_length", "per_device_generation_batch_size", "per_device_train_batch_size"), 1),
-    **dict.fromkeys(("gradient_accumulation_steps", "vllm_max_concurrent_requests", "vllm_tensor_parallel_size"), 1),
+    **dict.fromkeys(("gradient_accumulation_steps", "vllm_max_concurrent_requests"), 1),
     **dict.fromkeys(("num_history_iterations", "top_k", "seed", "vllm_max_restarts"), 0),
     **dict.fromkeys(("max_length", "vllm_max_model_length"), 2),
 }

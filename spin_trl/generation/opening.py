@@ -202,7 +202,6 @@ class SamplerHost:
             max_model_length=args.vllm_max_model_length or longest_sequence,
             dtype="bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
             gpu_memory_utilization=args.vllm_gpu_memory_utilization,
-            tensor_parallel_size=args.vllm_tensor_parallel_size,
             revision=None if os.path.isdir(self.model_name) else source_kwargs(args)["revision"],
             trust_remote_code=args.trust_remote_code,
             sleep_mode=args.vllm_sleep,
