@@ -58,6 +58,10 @@ class Connection(asyncio.Protocol):
         if path == "/v1/models":
             name = self.options.model
             return 200, {"data": [{"id": name, "root": name, "max_model_len": self.options.max_model_length}]}
+        if path == "/update_weight_version":
+            self.options.weight_version = body["new_version"]
+        if path == "/weight_info":
+            return 200, {"weight_version": self.options.weight_version}
         if path == "/v1/load_lora_adapter" and body["lora_path"].startswith("/nonexistent"):
             return 404, {"error": f"{body['lora_name']} cannot be found"}
         if path == "/update_weight_version":
@@ -89,4 +93,5 @@ if __name__ == "__main__":
     parser.add_argument("--max-model-length", type=int, default=2048, help="tokens")
     parser.add_argument("--length", type=int, default=10, help="tokens of an answer, the end token included")
     parser.add_argument("--tokens", type=int, nargs=2, default=(10, 99), help="first and last token id to say")
+    parser.set_defaults(weight_version="default")
     new_event_loop().run_until_complete(serve(parser.parse_args()))

@@ -38,8 +38,7 @@ from measure import (
 from peft import LoraConfig
 from trl import DPOConfig, DPOTrainer
 
-from spin_trl import SPINConfig, SPINTrainer
-from spin_trl.generation.sampler import Completion, OpponentSampler
+from spin_trl import Completion, OpponentSampler, SPINConfig, SPINTrainer
 
 
 FASTER, SMALLER_ADAMW, SMALLER_RMSPROP = 1.15, 0.85, 0.80
