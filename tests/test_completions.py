@@ -11,7 +11,7 @@ import pytest
 from datasets import Dataset
 
 from spin_trl.generation.sampler import Completion, CompletionRequest, SamplerError, SamplingParams
-from spin_trl.play.answers import GenerationJob, Share
+from spin_trl.play.answers import GenerationJob
 from spin_trl.run_directory.store import IterationStore
 
 
@@ -54,12 +54,17 @@ def job(store: IterationStore, **overrides) -> GenerationJob:
     return GenerationJob(**{"store": store, "iteration": 0, "kind": "generations", "params": PARAMS, **overrides})
 
 
+def run(generation_job: GenerationJob, sampler: FakeSampler, dataset: Dataset) -> None:
+    """On one process."""
+    generation_job.run(sampler, dataset, generation_job.missing_rows(dataset))
+
+
 def run_on_every_rank(generation_job: GenerationJob, dataset: Dataset, num_ranks: int) -> list[FakeSampler]:
     """One rank after the other: each but the first comes so late that others have written all of their parts."""
     missing_rows = generation_job.missing_rows(dataset)
     samplers = [FakeSampler() for _ in range(num_ranks)]
     for rank, sampler in enumerate(samplers):
-        generation_job.run(sampler, dataset, Share(rank, num_ranks), missing_rows)
+        generation_job.run(sampler, dataset, missing_rows, rank, num_ranks)
     return samplers
 
 
@@ -92,11 +97,11 @@ def test_rank_without_rows_is_asked_for_nothing(store):
 
 
 def test_missing_rows_are_those_without_a_completion_of_this_kind(store):
-    assert job(store).missing_rows(prompts(4, 2, 0)).tolist() == [4, 2, 0]
-    job(store).run(FakeSampler(), prompts(2), Share())
-    assert job(store).missing_rows(prompts(4, 2, 0)).tolist() == [4, 0]
-    assert job(store, kind="evaluation").missing_rows(prompts(4, 2, 0)).tolist() == [4, 2, 0]
-    assert job(store, iteration=1).missing_rows(prompts(4, 2, 0)).tolist() == [4, 2, 0]
+    assert job(store).missing_rows(prompts(4, 2, 0)).tolist() == [0, 2, 4]
+    run(job(store), FakeSampler(), prompts(2))
+    assert job(store).missing_rows(prompts(4, 2, 0)).tolist() == [0, 4]
+    assert job(store, kind="evaluation").missing_rows(prompts(4, 2, 0)).tolist() == [0, 2, 4]
+    assert job(store, iteration=1).missing_rows(prompts(4, 2, 0)).tolist() == [0, 2, 4]
 
 
 def test_every_sample_of_every_row_is_completed(store):
@@ -105,7 +110,7 @@ def test_every_sample_of_every_row_is_completed(store):
 
 
 def test_completions_that_arrive_in_any_order_land_in_their_parts(store):
-    job(store, part_size=3, num_samples=2).run(FakeSampler(shuffle=True), prompts(*range(8)), Share())
+    run(job(store, part_size=3, num_samples=2), FakeSampler(shuffle=True), prompts(*range(8)))
     names = sorted(path.name[:13] for path in store.path(0, "generations").iterdir())
     assert names == ["part-00000000", "part-00000003", "part-00000006"]
     assert completed_keys(store) == [(row, sample) for row in range(8) for sample in range(2)]
@@ -114,8 +119,8 @@ def test_completions_that_arrive_in_any_order_land_in_their_parts(store):
 
 
 def test_evaluation_and_generations_are_kept_apart(store):
-    job(store).run(FakeSampler(), prompts(0, 1), Share())
-    job(store, kind="evaluation").run(FakeSampler(), prompts(0, 1, 2), Share())
+    run(job(store), FakeSampler(), prompts(0, 1))
+    run(job(store, kind="evaluation"), FakeSampler(), prompts(0, 1, 2))
     assert len(completed_keys(store)) == 2
     assert len(completed_keys(store, "evaluation")) == 3
 
@@ -128,12 +133,12 @@ def test_interrupted_run_goes_on_with_what_is_missing(store, num_answers):
     """Parts of 4: after 9 answers two parts are whole, the ninth answer is lost."""
     dataset = prompts(*range(12))
     with pytest.raises(SamplerError, match="the server is gone"):
-        job(store, part_size=4).run(FakeSampler(num_answers), dataset, Share())
+        run(job(store, part_size=4), FakeSampler(num_answers), dataset)
     done = 4 * (num_answers // 4)
     assert set(store.completed_rows(0, "generations")) == set(range(done))
 
     again = FakeSampler()
-    job(store, part_size=4).run(again, dataset, Share())
+    run(job(store, part_size=4), again, dataset)
     assert [request.key[0] for request in again.requests] == list(range(done, 12))
     assert completed_keys(store) == [(row, 0) for row in range(12)]
 
@@ -145,16 +150,16 @@ def test_interrupted_run_ends_with_the_completions_of_an_uninterrupted_one(tmp_p
         dataset = prompts(*range(10))
         if num_answers is not None:
             with pytest.raises(SamplerError):
-                job(store, part_size=3, num_samples=2).run(FakeSampler(num_answers), dataset, Share())
+                run(job(store, part_size=3, num_samples=2), FakeSampler(num_answers), dataset)
         run_on_every_rank(job(store, part_size=2, num_samples=2), dataset, 2)
         tables.append(store.read_completions(0, "generations"))
     assert tables[0].equals(tables[1])
 
 
 def test_run_that_is_complete_asks_for_nothing(store):
-    job(store).run(FakeSampler(), prompts(0, 1, 2), Share())
+    run(job(store), FakeSampler(), prompts(0, 1, 2))
     again = FakeSampler()
-    job(store).run(again, prompts(0, 1, 2), Share())
+    run(job(store), again, prompts(0, 1, 2))
     assert again.requests == []
 
 
@@ -163,7 +168,7 @@ def test_run_that_is_complete_asks_for_nothing(store):
 
 def seeds(store: IterationStore, **overrides) -> dict[tuple[int, int], int]:
     sampler = FakeSampler()
-    job(store, **overrides).run(sampler, prompts(0, 1), Share())
+    run(job(store, **overrides), sampler, prompts(0, 1))
     return {request.key: request.seed for request in sampler.requests}
 
 
@@ -191,7 +196,7 @@ def test_seed_does_not_depend_on_how_the_rows_are_divided(store, tmp_path):
 
 def test_request_carries_the_prompt_of_its_row(store):
     sampler = FakeSampler()
-    job(store, num_samples=2).run(sampler, prompts(7, 3), Share())
+    run(job(store, num_samples=2), sampler, prompts(7, 3))
     assert [(request.key, request.prompt_ids) for request in sampler.requests] == [
         ((7, 0), [107]),
         ((7, 1), [107]),

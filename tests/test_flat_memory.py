@@ -25,7 +25,7 @@ from spin_trl.data.pairs import (
 )
 from spin_trl.data.preparation import dataset_checksum, drop_duplicates, percentile_length, prepare_data
 from spin_trl.generation.sampler import Completion, SamplingParams
-from spin_trl.play.answers import GenerationJob, Share
+from spin_trl.play.answers import GenerationJob
 from spin_trl.run_directory.store import IterationStore
 
 
@@ -94,7 +94,8 @@ def play_two_iterations(data: Dataset, directory: Path) -> list[int]:
     data = store.read_data()
     for iteration in (0, 1):
         params = SamplingParams(max_completion_length=LENGTH, end_token_ids=(2,))
-        GenerationJob(store, iteration, "generations", params, part_size=250).run(Echo(), data, Share())
+        job = GenerationJob(store, iteration, "generations", params, part_size=250)
+        job.run(Echo(), data, job.missing_rows(data))
         parts = store.completions(iteration, "generations")
         store.write_answers(iteration, make_answers(data, parts.batches(500), iteration), ANSWER_SCHEMA, 0)
         pairs = PairDataset.join(data, store.read_answers(iteration))

@@ -14,7 +14,7 @@ from fault_server import HANG_UP, OPPONENT, FakeVLLM
 
 from spin_trl.generation.sampler import Completion, CompletionRequest, SamplerError, SamplingParams
 from spin_trl.generation.vllm.sampler import VLLMSampler
-from spin_trl.play.answers import GenerationJob, Share
+from spin_trl.play.answers import GenerationJob
 from spin_trl.run_directory.store import IterationStore
 
 
@@ -468,7 +468,7 @@ def test_part_with_a_wrong_answer_is_not_written(play, tmp_path, lora_rank, chan
     prompts = Dataset.from_dict({"row": range(8), "prompt_ids": [[20 + row] for row in range(8)]})
     sampler = play_on(play(answer, lora_rank, vocab_size=50, max_concurrent_requests=1), tmp_path)
     with pytest.raises(SamplerError, match=f"answer to row 5 .*{found}"):
-        job.run(sampler, prompts, Share())
+        job.run(sampler, prompts, job.missing_rows(prompts))
     assert set(store.completed_rows(1, "generations")) <= {0, 1, 2, 3}
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import math
 import time
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,14 +24,6 @@ from .turns import Turns
 
 
 _BATCHES_PER_PART = 4
-
-
-@dataclass(frozen=True)
-class Share:
-    """Which share of the work this process does: number `index` of `count`."""
-
-    index: int = 0
-    count: int = 1
 
 
 @dataclass
@@ -59,12 +52,11 @@ class GenerationJob:
     draw: OpponentDraw | None = None
 
     def missing_rows(self, prompts: Dataset) -> np.ndarray:
-        """Rows of `prompts` whose completions are not on disk yet."""
-        rows = numbers(prompts, "row")
-        return rows[~np.isin(rows, self.store.completed_rows(self.iteration, self.kind))]
+        """Rows of `prompts` whose completions are not on disk yet, in ascending order."""
+        return np.setdiff1d(numbers(prompts, "row"), self.store.completed_rows(self.iteration, self.kind))
 
     def run(
-        self, sampler: OpponentSampler, prompts: Dataset, share: Share, missing_rows: np.ndarray | None = None
+        self, sampler: OpponentSampler, prompts: Dataset, missing_rows: np.ndarray, index: int = 0, count: int = 1
     ) -> None:
         """
         Sample this process's share of what is missing.
@@ -72,29 +64,27 @@ class GenerationJob:
         Args:
             sampler ([`OpponentSampler`]): The opponent.
             prompts ([`~datasets.Dataset`]): With the columns `row` and `prompt_ids`.
-            share ([`Share`]): This process's share.
-            missing_rows (`np.ndarray`, *optional*): What all processes together have to sample. They must agree on it,
-                so it has to be found before the first of them writes a part. By default found here.
+            missing_rows (`np.ndarray`): What all processes together have to sample. They must agree on it, so it has to
+                be found before the first of them writes a part.
+            index, count (`int`): Which process this is, of how many.
         """
-        missing_rows = self.missing_rows(prompts) if missing_rows is None else missing_rows
-        parts = self._parts(missing_rows, share)
+        size = max(1, min(self.part_size, math.ceil(len(missing_rows) / count)))
+        parts = [missing_rows[start : start + size] for start in range(0, len(missing_rows), size)][index::count]
+        first_rows = [int(part[0]) for part in parts]
         own_rows = np.concatenate([np.empty(0, np.int64), *parts])
-        part_of = _PartNumbers(parts)
         collected: dict[int, list[Completion]] = defaultdict(list)
-        requests = self._requests(prompts, own_rows)
-        with _GenerationProgress(self, len(own_rows) * self.num_samples, disable=share.index > 0) as progress:
-            for completion in sampler.sample(requests, self.params):
+        total, name = len(own_rows) * self.num_samples, f"Iteration {self.iteration}: {self.kind}"
+        started, num_tokens = time.monotonic(), 0
+        with progress_bar(total=total, desc=name, unit=" completions", disable=index > 0 or total == 0) as bar:
+            for completion in sampler.sample(self._requests(prompts, own_rows), self.params):
                 raise_if_another_failed()
-                progress.add(completion)
-                number = part_of[completion.key[0]]
+                num_tokens += len(completion.token_ids)
+                bar.set_postfix_str(f"{num_tokens / (time.monotonic() - started):.0f} tokens/s", refresh=False)
+                bar.update()
+                number = bisect_right(first_rows, completion.key[0]) - 1
                 collected[number].append(completion)
                 if len(collected[number]) == len(parts[number]) * self.num_samples:
-                    self._write(int(parts[number][0]), collected.pop(number))
-
-    def _parts(self, missing_rows: np.ndarray, share: Share) -> list[np.ndarray]:
-        size = max(1, min(self.part_size, math.ceil(len(missing_rows) / share.count)))
-        parts = [missing_rows[start : start + size] for start in range(0, len(missing_rows), size)]
-        return parts[share.index :: share.count]
+                    self._write(first_rows[number], collected.pop(number))
 
     def _requests(self, prompts: Dataset, rows: np.ndarray) -> Iterator[CompletionRequest]:
         prompts = prompts.select(np.flatnonzero(np.isin(numbers(prompts, "row"), rows)))
@@ -153,49 +143,11 @@ class Answers:
         args = self.args
         part_size = _BATCHES_PER_PART * args.per_device_generation_batch_size
         job = GenerationJob(self.store, iteration, kind, params, num_samples, part_size, args.seed, draw)
-        share = Share(args.process_index, args.world_size)
         missing_rows = on_main_process(lambda: job.missing_rows(dataset))
         self.turns.give_to_server()
         for opponent, rows in self.opponents.in_turn(draw, missing_rows):
             with self.opponents.playing(opponent, newest=iteration):
-                on_every_process(partial(job.run, self.opponents.sampler, dataset, share, rows))
+                on_every_process(
+                    partial(job.run, self.opponents.sampler, dataset, rows, args.process_index, args.world_size)
+                )
         return missing_rows
-
-
-class _PartNumbers:
-    """By row the number of its part: two numbers for each row, where a `dict` would hold them as objects."""
-
-    def __init__(self, parts: list[np.ndarray]):
-        rows = np.concatenate([np.empty(0, np.int64), *parts])
-        order = np.argsort(rows, kind="stable")
-        self.rows = rows[order]
-        self.numbers = np.repeat(np.arange(len(parts)), [len(part) for part in parts])[order]
-
-    def __getitem__(self, row: int) -> int:
-        return int(self.numbers[np.searchsorted(self.rows, row)])
-
-
-class _GenerationProgress:
-    """A progress bar that counts completions and shows tokens per second."""
-
-    def __init__(self, job: GenerationJob, total: int, disable: bool):
-        self.num_tokens = 0
-        self.started = time.monotonic()
-        self.bar = progress_bar(
-            total=total,
-            desc=f"Iteration {job.iteration}: {job.kind}",
-            unit=" completions",
-            disable=disable or total == 0,
-        )
-
-    def __enter__(self) -> "_GenerationProgress":
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self.bar.close()
-
-    def add(self, completion: Completion) -> None:
-        self.num_tokens += len(completion.token_ids)
-        rate = self.num_tokens / max(time.monotonic() - self.started, 1e-9)
-        self.bar.set_postfix_str(f"{rate:.0f} tokens/s", refresh=False)
-        self.bar.update()

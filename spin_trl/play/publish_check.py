@@ -3,11 +3,12 @@
 Knows nothing of HTTP and of where opponents lie.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
+import numpy as np
 from datasets import Dataset
 
-from ..generation.sampler import Completion, CompletionRequest, OpponentSampler, SamplerError, SamplingParams
+from ..generation.sampler import CompletionRequest, OpponentSampler, SamplerError, SamplingParams
 from ..policy.policy import Policy
 from ..processes.ranks import on_main_process
 from ..spin_config import SPINConfig
@@ -15,47 +16,8 @@ from .turns import Turns
 
 
 _NUM_COMPARED = 8  # completions of each opponent
-
-
 _MOST_BY_QUANTIZATION = 0.5  # nats a token; another model differs by more
 _HEADROOM = 1.5
-
-
-@dataclass(frozen=True)
-class PublishCheck:
-    """
-    Outcome of comparing the log-probs that a server gives for sampled tokens with the policy's own.
-
-    Args:
-        mean_difference (`float`): Mean absolute difference per token, in nats.
-        num_tokens (`int`): Number of tokens compared.
-        num_completions (`int`): Number of completions they come from.
-    """
-
-    mean_difference: float
-    num_tokens: int
-    num_completions: int
-
-    def require(self, tolerance: float, opponent: str, address: str | None = None) -> None:
-        """
-        Args:
-            tolerance (`float`): Largest difference that is borne with, in nats.
-            opponent (`str`): What should be played, in words.
-            address (`str`, *optional*): The server's.
-
-        Raises:
-            `SamplerError`: if the difference is larger than `tolerance`, or not a number.
-        """
-        if self.mean_difference <= tolerance:
-            return
-        server = "The server" if address is None else f"The server at {address}"
-        raise SamplerError(
-            f"{server} does not play {opponent}: over {self.num_tokens} tokens of {self.num_completions} sampled "
-            f"completions its log-probs differ from the policy's by {self.mean_difference:.3g} nats a token on "
-            f"average, more than `publish_check_tolerance` ({tolerance:g}). It may serve another model or an older "
-            "opponent (restart it with `python -m spin_trl.serve`), or compute in another precision (`--dtype`; then "
-            "raise the tolerance)."
-        )
 
 
 def check_published(
@@ -96,27 +58,19 @@ def check_published(
     differences = []
     for address, completions in sampled.items():
         rows = [{"prompt_ids": prompt_ids[c.key], "completion_ids": c.token_ids} for c in completions]
-        check = compare_logps(completions, policy.completion_logps(rows))
-        check.require(tolerance, opponent, address)
-        differences.append(check.mean_difference)
+        of_server = np.concatenate([completion.logprobs for completion in completions])
+        of_policy = np.concatenate(policy.completion_logps(rows))
+        difference = float(np.abs(of_server - of_policy).mean())
+        if not difference <= tolerance:  # nor is a NaN
+            raise SamplerError(
+                f"{address} does not play {opponent}: over {len(of_server)} tokens of {len(rows)} sampled completions "
+                f"its log-probs differ from the policy's by {difference:.3g} nats a token on average, more than "
+                f"`publish_check_tolerance` ({tolerance:g}). It may serve another model or an older opponent (restart "
+                "it with `python -m spin_trl.serve`), or compute in another precision (`--dtype`; then raise the "
+                "tolerance)."
+            )
+        differences.append(difference)
     return max(differences)
-
-
-def compare_logps(completions: list[Completion], policy_logps: list[list[float]]) -> PublishCheck:
-    """
-    Compare sampled tokens' log-probs.
-
-    Args:
-        completions (`list[Completion]`): With `logprobs`, as the server gave them.
-        policy_logps (`list[list[float]]`): For the same tokens, the policy's.
-    """
-    differences = [
-        abs(server - policy)
-        for completion, logps in zip(completions, policy_logps, strict=True)
-        for server, policy in zip(completion.logprobs, logps, strict=True)
-    ]
-    mean = sum(differences) / len(differences)
-    return PublishCheck(mean, len(differences), len(completions))
 
 
 def allow_for_quantization(tolerance: float, first_difference: float | None) -> float:
