@@ -50,4 +50,4 @@ class LossProbe:
         if len(logps) == 3:
             names = ("input_ids", "attention_mask", "labels")
             inputs["initial"] = dict.fromkeys(names, torch.ones(num_pairs, 2, dtype=torch.long))
-        return trainer._compute_loss(model, inputs, return_outputs=False)
+        return trainer.compute_loss(model, inputs)

@@ -5,6 +5,7 @@ folder that stands for the model here has no weights.
 """
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,9 +35,9 @@ MANAGED = {"use_vllm": None, "vllm_mode": "managed"}
 def table(*rows: tuple) -> pytest.MarkDecorator:
     """Rows of what is given, perhaps the error's type (by default `ValueError`), and words that must be in it."""
     split = [(given, rest if isinstance(rest[0], type) else (ValueError, *rest)) for given, *rest in rows]
-    return pytest.mark.parametrize(
-        ("given", "refusal"), split, ids=[" ".join(repr(row[0]).split())[:60] for row in rows]
-    )
+    # Without addresses of objects, which are others in each process that runs tests.
+    ids = [" ".join(re.sub(r" (object )?at 0x\w+", "", repr(row[0])).split())[:60] for row in rows]
+    return pytest.mark.parametrize(("given", "refusal"), split, ids=ids)
 
 
 def refused(refusal: tuple, function: Any, *args, **kwargs) -> None:

@@ -66,7 +66,7 @@ def compute(trainer: SPINTrainer, pairs: list[dict]) -> tuple[float, dict, list[
     )
     trainer.model.train()
     trainer._metrics["train"].clear()
-    loss = trainer._compute_loss(trainer.model, trainer.data_collator(pairs), False).item()
+    loss = trainer.compute_loss(trainer.model, trainer.data_collator(pairs)).item()
     hook.remove()
     return loss, {name: v for name, v in trainer._metrics["train"].items() if name != "num_tokens"}, shapes
 

@@ -160,7 +160,7 @@ def trainer(tiny_model, tmp_path_factory):
 def summed_gradient(trainer: SPINTrainer, loss_type: str, pairs: list[dict]) -> torch.Tensor:
     trainer.loss_types, trainer.loss_weights, trainer.label_smoothing = [loss_type], [1.0], 0.1
     trainer.model.zero_grad()
-    (len(pairs) * trainer._compute_loss(trainer.model, trainer.data_collator(pairs), False)).backward()
+    (len(pairs) * trainer.compute_loss(trainer.model, trainer.data_collator(pairs))).backward()
     return torch.cat([parameter.grad.flatten() for parameter in trainer.model.parameters()])
 
 
