@@ -11,8 +11,7 @@ import pytest
 from fault_server import HANG_UP, PATIENCE, Answer, CutOff, FakeVLLM, completion
 
 from spin_trl.generation.sampler import SamplerError
-from spin_trl.generation.vllm.errors import UnreachableError
-from spin_trl.generation.vllm.http_api import VLLMServer
+from spin_trl.generation.vllm.http_api import UnreachableError, VLLMServer
 
 
 @pytest.fixture

@@ -2,7 +2,8 @@
 
 import asyncio
 import threading
-from collections.abc import Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable
+from concurrent.futures import Future
 from typing import Any, TypeVar
 
 
@@ -17,39 +18,34 @@ class Background:
         self._thread = threading.Thread(target=self._loop.run_forever, name="spin_trl-sampler", daemon=True)
         self._thread.start()
 
+    def start(self, coroutine: Coroutine[Any, Any, T]) -> "Future[T]":
+        """Have it run on its own."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    def call(self, function: Callable[[], Any]) -> None:
+        """Have the loop call it soon."""
+        self._loop.call_soon_threadsafe(function)
+
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Run it in the loop and wait for it. If the waiting is interrupted, it is cancelled."""
-        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        """Run it and wait for it. If the waiting is interrupted, it is cancelled."""
+        future = self.start(coroutine)
         try:
             return future.result()
         except BaseException:
             future.cancel()
             raise
 
-    def start(self, coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task:
-        """Have it run on its own."""
-
-        async def start() -> asyncio.Task:
-            return asyncio.create_task(coroutine)
-
-        return self.run(start())
-
-    def stop(self, task: asyncio.Task) -> None:
-        """Cancel what `start` returned, and wait for its end."""
-        if self._thread.is_alive():
-            self.run(cancel([task]))
-
     def close(self, last: Coroutine[Any, Any, Any]) -> None:
         """Cancel whatever runs, then run this, and end the thread."""
 
-        async def cancel_others() -> None:
+        async def end() -> None:
             await cancel(asyncio.all_tasks() - {asyncio.current_task()})
             await last
 
         try:
-            self.run(cancel_others())
+            self.run(end())
         finally:
-            self._loop.call_soon_threadsafe(self._loop.stop)
+            self.call(self._loop.stop)
             self._thread.join()
             self._loop.close()
 

@@ -9,24 +9,12 @@ import random
 import time
 from collections.abc import Awaitable, Collection
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import aiohttp
 
 from ..sampler import SamplerError
-from .errors import (
-    UnreachableError,
-    no_address,
-    no_answer,
-    no_completion,
-    no_vllm,
-    refusal,
-    server_message,
-    unreachable,
-)
 
-
-T = TypeVar("T")
 
 # 4xx is the server's final word, except for these two; 5xx and a broken connection may pass.
 _RETRIED_STATUS = (408, 429, *range(500, 600))
@@ -38,6 +26,14 @@ _LARGEST_DELAY = 20  # times the first one
 
 # Of its own: the run's random state must not depend on how often a server failed.
 _jitter = random.Random()
+
+
+class UnknownModelError(SamplerError):
+    """The server does not have the model that was to answer."""
+
+
+class UnreachableError(SamplerError):
+    """The server is gone, or hangs. Another one may answer instead."""
 
 
 class VLLMServer:
@@ -67,9 +63,9 @@ class VLLMServer:
         request_timeout: float = 600.0,
         delay: float = 0.5,
     ):
-        if not base_url.startswith(("http://", "https://", "unix:")):
-            raise no_address(base_url, "it must begin with 'http://' or 'https://'")
         self.base_url = base_url.rstrip("/").removesuffix("/v1")
+        if not base_url.startswith(("http://", "https://", "unix:")):
+            raise self._no_address("it must begin with 'http://' or 'https://'")
         self.server_timeout = server_timeout
         self.request_timeout = request_timeout
         self.delay = delay
@@ -77,8 +73,7 @@ class VLLMServer:
         self._socket = Path(base_url.removeprefix("unix:")) if base_url.startswith("unix:") else None
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._session: aiohttp.ClientSession | None = None
-        self._num_awaited = 0  # completions
-        self._heard_at = 0.0  # when the last of them came or failed
+        self._completed_at = 0.0  # when the last completion came
 
     async def close(self) -> None:
         if self._session is not None:
@@ -89,17 +84,18 @@ class VLLMServer:
 
     async def wait_until_ready(self) -> None:
         """Return as soon as the server is healthy."""
-        await self._call("GET", "/health", read=False, timeout=self._prompt)
+        await self._call("GET", "/health", timeout=self._prompt)
 
     async def served_models(self) -> list[dict[str, Any]]:
         """The models served: `id`, and for a base model also `root` (where it came from) and `max_model_len`."""
-        answer = await self._call("GET", "/v1/models", timeout=self._prompt)
+        text = await self._call("GET", "/v1/models", timeout=self._prompt)
         try:
-            if all(isinstance(model["id"], str) for model in answer["data"]):
-                return answer["data"]
-        except (KeyError, TypeError):
+            models = json.loads(text)["data"]
+            if all(isinstance(model["id"], str) for model in models):
+                return models
+        except (ValueError, KeyError, TypeError):
             pass
-        raise no_vllm(self.base_url, "GET", "/v1/models", str(answer), "a list of models with their `id`")
+        raise self._no_vllm("/v1/models", text, "a list of models with their `id`")
 
     async def adapter_refusal(self) -> str | None:
         """Why the server cannot load LoRA adapters at run time, or `None` if it can."""
@@ -134,7 +130,7 @@ class VLLMServer:
             # What the engine thinks of an adapter, such as a rank that is too high, comes as 500 and does not change,
             # but so does that it has just died.
             if status < 500 or is_last:
-                raise refusal(self.base_url, "POST", "/v1/load_lora_adapter", status, text)
+                raise self._refusal("POST", "/v1/load_lora_adapter", status, text)
             await self.wait_until_ready()
 
     async def unload_adapter(self, name: str) -> None:
@@ -148,31 +144,35 @@ class VLLMServer:
     async def reload_weights(self, path: str) -> None:
         """Replace the weights by those in the folder `path` on the server's disk, and forget cached prefixes."""
         body = {"method": "reload_weights", "args": [], "kwargs": {"weights_path": path}}
-        await self._call("POST", "/collective_rpc", body, read=False, retried=_BUSY_STATUS)
+        await self._call("POST", "/collective_rpc", body, retried=_BUSY_STATUS)
         # Requests of before, which nobody waits for any more, would keep their share of the cache.
         reset = "/reset_prefix_cache?reset_running_requests=true"
         status, text = await self._send("POST", reset, retried=_BUSY_STATUS)
         if status != 200 or "false" in text:
-            raise refusal(self.base_url, "POST", reset, status, text)
+            raise self._refusal("POST", reset, status, text)
 
     async def weight_version(self) -> str:
         """What was last said to be the version of the weights: "default" if nothing was since the server started."""
-        answer = await self._call("GET", "/weight_info", timeout=self._prompt)
-        if not isinstance(answer, dict) or not isinstance(answer.get("weight_version"), str):
-            raise no_vllm(self.base_url, "GET", "/weight_info", str(answer), "a `weight_version`")
-        return answer["weight_version"]
+        text = await self._call("GET", "/weight_info", timeout=self._prompt)
+        try:
+            version = json.loads(text)["weight_version"]
+            if isinstance(version, str):
+                return version
+        except (ValueError, KeyError, TypeError):
+            pass
+        raise self._no_vllm("/weight_info", text, "a `weight_version`")
 
     async def set_weight_version(self, version: str) -> None:
         """Say what the weights are from now on, in a single attempt: by the next the server may be another one."""
-        await self._call("POST", "/update_weight_version", {"new_version": version}, read=False, patience=0)
+        await self._call("POST", "/update_weight_version", {"new_version": version}, patience=0)
 
     async def sleep(self, level: int) -> None:
         """Free the GPU's memory: level 1 keeps the weights in host memory, level 2 keeps nothing."""
-        await self._call("POST", f"/sleep?level={level}", read=False, patience=_SHORTLY)
+        await self._call("POST", f"/sleep?level={level}", patience=_SHORTLY)
 
     async def wake_up(self) -> None:
         """Take the GPU's memory again, with the weights if they were kept."""
-        await self._call("POST", "/wake_up", read=False, patience=_SHORTLY)
+        await self._call("POST", "/wake_up", patience=_SHORTLY)
 
     # Completions
 
@@ -186,18 +186,19 @@ class VLLMServer:
         path = "/v1/completions"
         give_up_at = time.monotonic() + self.patience
         while True:
-            answer = await self._call("POST", path, body, among_others=True)
+            text = await self._call("POST", path, body, among_others=True)
             try:
-                choice = answer["choices"][0]
-                finish_reason = choice.get("finish_reason")
-            except (KeyError, IndexError, TypeError, AttributeError):
-                raise no_completion(self.base_url, path, answer) from None
-            if finish_reason != "abort":
+                choice = json.loads(text)["choices"][0]
+                is_given_up = choice.get("finish_reason") == "abort"
+            except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+                raise SamplerError(
+                    f"The vLLM server at {self.base_url} answered POST {path} with no completion where one was asked "
+                    f"for: {_shortened(text)}. See its log, and what `generation_kwargs` asks of it."
+                ) from None
+            if not is_given_up:
                 return choice
             if time.monotonic() >= give_up_at:
-                raise unreachable(
-                    self.base_url, "POST", path, "`finish_reason` 'abort': the server gave the request up"
-                )
+                raise self._unreachable("POST", path, "`finish_reason` 'abort': the server gave the request up")
             await asyncio.sleep(self.delay)
 
     # HTTP
@@ -206,15 +207,12 @@ class VLLMServer:
     def _prompt(self) -> float:
         return min(_PROMPT_ANSWER, self.server_timeout)
 
-    async def _call(self, method: str, path: str, body: dict | None = None, read: bool = True, **options: Any) -> Any:
-        """As [`_send`], for what must be answered with 200. Returns the JSON that is the answer, if it is `read`."""
+    async def _call(self, method: str, path: str, body: dict | None = None, **options: Any) -> str:
+        """As [`_send`], for what must be answered with 200. Returns the text."""
         status, text = await self._send(method, path, body, **options)
         if status != 200:
-            raise refusal(self.base_url, method, path, status, text)
-        try:
-            return json.loads(text) if read else None
-        except json.JSONDecodeError:
-            raise no_vllm(self.base_url, method, path, text) from None
+            raise self._refusal(method, path, status, text)
+        return text
 
     async def _send(
         self,
@@ -246,13 +244,13 @@ class VLLMServer:
                     status, text = await asyncio.wait_for(attempt, timeout or self.request_timeout)
                 if status not in retried:
                     return status, text
-                problem = f"HTTP {status}: {server_message(text)}"
+                problem = f"HTTP {status}: {_shortened(text)}"
             except TimeoutError:
                 if timeout is None:
-                    raise no_answer(self.base_url, method, path, self.request_timeout) from None
+                    raise self._no_answer(method, path) from None
                 problem = f"no answer within {timeout:g} s"
             except aiohttp.InvalidURL as error:
-                raise no_address(self.base_url, str(error)) from None
+                raise self._no_address(str(error)) from None
             except (aiohttp.ClientError, OSError) as error:
                 problem = f"{type(error).__name__}: {error}"
             if self._socket is not None and (notice := death_notice(self._socket)).exists():
@@ -261,7 +259,7 @@ class VLLMServer:
             if give_up_at is None:
                 give_up_at = now + (self.patience if patience is None else patience)
             if now >= give_up_at:
-                raise unreachable(self.base_url, method, path, problem)
+                raise self._unreachable(method, path, problem)
             # Jitter keeps requests that failed together from coming back together.
             await asyncio.sleep(min(delay * _jitter.uniform(0.5, 1.0), give_up_at - now))
             delay = min(2 * delay, _LARGEST_DELAY * self.delay)
@@ -278,25 +276,66 @@ class VLLMServer:
         async with self._session.request(method, url, json=body, headers=self._headers) as response:
             return response.status, await response.text(errors="replace")
 
-    async def _wait_among_others(self, attempt: Awaitable[T]) -> T:
+    async def _wait_among_others(self, attempt: Awaitable[tuple[int, str]]) -> tuple[int, str]:
         """Wait as long as other completions come back: one that is only queued behind them is not lost."""
-        if self._num_awaited == 0:
-            self._heard_at = time.monotonic()
-        self._num_awaited += 1
+        started_at = time.monotonic()
         task = asyncio.ensure_future(attempt)
         try:
             while not task.done():
-                left = self._heard_at + self.request_timeout - time.monotonic()
+                left = max(started_at, self._completed_at) + self.request_timeout - time.monotonic()
                 if left <= 0:
                     raise TimeoutError
                 await asyncio.wait([task], timeout=left)
-            self._heard_at = time.monotonic()
+            self._completed_at = time.monotonic()
             return task.result()
         finally:
-            self._num_awaited -= 1
             task.cancel()
+
+    # What went wrong, in words
+
+    def _no_address(self, reason: str) -> SamplerError:
+        return SamplerError(
+            f"{self.base_url!r} is no address of a server: {reason}. Set `vllm_server_base_url` to one such as "
+            "'http://localhost:8000'."
+        )
+
+    def _no_vllm(self, path: str, text: str, expected: str) -> SamplerError:
+        return SamplerError(
+            f"What answers at {self.base_url} is no vLLM server: GET {path} gave {_shortened(text)!r}, expected "
+            f"{expected}. Correct `vllm_server_base_url`."
+        )
+
+    def _refusal(self, method: str, path: str, status: int, text: str) -> SamplerError:
+        remedy = ""
+        if status in (401, 403):
+            remedy = ". It expects another API key: set `vllm_api_key` or VLLM_API_KEY to the one it was started with."
+        elif method == "GET" and status == 404:
+            remedy = ". Expected is a vLLM server, which knows that path: correct `vllm_server_base_url`."
+        kind = UnknownModelError if (status, path) == (404, "/v1/completions") else SamplerError
+        return kind(
+            f"The vLLM server at {self.base_url} refused {method} {path}. HTTP {status}: {_shortened(text)}{remedy}"
+        )
+
+    def _no_answer(self, method: str, path: str) -> UnreachableError:
+        return UnreachableError(
+            f"The vLLM server at {self.base_url} gave no answer within `vllm_request_timeout` "
+            f"({self.request_timeout:g} s) to {method} {path}. Raise it if single answers take that long, or lower "
+            "`vllm_max_concurrent_requests`; otherwise the server hangs: see its log and restart it."
+        )
+
+    def _unreachable(self, method: str, path: str, problem: str) -> UnreachableError:
+        return UnreachableError(
+            f"The vLLM server at {self.base_url} did not answer {method} {path}, however often it was asked. The last "
+            f"problem: {problem}. Start it with `python -m spin_trl.serve MODEL`, correct `vllm_server_base_url`, or "
+            "raise `vllm_server_timeout` if it needs longer to come back."
+        )
 
 
 def death_notice(socket: Path) -> Path:
     """File beside a managed server's socket that says why the server is gone, once nobody starts it again."""
     return socket.with_name("ended")
+
+
+def _shortened(text: str) -> str:
+    """The server's own words, at most a screenful."""
+    return text.strip()[:1000] or "(empty answer)"

@@ -13,13 +13,10 @@ from typing import Any
 
 from ..sampler import Completion, CompletionRequest, SamplerError, SamplingParams
 from .completion import completion_body, read_completion
-from .errors import UnknownModelError, UnreachableError
-from .http_api import VLLMServer
+from .http_api import UnknownModelError, UnreachableError, VLLMServer
 
 
 logger = logging.getLogger(__name__)
-
-_MAX_NUM_TRIES = 3
 
 # Opponents by the number of their iteration, the newest last: their checkpoints, `None` for the base model.
 Opponents = Mapping[int, Path | None]
@@ -39,20 +36,27 @@ class Replica:
         model (`str`): The base model, as the trainer names it.
         served_model (`str`, *optional*): The base model, as the server names it, where that differs.
         vocab_size (`int`, *optional*): Number of the model's token ids, where it is known: no others are accepted.
+        lora_rank (`int`, *optional*): Rank of the adapters to come.
     """
 
-    # Between two looks at whether the completions that have come back are the opponent's.
-    seconds_between_confirmations = 0.0
-
-    def __init__(self, server: VLLMServer, run_name: str, model: str, served_model: str | None, vocab_size: int | None):
+    def __init__(
+        self,
+        server: VLLMServer,
+        run_name: str,
+        model: str,
+        served_model: str | None,
+        vocab_size: int | None,
+        lora_rank: int | None,
+    ):
         self.server = server
         self.run_name = run_name
         self.model = model
         self.served_model = served_model
         self.vocab_size = vocab_size
-        self.num_answered = 0
-        self.problem: str | None = None  # why it is left out
-        self._failing_since = 0.0
+        self.lora_rank = lora_rank
+        self.num_losses = 0  # of the opponent, since the last completion
+        self.problem: str | None = None  # why the server is not there
+        self._gone_since = 0.0
         self._base: dict[str, Any] = {}  # the base model, as the server lists it
 
     @property
@@ -100,10 +104,10 @@ class Replica:
         self, request: CompletionRequest, opponents: Opponents, params: SamplingParams, logprobs: bool
     ) -> Completion:
         """
-        An answer that is the opponent's, if `confirm` does not say otherwise afterwards.
+        The opponent's answer.
 
         Raises:
-            [`OpponentLostError`]: if the server does not have the opponent any more.
+            [`OpponentLostError`]: if the server has not had the opponent all the time since `ensure`.
         """
         iteration = list(opponents)[-1] if request.opponent is None else request.opponent
         name = self._name(iteration, opponents[iteration])
@@ -112,13 +116,8 @@ class Replica:
             choice = await self.server.complete(body)
         except UnknownModelError as error:
             raise OpponentLostError(str(error)) from error
+        await self._confirm()
         return read_completion(choice, request, params, body["max_tokens"], self.vocab_size, logprobs)
-
-    async def confirm(self) -> None:
-        """
-        Raises:
-            [`OpponentLostError`]: unless the server has played the opponent all the time since `ensure`.
-        """
 
     async def withdraw(self) -> None:
         """Free what is left on the server, if that is easy."""
@@ -130,23 +129,26 @@ class Replica:
     # Whether it can be counted on
 
     @property
-    def seconds_failing(self) -> float:
-        """Seconds since it failed, if it has not answered since."""
-        return time.monotonic() - self._failing_since
+    def seconds_gone(self) -> float:
+        """Seconds since it was first found gone, if it has not been well since."""
+        return 0.0 if self.problem is None else time.monotonic() - self._gone_since
 
-    def has_failed(self, error: Exception) -> None:
+    def is_gone(self, error: Exception) -> None:
         if self.problem is None:
-            self._failing_since = time.monotonic()
+            self._gone_since = time.monotonic()
             logger.warning(
                 f"The vLLM server at {self.address} is left out until it is back; its prompts go to the others. {error}"
             )
         self.problem = str(error)
 
-    def has_answered(self, num_completions: int) -> None:
-        self.num_answered += num_completions
-        if self.problem is not None and num_completions > 0:
+    def is_well(self) -> None:
+        self.num_losses = 0
+        if self.problem is not None:
             logger.warning(f"The vLLM server at {self.address} is back.")
             self.problem = None
+
+    async def _confirm(self) -> None:
+        """Raise [`OpponentLostError`] unless the server has played the opponent until now."""
 
     def _name(self, iteration: int, checkpoint: Path | None) -> str:
         """The model to ask the server for."""
@@ -156,10 +158,7 @@ class Replica:
         raise NotImplementedError
 
     async def _require_loading(self) -> None:
-        """
-        Raises:
-            `SamplerError`: if opponents cannot be loaded at run time.
-        """
+        """Raise [`SamplerError`] if opponents cannot be loaded at run time."""
         raise NotImplementedError
 
     def _cannot_load(self, what: str, refusal: str, options: str) -> SamplerError:
@@ -186,15 +185,9 @@ class AdapterReplica(Replica):
     """
     A [`Replica`] that plays LoRA adapters, with names of their own per run and iteration, so that no cached prefix of
     an older one is ever served, and a server that has lost one says so when it is asked for.
-
-    Args:
-        lora_rank (`int`): Rank of the adapters to come.
     """
 
-    def __init__(self, *args, lora_rank: int):
-        super().__init__(*args)
-        self.lora_rank = lora_rank
-        self._held: set[str] = set()
+    _held: frozenset[str] = frozenset()
 
     async def withdraw(self) -> None:
         for name in self._held:
@@ -211,7 +204,7 @@ class AdapterReplica(Replica):
         if wanted:  # beside the base model alone they do no harm
             for name in self._held - wanted.keys():
                 await self.server.unload_adapter(name)
-            self._held = set(wanted)
+            self._held = frozenset(wanted)
 
     async def _require_loading(self) -> None:
         if (refusal := await self.server.adapter_refusal()) is not None:
@@ -227,45 +220,50 @@ class WeightsReplica(Replica):
     load them at once, the last to begin ends it, and the others wait for that.
     """
 
-    seconds_between_confirmations = 0.1
-    _version: str | None = None
-
-    async def confirm(self) -> None:
-        if await self.server.weight_version() != self._version:
-            raise OpponentLostError("its weights are no longer those of the opponent")
+    def __init__(self, *args):
+        super().__init__(*args)
+        self._version: str | None = None
+        self._token = secrets.token_hex(8)  # this process's
+        self._num_loads = 0
+        self._looking = asyncio.Lock()
+        self._looked_at = 0.0
 
     async def sleep(self, level: int) -> None:
         if level == 2:  # which discards the weights
             await self.server.set_weight_version("discarded")
         await super().sleep(level)
 
+    async def _confirm(self) -> None:
+        called_at = time.monotonic()
+        async with self._looking:
+            if self._looked_at >= called_at:  # what comes back during one look is confirmed by the next, all at once
+                return
+            looked_at = time.monotonic()
+            if await self.server.weight_version() != self._version:
+                raise OpponentLostError("its weights are no longer those of the opponent")
+            self._looked_at = looked_at
+
     def _name(self, iteration: int, checkpoint: Path | None) -> str:
         return self._base["id"]
 
     async def _load(self, opponents: Opponents) -> None:
         iteration, checkpoint = list(opponents.items())[-1]
-        path = str(checkpoint or self._base["root"])
         loading, loaded = (f"{self.run_name}-iteration-{iteration}:{state}:" for state in ("loading", "loaded"))
-        own = secrets.token_hex(8)
-        num_tries, waits_until = 0, time.monotonic() + self.server.request_timeout
-        while not (version := await self.server.weight_version()).startswith(loaded):
-            if version.startswith(loading) and version != loading + own and time.monotonic() < waits_until:
-                await asyncio.sleep(self.server.delay)
-            elif num_tries == _MAX_NUM_TRIES:
-                raise SamplerError(
-                    f"The vLLM server at {self.address} could not be made to play iteration {iteration}'s opponent: in "
-                    f"each of {_MAX_NUM_TRIES} attempts it was restarted, or lost what was loaded, before {path} was "
-                    "in place. See its log for why it ends, and see that no other run publishes to it."
-                )
-            else:
-                num_tries += 1
-                await self._try_to_load(path, loading + own, loaded + own)
+        self._num_loads += 1
+        own = f"{self._token}.{self._num_loads}"
+        waits_until = time.monotonic() + self.server.request_timeout
+        while (version := await self.server.weight_version()).startswith(loading) and time.monotonic() < waits_until:
+            if version.startswith(loading + self._token):  # an attempt of its own that failed
+                break
+            await asyncio.sleep(self.server.delay)
+        if not version.startswith(loaded):
+            version = loaded + own
+            await self._replace(str(checkpoint or self._base["root"]), loading + own, version)
         self._version = version
 
-    async def _try_to_load(self, path: str, loading: str, loaded: str) -> None:
+    async def _replace(self, path: str, loading: str, loaded: str) -> None:
         """Load weights, and say so unless the server was restarted meanwhile, or somebody else loads some."""
-        if not await self._mark(loading):
-            return
+        await self._mark(loading)
         try:
             await self.server.reload_weights(path)
         except UnreachableError:
@@ -273,16 +271,15 @@ class WeightsReplica(Replica):
         except SamplerError:
             if await self.server.weight_version() == loading:  # the server lives, and does not want these weights
                 raise
-        if await self.server.weight_version() == loading:
-            await self._mark(loaded)
+        if await self.server.weight_version() != loading:
+            raise OpponentLostError(f"it was restarted, or got other weights, before {path} was in place")
+        await self._mark(loaded)
 
-    async def _mark(self, version: str) -> bool:
-        """Whether it could be said what the weights are. A server that was not there for it may have been restarted."""
+    async def _mark(self, version: str) -> None:
         try:
             await self.server.set_weight_version(version)
-        except UnreachableError:
-            return False
-        return True
+        except UnreachableError as error:  # by the next attempt it may be another server
+            raise OpponentLostError(f"it may have been restarted while its weights were loaded. {error}") from error
 
     async def _require_loading(self) -> None:
         if (refusal := await self.server.reload_refusal()) is not None:

@@ -2,27 +2,25 @@
 
 import asyncio
 import logging
-import time
+import queue
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
 
 from ..sampler import Completion, CompletionRequest, OpponentSampler, SamplerError, SamplingParams
-from .background import Background, all_of
-from .errors import UnreachableError, all_gone, lost_too_often
-from .http_api import VLLMServer
+from .background import Background, all_of, cancel
+from .http_api import UnreachableError, VLLMServer
 from .replica import AdapterReplica, OpponentLostError, Opponents, Replica, WeightsReplica
-from .work import Work
 
 
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-_MAX_NUM_LOSSES = 3  # in a row, without one completion in between
+_MAX_NUM_LOSSES = 5  # in a row, without one completion in between
 # How long one of several servers is asked again before its prompts go to the others, in times of its first delay.
 _PATIENCE_AMONG_SEVERAL = 10
-_NUM_WAITING_PER_SLOT = 4  # completions that wait for the consumer, or to be confirmed
+_NUM_AHEAD_PER_SLOT = 4  # prompts that are read, but not yet answered or not yet taken by the consumer
 
 
 class VLLMSampler(OpponentSampler):
@@ -73,11 +71,9 @@ class VLLMSampler(OpponentSampler):
         Raises:
             `SamplerError`: as [`Replica.connect`] of the first that cannot, or if their contexts differ.
         """
-        names = run_name, self.model, self.served_model, self.vocab_size
-        if self.lora_rank is None:
-            self.replicas = [WeightsReplica(server, *names) for server in servers]
-        else:
-            self.replicas = [AdapterReplica(server, *names, lora_rank=self.lora_rank) for server in servers]
+        kind = WeightsReplica if self.lora_rank is None else AdapterReplica
+        options = run_name, self.model, self.served_model, self.vocab_size, self.lora_rank
+        self.replicas = [kind(server, *options) for server in servers]
         self._background = Background()
         self._background.run(all_of(replica.connect(min_context_length) for replica in self.replicas))
         lengths = {replica.address: replica.context_length for replica in self.replicas}
@@ -109,14 +105,18 @@ class VLLMSampler(OpponentSampler):
     def sample(
         self, requests: Iterable[CompletionRequest], params: SamplingParams, logprobs: bool = False
     ) -> Iterator[Completion]:
+        room = asyncio.Semaphore((1 + _NUM_AHEAD_PER_SLOT) * self.max_concurrent_requests * len(self.replicas))
+        answers = queue.SimpleQueue()
         background = self._background
-        work = Work(requests, max_waiting=_NUM_WAITING_PER_SLOT * self.max_concurrent_requests)
-        playing = background.start(self._play(work, params, logprobs))
+        playing = background.start(self._play(requests, params, logprobs, room, answers.put))
+        playing.add_done_callback(answers.put)
         try:
-            while completions := background.run(work.next_completions()):
-                yield from completions
+            while (answer := answers.get()) is not playing:
+                background.call(room.release)
+                yield answer
+            playing.result()
         finally:
-            background.stop(playing)
+            playing.cancel()
 
     def sample_each(
         self, requests: list[CompletionRequest], params: SamplingParams, logprobs: bool = False
@@ -125,15 +125,12 @@ class VLLMSampler(OpponentSampler):
 
         async def ask(replica: Replica) -> list[Completion]:
             await replica.ensure(self._opponents)
-            answers = [replica.complete(request, self._opponents, params, logprobs) for request in requests]
-            completions = await all_of(answers)
-            await replica.confirm()
-            return completions
+            return await all_of(replica.complete(one, self._opponents, params, logprobs) for one in requests)
 
         return self._background.run(self._where_reachable(ask))
 
     def sleep(self, level: int) -> None:
-        """Have the one server free its memory. At level 2 it has the opponent no more, and must not say it had."""
+        """Have the one server free its memory, see [`VLLMServer.sleep`]."""
         self._background.run(self.replicas[0].sleep(level))
 
     def wake_up(self) -> None:
@@ -150,104 +147,94 @@ class VLLMSampler(OpponentSampler):
         await replica.server.close()
 
     async def _where_reachable(self, act: Callable[[Replica], Awaitable[T]]) -> dict[str, T]:
-        """
-        Do the same with all servers at once. Returns the results of those that are there, by address.
-
-        Raises:
-            `SamplerError`: if none is within `vllm_server_timeout`.
-        """
+        """Do the same with all servers at once. Returns the results of those that are there, by address."""
         results: dict[str, T] = {}
-        problems: dict[str, str] = {}
 
         async def act_if_there(replica: Replica) -> None:
             try:
                 results[replica.address] = await act(replica)
             except (UnreachableError, OpponentLostError) as error:
-                logger.warning(f"The vLLM server at {replica.address} is left out for now: {error}")
-                problems[replica.address] = str(error)
+                await self._bear(replica, error)
+            else:
+                replica.is_well()
 
-        server = self.replicas[0].server
-        until = time.monotonic() + server.server_timeout
-        while True:
+        while not results:
             await all_of(act_if_there(replica) for replica in self.replicas)
-            if results:
-                return results
-            if time.monotonic() >= until:
-                raise all_gone(server.server_timeout, problems)
-            await asyncio.sleep(server.delay)
+        return results
 
-    # Playing
+    async def _play(
+        self,
+        requests: Iterable[CompletionRequest],
+        params: SamplingParams,
+        logprobs: bool,
+        room: asyncio.Semaphore,
+        answer: Callable[[Completion], None],
+    ) -> None:
+        """Have all servers play until everything is answered. `room` is released where the consumer takes an answer."""
+        prompts: asyncio.Queue[CompletionRequest] = asyncio.Queue()
 
-    async def _play(self, work: Work, params: SamplingParams, logprobs: bool) -> None:
-        """Have all servers play until everything is answered. What goes wrong is for the consumer to raise."""
+        async def read_prompts() -> None:
+            for request in requests:
+                await room.acquire()
+                prompts.put_nowait(request)
+                await asyncio.sleep(0)
+            await prompts.join()  # until all are answered
+
+        async def ask(replica: Replica) -> None:
+            while True:
+                request = await prompts.get()
+                try:
+                    answer(await replica.complete(request, self._opponents, params, logprobs))
+                    replica.is_well()
+                except BaseException:
+                    prompts.put_nowait(request)  # for whoever is there
+                    raise
+                finally:
+                    prompts.task_done()
+
+        async def play(replica: Replica) -> None:
+            while True:
+                try:
+                    await replica.ensure(self._opponents)
+                    await all_of(ask(replica) for _ in range(self.max_concurrent_requests))
+                except (UnreachableError, OpponentLostError) as error:
+                    await self._bear(replica, error)
+
+        tasks = [asyncio.create_task(coroutine) for coroutine in (read_prompts(), *map(play, self.replicas))]
         try:
-            await all_of(self._play_on(replica, work, params, logprobs) for replica in self.replicas)
-        except Exception as error:
-            await work.fail(error)
-
-    async def _play_on(self, replica: Replica, work: Work, params: SamplingParams, logprobs: bool) -> None:
-        num_losses, num_answered = 0, replica.num_answered
-        while await work.has_more():
-            try:
-                await replica.ensure(self._opponents)
-                await self._ask(replica, work, params, logprobs)
-            except UnreachableError as error:
-                self._leave_out(replica, error)
-                await asyncio.sleep(replica.server.delay)
-            except OpponentLostError as loss:
-                num_losses = 1 if replica.num_answered > num_answered else num_losses + 1
-                num_answered = replica.num_answered
-                if num_losses > _MAX_NUM_LOSSES:
-                    raise lost_too_often(replica.address, num_losses, loss) from loss
-                logger.warning(
-                    f"The vLLM server at {replica.address} has lost the opponent: {loss}. It is published again, and "
-                    "what is not answered is asked for again."
-                )
-
-    async def _ask(self, replica: Replica, work: Work, params: SamplingParams, logprobs: bool) -> None:
-        """Have one server answer until no prompt waits, or it fails: what it has not answered then goes back."""
-        taken: dict[tuple[int, int], CompletionRequest] = {}
-        unconfirmed: asyncio.Queue[Completion | None] = asyncio.Queue(
-            _NUM_WAITING_PER_SLOT * self.max_concurrent_requests
-        )
-
-        async def ask() -> None:
-            while (request := await work.take()) is not None:
-                taken[request.key] = request
-                await unconfirmed.put(await replica.complete(request, self._opponents, params, logprobs))
-
-        async def ask_for_all() -> None:
-            await all_of(ask() for _ in range(self.max_concurrent_requests))
-            await unconfirmed.put(None)
-
-        async def release() -> None:
-            is_last = False
-            while not is_last:
-                completions = [await unconfirmed.get()]
-                completions += [unconfirmed.get_nowait() for _ in range(unconfirmed.qsize())]
-                if is_last := completions[-1] is None:
-                    completions.pop()
-                if completions:
-                    await replica.confirm()
-                for completion in completions:
-                    del taken[completion.key]
-                    await work.answer(completion)
-                replica.has_answered(len(completions))
-                await asyncio.sleep(0 if is_last else replica.seconds_between_confirmations)
-
-        try:
-            await all_of([ask_for_all(), release()])
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
         finally:
-            await work.give_back(taken.values())
+            await cancel(tasks)
 
-    def _leave_out(self, replica: Replica, error: UnreachableError) -> None:
+    async def _bear(self, replica: Replica, error: UnreachableError | OpponentLostError) -> None:
         """
+        Wait a little before a server is asked again that was not there, or has lost the opponent.
+
         Raises:
-            `SamplerError`: if no other server is there, nor was for `vllm_server_timeout`.
+            `SamplerError`: if it loses it again and again, or no server has been there for `vllm_server_timeout`.
         """
-        if len(self.replicas) == 1:
+        if isinstance(error, OpponentLostError):
+            replica.num_losses += 1
+            if replica.num_losses > _MAX_NUM_LOSSES:
+                raise SamplerError(
+                    f"The vLLM server at {replica.address} lost the opponent {replica.num_losses} times in a row "
+                    f"without one completion in between. The last time: {error}. See its log for why it is restarted, "
+                    "and see that no other run publishes to it."
+                ) from error
+            logger.warning(
+                f"The vLLM server at {replica.address} has lost the opponent: {error}. It is published again, and what "
+                "is not answered is asked for again."
+            )
+        elif len(self.replicas) == 1:
             raise error
-        replica.has_failed(error)
-        timeout = replica.server.server_timeout
-        if all(other.problem is not None and other.seconds_failing >= timeout for other in self.replicas):
-            raise all_gone(timeout, {other.address: other.problem for other in self.replicas})
+        else:
+            replica.is_gone(error)
+            timeout = replica.server.server_timeout
+            if all(other.seconds_gone >= timeout for other in self.replicas):
+                listed = "; ".join(f"{other.address}: {other.problem}" for other in self.replicas)
+                raise SamplerError(
+                    f"No vLLM server was there within `vllm_server_timeout` ({timeout:g} s). {listed}"
+                ) from error
+        await asyncio.sleep(replica.server.delay)
