@@ -3,10 +3,10 @@
 import textwrap
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from datasets import Dataset
-from huggingface_hub import CommitInfo
+from peft import PeftModel
 from transformers import PreTrainedModel, ProgressCallback
 from transformers.trainer_utils import TrainOutput
 from trl import DPOTrainer
@@ -29,20 +29,16 @@ from .policy.quantization import keep_weights_as_quantized
 from .processes.progress import RunProgress
 from .processes.ranks import failing_together, on_main_process
 from .processes.stop_signal import EXIT_STATUS, StopOnSigterm
-from .report.completion_table import ShowCompletions
-from .report.hub import PushIterations, push_model, warns_of_failed_push
-from .report.log_file import LogFileCallback
+from .report.callbacks import callbacks_of
+from .report.hub import push_model, warns_of_failed_push
 from .report.model_card import complete_card
 from .report.page import write_end_report
-from .run_directory.checkpoints import MarkCheckpoint
+from .run_directory.checkpoints import MarkCheckpoint, Place
 from .run_directory.disk import writing
 from .run_directory.store import IterationStore
 from .self_play import SelfPlayCallback
 from .spin_config import SPINConfig
 
-
-if TYPE_CHECKING:
-    from peft import PeftModel
 
 # What a data collator of DPOTrainer's is shown.
 _PAIR_COLUMNS = ["prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen_logps", "ref_rejected_logps", INITIAL_IDS]
@@ -60,13 +56,9 @@ class SPINTrainer(IterativeTrainer):
     Example:
 
     ```python
-    >>> from datasets import load_dataset
-    >>> from peft import LoraConfig
-    >>> from spin_trl import SPINConfig, SPINTrainer
-
     >>> trainer = SPINTrainer(
-    ...     model="Qwen/Qwen2.5-7B-Instruct",
-    ...     args=SPINConfig(output_dir="out", num_iterations=3, vllm_server_base_url="http://localhost:8000"),
+    ...     "Qwen/Qwen2.5-7B-Instruct",
+    ...     SPINConfig(output_dir="out", num_iterations=3, vllm_server_base_url="http://localhost:8000"),
     ...     train_dataset=load_dataset("json", data_files="sft.jsonl", split="train"),  # prompt + completion
     ...     peft_config=LoraConfig(r=16, target_modules="all-linear"),
     ... )
@@ -85,12 +77,10 @@ class SPINTrainer(IterativeTrainer):
         compute_generation_metrics (`Callable[[list, list[str], list[str]], dict[str, float]]`, *optional*):
             Called with the prompts (as in the dataset), the ground truths and the answers (text) of `eval_dataset`.
         reward_funcs (`Callable` or `list[Callable]`, *optional*):
-            Judge the ground truths and the generations of every iteration, in the signature of
-            [`~trl.GRPOTrainer`]; `args.pairing` says what for. See docs/rewards.md.
+            Judge answers as [`~trl.GRPOTrainer`]'s do; `args.pairing` says what for. See docs/rewards.md.
         preference_dataset ([`~datasets.Dataset`], *optional*):
-            Preference pairs of yours, with `prompt`, `chosen` and `rejected` in TRL's format, text or messages. They
-            join the pairs of every iteration as they are, each once, scored anew by each opponent: the same loss, with
-            the opponent as reference, on both. No opponent answers their prompts.
+            Preference pairs of yours in TRL's format, text or messages. They join the pairs of every iteration as they
+            are, scored anew by each opponent.
         sampler ([`OpponentSampler`], *optional*):
             What answers as the opponents, in place of a vLLM server or the policy itself. See docs/samplers.md.
         **dpo:
@@ -120,7 +110,7 @@ class SPINTrainer(IterativeTrainer):
     @failing_together()
     def __init__(
         self,
-        model: "str | PreTrainedModel | PeftModel",
+        model: str | PreTrainedModel | PeftModel,
         args: SPINConfig | None = None,
         *,
         train_dataset: Dataset | None = None,
@@ -175,15 +165,15 @@ class SPINTrainer(IterativeTrainer):
         self_play = SelfPlayCallback(self.game, self.stop_signal, self.begin_iteration)
         # First of all, so that trackers and the progress bar are still open when the final policy is evaluated.
         self.callback_handler.callbacks.insert(0, self_play)
-        self.add_callback(LogFileCallback(self.run, store))
-        if args.hub_iteration_revisions:
-            self.add_callback(PushIterations(store, self.hub_model_id))
-        if args.log_completions:
-            self.add_callback(ShowCompletions(store, plan.tokenizer))
-        self.add_callback(MarkCheckpoint(self._place, args.save_total_limit))
         if self.pop_callback(ProgressCallback) is not None:  # else the bar is a notebook's, or there is none
             self.add_callback(RunProgress(args.num_iterations))
-        self.add_callback(self.stop_signal)
+
+        def place() -> Place:
+            return self.run.place(self.state.global_step, store, holds_optimizer=not args.save_only_model)
+
+        shown = callbacks_of(args, self.run, store, plan.tokenizer, self.hub_model_id)
+        for callback in (*shown, MarkCheckpoint(place, args.save_total_limit), self.stop_signal):
+            self.add_callback(callback)
 
     # DPOTrainer tokenises the dataset and scores its pairs at the start. Here there are no pairs before an iteration.
 
@@ -219,9 +209,6 @@ class SPINTrainer(IterativeTrainer):
         super(DPOTrainer, self).log(dict(metrics))
         self.control.should_log = is_step_to_log  # any log would count as that of the step
 
-    def _place(self):
-        return self.run.place(self.state.global_step, self.store, holds_optimizer=not self.args.save_only_model)
-
     @failing_together()
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs) -> TrainOutput:
         """
@@ -231,17 +218,13 @@ class SPINTrainer(IterativeTrainer):
 
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*):
-                `True` goes on from where the run in `output_dir` stands, wherever it was stopped; so does
-                `args.resume="auto"`, which starts a run where there is none. A checkpoint in `output_dir` goes on from
-                there; what was made after it is deleted.
-            *args, **kwargs:
-                As for [`~transformers.Trainer.train`].
+                `True` goes on from where the run in `output_dir` stands; so does `args.resume="auto"`, which starts a
+                run where there is none. A checkpoint goes on from there; what was made after it is deleted.
 
         Raises:
             `FileExistsError`: if `output_dir` holds a self-play run that is neither to be resumed nor overwritten.
             [`RunDirectoryError`]: if the run there cannot be resumed, or another process is running it.
             `FloatingPointError`: if a loss or a log-prob is no number; it names the rows of the data.
-            The error of whichever process fails first, on all of them.
         """
         with ExitStack() as stack:
             on_main_process(lambda: stack.enter_context(self.store.lock()))
@@ -254,9 +237,8 @@ class SPINTrainer(IterativeTrainer):
             if self.stop_signal.has_stopped:
                 self.accelerator.print(f"Stopped by SIGTERM after step {self.state.global_step}.")
                 raise SystemExit(EXIT_STATUS)
-            finish_run(self.run, self.args, self.store, self.game.opponents)
+            finish_run(self.plan, self.run, self.store, self.game.opponents)
             self.create_model_card(model_name=Path(self.args.output_dir).name)
-            self._save_merged()
             if self.args.report and not start.is_finished:
                 on_main_process(lambda: write_end_report(self.store.output_dir))
             if self.args.push_to_hub:
@@ -271,14 +253,7 @@ class SPINTrainer(IterativeTrainer):
             if self.is_world_process_zero():
                 complete_card(self.store, self.args, self.plan.model_name)
 
-    def push_to_hub(
-        self,
-        commit_message: str | None = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        **kwargs,
-    ) -> CommitInfo | None:
+    def push_to_hub(self, commit_message="End of training", blocking=True, token=None, revision=None, **kwargs):
         """As [`~transformers.Trainer.push_to_hub`], but only the model and its card, and it waits for the push."""
         token = token or self.args.hub_token
         if self.hub_model_id is None:
@@ -290,9 +265,3 @@ class SPINTrainer(IterativeTrainer):
             return None
         revision = revision or self.args.hub_revision
         return push_model(self.args.output_dir, self.hub_model_id, revision, commit_message, token)
-
-    def _save_merged(self) -> None:
-        directory = self.store.output_dir / "merged"
-        is_there = on_main_process(lambda: self.run.start.is_finished and directory.is_dir())
-        if self.args.merge_adapter_at_end and not is_there:
-            self.policy.save_merged(self.plan.model_name, directory)

@@ -14,7 +14,6 @@ from ..run_directory.resume import RunStart, start_run
 from ..run_directory.run import Run
 from ..run_directory.store import IterationStore
 from ..run_directory.whole_files import write_directory
-from ..spin_config import SPINConfig
 from .opponents import Opponents
 from .plan import Plan
 from .turns import Turns
@@ -60,15 +59,15 @@ def open_sampler(plan: Plan, sampler: OpponentSampler, policy: Policy, turns: Tu
         yield
 
 
-def finish_run(run: Run, args: SPINConfig, store: IterationStore, opponents: Opponents) -> None:
+def finish_run(plan: Plan, run: Run, store: IterationStore, opponents: Opponents) -> None:
     """
-    Say which iteration is the best, make the policy what it is to be, and mark the run as finished. Every process
-    calls it.
+    Say which iteration is the best, make the policy what it is to be, mark the run as finished, and merge the adapter
+    if that is asked for. Every process calls it.
 
     Raises:
         [`RunDirectoryError`]: if a policy to return to is not on disk.
     """
-    outcome = {}
+    args, outcome = plan.args, {}
     if args.metric_for_best_model is not None:
         best = on_main_process(lambda: find_best(store.all_metrics(), args))
         PartialState().print(str(best) if best else f"No evaluation has a value of `{args.metric_for_best_model}`.")
@@ -81,3 +80,7 @@ def finish_run(run: Run, args: SPINConfig, store: IterationStore, opponents: Opp
     if run.returned_to is not None and not args.load_best_model_at_end:
         opponents.take_back(run.returned_to)
     on_main_process(lambda: store.mark_finished(**outcome))
+    merged = store.output_dir / "merged"
+    is_there = on_main_process(lambda: run.start.is_finished and merged.is_dir())
+    if args.merge_adapter_at_end and not is_there:
+        opponents.policy.save_merged(plan.model_name, merged)
