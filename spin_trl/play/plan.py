@@ -16,7 +16,6 @@ from datasets import Dataset
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from trl.trainer.utils import get_config_model_id
 
-from .. import __version__
 from ..data.columns import numbers
 from ..data.preferences import prepare_preferences
 from ..data.preparation import percentile_length, prepare_data
@@ -42,7 +41,7 @@ logger = get_logger(__name__)
 
 _DEFAULT_LENGTH_PERCENTILE = 99
 _NO_LIMIT = 1_000_000_000  # tokens
-_RECORDED_PACKAGES = ("trl", "transformers", "accelerate", "peft", "datasets", "torch")
+_RECORDED_PACKAGES = ("spin_trl", "trl", "transformers", "accelerate", "peft", "datasets", "torch")
 
 
 @dataclass(repr=False, eq=False)
@@ -273,5 +272,5 @@ class Plan:
                 **({"pairs_per_forward": args.pairs_per_forward} if depends_on_batch(args.loss_type) else {}),
             },
             "data": data,
-            "versions": {"spin_trl": __version__, **{name: version(name) for name in _RECORDED_PACKAGES}},
+            "versions": {name: version(name) for name in _RECORDED_PACKAGES},
         }
