@@ -43,7 +43,6 @@ def spin(start: Path, data: Path, options: argparse.Namespace) -> Phases:
     without = ["eval_file", "generation_metrics"]
     changes = {"model_name_or_path": str(start), "train_file": str(data), "num_iterations": options.iterations}
     if options.quick:
-        without += ["vllm_mode"]
         changes |= {"use_vllm": False, "max_completion_length": 8}
     with TemporaryDirectory(dir=options.output) as folder:
         write_demo_config(Path(folder, "spin.yaml"), without, **changes)

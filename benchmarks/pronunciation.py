@@ -50,7 +50,7 @@ def play_spin(seed: int, start: Path, test_file: Path, folder: Path, is_quick: b
     changes = {"model_name_or_path": str(start), "eval_file": str(test_file), "output_dir": str(folder), "seed": seed}
     if is_quick:
         changes |= {"use_vllm": False, "num_iterations": 1, "max_completion_length": 8, "train_file": str(test_file)}
-    write_demo_config(config, ["vllm_mode"] if is_quick else [], **changes, overwrite_output_dir=True)
+    write_demo_config(config, [], **changes, overwrite_output_dir=True)
     run([*launched("recipes/spin.py", is_quick), "--config", config, "--disable_tqdm", "true"])
     metrics = read_metrics(folder)
     config = json.loads((folder / "self_play.json").read_text())["config"]

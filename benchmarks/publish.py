@@ -29,7 +29,7 @@ def seconds_of_publishing(
     model: Path, folder: Path, num_rounds: int, adapter: LoraConfig | None, address: str | None
 ) -> list[float]:
     """Of every opponent but the base model and the first, with a server at an address or one of its own."""
-    server = {"vllm_mode": "managed"} if address is None else {"vllm_server_base_url": address}
+    server = {"use_vllm": True} if address is None else {"vllm_server_base_url": address}
     config = SPINConfig(
         output_dir=str(folder),
         **ON_THE_CPU,

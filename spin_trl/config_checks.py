@@ -39,9 +39,9 @@ def at_least(minimum: int, optional: bool = False) -> NumberRule:
     return NumberRule(f"at least {minimum}", lambda value: value >= minimum, whole=True, optional=optional)
 
 
-def positive(expected: str = "positive", remedy: str | None = None, at_most: str | None = None) -> NumberRule:
-    """Numbers above zero."""
-    return NumberRule(expected, lambda value: value > 0, remedy=remedy, at_most=at_most)
+def positive(expected: str = "positive", **others: Any) -> NumberRule:
+    """Numbers above zero; `others` are arguments of the rule."""
+    return NumberRule(expected, lambda value: value > 0, **others)
 
 
 def not_negative(expected: str = "at least 0", optional: bool = False) -> NumberRule:
@@ -49,9 +49,9 @@ def not_negative(expected: str = "at least 0", optional: bool = False) -> Number
     return NumberRule(expected, lambda value: value >= 0, optional=optional)
 
 
-def share(remedy: str | None = None, optional: bool = False) -> NumberRule:
+def share(remedy: str) -> NumberRule:
     """Numbers above 0 and up to 1."""
-    return NumberRule("in (0, 1]", lambda value: 0 < value <= 1, remedy=remedy, optional=optional)
+    return NumberRule("in (0, 1]", lambda value: 0 < value <= 1, remedy=remedy)
 
 
 def check_numbers(config: Any, rules: Mapping[str, NumberRule]) -> None:

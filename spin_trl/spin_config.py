@@ -1,6 +1,7 @@
 """`SPINConfig`: the fields that self-play adds to DPOConfig, and their checks. Knows no files, servers or models."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -22,84 +23,147 @@ from .config_checks import (
     share,
 )
 from .objectives.settings import (
-    check_fields_are_used,
     check_losses,
     check_pairs_per_forward,
-    check_reference,
     check_settings,
     default_settings,
     fields_in_use,
-    max_pairs_per_prompt,
 )
 
 
 _NUMBERS = {
-    # self-play
-    "num_iterations": at_least(1),
-    "epochs_per_iteration": at_least(1),
-    "num_history_iterations": at_least(0),
-    "num_generations": at_least(1),
-    "num_opponents": at_least(1),
+    **dict.fromkeys(("num_iterations", "epochs_per_iteration", "num_generations", "num_opponents"), at_least(1)),
+    **dict.fromkeys(("num_history_iterations", "top_k"), at_least(0)),
     "reference_mixture_alpha": NumberRule("in [0, 1]", lambda value: 0 <= value <= 1),
-    # generation
     "max_completion_length": at_least(1, optional=True),
     "per_device_generation_batch_size": at_least(1),
-    "top_k": at_least(0),
-    "temperature": not_negative("at least 0 (0 is greedy decoding)"),
-    "eval_temperature": not_negative("at least 0 (0 is greedy decoding)"),
+    **dict.fromkeys(("temperature", "eval_temperature"), not_negative("at least 0 (0 is greedy decoding)")),
     "top_p": share("Use 1.0 to consider all tokens."),
-    "min_p": NumberRule("in [0, 1]", lambda value: 0 <= value <= 1, optional=True),
     "repetition_penalty": positive(remedy="Use 1.0 for none."),
-    # server
-    "vllm_max_concurrent_requests": at_least(1),
-    "vllm_max_model_length": at_least(2, optional=True),
     "vllm_gpu_memory_utilization": share("Give a share of the GPU's memory, such as 0.3 for 30 %."),
-    "vllm_server_timeout": positive("a positive number of seconds"),
-    "vllm_request_timeout": positive("a positive number of seconds"),
-    "vllm_max_restarts": at_least(0),
-    "publish_check_tolerance": NumberRule(
-        "positive",
-        lambda value: value > 0,
-        optional=True,
-        remedy="To switch the check off, set `publish_check_tolerance=None`.",
+    **dict.fromkeys(("vllm_server_timeout", "vllm_request_timeout"), positive("a positive number of seconds")),
+    "publish_check_tolerance": positive(
+        optional=True, remedy="To switch the check off, set `publish_check_tolerance=None`."
     ),
     # TRL's and transformers', which let these pass and fail on them late, or never
-    "per_device_train_batch_size": at_least(1),
-    "per_device_eval_batch_size": at_least(1),
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), at_least(1)),
     "gradient_accumulation_steps": at_least(1),
-    "precompute_ref_batch_size": at_least(1, optional=True),
+    **dict.fromkeys(("precompute_ref_batch_size", "dataset_num_proc"), at_least(1, optional=True)),
     "max_length": at_least(2, optional=True),
-    "dataset_num_proc": at_least(1, optional=True),
     "seed": at_least(0),
     "label_smoothing": NumberRule("in [0, 0.5)", lambda value: 0 <= value < 0.5),
     "weight_decay": not_negative(),
     "max_grad_norm": not_negative(optional=True),
 }
 
-# Sampling parameters of the server and of transformers that self-play sets itself -> what to use instead.
+# What cannot be, once every number is one: when it is so, and what is said of it, of the configuration `c`.
+_REFUSALS: tuple[tuple[Callable[["SPINConfig"], bool], str], ...] = (
+    (
+        lambda c: c.output_dir is not None and not str(c.output_dir).strip(),
+        "`output_dir` must be the path of a directory, got {c.output_dir!r}. Name the one that the run is to be "
+        "written to.",
+    ),
+    (
+        lambda c: c.ignore_data_skip,
+        "`ignore_data_skip=True` would train a resumed iteration's first pairs twice. Leave it unset: skipping them "
+        "takes no time here.",
+    ),
+    (
+        lambda c: c.enable_jit_checkpoint,
+        "`enable_jit_checkpoint=True` would save at different steps on different processes. Leave it unset: SIGTERM "
+        "saves a checkpoint and ends the run anyway.",
+    ),
+    (
+        lambda c: c.hub_iteration_revisions and not c.push_to_hub,
+        "`hub_iteration_revisions=True` pushes each iteration's model, but `push_to_hub` is False. Set both, or "
+        "neither.",
+    ),
+    (
+        lambda c: c.hub_iteration_revisions and c.save_strategy == "no",
+        "`hub_iteration_revisions=True` pushes the checkpoint in which an iteration ends, but `save_strategy='no'` "
+        "saves none. Set it to 'steps' or 'epoch'.",
+    ),
+    (
+        lambda c: c.hub_iteration_revisions and str(c.hub_revision or "").startswith("iteration-"),
+        "`hub_revision={c.hub_revision!r}` is for the newest model, but `hub_iteration_revisions=True` gives revisions "
+        "of that form to the iterations. Choose another name, or leave it unset for 'main'.",
+    ),
+    (
+        lambda c: c.push_to_hub and c.hub_strategy != "end",
+        "`hub_strategy={c.hub_strategy!r}` would push the whole run directory, your data and the answers to it "
+        "included. Leave it at 'end'; `hub_iteration_revisions=True` adds each iteration's model.",
+    ),
+    (
+        lambda c: "" in (c.prompt_column, c.completion_column),
+        "`prompt_column` and `completion_column` must be the name of a column, got '' for one. Name both, or leave "
+        "both unset.",
+    ),
+    (
+        lambda c: (c.prompt_column is None) != (c.completion_column is None),
+        "`prompt_column` and `completion_column` go together, got `prompt_column={c.prompt_column!r}` and "
+        "`completion_column={c.completion_column!r}`. Set both, or neither to have the format told by the columns.",
+    ),
+    (
+        lambda c: c.load_best_model_at_end and c.metric_for_best_model is None,
+        "`load_best_model_at_end=True` needs a metric by which iterations are compared. Set `metric_for_best_model`, "
+        "for example to 'nll', or leave both unset.",
+    ),
+    (
+        lambda c: c.num_train_epochs is not None,
+        "`num_train_epochs` is set to {c.num_train_epochs}, but it follows from `num_iterations` ({c.num_iterations}) "
+        "times `epochs_per_iteration` ({c.epochs_per_iteration}). Set those two instead.",
+    ),
+    (
+        lambda c: not c.precompute_ref_log_probs,
+        "`precompute_ref_log_probs=False` is not possible in self-play: the reference is the opponent, whose weights "
+        "are gone after the policy's first step. Leave it unset.",
+    ),
+    (
+        lambda c: c.sync_ref_model,
+        "`sync_ref_model=True` is not possible in self-play: the reference moves to the newest opponent in each "
+        "iteration anyway. Leave it unset.",
+    ),
+    (
+        lambda c: c.eval_on_start,
+        "`eval_on_start=True` comes before the opponent has answered the evaluation prompts. Leave it unset: with an "
+        "`eval_dataset` the start is evaluated as iteration 0's opponent.",
+    ),
+    (
+        lambda c: c.pairing == "reward_ranked" and c.num_generations < 2,
+        "`pairing='reward_ranked'` takes the best and the worst of several answers to a prompt, but `num_generations` "
+        "is {c.num_generations}. Set it to 2 or more, or use `pairing='best_of'`.",
+    ),
+    (
+        lambda c: 0 < c.reference_mixture_alpha < 1 and c.f_divergence_type != "reverse_kl",
+        "`reference_mixture_alpha={c.reference_mixture_alpha:g}` contradicts `f_divergence_type="
+        "{c.f_divergence_type!r}`, in which the mixture's normaliser does not cancel between the two sides. Leave one "
+        "of the two unset.",
+    ),
+    (
+        lambda c: c.use_vllm is False and c.vllm_server_base_url is not None,
+        "`use_vllm=False` contradicts `vllm_server_base_url={c.vllm_server_base_url!r}`. Leave `use_vllm` unset to use "
+        "the server, or the address to generate in-process.",
+    ),
+)
+
+# Sampling parameters of the server and of transformers that self-play sets itself -> what to do instead.
 _RESERVED_SAMPLING = {
     **dict.fromkeys(("max_tokens", "max_new_tokens", "max_length"), "Set `max_completion_length` instead."),
     **dict.fromkeys(("n", "best_of", "num_return_sequences"), "Set `num_generations` instead."),
     "seed": "Set `seed` of the run instead.",
-    **dict.fromkeys(
-        ("stop_token_ids", "eos_token_id", "pad_token_id"), "The tokenizer and the model's generation config give it."
-    ),
-    **dict.fromkeys(
-        ("model", "prompt", "input_ids", "attention_mask", "inputs", "stream", "echo", "suffix", "logprobs"),
-        "Leave it out.",
-    ),
-    **dict.fromkeys(
-        ("prompt_logprobs", "return_token_ids", "return_dict_in_generate", "synced_gpus", "streamer"), "Leave it out."
-    ),
+    **dict.fromkeys(("stop_token_ids", "eos_token_id", "pad_token_id"), "The tokenizer and the model give it."),
+    **dict.fromkeys(("model", "prompt", "input_ids", "attention_mask", "inputs", "stream", "echo"), "Leave it out."),
+    **dict.fromkeys(("suffix", "logprobs", "prompt_logprobs", "return_token_ids"), "Leave it out."),
+    **dict.fromkeys(("return_dict_in_generate", "synced_gpus", "streamer"), "Leave it out."),
 }
 
+# Flags of a managed server that the run sets itself -> what to know or to do.
 _SERVER_FLAGS = {
-    "--host": "It binds to a Unix socket, since whoever reaches it can make it load files. Leave it out.",
-    "--port": "It binds to a Unix socket. Leave it out.",
-    "--uds": "It takes a socket that this user alone can reach. Leave it out.",
+    **dict.fromkeys(("--host", "--port", "--uds"), "It listens on a Unix socket of this user's. Leave it out."),
     "--api-key": "It needs none: this user alone can reach it. Leave it out.",
     "--model": "It serves the policy's base model. Leave it out.",
     "--served-model-name": "The run knows the model by its own name. Leave it out.",
+    "--max-model-len": "It holds the longest prompt and answer; `max_length` limits both. Leave it out.",
 }
 
 
@@ -217,13 +281,11 @@ class SPINConfig(DPOConfig):
             Cumulative probability of the tokens to sample from. 1.0 considers all tokens.
         top_k (`int`, *optional*, defaults to `0`):
             Number of most probable tokens to sample from. 0 considers all tokens.
-        min_p (`float`, *optional*):
-            Minimum token probability, scaled by the probability of the most likely token.
         repetition_penalty (`float`, *optional*, defaults to `1.0`):
             Values above 1.0 discourage repeating tokens of prompt and completion.
         generation_kwargs (`dict[str, Any]`, *optional*):
-            Additional sampling parameters, passed as they are to the server's `/v1/completions` (for vLLM) or to
-            `GenerationConfig` (for in-process generation). They win over the fields above.
+            Additional sampling parameters, such as `{"min_p": 0.05}`, passed as they are to the server's
+            `/v1/completions` (for vLLM) or to `GenerationConfig` (in-process). They win over the fields above.
         per_device_generation_batch_size (`int`, *optional*, defaults to `64`):
             Number of prompts per batch when generating in-process (no vLLM). Completions are written to disk in parts
             of four times as many.
@@ -231,15 +293,13 @@ class SPINConfig(DPOConfig):
         > Parameters that control the vLLM server
 
         use_vllm (`bool`, *optional*):
-            Whether a vLLM server generates. Unset: yes if `vllm_server_base_url` is given or vLLM is installed here,
-            otherwise the policy generates in-process. The run says which and why.
-        vllm_mode (`str`, *optional*):
-            `"server"`: a server that is running already, at `vllm_server_base_url`. `"managed"`: the run starts one on
-            a Unix socket and stops it at its end. Unset: `"server"` if `vllm_server_base_url` is given.
+            Whether a vLLM server generates: the one at `vllm_server_base_url`, else a managed one, which the run starts
+            on a Unix socket and stops at its end. `False`: the policy generates in-process. Unset: a server if
+            `vllm_server_base_url` is given or vLLM is installed here. The run says which and why.
         vllm_server_base_url (`str` or `list[str]`, *optional*):
             Address of a running server, such as `"http://localhost:8000"`, or of several that serve the same model:
             each prompt goes to one that is free. `python -m spin_trl.serve MODEL` starts one with everything the
-            trainer needs.
+            trainer needs. The environment variable `VLLM_API_KEY` gives its API key, which is never written to disk.
         vllm_server_model (`str`, *optional*):
             Name under which the server serves the base model, where it differs from the trainer's.
         vllm_server_timeout (`float`, *optional*, defaults to `240.0`):
@@ -247,15 +307,6 @@ class SPINConfig(DPOConfig):
         vllm_request_timeout (`float`, *optional*, defaults to `600.0`):
             Seconds within which some completion must come back while any is asked for, and within which any other
             request must be answered.
-        vllm_max_restarts (`int`, *optional*, defaults to `3`):
-            Number of times that a managed server is started again after it ended by itself. 0 makes its first end the
-            run's.
-        vllm_max_concurrent_requests (`int`, *optional*, defaults to `256`):
-            Number of requests that each process keeps in flight, at each server.
-        vllm_api_key (`str`, *optional*):
-            API key of the server. Defaults to the environment variable `VLLM_API_KEY`. Never written to disk.
-        vllm_max_model_length (`int`, *optional*):
-            Context length of a managed server. Defaults to the longest prompt plus `max_completion_length`.
         vllm_gpu_memory_utilization (`float`, *optional*, defaults to `0.3`):
             Share of the GPU's memory for a managed server. It has to leave room for the policy on the same GPU. With
             `vllm_sleep` and `offload_policy_during_generation` the server has the GPU to itself: set 0.85.
@@ -376,23 +427,17 @@ class SPINConfig(DPOConfig):
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
-    min_p: float | None = None
     repetition_penalty: float = 1.0
     generation_kwargs: dict[str, Any] | str | None = None
     per_device_generation_batch_size: int = 64
 
     # Parameters that control the vLLM server
     use_vllm: bool | None = None
-    vllm_mode: Literal["server", "managed"] | None = None
     # A list to the command line, as `learning_rate` is; one address stays a single value.
     vllm_server_base_url: list[str] | None = None
     vllm_server_model: str | None = None
     vllm_server_timeout: float = 240.0
     vllm_request_timeout: float = 600.0
-    vllm_max_restarts: int = 3
-    vllm_max_concurrent_requests: int = 256
-    vllm_api_key: str | None = field(default=None, repr=False)
-    vllm_max_model_length: int | None = None
     vllm_gpu_memory_utilization: float = 0.3
     vllm_sleep: bool = False
     offload_policy_during_generation: bool = False
@@ -417,19 +462,17 @@ class SPINConfig(DPOConfig):
     merge_adapter_at_end: bool = False
 
     def __post_init__(self):
-        self._check_losses()
+        self._take_losses()
         check_numbers(self, _NUMBERS | fields_in_use(self.loss_type))
         check_choices(self, SPINConfig.__annotations__)
         check_mappings(self, ("chat_template_kwargs", "generation_kwargs", "model_init_kwargs"))
-        self._check_run_directory()
-        self._check_hub()
-        self._check_data()
-        self._check_evaluation()
-        self._check_self_play()
-        self._check_reference()
-        self._check_pairing()
-        self._check_generation()
-        self._check_server()
+        check_weights("reward_weights", self.reward_weights, "Leave out the functions that should not count.")
+        check_arguments("vllm_server_args", self.vllm_server_args, _SERVER_FLAGS)
+        self.vllm_server_base_url = one_or_several_addresses("vllm_server_base_url", self.vllm_server_base_url)
+        for is_so, message in _REFUSALS:
+            if is_so(self):
+                raise ValueError(message.format(c=self))
+        self._take_generation_kwargs()
         self._take_schedules()
         self.num_train_epochs = float(self.num_iterations * self.epochs_per_iteration)
         # The parent compares checkpoints, which takes an evaluation at each of them. Here iterations are compared.
@@ -445,6 +488,23 @@ class SPINConfig(DPOConfig):
         """Pairs of one forward pass in training, on all processes."""
         return self.train_batch_size * self.world_size
 
+    @property
+    def max_pairs_per_prompt(self) -> int:
+        """How many pairs a prompt's answers make at most."""
+        return 1 if self.pairing == "reward_ranked" else self.num_generations
+
+    @property
+    def takes_back_policies(self) -> list[str]:
+        """The settings for which an earlier opponent may become the policy again."""
+        best = ["load_best_model_at_end=True"] if self.load_best_model_at_end else []
+        return best + (["on_collapse='rollback'"] if self.on_collapse == "rollback" else [])
+
+    @property
+    def vllm_server_base_urls(self) -> list[str]:
+        """The addresses, one or several; none where no running server is used."""
+        given = self.vllm_server_base_url or []
+        return [given] if isinstance(given, str) else given
+
     def learning_rate_at(self, iteration: int) -> float:
         """The peak learning rate of an iteration."""
         return self._schedules.get("learning_rate", {}).get(iteration, self.learning_rate)
@@ -456,6 +516,25 @@ class SPINConfig(DPOConfig):
     def has_schedule(self, name: str) -> bool:
         """Whether `learning_rate` or `beta` was given per iteration."""
         return name in self._schedules
+
+    def _take_losses(self):
+        """As a list, with the defaults that follow from them."""
+        if isinstance(self.loss_type, str):
+            self.loss_type = [self.loss_type]
+        changed = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        check_losses(self.loss_type, self.loss_weights, changed)
+        for name, value in default_settings(self.loss_type).items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+
+    def _take_generation_kwargs(self):
+        if isinstance(self.generation_kwargs, str):
+            self.generation_kwargs = json.loads(self.generation_kwargs)
+        for name in self.generation_kwargs or {}:
+            if name in _RESERVED_SAMPLING:
+                raise ValueError(
+                    f"`generation_kwargs` has {name!r}, which self-play sets itself. {_RESERVED_SAMPLING[name]}"
+                )
 
     def _take_schedules(self):
         """Leave Trainer the numbers of iteration 0, and keep those of the others beside."""
@@ -478,182 +557,13 @@ class SPINConfig(DPOConfig):
             if len(values) > 1:
                 self._schedules[name] = dict(enumerate(values))
 
-    def _check_losses(self):
-        if isinstance(self.loss_type, str):
-            self.loss_type = [self.loss_type]
-        check_losses(self.loss_type, self.loss_weights)
-        changed = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
-        check_fields_are_used(self.loss_type, changed)
-        for name, value in default_settings(self.loss_type).items():
-            if getattr(self, name) is None:
-                setattr(self, name, value)
-
-    def _check_reference(self):
-        alpha = self.reference_mixture_alpha
-        if alpha > 0:
-            check_reference(self.loss_type, f"reference_mixture_alpha={alpha:g}")
-        if 0 < alpha < 1 and self.f_divergence_type != "reverse_kl":
-            raise ValueError(
-                f"`reference_mixture_alpha={alpha:g}` contradicts `f_divergence_type={self.f_divergence_type!r}`, "
-                "which takes a function of each side's log-ratio: the normaliser of the mixture, which cancels in "
-                "their difference, is missing there. Leave one of the two unset."
-            )
-
-    def _check_data(self):
-        if (self.prompt_column is None) != (self.completion_column is None):
-            raise ValueError(
-                "`prompt_column` and `completion_column` go together, got "
-                f"`prompt_column={self.prompt_column!r}` and `completion_column={self.completion_column!r}`. Set both, "
-                "or neither to have the format told by the columns."
-            )
-        for name in ("prompt_column", "completion_column"):
-            if getattr(self, name) == "":
-                raise ValueError(f"`{name}` must be the name of a column, got ''. Name one, or leave both unset.")
-
-    def _check_evaluation(self):
-        if self.load_best_model_at_end and self.metric_for_best_model is None:
-            raise ValueError(
-                "`load_best_model_at_end=True` needs a metric by which iterations are compared, but "
-                "`metric_for_best_model` is unset. Set it, for example to 'nll', or leave the other unset too."
-            )
-
-    def _check_self_play(self):
-        if self.num_train_epochs is not None:
-            raise ValueError(
-                f"`num_train_epochs` is set to {self.num_train_epochs}, but it follows from `num_iterations` "
-                f"({self.num_iterations}) times `epochs_per_iteration` ({self.epochs_per_iteration}). Set those two "
-                "instead."
-            )
-        if not self.precompute_ref_log_probs:
-            raise ValueError(
-                "`precompute_ref_log_probs=False` is not possible in self-play: the reference is the opponent, whose "
-                "weights are gone as soon as the policy takes its first step. Its log-probs are computed once at the "
-                "start of each iteration. Leave `precompute_ref_log_probs` unset."
-            )
-        if self.sync_ref_model:
-            raise ValueError(
-                "`sync_ref_model=True` is not possible in self-play: there is no reference model in memory, and the "
-                "reference moves to the newest opponent at the start of each iteration anyway. Leave it unset."
-            )
-        if self.eval_on_start:
-            raise ValueError(
-                "`eval_on_start=True` comes before the opponent has answered the evaluation prompts. Leave it unset: "
-                "the start is evaluated as iteration 0's opponent whenever an `eval_dataset` is given."
-            )
-
-    def _check_pairing(self):
-        if self.pairing == "reward_ranked" and self.num_generations < 2:
-            raise ValueError(
-                "`pairing='reward_ranked'` takes the best and the worst of several answers to a prompt, but "
-                f"`num_generations` is {self.num_generations}. Set it to 2 or more, or use `pairing='best_of'`."
-            )
-        check_weights("reward_weights", self.reward_weights, "Leave out the functions that should not count.")
-
-    @property
-    def max_pairs_per_prompt(self) -> int:
-        """How many pairs a prompt's answers make at most."""
-        return max_pairs_per_prompt(self.pairing, self.num_generations)
-
-    def _check_generation(self):
-        if isinstance(self.generation_kwargs, str):
-            self.generation_kwargs = json.loads(self.generation_kwargs)
-        for name in self.generation_kwargs or {}:
-            if name in _RESERVED_SAMPLING:
-                raise ValueError(
-                    f"`generation_kwargs` has {name!r}, which self-play sets itself. {_RESERVED_SAMPLING[name]}"
-                )
-
-    @property
-    def takes_back_policies(self) -> list[str]:
-        """The settings for which an earlier opponent may become the policy again."""
-        settings = []
-        if self.load_best_model_at_end:
-            settings.append("load_best_model_at_end=True")
-        if self.on_collapse == "rollback":
-            settings.append("on_collapse='rollback'")
-        return settings
-
-    @property
-    def vllm_server_base_urls(self) -> list[str]:
-        """The addresses, one or several; none where no running server is used."""
-        if self.vllm_server_base_url is None:
-            return []
-        return [self.vllm_server_base_url] if isinstance(self.vllm_server_base_url, str) else self.vllm_server_base_url
-
-    def _check_server(self):
-        self.vllm_server_base_url = one_or_several_addresses("vllm_server_base_url", self.vllm_server_base_url)
-        if self.use_vllm is False and (self.vllm_server_base_url is not None or self.vllm_mode is not None):
-            raise ValueError(
-                "`use_vllm=False` contradicts "
-                f"`vllm_mode={self.vllm_mode!r}` and `vllm_server_base_url={self.vllm_server_base_url!r}`. Leave "
-                "`use_vllm` unset to use the server, or leave the other two unset to generate in-process."
-            )
-        if self.vllm_mode == "server" and self.vllm_server_base_url is None:
-            raise ValueError(
-                "`vllm_mode='server'` needs the address of the server: set `vllm_server_base_url`, for example to "
-                "'http://localhost:8000', or use `vllm_mode='managed'` to have the run start one."
-            )
-        if self.vllm_mode == "managed" and self.vllm_server_base_url is not None:
-            raise ValueError(
-                f"`vllm_mode='managed'` starts a server of its own, but `vllm_server_base_url` names one already: "
-                f"{self.vllm_server_base_url!r}. Set only one of the two."
-            )
-        check_arguments("vllm_server_args", self.vllm_server_args, _SERVER_FLAGS)
-
-    def _check_run_directory(self):
-        if self.output_dir is not None and not str(self.output_dir).strip():
-            raise ValueError(
-                f"`output_dir` must be the path of a directory, got {self.output_dir!r}. Name the one that the run "
-                "is to be written to."
-            )
-        if self.ignore_data_skip:
-            raise ValueError(
-                "`ignore_data_skip=True` would train a resumed iteration's first pairs twice. Leave it unset: skipping "
-                "them takes no time here."
-            )
-        if self.enable_jit_checkpoint:
-            raise ValueError(
-                "`enable_jit_checkpoint=True` would save at different steps on different processes. Leave it unset: "
-                "SIGTERM saves a checkpoint and ends the run anyway."
-            )
-
-    def _check_hub(self):
-        if self.hub_iteration_revisions and not self.push_to_hub:
-            raise ValueError(
-                "`hub_iteration_revisions=True` pushes each iteration's model, but `push_to_hub` is False. Set both, "
-                "or neither."
-            )
-        if self.hub_iteration_revisions and self.save_strategy == "no":
-            raise ValueError(
-                "`hub_iteration_revisions=True` pushes the checkpoint in which an iteration ends, but with "
-                "`save_strategy='no'` there is none. Set `save_strategy` to 'steps' or 'epoch'."
-            )
-        if self.hub_iteration_revisions and str(self.hub_revision or "").startswith("iteration-"):
-            raise ValueError(
-                f"`hub_revision={self.hub_revision!r}` is for the newest model, but `hub_iteration_revisions=True` "
-                "gives revisions of that form to the iterations. Choose another name, or leave it unset for 'main'."
-            )
-        if self.push_to_hub and self.hub_strategy != "end":
-            raise ValueError(
-                f"`hub_strategy={str(self.hub_strategy)!r}` would push the whole run directory, your data and the "
-                "answers to it included. Leave it at 'end'; `hub_iteration_revisions=True` adds each iteration's model."
-            )
-
     def __getstate__(self) -> dict[str, Any]:
-        """Trainer pickles its arguments beside every model: without what is secret."""
-        return {**self.__dict__, "hub_token": None, "vllm_api_key": None}
-
-    def __str__(self) -> str:
-        shown = super().__str__()
-        return shown.replace(self.vllm_api_key, "<VLLM_API_KEY>") if self.vllm_api_key else shown
+        """Trainer pickles its arguments beside every model: without the hub's token."""
+        return {**self.__dict__, "hub_token": None}
 
     def to_dict(self) -> dict[str, Any]:
-        """As [`~transformers.TrainingArguments.to_dict`], with what was given: lists per iteration, but no API key."""
-        values = super().to_dict()
-        values |= {name: list(schedule.values()) for name, schedule in self._schedules.items()}
-        if values.get("vllm_api_key") is not None:
-            values["vllm_api_key"] = "<VLLM_API_KEY>"
-        return values
+        """As [`~transformers.TrainingArguments.to_dict`], with what was given: lists per iteration."""
+        return super().to_dict() | {name: list(schedule.values()) for name, schedule in self._schedules.items()}
 
 
 def _to_number(name: str, value: Any) -> float:

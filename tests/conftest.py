@@ -4,6 +4,7 @@ import os
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub: no test waits for a hub
+os.environ.setdefault("VLLM_API_KEY", "sk-of-the-tests")  # real servers expect it, and runs send it
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads crawl on a busy machine
 
 import importlib.util
@@ -127,7 +128,7 @@ def make_config(tmp_path):
             "use_vllm": False,
             "identical_pairs": "keep",  # one pair for every prompt, whatever the tiny model happens to answer
         }
-        if "vllm_mode" in overrides or "vllm_server_base_url" in overrides:
+        if "vllm_server_base_url" in overrides:
             del settings["use_vllm"]
         return SPINConfig(**{**settings, **overrides})
 

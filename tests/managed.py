@@ -26,7 +26,7 @@ def fake_server(
     def command(uds: str) -> ServeCommand:
         return ServeCommand([sys.executable, PROGRAM, str(folder), uds], {}, can_sleep)
 
-    return ManagedServer(folder / "log", timeout, max_restarts, command)
+    return ManagedServer(folder / "log", timeout, command, max_restarts)
 
 
 def processes_of(server: ManagedServer) -> list[psutil.Process]:

@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import secrets
 import signal
 import socket
 import subprocess
@@ -35,7 +34,7 @@ class RealServer:
             listener.bind(("127.0.0.1", 0))
             port = str(listener.getsockname()[1])
         self.base_url = f"http://127.0.0.1:{port}"
-        self.api_key = secrets.token_urlsafe(32)
+        self.api_key = os.environ["VLLM_API_KEY"]  # which runs against it send too
         self.log_path = log_path
         self.argv = [sys.executable, "-m", "spin_trl.serve", model, "--port", port, "--dtype", "float32", *arguments]
         self.process: subprocess.Popen | None = None
@@ -43,15 +42,12 @@ class RealServer:
     @property
     def fields(self) -> dict[str, str]:
         """Of `SPINConfig`, for a run against this server."""
-        return {"vllm_server_base_url": self.base_url, "vllm_api_key": self.api_key}
+        return {"vllm_server_base_url": self.base_url}
 
     def start(self) -> None:
-        env = {**os.environ, "VLLM_API_KEY": self.api_key}
         with self.log_path.open("a") as log:
             # A group of its own, by which all its processes can be ended.
-            self.process = subprocess.Popen(
-                self.argv, stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True
-            )
+            self.process = subprocess.Popen(self.argv, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         deadline = time.monotonic() + SECONDS_TO_START
         while not self.is_healthy():
             assert self.process.poll() is None and time.monotonic() < deadline, self.log_path.read_text()[-3000:]

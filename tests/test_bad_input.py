@@ -29,7 +29,7 @@ from spin_trl.generation.sampler import SamplerError
 NAN = float("nan")
 URL, UNUSED = "http://localhost:8000", "http://127.0.0.1:9"
 SERVER = {"use_vllm": None, "vllm_server_base_url": UNUSED}
-MANAGED = {"use_vllm": None, "vllm_mode": "managed"}
+MANAGED = {"use_vllm": True}
 
 
 def table(*rows: tuple) -> pytest.MarkDecorator:
@@ -88,9 +88,9 @@ def test_good_input_gets_as_far_as_the_weights_which_are_missing(play):
 AT_LEAST = {
     **dict.fromkeys(("num_iterations", "epochs_per_iteration", "num_generations", "num_opponents"), 1),
     **dict.fromkeys(("max_completion_length", "per_device_generation_batch_size", "per_device_train_batch_size"), 1),
-    **dict.fromkeys(("gradient_accumulation_steps", "vllm_max_concurrent_requests"), 1),
-    **dict.fromkeys(("num_history_iterations", "top_k", "seed", "vllm_max_restarts"), 0),
-    **dict.fromkeys(("max_length", "vllm_max_model_length"), 2),
+    **dict.fromkeys(("gradient_accumulation_steps",), 1),
+    **dict.fromkeys(("num_history_iterations", "top_k", "seed"), 0),
+    **dict.fromkeys(("max_length",), 2),
 }
 
 
@@ -110,7 +110,6 @@ def test_whole_number_that_is_too_small_is_refused(field, least, make_config):
     ({"eval_temperature": float("inf")}, "`eval_temperature` must be a finite number", "got inf", "the default, 0.0"),
     ({"top_p": 95}, "`top_p` must be in (0, 1]", "got 95", "Use 1.0 to consider all"),
     ({"top_p": 0.0}, "`top_p` must be in (0, 1]", "got 0.0"),
-    ({"min_p": 1.5}, "`min_p` must be in [0, 1]", "got 1.5", "Leave it unset for the default, None"),
     ({"repetition_penalty": 0.0}, "`repetition_penalty` must be positive", "got 0.0", "Use 1.0 for none"),
     ({"vllm_gpu_memory_utilization": 30}, "must be in (0, 1]", "got 30", "such as 0.3 for 30 %"),
     ({"vllm_server_timeout": NAN}, "`vllm_server_timeout` must be a finite number", "got nan", "Leave it unset"),
@@ -139,7 +138,6 @@ def test_whole_number_that_is_too_small_is_refused(field, least, make_config):
     ({"train_on_turns": "first"}, "`train_on_turns` must be one of ['last', 'all']", "got 'first'"),
     ({"identical_pairs": "yes"}, "`identical_pairs` must be one of ['drop', 'keep']", "got 'yes'"),
     ({"pairing": "best"}, "`pairing` must be one of", "'best_of', 'reward_ranked'", "got 'best'"),
-    ({"vllm_mode": "colocate"}, "`vllm_mode` must be one of ['server', 'managed']", "got 'colocate'"),
     # what self-play sets itself
     ({"precompute_ref_log_probs": False}, "`precompute_ref_log_probs=False` is not possible", "unset"),
     ({"sync_ref_model": True}, "`sync_ref_model=True` is not possible", "Leave it unset"),
@@ -154,8 +152,6 @@ def test_whole_number_that_is_too_small_is_refused(field, least, make_config):
     # servers
     ({**SERVER, "use_vllm": False}, f"`vllm_server_base_url='{UNUSED}'`", "contradicts", "Leave `use_vllm` unset"),
     ({**MANAGED, "use_vllm": False}, "`use_vllm=False` contradicts", "managed", "Leave `use_vllm`"),
-    ({**SERVER, "vllm_mode": "managed"}, "`vllm_mode='managed'`", UNUSED, "only one of the two"),
-    ({"use_vllm": None, "vllm_mode": "server"}, "`vllm_mode='server'` needs the address", "set `vllm_server_base_url`"),
     ({**SERVER, "vllm_server_base_url": []}, "`vllm_server_base_url` must be the address", "got []", "leave it unset"),
     ({**SERVER, "vllm_server_base_url": [URL, 8001]}, "list of at least one", "8001", f"such as '{URL}'"),
     ({**SERVER, "vllm_server_base_url": [URL, "host:8001"]}, "has 'host:8001', which is no address", "Write each such"),
@@ -406,14 +402,19 @@ def for_other_data(completions, answer, **kwargs):
     ({"reward_funcs": for_other_data}, TypeError, "answer", "In the reward function `for_other_data`"),
     ({"reward_funcs": one_for_all}, "`one_for_all` returned 1 rewards for 2 completions", "Correct the function"),
     # sleep and offload
-    ({"config": {**SERVER, "vllm_sleep": True}}, "the run has started itself", "names one that runs", "`vllm_mode="),
+    (
+        {"config": {**SERVER, "vllm_sleep": True}},
+        "the run has started itself",
+        "names one that runs",
+        "leave `vllm_sleep` unset",
+    ),
     (
         {"config": {"vllm_sleep": True}},
         "no server generates",
         "the run has started itself",
-        "Set `vllm_mode='managed'`",
+        "Set `use_vllm=True`",
     ),
-    ({"config": {**OFFLOADS, **dict(use_vllm=False, vllm_mode=None)}}, "in-process generation", "Use a vLLM server"),
+    ({"config": {**OFFLOADS, "use_vllm": False}}, "in-process generation", "Use a vLLM server"),
     ({"config": OFFLOADS, "quantization_config": QUANTIZED}, "quantized otherwise", "4 bits by bitsandbytes", "lower"),
     (
         {"config": {**OFFLOADS, "model_init_kwargs": {"quantization_config": QUANTIZED}}},
@@ -531,7 +532,7 @@ OF_OPENAI = {"data": [{"id": "weightless", "object": "model"}]}
 
 
 @table(
-    (locked, "HTTP 401", "It expects another API key", "set `vllm_api_key` or VLLM_API_KEY"),
+    (locked, "HTTP 401", "It expects another API key", "the environment variable VLLM_API_KEY"),
     (FakeVLLM("org/other"), "serves ['org/other']", "not '/", "spin_trl.serve"),
     (always(200, "<html>It works!</html>"), "<html>It works!</html>", "is no vLLM server", "Correct `vllm_server_base"),
     (

@@ -53,7 +53,7 @@ def test_error_of_one_process_ends_all(model, tmp_path, record_property, phases)
 @pytest.mark.parametrize("rank", [0, 1])
 def test_killed_process_ends_the_run_and_its_managed_server(model, tmp_path, record_property, rank):
     """The main process holds the server, and works; the other one waits for it."""
-    arguments = [SCRIPT, model, str(tmp_path / "out"), "wait", "--vllm_mode", "managed", "--use_vllm", "true"]
+    arguments = [SCRIPT, model, str(tmp_path / "out"), "wait", "--use_vllm", "true"]
     with TwoProcesses(tmp_path, *arguments) as processes:
         pid = json.loads(processes.wait_for(Path("out", "pids")).read_text())[rank]
         failed_at = time.time()

@@ -276,7 +276,7 @@ def test_restarted_server_gets_all_opponents_again(play_on, tiny_model, lora):
                 self.restart()
             return answer
 
-    trainer, fake = play_on(lora, Restarting(tiny_model), num_iterations=2, vllm_max_concurrent_requests=4)
+    trainer, fake = play_on(lora, Restarting(tiny_model), num_iterations=2)
     draw = OpponentDraw(1, 2, trainer.args.seed)
     prompts = {tuple(prompt_ids): row for row, prompt_ids in enumerate(trainer.store.read_data()["prompt_ids"])}
     completions = trainer.store.read_completions(1, "generations").to_pylist()

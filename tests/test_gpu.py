@@ -62,7 +62,7 @@ def test_server_and_policy_share_one_gpu_in_turns(place, kind, model, tmp_path):
         kind,
         model,
         tmp_path / "run",
-        vllm_mode="managed",
+        use_vllm=True,
         vllm_gpu_memory_utilization=SERVERS_SHARE,
         vllm_sleep=True,
         offload_policy_during_generation=True,

@@ -19,7 +19,7 @@ def own_entries(trainer: SPINTrainer) -> list[dict]:
 def test_what_is_logged_and_what_is_documented_are_the_same(
     lora_server, tiny_model, train_dataset, eval_dataset, make_config
 ):
-    config = make_config(num_iterations=2, vllm_server_base_url=lora_server.base_url, vllm_api_key=lora_server.api_key)
+    config = make_config(num_iterations=2, vllm_server_base_url=lora_server.base_url)
     trainer = SPINTrainer(
         tiny_model, config, train_dataset=train_dataset, eval_dataset=eval_dataset, peft_config=LoraConfig(r=4)
     )

@@ -331,7 +331,7 @@ def test_description_of_the_run_comes_back_without_secrets(store):
         ({"config": {"num_iterations": 2}}, {"config": {"num_iterations": 3}}, []),
         ({"config": {"learning_rate": 0.1}}, {"config": {"learning_rate": [0.1, 0.2]}}, ["learning_rate"]),
         ({"config": {"beta": [0.1, 0.2]}}, {"config": {"beta": [0.1, 0.2, 0.3]}}, []),
-        ({"config": {"logging_steps": 1}}, {"config": {"logging_steps": 7, "vllm_max_restarts": 1}}, []),
+        ({"config": {"logging_steps": 1}}, {"config": {"logging_steps": 7, "vllm_request_timeout": 1.0}}, []),
         ({"adapter": {"r": 4}}, {"adapter": {"r": 4, "new_in_peft": True, "peft_version": "9"}}, []),
         ({"adapter": {"r": 4}}, {"adapter": {"r": 8}}, ["adapter"]),
         ({"adapter": {"r": 4}}, {"adapter": None}, ["adapter"]),

@@ -49,12 +49,12 @@ def undisturbed(tiny_model, tmp_path_factory, request):
         settings = {"use_vllm": False}
         if sampler != "in-process":
             server = request.getfixturevalue("lora_server")
-            settings = {"vllm_server_base_url": server.base_url, "vllm_api_key": server.api_key}
+            settings = {"vllm_server_base_url": server.base_url}
         compared_with = "in-process" if sampler == "in-process" else "server"
         if compared_with not in runs:
             runs[compared_with] = tmp_path_factory.mktemp("undisturbed") / "run"
             assert start(tiny_model, runs[compared_with], settings) == 0
-        return runs[compared_with], {"vllm_mode": "managed"} if sampler == "managed" else settings
+        return runs[compared_with], {"use_vllm": True} if sampler == "managed" else settings
 
     return get
 

@@ -116,7 +116,7 @@ def test_server_that_ends_too_often_is_not_started_again_and_every_client_learns
         sampler.publish(1, None)
     sampler.close()
     message = str(error.value)
-    assert f"started again {max_restarts} time(s), and `vllm_max_restarts` is {max_restarts}" in message
+    assert f"started again {max_restarts} time(s)" in message
     assert "ended with status 137" in message and f"The end of {server.log_path}:\n" in message
     assert server.has_ended
 

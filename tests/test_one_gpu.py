@@ -34,7 +34,7 @@ class Observer(TrainerCallback):
 def play(tiny_model, train_dataset, eval_dataset, make_config, tmp_path):
     def make(name: str, kind: str, **settings) -> Observer:
         # What is computed together varies otherwise, and with it the last digits.
-        fixed = {"output_dir": str(tmp_path / name), "vllm_max_concurrent_requests": 1, "num_iterations": 2}
+        fixed = {"output_dir": str(tmp_path / name), "num_iterations": 2}
         trainer = SPINTrainer(
             tiny_model,
             make_config(**fixed, **settings),
@@ -54,9 +54,9 @@ def play(tiny_model, train_dataset, eval_dataset, make_config, tmp_path):
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_taking_turns_changes_no_pair_and_no_loss(kind, play, request):
     server = request.getfixturevalue(f"{kind}_server")
-    together = play("together", kind, vllm_server_base_url=server.base_url, vllm_api_key=server.api_key)
+    together = play("together", kind, vllm_server_base_url=server.base_url)
     turns = {"vllm_sleep": True, "offload_policy_during_generation": True}
-    in_turn = play("in-turn", kind, vllm_mode="managed", **turns)
+    in_turn = play("in-turn", kind, use_vllm=True, **turns)
 
     assert together.server_answers == [True] * 6 and in_turn.server_answers == [False] * 6
     assert in_turn.losses == together.losses and len(in_turn.losses) == 6

@@ -40,7 +40,6 @@ def play(server, model, dataset, make_config, num_iterations=2, **options) -> SP
         learning_rate=1e-2,
         publish_check_tolerance=EXACT,
         vllm_server_base_url=server.base_url,
-        vllm_api_key=server.api_key,
     )
     trainer = SPINTrainer(model, config, train_dataset=dataset, **options)
     trainer.train()
@@ -74,7 +73,7 @@ def test_merged_opponent_is_played_exactly(full_server, tiny_model, train_datase
 
 
 def test_merged_opponent_needs_a_server_for_full_weights(lora_server, tiny_model, train_dataset, make_config):
-    config = make_config(vllm_server_base_url=lora_server.base_url, vllm_api_key=lora_server.api_key)
+    config = make_config(vllm_server_base_url=lora_server.base_url)
     with pytest.raises(SamplerError, match="cannot load the weights of the opponents.*VLLM_SERVER_DEV_MODE"):
         SPINTrainer(tiny_model, config, train_dataset=train_dataset, peft_config=MERGED["dora"])
 

@@ -123,7 +123,7 @@ def test_model_whose_weights_were_packed_already_is_refused(tiny_model):
 @pytest.mark.slow
 def test_managed_server_plays_the_quantized_policy_as_it_is(tiny_model, train_dataset, make_config):
     """Up to the adapter: DPOTrainer keeps one of a quantized model in bfloat16, the server computes in float32."""
-    config = make_config(num_iterations=2, vllm_mode="managed", learning_rate=1e-2)
+    config = make_config(num_iterations=2, use_vllm=True, learning_rate=1e-2)
     trainer = SPINTrainer(
         tiny_model, config, train_dataset=train_dataset, quantization_config=NF4, peft_config=LoraConfig(**LORA)
     )
@@ -137,7 +137,7 @@ def test_managed_server_plays_the_quantized_policy_as_it_is(tiny_model, train_da
 def test_server_of_the_unquantized_base_is_allowed_the_difference_that_quantization_makes(
     lora_server, tiny_model, train_dataset, make_config, caplog
 ):
-    fields = {"vllm_server_base_url": lora_server.base_url, "vllm_api_key": lora_server.api_key}
+    fields = {"vllm_server_base_url": lora_server.base_url}
     config = make_config(num_iterations=2, publish_check_tolerance=1e-5, learning_rate=1e-2, **fields)
     trainer = SPINTrainer(
         tiny_model, config, train_dataset=train_dataset, quantization_config=NF4, peft_config=LoraConfig(**LORA)

@@ -80,7 +80,7 @@ def run(command: list[str]) -> subprocess.CompletedProcess:
 def test_demo_launches_with_accelerate_and_prints_its_table(tiny_model, tmp_path):
     """The demo's own configuration and data, cut to a few steps and in-process."""
     overrides = ["--model_name_or_path", tiny_model, "--output_dir", str(tmp_path / "run"), "--max_steps", "10"]
-    config = (RECIPES / "pronunciation.yaml").read_text().replace("vllm_mode: managed\n", "use_vllm: false\n")
+    config = (RECIPES / "pronunciation.yaml").read_text().replace("use_vllm: true\n", "use_vllm: false\n")
     (tmp_path / "demo.yaml").write_text(config)
     command = ["accelerate", "launch", "--cpu", "--num_cpu_threads_per_process", "1", *LAUNCH, "recipes/spin.py"]
     done = run([*command, "--config", str(tmp_path / "demo.yaml"), *overrides])
@@ -94,7 +94,7 @@ def test_same_command_again_finds_the_run_complete(tiny_model, tmp_path):
     """And `--resume_from_checkpoint true` is understood as text, which is what a command line gives."""
     arguments = ["--config", "recipes/pronunciation.yaml", "--model_name_or_path", tiny_model, "--max_steps", "3"]
     arguments += ["--output_dir", str(tmp_path / "run")]
-    config = (RECIPES / "pronunciation.yaml").read_text().replace("vllm_mode: managed\n", "use_vllm: false\n")
+    config = (RECIPES / "pronunciation.yaml").read_text().replace("use_vllm: true\n", "use_vllm: false\n")
     (tmp_path / "demo.yaml").write_text(config)
     arguments[1] = str(tmp_path / "demo.yaml")
     first = run(["python", "recipes/spin.py", *arguments])

@@ -25,7 +25,7 @@ KEY = "sk-this-key-must-not-be-found"
 # The API key
 
 
-def run_with_key(tiny_model: str, directory: Path, how: str) -> str:
+def run_with_key(tiny_model: str, directory: Path) -> str:
     """A whole run, with checkpoints and a model card, told to say all it can. Returns its output."""
     script = f"""
     import json
@@ -36,21 +36,19 @@ def run_with_key(tiny_model: str, directory: Path, how: str) -> str:
     args = SPINConfig(
         output_dir={str(directory)!r}, num_iterations=2, per_device_train_batch_size=4, use_cpu=True, bf16=False,
         report_to="none", log_level="debug", logging_steps=1, save_strategy="steps", save_steps=1, use_vllm=False,
-        max_completion_length=8, identical_pairs="keep"{f", vllm_api_key={KEY!r}" if how == "field" else ""},
+        max_completion_length=8, identical_pairs="keep",
     )
     print(args, repr(args), args.to_json_string())
     trainer = SPINTrainer({tiny_model!r}, args, train_dataset=Dataset.from_list(rows))
     print(trainer.plan, vars(trainer.plan.choice))
-    assert trainer.plan.api_key == {KEY!r}  # it did arrive
     trainer.train()
     trainer.save_model()
     trainer.create_model_card()
     """
-    variables = {"VLLM_API_KEY": KEY} if how == "variable" else {}
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script)],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "TRANSFORMERS_VERBOSITY": "debug", **variables},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "TRANSFORMERS_VERBOSITY": "debug", "VLLM_API_KEY": KEY},
         capture_output=True,
         text=True,
     )
@@ -58,9 +56,8 @@ def run_with_key(tiny_model: str, directory: Path, how: str) -> str:
     return done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("how", ["field", "variable"])
-def test_api_key_is_in_no_file_of_a_run_and_in_none_of_its_output(tiny_model, tmp_path, how):
-    output = run_with_key(tiny_model, tmp_path / "run", how)
+def test_api_key_is_in_no_file_of_a_run_and_in_none_of_its_output(tiny_model, tmp_path):
+    output = run_with_key(tiny_model, tmp_path / "run")
     assert KEY not in output
     files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
     names = {path.name for path in files}
@@ -266,7 +263,7 @@ def test_code_of_a_model_is_run_if_it_is_trusted(tiny_model, train_dataset, make
 
 @pytest.mark.parametrize("trusted", [False, True])
 def test_managed_server_trusts_a_models_code_only_if_the_run_does(tiny_model, train_dataset, make_config, trusted):
-    config = make_config(vllm_mode="managed", trust_remote_code=trusted, vllm_server_timeout=0.1)
+    config = make_config(use_vllm=True, trust_remote_code=trusted, vllm_server_timeout=0.1)
     trainer = SPINTrainer(tiny_model, config, train_dataset=train_dataset)
     with pytest.raises(SamplerError, match="was not up"):
         trainer.train()

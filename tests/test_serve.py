@@ -178,26 +178,24 @@ def test_server_is_refused_where_vllm_is_not_installed(install, capsys):
 
 
 @pytest.mark.parametrize(
-    ("installed", "use_vllm", "vllm_mode", "url", "mode", "reason"),
+    ("installed", "use_vllm", "url", "mode", "reason"),
     [
-        (True, None, None, URL, "server", URL),
-        (False, None, None, URL, "server", URL),
-        (False, True, "server", URL, "server", URL),
-        (True, False, None, None, "in-process", "`use_vllm=False`"),
-        (False, False, None, None, "in-process", "`use_vllm=False`"),
-        (True, None, None, None, "managed", "vLLM is installed"),
-        (True, True, None, None, "managed", "vLLM is installed"),
-        (True, None, "managed", None, "managed", "`vllm_mode='managed'`"),
-        (False, None, None, None, "in-process", "vLLM is not installed"),
+        (True, None, URL, "server", URL),
+        (False, None, URL, "server", URL),
+        (False, True, URL, "server", URL),
+        (True, False, None, "in-process", "`use_vllm=False`"),
+        (False, False, None, "in-process", "`use_vllm=False`"),
+        (True, None, None, "managed", "vLLM is installed"),
+        (True, True, None, "managed", "vLLM is installed"),
+        (False, None, None, "in-process", "vLLM is not installed"),
     ],
 )
-def test_sampler_follows_from_the_settings_and_what_is_installed(installed, use_vllm, vllm_mode, url, mode, reason):
-    chosen = choose_sampler(use_vllm, vllm_mode, url, installed)
+def test_sampler_follows_from_the_settings_and_what_is_installed(installed, use_vllm, url, mode, reason):
+    chosen = choose_sampler(use_vllm, url, installed)
     assert chosen.mode == mode
     assert reason in chosen.reason
 
 
-@pytest.mark.parametrize(("use_vllm", "vllm_mode"), [(True, None), (None, "managed"), (True, "managed")])
-def test_managed_server_is_refused_where_vllm_is_not_installed(use_vllm, vllm_mode):
+def test_managed_server_is_refused_where_vllm_is_not_installed():
     with pytest.raises(ValueError, match="vLLM is not installed.*`vllm_server_base_url`.*`use_vllm=False`"):
-        choose_sampler(use_vllm, vllm_mode, None, is_installed=False)
+        choose_sampler(True, None, is_installed=False)

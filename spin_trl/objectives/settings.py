@@ -19,16 +19,11 @@ class _Conflict(NamedTuple):
     reason: str
 
 
-_ONE_REFERENCE = (
-    "it leads to the data's distribution only if the reference is the opponent that the answers were sampled from"
-)
+_ONE_REFERENCE = "it needs answers that were sampled from the reference, which then is the opponent alone"
 _ONE_BY_ONE = (
-    "it learns from the two sides one by one, and without those pairs they are no longer the data's and the opponent's"
+    "it judges each side by itself, and without those pairs the sides are no longer the data's and the opponent's"
 )
-_OTHER_PAIRS = (
-    "it leads to the data's distribution where every chosen side is a ground truth and every rejected one the "
-    "opponent's answer, and these pairs are others"
-)
+_OTHER_PAIRS = "it needs pairs of a ground truth and an opponent's answer, and these are others"
 _ONE_LENGTH = "it is of all pairs of one forward pass, and those of one length are not the data's"
 _PASS_CHANGES = "its value depends on how many pairs a forward pass holds, which that changes during the run"
 _NORMALISER = "it does not see the difference of the two sides alone, in which the mixture's normaliser cancels"
@@ -48,22 +43,42 @@ _CONFLICTS = (
     _Conflict("is_own", "f_divergence_type", lambda name: name != "reverse_kl", _NOT_DEFINED),
 )
 
+# Answers that were sampled with these values are samples of the opponent as it is, and of the newest one alone.
+_PLAIN_SAMPLING = {
+    "temperature": 1,
+    "top_p": 1,
+    "top_k": 0,
+    "repetition_penalty": 1,
+    "generation_kwargs": None,
+    "num_history_iterations": 0,
+}
 
-def check_losses(loss_types: Sequence[str], loss_weights: Any) -> None:
+
+def check_losses(loss_types: Sequence[str], loss_weights: Any, changed: Mapping[str, Any]) -> None:
     """
+    Args:
+        changed (`Mapping[str, Any]`): The settings that are not at their defaults.
+
     Raises:
-        `ValueError`: if no loss is named, or one that is unknown, or the weights are not theirs.
+        `ValueError`: if no loss is named, or one that is unknown; if the weights are not theirs; or if one of the
+            settings is read by another loss alone.
     """
     if not loss_types:
         raise ValueError("`loss_type` is empty: at least one loss is needed. Leave it unset for SPIN's, 'sigmoid'.")
-    objectives_of(loss_types)
+    in_use = fields_in_use(loss_types)
     check_weights("loss_weights", loss_weights, "Leave out the losses that should not count.", minimum=0)
     if loss_weights is not None and len(loss_weights) != len(loss_types):
         raise ValueError(
             f"`loss_weights` has {len(loss_weights)} value(s) ({loss_weights}), but `loss_type` names "
-            f"{len(loss_types)} ({loss_types}). Give one weight for each loss, or leave `loss_weights` unset to weigh "
-            "all alike."
+            f"{len(loss_types)} ({loss_types}). Give one weight for each loss, or none to weigh all alike."
         )
+    for loss in OBJECTIVES.values():
+        for name in loss.fields:
+            if name in changed and name not in in_use:
+                raise ValueError(
+                    f"`{name}={changed[name]!r}` belongs to the loss '{loss.name}', which `loss_type` ({loss_types}) "
+                    f"does not name. Add '{loss.name}' to `loss_type`, or leave `{name}` unset."
+                )
 
 
 def check_settings(loss_types: Sequence[str], settings: Mapping[str, Any]) -> None:
@@ -72,9 +87,10 @@ def check_settings(loss_types: Sequence[str], settings: Mapping[str, Any]) -> No
         settings (`Mapping[str, Any]`): Those that are to be held against the losses.
 
     Raises:
-        `ValueError`: if one of them contradicts a loss.
+        `ValueError`: if one of them contradicts a loss, or has no effect on any.
     """
-    for loss in objectives_of(loss_types):
+    losses = objectives_of(loss_types)
+    for loss in losses:
         for trait, field, is_set, reason in _CONFLICTS:
             if field in settings and getattr(loss, trait) and is_set(settings[field]):
                 value = settings[field]
@@ -84,20 +100,11 @@ def check_settings(loss_types: Sequence[str], settings: Mapping[str, Any]) -> No
                     f"`loss_type={loss.name!r}` contradicts `{shown}`: {reason}. Leave `{field}` unset, or use "
                     f"one of {others}."
                 )
-
-
-def check_reference(loss_types: Sequence[str], setting: str) -> None:
-    """
-    Args:
-        setting (`str`): That by which the reference is another one.
-
-    Raises:
-        `ValueError`: if no loss has a reference.
-    """
-    if not any(loss.sees_reference for loss in objectives_of(loss_types)):
+    alpha = settings.get("reference_mixture_alpha", 0)
+    if alpha > 0 and not any(loss.sees_reference for loss in losses):
         raise ValueError(
-            f"`{setting}` has no effect: of `loss_type` ({loss_types}) no loss has a reference. Leave it unset, or add "
-            "a loss that has one, such as 'sigmoid'."
+            f"`reference_mixture_alpha={alpha:g}` has no effect: no loss of `loss_type` ({loss_types}) has a "
+            "reference. Leave it unset, or add a loss that has one, such as 'sigmoid'."
         )
 
 
@@ -109,31 +116,13 @@ def check_pairs_per_forward(loss_types: Sequence[str], num_pairs: int) -> None:
     Raises:
         `ValueError`: if they are too few for a loss of a whole batch.
     """
-    names = [loss.name for loss in objectives_of(loss_types) if loss.is_of_batch]
-    if names and num_pairs < 2:
+    if depends_on_batch(loss_types) and num_pairs < 2:
+        name = next(loss.name for loss in objectives_of(loss_types) if loss.is_of_batch)
         raise ValueError(
-            f"`loss_type={names[0]!r}` takes its expectations over the pairs of one forward pass, on all processes, "
+            f"`loss_type={name!r}` takes its expectations over the pairs of one forward pass, on all processes, "
             "but `per_device_train_batch_size` makes that a single pair. Raise it, and lower "
             "`gradient_accumulation_steps` as much; or use more processes."
         )
-
-
-def check_fields_are_used(loss_types: Sequence[str], changed: Mapping[str, Any]) -> None:
-    """
-    Args:
-        changed (`Mapping[str, Any]`): The settings that are not at their defaults.
-
-    Raises:
-        `ValueError`: if one of them is read by another loss alone.
-    """
-    in_use = fields_in_use(loss_types)
-    for loss in OBJECTIVES.values():
-        for name in loss.fields:
-            if name in changed and name not in in_use:
-                raise ValueError(
-                    f"`{name}={changed[name]!r}` belongs to the loss '{loss.name}', which `loss_type` ({loss_types}) "
-                    f"does not name. Add '{loss.name}' to `loss_type`, or leave `{name}` unset."
-                )
 
 
 def fields_in_use(loss_types: Sequence[str]) -> dict[str, NumberRule]:
@@ -149,23 +138,21 @@ def default_settings(loss_types: Sequence[str]) -> dict[str, Any]:
     it has reached (`tests/test_theory.py`). And the expectations of a loss of a batch are those of the data only over
     pairs that were drawn whatever their lengths.
     """
-    losses = objectives_of(loss_types)
+    needs_samples = any(loss.needs_samples_of_reference for loss in objectives_of(loss_types))
     return {
-        "num_history_iterations": 0 if any(loss.needs_samples_of_reference for loss in losses) else 1,
-        "train_sampling_strategy": "random" if any(loss.is_of_batch for loss in losses) else "group_by_length",
+        "num_history_iterations": 0 if needs_samples else 1,
+        "train_sampling_strategy": "random" if depends_on_batch(loss_types) else "group_by_length",
     }
 
 
 def sampling_caveats(loss_types: Sequence[str], settings: Mapping[str, Any]) -> list[str]:
     """What keeps the answers from being samples of the reference, where a loss needs that they are."""
     names = [loss.name for loss in objectives_of(loss_types) if loss.needs_samples_of_reference]
-    plain = {"temperature": 1, "top_p": 1, "top_k": 0, "min_p": None, "repetition_penalty": 1}
-    plain["num_history_iterations"] = 0
     return [
         f"`loss_type='{names[0]}'` leads to the data's distribution if the answers are samples of the opponent as it "
         f"is; with `{field}={settings[field]!r}` they are others. Leave it unset, unless you have measured that it "
         "helps."
-        for field, value in plain.items()
+        for field, value in _PLAIN_SAMPLING.items()
         if names and settings[field] != value
     ]
 
@@ -191,8 +178,3 @@ def keeps_identical_pairs(identical_pairs: str | None, loss_types: Sequence[str]
 def depends_on_batch(loss_types: Sequence[str]) -> bool:
     """Whether a loss has another value if an optimizer step is divided otherwise over forward passes."""
     return any(loss.is_of_batch for loss in objectives_of(loss_types))
-
-
-def max_pairs_per_prompt(pairing: str, num_generations: int) -> int:
-    """How many pairs the answers to a prompt make at most."""
-    return 1 if pairing == "reward_ranked" else num_generations

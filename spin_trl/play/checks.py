@@ -121,7 +121,7 @@ def adapter(plan: Plan) -> None:
 def sampler(plan: Plan) -> None:
     """What is to answer can play the opponents of this run."""
     args, mode = plan.args, plan.choice.mode
-    asked = [f"`{name}`" for name in ("use_vllm", "vllm_mode", "vllm_server_base_url") if getattr(args, name)]
+    asked = [f"`{name}`" for name in ("use_vllm", "vllm_server_base_url") if getattr(args, name)]
     if plan.sampler is not None and asked:
         raise ValueError(
             f"`sampler` is given, and {' and '.join(asked)} asks for a vLLM server: one of them has to answer. Leave "

@@ -3,7 +3,6 @@
 Each part is worked out when it is first asked for, and kept. So the checks (`checks.py`) say in which order that is.
 """
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -76,12 +75,6 @@ class Plan:
         return self.given_args
 
     @cached_property
-    def api_key(self) -> str | None:
-        """The server's. It leaves the arguments, which Trainer pickles into every checkpoint."""
-        key, self.args.vllm_api_key = self.args.vllm_api_key or os.environ.get("VLLM_API_KEY"), None
-        return key
-
-    @cached_property
     def rewards(self) -> RewardFunctions | None:
         """The user's reward functions."""
         return check_rewards(self.reward_funcs, self.args.pairing, self.args.reward_weights)
@@ -131,7 +124,7 @@ class Plan:
         if self.sampler is not None:
             return SamplerChoice("given", f"`sampler` is a `{type(self.sampler).__name__}`")
         args = self.args
-        return choose_sampler(args.use_vllm, args.vllm_mode, args.vllm_server_base_url, can_serve())
+        return choose_sampler(args.use_vllm, args.vllm_server_base_url, can_serve())
 
     @property
     def reads_checkpoints(self) -> bool:
@@ -166,9 +159,7 @@ class Plan:
         store = IterationStore(self.args.output_dir)
         served_base = store.served_base if self.serves_dequantized else None
         lora_rank = self.publication.lora_rank
-        return SamplerHost(
-            self.args, self.choice, self.model_name, lora_rank, self.api_key, store.server_log, served_base
-        )
+        return SamplerHost(self.args, self.choice, self.model_name, lora_rank, store.server_log, served_base)
 
     # What is played on
 
@@ -199,8 +190,6 @@ class Plan:
         if self.choice.mode == "server":
             length = self.sampler_host.find_context_length(data.min_context_length)
             self._fit(data, length, "the server's context (`--max-model-len`)")
-        elif self.choice.mode == "managed" and args.vllm_max_model_length is not None:
-            self._fit(data, args.vllm_max_model_length, "`vllm_max_model_length`")
         return data
 
     def _fit(self, data: RunData, length: int, source: str) -> None:
@@ -224,7 +213,6 @@ class Plan:
             temperature=args.temperature,
             top_p=args.top_p,
             top_k=args.top_k,
-            min_p=args.min_p,
             repetition_penalty=args.repetition_penalty,
             extra=args.generation_kwargs or {},
         )
@@ -249,8 +237,8 @@ class Plan:
             logger.warning(
                 "The policy's base model is quantized, the server's is not (unless you quantize it alike): opponents "
                 "answer with slightly other probabilities than the policy has. The check of each opponent allows for "
-                "the difference that the first one shows. With `vllm_mode='managed'` and 4 bits, the server gets the "
-                "very numbers that the policy computes with."
+                "the difference that the first one shows. With 4 bits and a managed server, that server gets "
+                "the very numbers that the policy computes with."
             )
 
     def describe(self) -> dict[str, Any]:

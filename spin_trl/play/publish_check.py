@@ -48,7 +48,7 @@ def check_published(
     prompts = dataset.select(range(min(len(dataset), _NUM_COMPARED)))
     requests = [CompletionRequest((row["row"], 0), row["prompt_ids"], seed=args.seed + row["row"]) for row in prompts]
     # Log-probs are of the opponent itself, so it must be sampled as it is.
-    params = replace(params, temperature=1.0, top_p=1.0, top_k=0, min_p=None, repetition_penalty=1.0, extra={})
+    params = replace(params, temperature=1.0, top_p=1.0, top_k=0, repetition_penalty=1.0, extra={})
     if args.max_length is not None:  # what is scored must not be truncated
         room = args.max_length - max(len(request.prompt_ids) for request in requests)
         params = replace(params, max_completion_length=min(params.max_completion_length, room))

@@ -137,7 +137,7 @@ def check_turns(args: SPINConfig, mode: str, sharding: Sharding | None, quantiza
         found = "no server generates" if mode == "in-process" else "`vllm_server_base_url` names one that runs already"
         raise ValueError(
             f"`vllm_sleep=True` puts a server to sleep that the run has started itself, but {found}. Set "
-            "`vllm_mode='managed'`, without `vllm_server_base_url`, or leave `vllm_sleep` unset."
+            "`use_vllm=True`, without `vllm_server_base_url`, or leave `vllm_sleep` unset."
         )
     if not args.offload_policy_during_generation:
         return

@@ -15,7 +15,7 @@ from ..spin_config import SPINConfig
 
 _BINDING_FIELDS = """
     num_iterations epochs_per_iteration num_history_iterations num_generations num_opponents pairing reward_weights
-    identical_pairs max_completion_length temperature top_p top_k min_p repetition_penalty generation_kwargs
+    identical_pairs max_completion_length temperature top_p top_k repetition_penalty generation_kwargs
     eval_temperature max_length truncation_mode skip_invalid_rows
     loss_type loss_weights beta label_smoothing f_divergence_type f_alpha_divergence_coef discopop_tau ld_alpha
     use_weighting reference_mixture_alpha disable_dropout

@@ -25,7 +25,7 @@ def completion_body(
         "temperature": params.temperature,
         "top_p": params.top_p,
         "top_k": params.top_k,
-        "min_p": params.min_p or 0.0,
+        "min_p": 0.0,
         "repetition_penalty": params.repetition_penalty,
         "stop_token_ids": list(params.end_token_ids),
         "return_token_ids": True,

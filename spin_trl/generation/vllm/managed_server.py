@@ -46,7 +46,7 @@ class ManagedServer:
         command (`Callable`): Returns the command that serves on the socket at the path that it is given.
     """
 
-    def __init__(self, log_path: Path, timeout: float, max_restarts: int, command: Callable[[str], ServeCommand]):
+    def __init__(self, log_path: Path, timeout: float, command: Callable[[str], ServeCommand], max_restarts: int = 3):
         self.log_path = log_path
         self.timeout = timeout
         self.max_restarts = max_restarts
@@ -161,7 +161,7 @@ class ManagedServer:
         if self.num_restarts == self.max_restarts:
             raise SamplerError(
                 f"The vLLM server ended with status {status}, after it had been started again {self.num_restarts} "
-                f"time(s), and `vllm_max_restarts` is {self.max_restarts}. See why it ended; the same command then "
+                f"time(s), which is as often as it is tried. See why it ended; the same command then "
                 f"continues the run. {self._end_of_log()}"
             )
         self.num_restarts += 1
