@@ -151,13 +151,17 @@ def test_whole_number_that_is_too_small_is_refused(field, least, make_config):
     ({"reward_weights": 1.0}, "`reward_weights` must be a list"),
     # servers
     ({**SERVER, "use_vllm": False}, f"`vllm_server_base_url='{UNUSED}'`", "contradicts", "Leave `use_vllm` unset"),
-    ({**MANAGED, "use_vllm": False}, "`use_vllm=False` contradicts", "managed", "Leave `use_vllm`"),
     ({**SERVER, "vllm_server_base_url": []}, "`vllm_server_base_url` must be the address", "got []", "leave it unset"),
     ({**SERVER, "vllm_server_base_url": [URL, 8001]}, "list of at least one", "8001", f"such as '{URL}'"),
     ({**SERVER, "vllm_server_base_url": [URL, "host:8001"]}, "has 'host:8001', which is no address", "Write each such"),
     ({**SERVER, "vllm_server_base_url": [URL, f"{URL}/v1/"]}, "more than once", "Name every server once"),
-    ({**MANAGED, "vllm_server_args": "--max-num-seqs 64 --host 0.0.0.0"}, "has '--host'", "loopback", "Leave it out"),
-    ({**MANAGED, "vllm_server_args": "--api_key=sk-123"}, "has '--api_key", "It has a random one", "Leave it out"),
+    (
+        {**MANAGED, "vllm_server_args": "--max-num-seqs 64 --host 0.0.0.0"},
+        "has '--host'",
+        "Unix socket",
+        "Leave it out",
+    ),
+    ({**MANAGED, "vllm_server_args": "--api_key=sk-123"}, "has '--api_key", "It needs none", "Leave it out"),
     ({**MANAGED, "vllm_server_args": "--chat-template 'a"}, '"--chat-template \'a"', "close every quotation mark"),
 )
 def test_configuration_is_refused(given, refusal, make_config):
