@@ -308,7 +308,9 @@ class VLLMServer:
     def _refusal(self, method: str, path: str, status: int, text: str) -> SamplerError:
         remedy = ""
         if status in (401, 403):
-            remedy = ". It expects another API key: set `vllm_api_key` or VLLM_API_KEY to the one it was started with."
+            remedy = (
+                ". It expects another API key: set VLLM_API_KEY, in the environment, to the one it was started with."
+            )
         elif method == "GET" and status == 404:
             remedy = ". Expected is a vLLM server, which knows that path: correct `vllm_server_base_url`."
         kind = UnknownModelError if (status, path) == (404, "/v1/completions") else SamplerError
@@ -319,8 +321,8 @@ class VLLMServer:
     def _no_answer(self, method: str, path: str) -> UnreachableError:
         return UnreachableError(
             f"The vLLM server at {self.base_url} gave no answer within `vllm_request_timeout` "
-            f"({self.request_timeout:g} s) to {method} {path}. Raise it if single answers take that long, or lower "
-            "`vllm_max_concurrent_requests`; otherwise the server hangs: see its log and restart it."
+            f"({self.request_timeout:g} s) to {method} {path}. Raise it if single answers take that long; "
+            "otherwise the server hangs: see its log and restart it."
         )
 
     def _unreachable(self, method: str, path: str, problem: str) -> UnreachableError:
