@@ -536,7 +536,7 @@ OF_OPENAI = {"data": [{"id": "weightless", "object": "model"}]}
 
 
 @table(
-    (locked, "HTTP 401", "It expects another API key", "set VLLM_API_KEY"),
+    (locked, "HTTP 401", "It expects another API key", "variable VLLM_API_KEY"),
     (FakeVLLM("org/other"), "serves ['org/other']", "not '/", "spin_trl.serve"),
     (always(200, "<html>It works!</html>"), "<html>It works!</html>", "is no vLLM server", "Correct `vllm_server_base"),
     (

@@ -308,9 +308,7 @@ class VLLMServer:
     def _refusal(self, method: str, path: str, status: int, text: str) -> SamplerError:
         remedy = ""
         if status in (401, 403):
-            remedy = (
-                ". It expects another API key: set VLLM_API_KEY, in the environment, to the one it was started with."
-            )
+            remedy = ". It expects another API key: set the environment variable VLLM_API_KEY to it."
         elif method == "GET" and status == 404:
             remedy = ". Expected is a vLLM server, which knows that path: correct `vllm_server_base_url`."
         kind = UnknownModelError if (status, path) == (404, "/v1/completions") else SamplerError
