@@ -502,8 +502,8 @@ class SPINConfig(DPOConfig):
     @property
     def vllm_server_base_urls(self) -> list[str]:
         """The addresses, one or several; none where no running server is used."""
-        given = self.vllm_server_base_url or []
-        return [given] if isinstance(given, str) else given
+        given = self.vllm_server_base_url
+        return [] if given is None else [given] if isinstance(given, str) else given
 
     def learning_rate_at(self, iteration: int) -> float:
         """The peak learning rate of an iteration."""
