@@ -1,7 +1,4 @@
-"""Writes the tables of the docs that say what the code says: `make docs`. The rest of the pages stays.
-
-`docs/configuration.md` has `SPINConfig`'s docstring, `docs/metrics.md` the metrics' meanings.
-"""
+"""Writes the tables of `docs/configuration.md` from `SPINConfig`'s docstring: `make docs`. The rest stays."""
 
 import inspect
 import re
@@ -10,12 +7,9 @@ from pathlib import Path
 
 from spin_trl import SPINConfig
 from spin_trl.config_checks import parameter_texts
-from spin_trl.evaluation.metric_names import to_markdown
 
 
-DOCS = Path(__file__).parents[1] / "docs"
-PAGE = DOCS / "configuration.md"
-METRICS_PAGE = DOCS / "metrics.md"
+PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
 BEGIN, END = "<!-- fields: written by `make docs` -->\n", "<!-- end of fields -->\n"
 
 
@@ -42,12 +36,5 @@ def rewritten(page: str) -> str:
     return f"{before}{BEGIN}\n{tables()}\n{END}{after}"
 
 
-def with_metrics(page: str) -> str:
-    """The page on metrics with its table written anew."""
-    before, rest = page.split("| metric |", 1)
-    return f"{before}{to_markdown()}\n{rest.split(chr(10) * 2, 1)[1]}"
-
-
 if __name__ == "__main__":
-    METRICS_PAGE.write_text(with_metrics(METRICS_PAGE.read_text()))
     PAGE.write_text(rewritten(PAGE.read_text()))

@@ -65,7 +65,7 @@ if __name__ == "__main__":
     (config,) = parser.parse_args_and_config(sys.argv[4:])
     failing = Failing(config)
     policy = AutoModelForCausalLM.from_pretrained(model)
-    policy.register_forward_pre_hook(failing, with_kwargs=True)
+    policy.base_model.register_forward_pre_hook(failing, with_kwargs=True)  # scoring passes by the head
     rows = read_rows("accent_train.jsonl", 40)
     pids = gather_object([os.getpid()])
     trainer = SPINTrainer(

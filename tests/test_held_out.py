@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from spin_trl import SPINTrainer
 from spin_trl.evaluation.held_out import reward_metrics
-from spin_trl.evaluation.metric_names import evaluation_names
+from spin_trl.evaluation.metric_names import EVALUATION_METRICS
 
 
 REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins")
@@ -135,7 +135,7 @@ def test_run_that_failed_in_the_users_metrics_goes_on_from_there(
     undisturbed, again = (play(folder, lambda *_: {"right": 0.5}) for folder in ("undisturbed", "stopped"))
     for iteration in (1, 2):
         found, expected = (run.store.read_metrics(iteration)["evaluation"] for run in (again, undisturbed))
-        assert found == expected and set(found) == {*evaluation_names(), "right"}
+        assert found == expected and set(found) == {*EVALUATION_METRICS, "right"}
 
 
 def test_evaluation_data_of_one_row_is_enough(tiny_model, train_dataset, make_config):

@@ -9,17 +9,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..spin_config import SPINConfig
-from .metric_names import EVALUATION, METRIC_NAMES, evaluation_names, label
+from .metric_names import EVALUATION, EVALUATION_METRICS, label
 
 
 @dataclass(frozen=True)
 class BestIteration:
-    """
-    Args:
-        opponent (`int`): Number of the opponent that is the best policy: iteration `opponent - 1` has made it.
-        metric (`str`): What was compared.
-        values (`dict[str, float]`): Its value after each iteration, and at the start.
-    """
+    """The best policy is that opponent, which iteration `opponent - 1` has made; `values` has all, by their labels."""
 
     opponent: int
     metric: str
@@ -52,9 +47,9 @@ def check_best_iteration(args: SPINConfig, has_eval_dataset: bool, has_generatio
             f"`metric_for_best_model={metric!r}` compares evaluations, but `eval_dataset` is None. Pass an "
             "`eval_dataset`, or leave the metric and `load_best_model_at_end` unset."
         )
-    if not has_generation_metrics and _plain(metric) not in evaluation_names():
+    if not has_generation_metrics and _plain(metric) not in EVALUATION_METRICS:
         raise ValueError(
-            f"`metric_for_best_model={metric!r}` is none of the run's metrics: {evaluation_names()}. Name one of "
+            f"`metric_for_best_model={metric!r}` is none of the run's metrics: {list(EVALUATION_METRICS)}. Name one of "
             "them, or pass a `compute_generation_metrics` that returns it."
         )
 
@@ -65,7 +60,7 @@ def check_is_evaluated(args: SPINConfig, scores: Mapping[str, float]) -> None:
         `ValueError`: if the metric that iterations are to be compared by is not among those of an evaluation.
     """
     metric = args.metric_for_best_model
-    known = [*scores, *(name for name in evaluation_names() if name not in scores)]
+    known = list({**scores, **EVALUATION_METRICS})
     if metric is not None and _plain(metric) not in known:
         raise ValueError(
             f"`metric_for_best_model={metric!r}` is none of the evaluation's metrics: {known}. Name one of them, "
@@ -94,8 +89,7 @@ def is_greater_better(metric: str, given: bool | None = None) -> bool:
     """Whether the greater value is the better one: as given, as known here, or, as transformers, by the name."""
     if given is not None:
         return bool(given)
-    known = METRIC_NAMES.get(f"eval_{metric}")
-    return known.greater_is_better if known is not None else not metric.endswith(("loss", "nll"))
+    return EVALUATION_METRICS.get(metric, not metric.endswith(("loss", "nll")))
 
 
 def _plain(metric: str) -> str:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 from accelerate.logging import get_logger
 
 from ..processes.ranks import on_main_process
@@ -37,18 +38,15 @@ _TOO_FAST = (
     "the steps are too large for `beta` (learning rate divided by beta is what counts). Lower `learning_rate` or raise "
     "`beta`, add an SFT term (`loss_type: [sigmoid, sft]`), or use `loss_type: space`, which judges each side alone"
 )
+_LENGTH_TELLS = (
+    "the policy found length to tell the sides apart by. See that `max_completion_length` leaves the answers the room "
+    f"that the ground truths have; otherwise {_TOO_FAST}"
+)
 
 
 @dataclass(frozen=True)
 class CollapseSign:
-    """
-    One sign of collapse.
-
-    Args:
-        name (`str`): "displacement", "negative_gap", "unlikely_truths", "length" or "variety".
-        numbers (`str`): What was found, in words and numbers.
-        cause (`str`): The likely cause, and the remedy.
-    """
+    """One sign of collapse: its name in `collapse_signs`, and in words what was found, its likely cause and remedy."""
 
     name: str
     numbers: str
@@ -76,9 +74,8 @@ def sign_within(
     if not steps or beta <= 0:
         return None
     start = dict.fromkeys(_REWARDS, 0.0) if starts_at_zero else {name: steps[0][name] for name in _REWARDS}
-    quarters = [start, *_quarters(steps)]
-    best = max(quarters, key=lambda quarter: quarter["rewards/chosen"])
-    last = quarters[-1]
+    quarters = [start, *map(_means, np.array_split(steps, min(4, len(steps))))]  # a single step may be an outlier
+    best, last = max(quarters, key=lambda quarter: quarter["rewards/chosen"]), quarters[-1]
     # Rewards are `beta` times the change of the log-prob since the iteration began.
     fall = (best["rewards/chosen"] - last["rewards/chosen"]) / beta / mean_length
     sinks_too = last["rewards/rejected"] < best["rewards/rejected"]
@@ -90,6 +87,10 @@ def sign_within(
         f"{fall:.2f} nats a token since their best in this iteration, while `rewards/margins` went from "
         f"{best['rewards/margins']:.3g} to {last['rewards/margins']:.3g}.",
     )
+
+
+def _means(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {name: fmean(step[name] for step in steps) for name in _REWARDS}
 
 
 def signs_between(
@@ -110,10 +111,9 @@ def signs_between(
     before, now = numbers("logps_gap", previous)
     if now < 0 and before - now > _MAX_FALL:
         found = (
-            f"The policy prefers its own answers to the ground truths, and more so than before: `logps_gap` sank from "
-            f"{before:.2f} to {now:.2f} nats a token."
+            "The policy prefers its own answers to the ground truths, and more so than before: `logps_gap` sank from "
         )
-        signs.append(CollapseSign("negative_gap", found))
+        signs.append(CollapseSign("negative_gap", f"{found}{before:.2f} to {now:.2f} nats a token."))
     before, now = numbers("opponent_nll", previous)
     if now > before * (1 + _MAX_NLL_GROWTH):
         found = f"`opponent_nll` rose from {before:.3f} to {now:.3f} nats a token."
@@ -121,29 +121,13 @@ def signs_between(
     before, now = numbers("rejected_length", first)
     if before > 0 and (now < before / _MAX_FACTOR or now > before * _MAX_FACTOR):
         found = f"The answers' mean length, {now:.1f} tokens, is far from iteration 0's {before:.1f}."
-        cause = (
-            "the policy found length to tell the sides apart by. See that `max_completion_length` leaves the answers "
-            f"the room that the ground truths have; otherwise {_TOO_FAST}"
-        )
-        signs.append(CollapseSign("length", found, cause))
+        signs.append(CollapseSign("length", found, _LENGTH_TELLS))
     before, now = numbers("distinct_2", first)
     if now < before / _MAX_FACTOR:
-        found = (
-            f"The answers repeat themselves: the share of distinct bigrams sank from {before:.3f} in iteration 0 to "
-            f"{now:.3f}."
-        )
+        found = "The answers repeat themselves: the share of distinct bigrams sank from "
+        found += f"{before:.3f} in iteration 0 to {now:.3f}."
         signs.append(CollapseSign("variety", found, f"a cooled sampler, or that {_TOO_FAST}"))
     return signs
-
-
-def _quarters(steps: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
-    """Means over the four quarters of the logged steps; over fewer parts if there are fewer steps."""
-    num_parts = min(4, len(steps))
-    bounds = [len(steps) * part // num_parts for part in range(num_parts + 1)]
-    return [
-        {name: fmean(step[name] for step in steps[start:end]) for name in _REWARDS}
-        for start, end in zip(bounds, bounds[1:], strict=False)
-    ]
 
 
 class Collapsed(RunEnd):
@@ -152,21 +136,18 @@ class Collapsed(RunEnd):
     kind = "collapsed"
 
 
+@dataclass
 class CollapseGuard:
     """
     Every process calls its methods. What it finds is kept in `metrics.json` of the iteration whose opponent is judged,
     under `collapse_signs`, and counted for the loggers; but not of a final policy that is not evaluated.
 
-    Args:
-        args ([`SPINConfig`]): Says what to do on a sign.
-        store ([`IterationStore`]): The run directory, with the iterations' numbers.
-        log_history (`Callable[[], list[dict]]`): What the trainer has logged so far.
+    `log_history` gives what the trainer has logged so far.
     """
 
-    def __init__(self, args: SPINConfig, store: IterationStore, log_history: Callable[[], list[dict[str, Any]]]):
-        self.args = args
-        self.store = store
-        self.log_history = log_history
+    args: SPINConfig
+    store: IterationStore
+    log_history: Callable[[], list[dict[str, Any]]]
 
     def look_at_training(self, opponent: int) -> None:
         """
@@ -182,8 +163,7 @@ class CollapseGuard:
         begin, end = (number * args.epochs_per_iteration for number in (iteration, opponent))
         log = self.log_history()
         steps = [entry for entry in log if "rewards/margins" in entry and begin < entry["epoch"] <= end]
-        has_initial = args.reference_mixture_alpha > 0
-        starts_at_zero = iteration == 0 or not has_initial
+        starts_at_zero = iteration == 0 or args.reference_mixture_alpha == 0
 
         def look() -> list[CollapseSign]:
             mean_length = self.store.read_metrics(iteration).get("chosen_length")
@@ -211,19 +191,15 @@ class CollapseGuard:
         texts = [f"Sign of collapse after {label(opponent)}: {sign}" for sign in signs]
         for text in texts:
             logger.warning(text)
-        if not signs or action == "warn":
-            return
-        raise Collapsed(
-            f"Self-play ends before iteration {opponent} (`on_collapse={action!r}`). {' '.join(texts)}",
-            opponent,
-            ", ".join(sign.name for sign in signs),
-            returned_to=opponent - 1 if action == "rollback" else None,
-        )
+        if signs and action != "warn":
+            reason = f"Self-play ends before iteration {opponent} (`on_collapse={action!r}`). {' '.join(texts)}"
+            rule = ", ".join(sign.name for sign in signs)
+            raise Collapsed(reason, opponent, rule, returned_to=opponent - 1 if action == "rollback" else None)
 
     def _record(self, opponent: int, signs: list[CollapseSign]) -> None:
         if opponent not in self.store.iterations():
             return  # the final policy, which nobody evaluates
         known = self.store.read_metrics(opponent).get("collapse_signs", {})
         known |= {sign.name: sign.numbers for sign in signs}
-        found = {"num_collapse_signs": len(known)}
-        self.store.write_metrics(opponent, {**found, "collapse_signs": known} if known else found)
+        signs = {"collapse_signs": known} if known else {}
+        self.store.write_metrics(opponent, {"num_collapse_signs": len(known), **signs})

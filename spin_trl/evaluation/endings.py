@@ -30,47 +30,35 @@ def check_evaluation(iteration: int, scores: Mapping[str, float], args: SPINConf
             truths from its opponent's answers.
     """
     accuracy = scores.get("rewards/accuracies")
-    if not args.stop_when_converged or args.pairing != "ground_truth":
-        return  # with another pairing the policy does not learn to tell the ground truths
-    if accuracy is not None and abs(accuracy - 0.5) <= _TOLERANCE:
-        raise Converged(
-            iteration,
-            "held-out accuracy",
+    if _judges_truths(args) and accuracy is not None and abs(accuracy - 0.5) <= _TOLERANCE:
+        reason = (
             f"on `eval_dataset` the policy after iteration {iteration - 1} tells the ground truth from its opponent's "
-            f"answer in {accuracy:.1%} of the pairs, within {_TOLERANCE:.1%} of a coin's toss.",
-            accuracy=accuracy,
-            tolerance=_TOLERANCE,
+            f"answer in {accuracy:.1%} of the pairs, within {_TOLERANCE:.1%} of a coin's toss."
         )
+        raise Converged(iteration, "held-out accuracy", reason, accuracy=accuracy, tolerance=_TOLERANCE)
 
 
-def check_identical_share(iteration: int, identical_share: float, args: SPINConfig) -> None:
+def check_identical_share(iteration: int, share: float, args: SPINConfig) -> None:
     """
     Raises:
         [`Converged`]: if that is asked for and nearly all of the opponent's answers equal the ground truth.
     """
-    is_judged = args.stop_when_converged and args.pairing == "ground_truth"
-    if is_judged and identical_share >= 1 - _TOLERANCE:
-        raise Converged(
-            iteration,
-            "identical pairs",
-            f"its opponent reproduces the ground truth in {identical_share:.1%} of the pairs, at least "
-            f"{1 - _TOLERANCE:.1%}.",
-            identical_share=identical_share,
-            tolerance=_TOLERANCE,
-        )
+    if _judges_truths(args) and share >= 1 - _TOLERANCE:
+        reason = f"its opponent reproduces the ground truth in {share:.1%} of the pairs, at least {1 - _TOLERANCE:.1%}."
+        raise Converged(iteration, "identical pairs", reason, identical_share=share, tolerance=_TOLERANCE)
 
 
-def check_no_pair_share(iteration: int, no_pair_share: float, args: SPINConfig) -> None:
+def check_no_pair_share(iteration: int, share: float, args: SPINConfig) -> None:
     """
     Raises:
         [`Converged`]: if that is asked for, rewards choose, and they find hardly any prompt's answers to differ.
     """
-    if args.stop_when_converged and no_pair_share >= 1 - _TOLERANCE:
-        raise Converged(
-            iteration,
-            "equal rewards",
-            f"with `pairing={args.pairing!r}`, {no_pair_share:.1%} of the prompts make no pair, at least "
-            f"{1 - _TOLERANCE:.1%}.",
-            no_pair_share=no_pair_share,
-            tolerance=_TOLERANCE,
-        )
+    if args.stop_when_converged and share >= 1 - _TOLERANCE:
+        reason = f"with `pairing={args.pairing!r}`, {share:.1%} of the prompts make no pair, at least "
+        reason += f"{1 - _TOLERANCE:.1%}."
+        raise Converged(iteration, "equal rewards", reason, no_pair_share=share, tolerance=_TOLERANCE)
+
+
+def _judges_truths(args: SPINConfig) -> bool:
+    """With another pairing the policy does not learn to tell the ground truths."""
+    return args.stop_when_converged and args.pairing == "ground_truth"

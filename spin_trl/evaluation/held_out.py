@@ -5,6 +5,7 @@ Knows nothing of how the answers are generated.
 
 import logging
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from numbers import Real
 
 import numpy as np
@@ -20,7 +21,7 @@ from ..processes.ranks import on_main_process
 from ..run_directory.store import IterationStore
 from ..spin_config import SPINConfig
 from .best_iteration import check_is_evaluated
-from .metric_names import evaluation_names
+from .metric_names import EVALUATION_METRICS
 
 
 logger = logging.getLogger(__name__)
@@ -29,31 +30,19 @@ logger = logging.getLogger(__name__)
 GenerationMetrics = Callable[[list, list[str], list[str]], dict[str, float]]
 
 
+@dataclass
 class HeldOutEvaluation:
     """
     Evaluates the policy at the start of each iteration, where it is the opponent, and at the end of the run.
 
-    Args:
-        policy ([`Policy`]): Scores, as the opponent that it is.
-        store ([`IterationStore`]): The run directory, with the answers.
-        args ([`SPINConfig`]): The settings.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Gives the answers' text.
-        compute ([`GenerationMetrics`], *optional*): The user's metrics.
+    The store has the answers to the evaluation prompts; `compute` gives the user's metrics.
     """
 
-    def __init__(
-        self,
-        policy: Policy,
-        store: IterationStore,
-        args: SPINConfig,
-        tokenizer: PreTrainedTokenizerBase,
-        compute: GenerationMetrics | None = None,
-    ):
-        self.policy = policy
-        self.store = store
-        self.args = args
-        self.tokenizer = tokenizer
-        self.compute = compute
+    policy: Policy
+    store: IterationStore
+    args: SPINConfig
+    tokenizer: PreTrainedTokenizerBase
+    compute: GenerationMetrics | None = None
 
     def scores(self, iteration: int, dataset: Dataset) -> dict[str, float]:
         """
@@ -72,10 +61,7 @@ class HeldOutEvaluation:
         return {"nll": nll, **on_main_process(lambda: self._users_metrics(iteration, dataset)), **rewards}
 
     def _keep_pairs(self, iteration: int, dataset: Dataset) -> None:
-        """
-        The opponent's answers with its own log-probs of both sides. When it is time to see whether the next policy
-        tells them apart, the opponent is gone.
-        """
+        """The answers with the opponent's log-probs: once the next policy is to tell them apart, it is gone."""
         completions = self.store.completions(iteration, "evaluation").batches()
         answers = Dataset(pa.concat_tables(make_answers(dataset, completions, iteration)))
         pairs = PairDataset.join(dataset, answers)
@@ -105,7 +91,6 @@ class HeldOutEvaluation:
         completions = self.store.completions(iteration, "evaluation").batches()
         try:
             found = generation_metrics(self.compute, dataset, completions, self.tokenizer)
-            _check_names(found)
         except Exception as error:
             error.add_note(
                 f"In `compute_generation_metrics`, for the opponent of iteration {iteration}. Its answers are on disk: "
@@ -138,35 +123,24 @@ def reward_metrics(
     }
 
 
-def _check_names(found: dict[str, float]) -> None:
-    taken = sorted(set(found) & set(evaluation_names()))
-    if taken:
-        raise ValueError(
-            f"`compute_generation_metrics` returned {taken}, which are names of the run's own metrics. Give yours "
-            "other names."
-        )
-
-
 def generation_metrics(
     compute: GenerationMetrics, dataset: Dataset, completions: Iterable[pa.Table], tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, float]:
     """
-    The user's metrics over the answers to the evaluation prompts.
+    The user's metrics over the answers to the evaluation prompts, which have to fit into memory.
 
     References and generations are both decoded from token ids, without special tokens, so that equal ids give equal
     text. Prompts are passed as they are in the dataset.
 
     Args:
-        compute (`Callable`): The user's. It is given all texts at once, so the evaluation data must fit into memory.
         dataset ([`~datasets.Dataset`]): With the columns `row`, `prompt` and `chosen_ids`.
         completions (`Iterable[pyarrow.Table]`): The answers, sorted by row.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Gives their text.
 
     Raises:
         `TypeError`: if `compute` returns anything but a dict of numbers.
+        `ValueError`: if one of them has the name of a metric of the run's own.
     """
-    order = np.argsort(numbers(dataset, "row"), kind="stable")
-    rows = dataset.select(order)
+    rows = dataset.select(np.argsort(numbers(dataset, "row"), kind="stable"))
 
     def texts(tables: Iterable[pa.Table], column: str) -> list[str]:
         ids = (table[column].to_pylist() for table in tables)
@@ -177,6 +151,11 @@ def generation_metrics(
     if not isinstance(metrics, dict) or not all(isinstance(value, Real) for value in metrics.values()):
         raise TypeError(
             f"`compute_generation_metrics` must return a dict of numbers, such as {{'accuracy': 0.5}}, got {metrics!r}."
+        )
+    if taken := sorted(EVALUATION_METRICS.keys() & metrics.keys()):
+        raise ValueError(
+            f"`compute_generation_metrics` returned {taken}, which are names of the run's own metrics. Give yours "
+            "other names."
         )
     return {name: float(value) for name, value in metrics.items()}
 
@@ -192,12 +171,10 @@ class ScoreTable:
         """Print one row, and before the first one the header."""
         if not self.columns:
             self.columns = list(scores)
-            self._print(["after", *self.columns])
-            self._print(["-" * len(cell) for cell in ["iteration 0", *self.columns]])
-        self._print([label, *(f"{scores[name]:.4f}" if name in scores else "" for name in self.columns)])
+            self._print("after", self.columns)
+        self._print(label, [f"{scores[name]:.4f}" if name in scores else "" for name in self.columns])
 
-    def _print(self, cells: list[str]) -> None:
-        widths = [len("iteration 100"), *(max(len(name), len("-10000.0000")) for name in self.columns)]
-        padded = [cells[0].ljust(widths[0])]
-        padded += [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
-        self.print_line("  ".join(padded))
+    def _print(self, label: str, cells: list[str]) -> None:
+        widths = (max(len(name), len("-10000.0000")) for name in self.columns)
+        padded = (cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
+        self.print_line("  ".join([label.ljust(len("iteration 100")), *padded]))
