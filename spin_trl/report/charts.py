@@ -1,31 +1,36 @@
 """Numbers -> charts as inline SVG, each with its legend, its values as text for hover and keys, and a table.
 
-Colours are the page's: a series has the name of a colour, its "tone". Knows nothing of runs.
+Here is what lies where; `charts.html` has the markup. Colours are the page's: a series has the name of a colour, its
+"tone". Knows nothing of runs.
 """
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 
-WIDTH, HEIGHT = 360, 210  # of the view box: at its natural size on a phone, a little larger on a desktop
-_LEFT, _RIGHT, _TOP, _BOTTOM = 48, 10, 24, 36
+TEMPLATES = Environment(
+    loader=PackageLoader(__package__, ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+)
+_MACROS = TEMPLATES.get_template("charts.html").module
+table: Callable[[list[str], list[list[str]]], Markup] = _MACROS.table
+"""Header and rows -> a table that scrolls by itself where it is wider than the page."""
+
+# Of the view box: at its natural size on a phone, a little larger on a desktop.
+_FRAME = SimpleNamespace(width=360, height=210, left=48, right=350, top=24, bottom=174)
 _MAX_POINTS = 240  # a curve of more is averaged: the screen has no more pixels for them
 _MAX_TABLE_ROWS = 60
 
 
 @dataclass(frozen=True)
 class Series:
-    """
-    Args:
-        name (`str`): As in the legend.
-        values (`list[float | None]`): One for each x; `None` leaves a gap.
-        tone (`str`): "chosen", "rejected", "accent", or a number as text for the further ones, "0" to "5".
-    """
+    """A value for each x, where `None` leaves a gap. The tone is "chosen", "rejected", "accent", or "0" to "5"."""
 
     name: str
     values: Sequence[float | None]
@@ -35,11 +40,9 @@ class Series:
 @dataclass(frozen=True)
 class Axes:
     """
-    What a chart shows along its axes.
+    What a chart shows along its axes; labels name the unit.
 
     Args:
-        title (`str`): Of the chart.
-        x_label, y_label (`str`): With the unit.
         percent (`bool`): Whether values are shares, to be shown in per cent.
         x_names (`list[str]`, *optional*): A name for each x where it is no number.
         marks (`dict[float, str]`): Vertical lines with their names.
@@ -73,21 +76,22 @@ def line_chart(axes: Axes, x: Sequence[float], series: list[Series]) -> Markup:
     if not x or not known:
         return Markup("")
     y_ticks = nice_ticks(min(known), max(known))
+    low, high = (x[0], x[-1]) if x[-1] > x[0] else (x[0] - 1, x[0] + 1)
+    to_x = _scale(low, high, _FRAME.left, _FRAME.right)
+    to_y = _scale(y_ticks[0], y_ticks[-1], _FRAME.bottom, _FRAME.top)
     names = axes.x_names or [format_number(at) for at in x]
     if axes.x_names:
-        x_ticks = [(at, names[at]) for at in range(len(x))][:: _label_step(names)]
+        x_ticks = _with_room([(to_x(at), name) for at, name in zip(x, names, strict=True)])
     else:
-        x_ticks = [(at, format_number(at)) for at in nice_ticks(x[0], x[-1], 6) if x[0] <= at <= x[-1]]
-    low, high = (x[0], x[-1]) if x[-1] > x[0] else (x[0] - 1, x[0] + 1)
-    to_x, to_y = _scale(low, high, _LEFT, WIDTH - _RIGHT), _scale(y_ticks[0], y_ticks[-1], HEIGHT - _BOTTOM, _TOP)
-    body = _axes(axes, [(to_x(at), name) for at, name in x_ticks], y_ticks, to_y)
-    for at, name in axes.marks.items():
-        if low <= at <= high:
-            line = '<line class="mark" x1="{x}" x2="{x}" y1="{top}" y2="{bottom}"><title>{name}</title></line>'
-            body += Markup(line).format(x=_r(to_x(at)), top=_TOP, bottom=HEIGHT - _BOTTOM, name=name)
+        x_ticks = [(to_x(at), format_number(at)) for at in nice_ticks(x[0], x[-1], 6) if x[0] <= at <= x[-1]]
+    curves = []
     for one in series:
-        body += _curve(one, x, to_x, to_y)
-    return _figure(axes, body, series, [to_x(at) for at in x], names)
+        points = [None if y is None else (to_x(at), to_y(y)) for at, y in zip(x, one.values, strict=True)]
+        pens = ["M" if before is None else "L" for before in [None, *points[:-1]]]
+        path = "".join(f"{pen}{point[0]} {point[1]}" for pen, point in zip(pens, points, strict=True) if point)
+        curves.append((one.tone, path, list(filter(None, points)) if len(x) <= 24 else []))
+    marks = [(to_x(at), name) for at, name in axes.marks.items() if low <= at <= high]
+    return _figure(axes, series, list(map(to_x, x)), names, x_ticks, y_ticks, to_y, marks=marks, curves=curves)
 
 
 def bar_chart(axes: Axes, names: list[str], series: list[Series], stacked: bool = False) -> Markup:
@@ -96,38 +100,18 @@ def bar_chart(axes: Axes, names: list[str], series: list[Series], stacked: bool 
     if not values.any():
         return Markup("")
     y_ticks = nice_ticks(0, (values.sum(axis=0) if stacked else values).max())
-    to_y = _scale(0, y_ticks[-1], HEIGHT - _BOTTOM, _TOP)
-    group = (WIDTH - _LEFT - _RIGHT) / len(names)
-    centres = [_LEFT + (i + 0.5) * group for i in range(len(names))]
+    to_y = _scale(0, y_ticks[-1], _FRAME.bottom, _FRAME.top)
+    group = (_FRAME.right - _FRAME.left) / len(names)
+    centres = [round(_FRAME.left + (i + 0.5) * group, 1) for i in range(len(names))]
     width = min(0.7 * group, 48) if stacked else 0.86 * group / len(series)
-    body = _axes(axes, list(zip(centres, names, strict=True))[:: _label_step(names)], y_ticks, to_y)
-    floors = np.zeros(len(names))
-    for number, (one, heights) in enumerate(zip(series, values, strict=True)):
-        shift = -0.5 if stacked else number - len(series) / 2
-        for centre, floor, height in zip(centres, floors, heights, strict=True):
-            if height:
-                top, bottom = to_y(floor + height), to_y(floor)
-                body += Markup('<rect class="fill-{}" x="{}" y="{}" width="{}" height="{}"/>').format(
-                    one.tone, _r(centre + shift * width), _r(top), _r(width), _r(bottom - top)
-                )
-        if stacked:
-            floors += heights
-    return _figure(axes, body, series, centres, names)
-
-
-def table(header: list[str], rows: list[list[str]]) -> Markup:
-    """A table that scrolls by itself where it is wider than the page."""
-    head = Markup("").join(Markup('<th scope="col">{}</th>').format(name) for name in header)
-    body = Markup("").join(
-        Markup('<tr><th scope="row">{}</th>{}</tr>').format(
-            row[0], Markup("").join(Markup("<td>{}</td>").format(cell) for cell in row[1:])
-        )
-        for row in rows
-    )
-    return Markup(
-        '<div class="scroll" tabindex="0" role="region" aria-label="Table"><table><thead><tr>{}</tr></thead>'
-        "<tbody>{}</tbody></table></div>"
-    ).format(head, body)
+    floors = np.cumsum(values, axis=0) - values if stacked else np.zeros_like(values)
+    bars = []
+    for number, name in np.argwhere(values > 0):
+        top, bottom = to_y(floors[number, name] + values[number, name]), to_y(floors[number, name])
+        left = centres[name] + (-0.5 if stacked else number - len(series) / 2) * width
+        bars.append((series[number].tone, round(left, 1), top, round(width, 1), round(bottom - top, 1)))
+    x_ticks = _with_room(list(zip(centres, names, strict=True)))
+    return _figure(axes, series, centres, names, x_ticks, y_ticks, to_y, bars=bars)
 
 
 def nice_ticks(low: float, high: float, number: int = 4) -> list[float]:
@@ -155,80 +139,42 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return float(np.mean(known)) if known else None
 
 
-def _label_step(names: list[str]) -> int:
-    """Every how many-th name has room below the chart."""
-    room = 8 if max(map(len, names)) <= 5 else 5
-    return max(1, math.ceil(len(names) / room))
+def _with_room(ticks: list[tuple[float, str]]) -> list[tuple[float, str]]:
+    """Every so many-th, as the names have room below the chart."""
+    room = 8 if max(len(name) for _, name in ticks) <= 5 else 5
+    return ticks[:: max(1, math.ceil(len(ticks) / room))]
 
 
-def _scale(low: float, high: float, start: float, end: float):
-    return lambda value: start + (value - low) / (high - low) * (end - start)
+def _scale(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
+    return lambda value: round(float(start + (value - low) / (high - low) * (end - start)), 1)
 
 
-def _r(value: float) -> str:
-    return f"{value:.1f}"
-
-
-def _axes(axes: Axes, x_ticks: list[tuple[float, str]], y_ticks: list[float], to_y) -> Markup:
-    body = Markup("")
-    for value in y_ticks:
-        y, name = to_y(value), f"{100 * value:g} %" if axes.percent else _tick(value)
-        body += Markup('<line class="grid" x1="{}" x2="{}" y1="{y}" y2="{y}"/>').format(_LEFT, WIDTH - _RIGHT, y=_r(y))
-        body += Markup('<text class="y" x="{}" y="{}">{}</text>').format(_LEFT - 6, _r(y + 4), name)
-    for x, name in x_ticks:
-        body += Markup('<text class="x" x="{}" y="{}">{}</text>').format(_r(x), HEIGHT - _BOTTOM + 15, name)
-    body += Markup('<text class="x" x="{}" y="{}">{}</text>').format((WIDTH + _LEFT) / 2, HEIGHT - 5, axes.x_label)
-    return body + Markup('<text class="unit" x="2" y="9">{}</text>').format(axes.y_label)
-
-
-def _tick(value: float) -> str:
+def _tick(value: float, percent: bool) -> str:
+    if percent:
+        return f"{100 * value:g} %"
     if value and (abs(value) < 1e-3 or abs(value) >= 1e5):
         return f"{value:.2g}".replace("e-0", "e-").replace("e+0", "e")
     return f"{value:,g}"
 
 
-def _curve(series: Series, x: list[float], to_x, to_y) -> Markup:
-    path, dots, pen = "", Markup(""), "M"
-    for at, value in zip(x, series.values, strict=True):
-        if value is None:  # a gap
-            pen = "M"
-            continue
-        path += f"{pen}{_r(to_x(at))} {_r(to_y(value))}"
-        dots += Markup('<circle class="fill-{}" cx="{}" cy="{}" r="3"/>').format(
-            series.tone, _r(to_x(at)), _r(to_y(value))
-        )
-        pen = "L"
-    return Markup('<path class="line-{}" d="{}"/>').format(series.tone, path) + (dots if len(x) <= 24 else "")
-
-
-def _figure(axes: Axes, body: Markup, series: list[Series], places: list[float], names: list[str]) -> Markup:
+def _figure(axes, series, places, names, x_ticks, y_ticks, to_y, marks=(), curves=(), bars=()) -> Markup:
     """A chart with the values at each of its places, which have names along x, to be read one by one and as a table."""
-    rows = [[format_number(one.values[i], axes.percent) for one in series] for i in range(len(names))]
+    rows = [[name, *(format_number(one.values[i], axes.percent) for one in series)] for i, name in enumerate(names)]
     readouts = [
-        f"{axes.x_label} {name}: " + ", ".join(f"{one.name} {cell}" for one, cell in zip(series, row, strict=True))
-        for name, row in zip(names, rows, strict=True)
+        f"{axes.x_label} {name}: " + ", ".join(f"{one.name} {cell}" for one, cell in zip(series, cells, strict=True))
+        for name, *cells in rows
     ]
-    legend = Markup("")
-    if len(series) > 1:
-        items = (Markup('<li class="key-{}">{}</li>').format(one.tone, one.name) for one in series)
-        legend = Markup('<ul class="legend">{}</ul>').format(Markup("").join(items))
-    cells = [[name, *row] for name, row in zip(names, rows, strict=True)]
-    step = math.ceil(len(cells) / _MAX_TABLE_ROWS)  # not every step of a long curve, but the last one
-    return Markup(
-        '<figure class="chart"><figcaption>{title}</figcaption>{legend}'
-        '<svg viewBox="0 0 {width} {height}" role="img" tabindex="0" aria-label="{text}" data-hover="{hover}">{body}'
-        '<line class="cursor" x1="0" x2="0" y1="{top}" y2="{bottom}"/></svg>'
-        '<p class="readout" aria-live="polite"></p>'
-        "<details><summary>Table</summary>{table}</details></figure>"
-    ).format(
-        title=axes.title,
-        legend=legend,
-        width=WIDTH,
-        height=HEIGHT,
+    return _MACROS.figure(
+        axes,
+        _FRAME,
+        series,
+        x_ticks,
+        [(to_y(value), _tick(value, axes.percent)) for value in y_ticks],
+        marks,
+        curves,
+        bars,
         text=f"{axes.title}. " + "; ".join(dict.fromkeys([readouts[0], readouts[-1]])),
-        hover=json.dumps([[_r(place), readout] for place, readout in zip(places, readouts, strict=True)]),
-        body=body,
-        top=_TOP,
-        bottom=HEIGHT - _BOTTOM,
-        table=table([axes.x_label, *(one.name for one in series)], [*cells[:-1:step], cells[-1]]),
+        hover=json.dumps(list(zip(places, readouts, strict=True))),
+        header=[axes.x_label, *(one.name for one in series)],
+        rows=[*rows[: -1 : math.ceil(len(rows) / _MAX_TABLE_ROWS)], rows[-1]],  # of a long curve, not every step
     )

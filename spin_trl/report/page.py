@@ -14,13 +14,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from tqdm import tqdm
 
 from ..run_directory.whole_files import write_text
 from . import sections, summary
-from .charts import table
+from .charts import TEMPLATES, table
 from .pictures import write_pictures
 from .run_data import RunData, read_run
 
@@ -41,15 +40,10 @@ def write_report(
     Write the report of a run, also of one that is still going on.
 
     Args:
-        run_directory (`str` or `Path`): The run's `output_dir`.
         output (`str` or `Path`, *optional*): Where to write it. By default `report.html` in the run directory.
-        max_completions (`int`): Number of prompts whose completions are embedded, at most.
-        seed (`int`): Of the choice of these prompts.
+        max_completions (`int`): Number of prompts whose completions are embedded, at most; `seed` chooses them.
         pictures (`bool`, *optional*): Whether to write the main charts as PNG files into the folder `report` beside the
             page, which needs matplotlib. By default where that is installed.
-
-    Returns:
-        `Path`: of the page.
 
     Raises:
         [`run_data.NotARunError`]: if there is no run.
@@ -80,8 +74,7 @@ def render(run: RunData, seed: int = 0) -> str:
     style, script = _resource("page.css"), _resource("page.js")
     steps, more_steps = sections.step_charts(run)
     settings_title, settings = _settings(run)
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    return environment.from_string(_resource("page.html")).render(
+    return TEMPLATES.get_template("page.html").render(
         name=run.directory.absolute().name,
         model=run.description.get("model"),
         directory=run.directory.absolute(),
@@ -103,21 +96,21 @@ def render(run: RunData, seed: int = 0) -> str:
         num_shown=len(run.prompts),
         num_prompts=run.num_prompts,
         seed=seed,
-        style=Markup(style),
-        script=Markup(script),
-        style_hash=Markup(_hash_of(style)),
-        script_hash=Markup(_hash_of(script)),
+        style=style,
+        script=script,
+        style_hash=_hash_of(style),
+        script_hash=_hash_of(script),
         data=_json_block({"iterations": list(run.rejected_lengths), "prompts": run.prompts}),
     )
 
 
-def _resource(name: str) -> str:
-    return files(__package__).joinpath(name).read_text(encoding="utf-8")
+def _resource(name: str) -> Markup:
+    return Markup(files(__package__).joinpath(name).read_text(encoding="utf-8"))
 
 
-def _hash_of(text: str) -> str:
+def _hash_of(text: str) -> Markup:
     """As a content security policy names what it allows."""
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    return Markup("sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode())
 
 
 def _json_block(value: Any) -> Markup:
@@ -127,16 +120,9 @@ def _json_block(value: Any) -> Markup:
 
 
 def _facts(run: RunData) -> list[tuple[str, str]]:
-    description = run.description
-    facts = [
-        ("Model", description.get("model")),
-        ("Adapter", description.get("adapter")),
-        ("Generation", description.get("sampler")),
-        ("Training", description.get("training")),
-        ("Data", description.get("data")),
-        ("Versions", description.get("versions")),
-    ]
-    facts += [(f"Start {n}", start) for n, start in enumerate(description.get("starts") or [], 1)]
+    names = ("model", "adapter", "sampler", "training", "data", "versions")
+    facts = [(name.capitalize(), run.description.get(name)) for name in names]
+    facts += [(f"Start {n}", start) for n, start in enumerate(run.description.get("starts") or [], 1)]
     return [(name, _text_of(value)) for name, value in facts if value]
 
 

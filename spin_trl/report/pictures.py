@@ -40,38 +40,35 @@ def write_pictures(run: RunData, folder: Path, wanted: bool | None = None) -> li
 
 def _scores(run: RunData, figure) -> bool:
     scores = scores_of(run)
-    figure.set_size_inches(4 * max(1, len(scores)), 3)
-    for number, (name, values) in enumerate(scores.items(), 1):
-        axes = figure.add_subplot(1, len(scores), number)
+    for axes, (name, values) in zip(_row(figure, len(scores)), scores.items(), strict=True):
         names = [label(i).removeprefix("iteration ") for i in sorted(values)]
         axes.plot(names, [values[i] for i in sorted(values)], marker="o", color=_ACCENT)
         axes.set(title=name, xlabel="after iteration", ylabel="nats per token" if name == "nll" else "")
-        axes.grid(alpha=0.3)
     return bool(scores)
 
 
 def _rewards(run: RunData, figure) -> bool:
-    figure.set_size_inches(6, 3)
-    axes = figure.add_subplot()
+    (axes,) = _row(figure, 1)
     for name, colour, style in (("rewards/chosen", _CHOSEN, "-"), ("rewards/rejected", _REJECTED, "--")):
         entries = [entry for entry in run.log if name in entry and "step" in entry]
         axes.plot([e["step"] for e in entries], [e[name] for e in entries], style, color=colour, label=name)
     axes.set(xlabel="step", ylabel="reward")
     axes.legend(frameon=False)
-    axes.grid(alpha=0.3)
     return any("rewards/chosen" in entry for entry in run.log)
 
 
 def _lengths(run: RunData, figure) -> bool:
-    iterations = list(run.rejected_lengths)
-    figure.set_size_inches(4 * max(1, len(iterations)), 3)
-    for number, iteration in enumerate(iterations, 1):
-        axes = figure.add_subplot(1, len(iterations), number)
-        for name, counts, colour in (
-            ("chosen", run.chosen_lengths[iteration], _CHOSEN),
-            ("rejected", run.rejected_lengths[iteration], _REJECTED),
-        ):
-            axes.stairs(counts, color=colour, label=name, linestyle="-" if name == "chosen" else "--")
+    for axes, (iteration, rejected) in zip(
+        _row(figure, len(run.rejected_lengths)), run.rejected_lengths.items(), strict=True
+    ):
+        axes.stairs(run.chosen_lengths[iteration], color=_CHOSEN, label="chosen")
+        axes.stairs(rejected, color=_REJECTED, label="rejected", linestyle="--")
         axes.set(title=f"iteration {iteration}", xlabel="tokens", ylabel="answers")
         axes.legend(frameon=False)
-    return bool(iterations)
+    return bool(run.rejected_lengths)
+
+
+def _row(figure, number: int) -> list:
+    """So many pairs of axes beside each other."""
+    figure.set_size_inches(max(6, 4 * number), 3)
+    return [figure.add_subplot(1, number, place + 1) for place in range(number)]
