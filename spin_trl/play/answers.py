@@ -7,7 +7,6 @@ from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 from datasets import Dataset
@@ -16,14 +15,8 @@ from ..data.columns import batches, numbers
 from ..data.draw import OPPONENT, OpponentDraw
 from ..generation.sampler import Completion, CompletionRequest, OpponentSampler, SamplingParams
 from ..processes.progress import progress_bar
-from ..processes.ranks import on_every_process, on_main_process, raise_if_another_failed
+from ..processes.ranks import raise_if_another_failed
 from ..run_directory.store import IterationStore
-from ..spin_config import SPINConfig
-from .opponents import Opponents
-from .turns import Turns
-
-
-_BATCHES_PER_PART = 4
 
 
 @dataclass
@@ -111,43 +104,3 @@ class GenerationJob:
         if self.draw is not None:
             columns[OPPONENT] = [self.draw.of_row(completion.key[0]) for completion in completions]
         self.store.write_completions(self.iteration, self.kind, first_row, columns)
-
-
-class Answers:
-    """
-    Has the opponents of an iteration answer a dataset. Every process calls it; each does its share.
-
-    Args:
-        args ([`SPINConfig`]): The settings.
-        opponents ([`Opponents`]): Who answers.
-        store ([`IterationStore`]): The run directory.
-        turns ([`Turns`]): Gives the GPU to the server.
-    """
-
-    def __init__(self, args: SPINConfig, opponents: Opponents, store: IterationStore, turns: Turns):
-        self.args = args
-        self.opponents = opponents
-        self.store = store
-        self.turns = turns
-
-    def complete(
-        self,
-        iteration: int,
-        kind: str,
-        dataset: Dataset,
-        params: SamplingParams,
-        num_samples: int = 1,
-        draw: OpponentDraw | None = None,
-    ) -> np.ndarray:
-        """Returns the rows that were not on disk yet; see [`GenerationJob`] for the arguments."""
-        args = self.args
-        part_size = _BATCHES_PER_PART * args.per_device_generation_batch_size
-        job = GenerationJob(self.store, iteration, kind, params, num_samples, part_size, args.seed, draw)
-        missing_rows = on_main_process(lambda: job.missing_rows(dataset))
-        self.turns.give_to_server()
-        for opponent, rows in self.opponents.in_turn(draw, missing_rows):
-            with self.opponents.playing(opponent, newest=iteration):
-                on_every_process(
-                    partial(job.run, self.opponents.sampler, dataset, rows, args.process_index, args.world_size)
-                )
-        return missing_rows

@@ -71,6 +71,8 @@ def arguments(plan: Plan) -> None:
     check_generation_metrics(plan.compute_generation_metrics, plan.eval_dataset)
     check_model(plan.model)
     check_peft_config(plan.peft_config)
+    if not isinstance(plan.model, str):
+        check_trainable(plan.model, plan.peft_config)
     args = plan.given_args
     if args is not None and not isinstance(args, SPINConfig):
         raise TypeError(
@@ -107,17 +109,6 @@ def datasets(plan: Plan) -> None:
         check_preference_dataset(plan.preference_dataset, args.loss_type)
 
 
-def adapter(plan: Plan) -> None:
-    """There is something to train, and the reference and the end of the run can do with it what they are to do."""
-    if not isinstance(plan.model, str):
-        check_trainable(plan.model, plan.peft_config)
-    check_trains_adapter(plan.quantization, plan.adapter is not None)
-    if plan.args.reference_mixture_alpha > 0:
-        check_initial_reference(plan.peft_config, plan.args.reference_mixture_alpha)
-    if plan.args.merge_adapter_at_end:
-        check_can_merge_at_end(plan.model, plan.peft_config, plan.model_name, plan.args)
-
-
 def sampler(plan: Plan) -> None:
     """What is to answer can play the opponents of this run."""
     args, mode = plan.args, plan.choice.mode
@@ -139,6 +130,15 @@ def sampler(plan: Plan) -> None:
                 f"A managed server loads the base model itself, but the model passed comes from {plan.model_name!r}, "
                 "which is no folder here. Save it with `model.save_pretrained(folder)` and pass `model=folder`."
             )
+
+
+def adapter(plan: Plan) -> None:
+    """The reference and the end of the run can do with the adapter what they are to do."""
+    check_trains_adapter(plan.quantization, plan.adapter is not None)
+    if plan.args.reference_mixture_alpha > 0:
+        check_initial_reference(plan.peft_config, plan.args.reference_mixture_alpha)
+    if plan.args.merge_adapter_at_end:
+        check_can_merge_at_end(plan.model, plan.peft_config, plan.model_name, plan.args)
 
 
 def earlier_opponents(plan: Plan) -> None:
@@ -196,8 +196,8 @@ BEFORE_WEIGHTS = (
     settings,
     run_directory,
     datasets,
-    adapter,
     sampler,
+    adapter,
     earlier_opponents,
     rows,
     same_run,

@@ -7,32 +7,38 @@ truth against answer are the pairs that the next policy is trained on, with the 
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
+import numpy as np
 from datasets import Dataset
 from transformers import TrainerState
 
+from ..data.draw import OpponentDraw
 from ..data.pair_dataset import PairDataset
 from ..data.pair_metrics import generation_rates
 from ..evaluation.collapse import CollapseGuard
 from ..evaluation.endings import check_evaluation
 from ..evaluation.held_out import HeldOutEvaluation
-from ..generation.sampler import OpponentSampler
+from ..generation.sampler import OpponentSampler, SamplingParams
 from ..objectives.settings import needs_initial_answers
 from ..objectives.third_side import INITIAL_IDS
 from ..policy.offload import Offloader
 from ..policy.policy import Policy
-from ..processes.ranks import on_main_process
+from ..processes.ranks import on_every_process, on_main_process
 from ..run_directory.resume import RunStart
 from ..run_directory.run import Run
 from ..run_directory.run_paths import RunDirectoryError
 from ..run_directory.store import IterationStore
-from .answers import Answers
+from .answers import GenerationJob
 from .opponents import Opponents
 from .pairing import Pairing
 from .plan import Plan
 from .publish_check import allow_for_quantization, check_published
 from .records import Records
 from .turns import Turns
+
+
+_BATCHES_PER_PART = 4
 
 
 class Game:
@@ -70,7 +76,6 @@ class Game:
         self.turns = turns = Turns(args.vllm_sleep, offloader)
         self.dataset = plan.data.train
         self.opponents = Opponents(args, policy, sampler, store, turns, plan.base_is_opponent, plan.model_name)
-        self.answers = Answers(args, self.opponents, store, turns)
         self.evaluation = HeldOutEvaluation(policy, store, args, plan.tokenizer, plan.compute_generation_metrics)
         self.guard = CollapseGuard(args, store, records.log_history)
         self.pairing = Pairing(args, policy, store, records, plan.judge, state)
@@ -162,9 +167,8 @@ class Game:
 
     def _evaluate(self, iteration: int) -> dict[str, float]:
         dataset: Dataset = self.plan.data.eval
-        self.answers.complete(
-            iteration, "evaluation", dataset, replace(self.plan.params, temperature=self.args.eval_temperature)
-        )
+        greedy_or_not = replace(self.plan.params, temperature=self.args.eval_temperature)
+        self._complete(iteration, "evaluation", dataset, greedy_or_not)
         self.turns.give_to_policy(briefly=True)
         scores = self.evaluation.scores(iteration, dataset)
         self.records.record_evaluation(iteration, scores)
@@ -173,10 +177,30 @@ class Game:
     def _generate(self, iteration: int) -> None:
         num_samples, draw = self.args.num_generations, self.opponents.draw(iteration)
         started = time.monotonic()
-        rows = self.answers.complete(iteration, "generations", self.dataset, self.plan.params, num_samples, draw)
+        rows = self._complete(iteration, "generations", self.dataset, self.plan.params, num_samples, draw)
         seconds = time.monotonic() - started
         parts = self.store.completions(iteration, "generations")
         self.records.record(iteration, on_main_process(lambda: generation_rates(parts.batches(), rows, seconds)))
+
+    def _complete(
+        self,
+        iteration: int,
+        kind: str,
+        dataset: Dataset,
+        params: SamplingParams,
+        num_samples: int = 1,
+        draw: OpponentDraw | None = None,
+    ) -> np.ndarray:
+        """Have the opponents answer what is not on disk yet, each process its share. Returns the rows of that."""
+        args, sampler = self.args, self.opponents.sampler
+        part_size = _BATCHES_PER_PART * args.per_device_generation_batch_size
+        job = GenerationJob(self.store, iteration, kind, params, num_samples, part_size, args.seed, draw)
+        missing_rows = on_main_process(lambda: job.missing_rows(dataset))
+        self.turns.give_to_server()
+        for opponent, rows in self.opponents.in_turn(draw, missing_rows):
+            with self.opponents.playing(opponent, newest=iteration):
+                on_every_process(partial(job.run, sampler, dataset, rows, args.process_index, args.world_size))
+        return missing_rows
 
     def _pair_and_score(self, iteration: int) -> None:
         try:
