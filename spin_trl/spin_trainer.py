@@ -8,7 +8,7 @@ from typing import Any
 from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, ProgressCallback
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import RemoveColumnsCollator, TrainOutput
 from trl import DPOTrainer
 
 from .data.rewards.functions import RewardFunction
@@ -23,7 +23,7 @@ from .play.game import Game
 from .play.plan import Plan
 from .play.run_ends import begin_run, finish_run, open_sampler
 from .policy.adapters import settle_reference_adapter
-from .policy.finite import OriginCollator, StepNumbers, take_origins
+from .policy.finite import OriginCollator, require_finite_loss, take_origins
 from .policy.policy import Policy
 from .policy.quantization import keep_weights_as_quantized
 from .processes.progress import RunProgress
@@ -134,7 +134,7 @@ class SPINTrainer(IterativeTrainer):
         )
         refuse(BEFORE_WEIGHTS, plan)
         plan.announce()
-        shown = _PAIR_COLUMNS if plan.args.remove_unused_columns else None
+        removes_columns = plan.args.remove_unused_columns
         plan.args.remove_unused_columns = False  # the collator below does it: errors name rows, which need more columns
         super().__init__(
             model=model,
@@ -148,7 +148,10 @@ class SPINTrainer(IterativeTrainer):
         if plan.quantization is not None:
             keep_weights_as_quantized(self.model)
         settle_reference_adapter(self.model, is_needed=plan.args.reference_mixture_alpha > 0)
-        self.data_collator = OriginCollator(InitialSideCollator(self.data_collator), shown)
+        collator = InitialSideCollator(self.data_collator)
+        self.data_collator = OriginCollator(
+            RemoveColumnsCollator(collator, _PAIR_COLUMNS) if removes_columns else collator
+        )
         self.own_losses = OwnLosses(self.loss_types, self.loss_weights, vars(self.args), self.accelerator)
         self.loss_types, self.loss_weights = self.own_losses.trl_loss_types, self.own_losses.trl_loss_weights
         self.store = IterationStore(self.args.output_dir)
@@ -200,7 +203,7 @@ class SPINTrainer(IterativeTrainer):
                 self.accelerator.gather(sides["initial"].detach()).mean().item()
             )
         if mode == "train":
-            StepNumbers(sides, origins).require_finite(loss.detach(), self.state.global_step + 1, self.run.iteration)
+            require_finite_loss(loss.detach(), sides, origins, self.state.global_step + 1, self.run.iteration)
         return (loss, *outputs) if return_outputs else loss
 
     def _log_self_play(self, metrics: dict[str, float]) -> None:
