@@ -5,8 +5,7 @@ The server has the GPU while opponents answer, the policy while it trains and sc
 
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from accelerate import PartialState
@@ -22,8 +21,6 @@ from ..spin_config import SPINConfig
 
 logger = get_logger(__name__)
 
-_GIGABYTE = 10**9  # bytes
-
 
 class Turns:
     """
@@ -32,9 +29,6 @@ class Turns:
     Args:
         server_sleeps (`bool`): Whether the server frees its memory in the policy's turn.
         offloader ([`Offloader`], *optional*): Moves the policy away in the server's turn. By default it stays.
-
-    `costs` holds what changing turns has cost and brought on this process since [`take_costs`]: seconds, and gigabytes
-    (10^9 bytes) freed the last time.
     """
 
     def __init__(self, server_sleeps: bool = False, offloader: Offloader | None = None):
@@ -58,9 +52,9 @@ class Turns:
     def give_to_server(self) -> None:
         """From now on the server may be asked, and the policy must not be used."""
         if self.offloader is not None:
-            on_every_process(self._offload)
+            on_every_process(lambda: self._change("offload", self.offloader.offload, "policy"))
         if self.server_sleeps:
-            on_main_process(self._wake)
+            on_main_process(lambda: self._server and self._change("wake", self._server.wake))
 
     def give_to_policy(self, briefly: bool = False) -> None:
         """
@@ -70,47 +64,29 @@ class Turns:
             briefly (`bool`): Whether the server goes on with the same opponent afterwards. It then makes way only if
                 the policy had to, and only if that is a matter of seconds.
         """
+
+        def rest() -> int:
+            used_before = _gpu_memory_in_use()
+            self._server.nap() if briefly else self._server.sleep()
+            return used_before - _gpu_memory_in_use()
+
         if self.server_sleeps and not (briefly and self.offloader is None):
-            on_main_process(lambda: self._rest(briefly))
+            on_main_process(lambda: self._server and self._change("sleep", rest, "server"))
         if self.offloader is not None:
-            on_every_process(self._reload)
+            on_every_process(lambda: self._change("reload", self.offloader.reload))
 
     def take_costs(self) -> dict[str, float]:
-        """The costs so far, which start at nothing again."""
+        """What it has cost and brought on this process since last asked: seconds, gigabytes (10^9 bytes) freed."""
         costs, self.costs = dict(self.costs), Counter()
         return costs
 
-    def _wake(self) -> None:
-        if self._server is not None:
-            with self._timed("wake"):
-                self._server.wake()
-
-    def _rest(self, briefly: bool) -> None:
-        if self._server is None:
-            return
-        used_before = _gpu_memory_in_use()
-        with self._timed("sleep"):
-            self._server.nap() if briefly else self._server.sleep()
-        self._note_freed("server", used_before - _gpu_memory_in_use())
-
-    def _offload(self) -> None:
-        with self._timed("offload"):
-            self._note_freed("policy", self.offloader.offload())
-
-    def _reload(self) -> None:
-        with self._timed("reload"):
-            self.offloader.reload()
-
-    @contextmanager
-    def _timed(self, what: str) -> Iterator[None]:
+    def _change(self, what: str, change: Callable[[], int | None], frees: str | None = None) -> None:
         started = time.monotonic()
-        yield
+        num_bytes = change()
         self.costs[f"seconds_{what}"] += time.monotonic() - started
-
-    def _note_freed(self, what: str, num_bytes: int) -> None:
-        if num_bytes > 0:  # not where it had made way before, nor where there is no GPU to look at
-            self.costs[f"gigabytes_freed_by_{what}"] = num_bytes / _GIGABYTE
-            logger.info(f"The {what} has freed {num_bytes / _GIGABYTE:.2f} GB for the other.")
+        if frees and num_bytes > 0:  # not where it had made way before, nor where there is no GPU to look at
+            self.costs[f"gigabytes_freed_by_{frees}"] = num_bytes / 10**9
+            logger.info(f"The {frees} has freed {num_bytes / 10**9:.2f} GB for the other.")
 
 
 def _gpu_memory_in_use() -> int:
@@ -122,17 +98,7 @@ def _gpu_memory_in_use() -> int:
 
 
 def check_turns(args: SPINConfig, mode: str, sharding: Sharding | None, quantization: Quantization | None) -> None:
-    """
-    Refuse what could not take turns, before a model is loaded.
-
-    Args:
-        mode (`str`): Of the sampler, see [`SamplerChoice`].
-        sharding ([`Sharding`], *optional*): What is spread over processes.
-        quantization ([`Quantization`], *optional*): How the policy's weights are quantized.
-
-    Raises:
-        `ValueError`: naming the setting and what it contradicts.
-    """
+    """Raises `ValueError` if, with a sampler of this mode, something cannot take turns that is to."""
     if args.vllm_sleep and mode != "managed":
         found = "no server generates" if mode == "in-process" else "`vllm_server_base_url` names one that runs already"
         raise ValueError(
@@ -141,23 +107,16 @@ def check_turns(args: SPINConfig, mode: str, sharding: Sharding | None, quantiza
         )
     if not args.offload_policy_during_generation:
         return
-    name = "`offload_policy_during_generation=True`"
     if mode == "in-process":
-        raise ValueError(
-            f"{name} contradicts in-process generation, in which the policy itself answers. Use a vLLM server, or "
-            "leave it unset."
+        found = "contradicts in-process generation, in which the policy answers. Leave it unset, or use a vLLM server."
+    elif sharding is not None:
+        own = "DeepSpeed's own `offload_optimizer`" if sharding.engine == "deepspeed" else "FSDP's own `offload_params`"
+        found = f"moves whole tensors, but {sharding} holds shards of its own. Leave it unset, and use {own}."
+    elif quantization is not None and not quantization.is_4bit:
+        found = (
+            "moves weights that are plain, or quantized to 4 bits by bitsandbytes, but these are quantized otherwise. "
+            "Leave it unset, and lower `vllm_gpu_memory_utilization`."
         )
-    if sharding is not None:
-        remedy = (
-            "DeepSpeed's own `offload_optimizer`" if sharding.engine == "deepspeed" else "FSDP's own `offload_params`"
-        )
-        raise ValueError(
-            f"{name} moves whole tensors, but {sharding} holds the weights in shards of its own. Leave it unset, and "
-            f"use {remedy} or a server on another GPU."
-        )
-    if quantization is not None and not quantization.is_4bit:
-        raise ValueError(
-            f"{name} moves weights that are plain, or quantized to 4 bits by bitsandbytes, but these are quantized "
-            "otherwise, and may be held elsewhere too. Leave it unset, and lower `vllm_gpu_memory_utilization` until "
-            "both fit."
-        )
+    else:
+        return
+    raise ValueError(f"`offload_policy_during_generation=True` {found}")

@@ -6,9 +6,9 @@ beside them, and breaks the link between tensors that share memory.
 
 import gc
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
 
 import torch
+from accelerate.utils import recursively_apply
 from accelerate.utils.memory import clear_device_cache
 from torch import nn
 from torch.optim import Optimizer
@@ -28,52 +28,48 @@ class Offloader:
 
     def __init__(self, find_tensors: Callable[[], Iterable[torch.Tensor]]):
         self.find_tensors = find_tensors
-        self._away: list[_Storage] = []
+        # Tensors that shared one piece of memory with their places in it, its content, and its device.
+        self._away: list[tuple[list[tuple], torch.Tensor, torch.device]] = []
 
     def offload(self) -> int:
-        """
-        Move all tensors away. Nothing happens if they are.
-
-        Returns:
-            `int`: Number of bytes that have been freed.
-        """
+        """Move all tensors away, unless they are. Returns the number of bytes that have been freed."""
         if self._away:
             return 0
         for tensors in _by_storage(self.find_tensors()):
-            self._away.append(_Storage(tensors))  # one by one: what has gone can come back if the next does not fit
+            places = [(tensor, tensor.storage_offset(), tensor.size(), tensor.stride()) for tensor in tensors]
+            # Not pinned: that would come in powers of two, and never be given back.
+            self._away.append((places, _bytes_of(tensors[0]).to("cpu", copy=True), tensors[0].device))
+            for tensor in tensors:
+                tensor.data = tensor.data.new_empty(0)
         gc.collect()
         clear_device_cache()
-        return sum(storage.num_bytes for storage in self._away)
+        return sum(content.nbytes for _, content, _ in self._away)
 
     def reload(self) -> None:
-        """Move all tensors back. Nothing happens if none is away."""
+        """Move all tensors back, where any are away."""
         while self._away:
-            self._away[-1].reload()
+            places, content, device = self._away[-1]
+            storage = content.to(device, copy=True).untyped_storage()
+            for tensor, *place in places:
+                tensor.data = tensor.data.new_empty(0).set_(storage, *place)
             self._away.pop()  # its host memory is free from here on
 
 
-class _Storage:
-    """Tensors that share one piece of memory, and its content in host memory."""
-
-    def __init__(self, tensors: list[torch.Tensor]):
-        shared = tensors[0].untyped_storage()
-        self.num_bytes = shared.nbytes()
-        self._device = tensors[0].device
-        self._places = [(tensor, tensor.storage_offset(), tensor.size(), tensor.stride()) for tensor in tensors]
-        # Not pinned: that would come in powers of two, and never be given back.
-        self._content = _bytes_in(shared).to("cpu", copy=True)
-        for tensor in tensors:
-            tensor.data = tensor.data.new_empty(0)
-
-    def reload(self) -> None:
-        content = self._content.to(self._device, copy=True).untyped_storage()
-        for tensor, offset, size, stride in self._places:
-            tensor.data = tensor.data.new_empty(0).set_(content, offset, size, stride)
+def training_tensors(model: nn.Module, optimizer: Optimizer | None, device: torch.device) -> Iterator[torch.Tensor]:
+    """What training keeps on a kind of device: weights, buffers, gradients and the optimizer's state."""
+    found = [*model.parameters(), *model.buffers(), *(parameter.grad for parameter in model.parameters())]
+    if optimizer is not None:
+        recursively_apply(found.append, dict(optimizer.state))
+    for tensor in found:
+        # bitsandbytes' paged optimizers move their own pages.
+        if isinstance(tensor, torch.Tensor) and tensor.device.type == device.type:
+            if not getattr(tensor, "is_paged", False):
+                yield tensor
 
 
-def _bytes_in(storage: torch.UntypedStorage) -> torch.Tensor:
-    """All bytes of a piece of memory, without a copy."""
-    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    """All bytes of the piece of memory that a tensor lies in, without a copy."""
+    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
 
 
 def _by_storage(tensors: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
@@ -83,21 +79,3 @@ def _by_storage(tensors: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
         if tensor.untyped_storage().nbytes() > 0:
             groups.setdefault(tensor.untyped_storage().data_ptr(), {})[id(tensor)] = tensor
     return [list(group.values()) for group in groups.values()]
-
-
-def training_tensors(model: nn.Module, optimizer: Optimizer | None, device: torch.device) -> Iterator[torch.Tensor]:
-    """What training keeps on a kind of device: weights, buffers, gradients and the optimizer's state."""
-    found = [*model.parameters(), *model.buffers()]
-    found += [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    found += _tensors_in(dict(optimizer.state)) if optimizer is not None else []
-    for tensor in found:
-        # bitsandbytes' paged optimizers move their own pages.
-        if tensor.device.type == device.type and not getattr(tensor, "is_paged", False):
-            yield tensor
-
-
-def _tensors_in(state: Any) -> list[torch.Tensor]:
-    if isinstance(state, torch.Tensor):
-        return [state]
-    values = state.values() if isinstance(state, dict) else state if isinstance(state, list | tuple) else []
-    return [tensor for value in values for tensor in _tensors_in(value)]
