@@ -35,6 +35,14 @@ def complete(model, max_completion_length: int, end_token_ids: tuple[int, ...]) 
     return completion.token_ids, completion.finish_reason
 
 
+def test_policy_is_opened_even_by_a_process_without_requests():
+    """Processes gather the weights together, so one with nothing to do has to take part."""
+    opened = []
+    sampler = PolicySampler(lambda: nullcontext(opened.append(True)), pad_token_id=EOS, batch_size=1)
+    assert list(sampler.sample([], SamplingParams(1, (EOS,)))) == []
+    assert opened == [True]
+
+
 @pytest.mark.parametrize(
     ("max_completion_length", "end_token_ids", "expected"),
     [

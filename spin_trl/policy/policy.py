@@ -16,17 +16,17 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ..data.batching import scoring_batches
-from ..data.columns import list_lengths
+from ..data.columns import list_lengths, numbers
 from ..data.pair_dataset import PairDataset, pair_lengths
 from ..processes.progress import progress_bar
 from ..processes.ranks import on_every_process, on_main_process
 from ..run_directory.whole_files import remove, temporary_path, write_directory
-from .finite import require_finite_truths, take_origins
+from .finite import require_finite, take_origins
 from .merging import fold_scaling, merge_into_saved, save_base, save_merged
 from .offload import training_tensors
 from .published_form import Publication
 from .sharding import initial_model, whole_model
-from .sizes import size_of_base, size_of_weights
+from .sizes import weight_sizes
 
 
 if TYPE_CHECKING:
@@ -65,16 +65,12 @@ class Policy:
     @property
     def num_bytes(self) -> int:
         """Size of what [`save`] writes."""
-        model = self._trainer.model
-        return size_of_base(model) if self._publication.kind == "merged" else size_of_weights(model)
+        return weight_sizes(self._trainer.model, merged=self._publication.kind == "merged").opponent
 
     def save_merged(self, base_model: str, directory: Path) -> None:
         """
-        Save the policy with its adapter merged into the base model as that was saved, to be loaded without PEFT.
-
-        Args:
-            base_model (`str`): Folder or hub id of the base.
-            directory (`Path`): Where to. What lies there is replaced, in one step.
+        Save the policy with its adapter merged into the base model as that was saved, to be loaded without PEFT. What
+        lies in `directory` is replaced, in one step.
 
         Raises:
             [`DiskError`]: if the disk does not take it.
@@ -84,12 +80,8 @@ class Policy:
 
         def merge() -> None:
             merged = merge_into_saved(base_model, adapter, trainer.args)
-
-            def write(temporary: Path) -> None:
-                merged.save_pretrained(temporary)
-                trainer.processing_class.save_pretrained(temporary)
-
-            write_directory(directory, write, num_bytes=size_of_weights(merged))
+            parts, num_bytes = (merged, trainer.processing_class), weight_sizes(merged).saved
+            write_directory(directory, lambda folder: [part.save_pretrained(folder) for part in parts], num_bytes)
 
         on_every_process(lambda: trainer.save_model(str(adapter), _internal_call=True))
         try:
@@ -119,13 +111,8 @@ class Policy:
     @contextmanager
     def lent_to(self, path: Path) -> Iterator[None]:
         """
-        The policy is an earlier opponent for a while, and itself again afterwards, bit for bit.
-
-        What is trained waits in host memory meanwhile. Tensors stay the ones that the optimizer knows: only their
-        numbers are exchanged, and nobody is told.
-
-        Args:
-            path (`Path`): Where the opponent was saved.
+        The policy is the opponent saved at `path` for a while, and itself again afterwards, bit for bit. Meanwhile its
+        own numbers wait in host memory; tensors stay the ones that the optimizer knows.
         """
         trained = [parameter for parameter in self._trainer.model.parameters() if parameter.requires_grad]
         own = [parameter.detach().to("cpu", copy=True) for parameter in trained]
@@ -145,7 +132,7 @@ class Policy:
         return whole_model(trainer.model_wrapped, trainer.accelerator, trainer.args.gradient_checkpointing_kwargs)
 
     def training_tensors(self) -> Iterator[torch.Tensor]:
-        """What training keeps on the device; see [`training_tensors`]."""
+        """What training keeps on the device."""
         trainer = self._trainer
         return training_tensors(trainer.model, trainer.optimizer, trainer.accelerator.device)
 
@@ -154,9 +141,6 @@ class Policy:
     def score(self, pairs: PairDataset) -> dict[str, np.ndarray]:
         """
         Log-probs of both sides of every pair, under the policy as it stands.
-
-        Args:
-            pairs ([`PairDataset`]): With the columns `prompt_ids`, `chosen_ids` and `rejected_ids`.
 
         Returns:
             `dict` with the columns that DPOTrainer reads: `ref_chosen_logps` and `ref_rejected_logps`, each of shape
@@ -171,10 +155,7 @@ class Policy:
     def score_initial(self, pairs: PairDataset, path: str) -> dict[str, np.ndarray]:
         """
         As [`score`], under the policy before training. With an adapter DPOTrainer knows it itself: without the adapter,
-        or with a copy of the one that was passed trained. Otherwise it is loaded for as long as it scores.
-
-        Args:
-            path (`str`): Folder or hub id to load it from.
+        or with a copy of the one that was passed trained. Otherwise it is loaded from `path` for as long as it scores.
         """
         trainer = self._trainer
         if is_peft_model(trainer.model):
@@ -184,13 +165,8 @@ class Policy:
 
     def completion_logps(self, rows: list[dict[str, Any]]) -> list[list[float]]:
         """
-        Log-prob of every token of a few completions. Every process computes all of them.
-
-        Args:
-            rows (`list[dict]`): Each with `prompt_ids` and `completion_ids`.
-
-        Returns:
-            `list[list[float]]`: for each row one value per completion token.
+        Log-prob of every completion token of a few rows, each with `prompt_ids` and `completion_ids`. Every process
+        computes all of them.
         """
         with self._evaluating():
             logps, mask = self._token_logps(self._collate_completions(rows))
@@ -198,10 +174,7 @@ class Policy:
 
     def nll(self, dataset: Dataset) -> float:
         """
-        Mean negative log-likelihood of the ground truths, per token.
-
-        Args:
-            dataset ([`~datasets.Dataset`]): With `prompt_ids`, `chosen_ids` and `source_row`.
+        Mean negative log-likelihood of the ground truths, `chosen_ids`, per token.
 
         Raises:
             `FloatingPointError`: if that of a row is not finite.
@@ -215,20 +188,17 @@ class Policy:
             return logps.sum(dim=1), mask.sum(dim=1)
 
         logps, num_tokens = self._by_row(rows, batches, self._collate_completions, compute, "Scoring ground truths")
-        require_finite_truths(dataset, logps)
+        truths = {"chosen": logps.numpy()}
+        source_rows = numbers(dataset, "source_row")
+        require_finite("The policy cannot score the ground truths.", truths, source_rows.item, "eval_dataset")
         return (-logps.sum() / num_tokens.sum()).item()
 
     def _score(self, pairs: PairDataset, model: nn.Module) -> dict[str, np.ndarray]:
-        """
-        Unless `precompute_ref_batch_size` gives its pairs, a batch has twice the tokens, padding included, of the
-        largest training batch. Without gradients that takes less memory: nothing is kept from one layer to the next,
-        and the gradients and the activations of the layer that is at work take more than its activations alone.
-        """
         trainer, args = self._trainer, self._trainer.args
         lengths = pair_lengths(pairs, args.max_length)
         if args.precompute_ref_batch_size is not None:
             batches = scoring_batches(lengths, max_pairs=args.precompute_ref_batch_size)
-        else:
+        else:  # twice the largest training batch, which takes less memory without gradients
             max_tokens = 2 * (2 * args.per_device_train_batch_size * int(lengths.max()))
             batches = scoring_batches(lengths, max_tokens=max_tokens)
 
@@ -253,14 +223,14 @@ class Policy:
         if len(batches) > len(own) * args.world_size:
             own.append(batches[-1])  # the last round is not for all, but all of a sharded model go forward together
         loader = DataLoader(rows, batch_sampler=[batch.tolist() for batch in own], collate_fn=collate)
-        numbers = torch.zeros(3, len(rows), device=trainer.accelerator.device)  # the third: how often it was computed
+        values = torch.zeros(3, len(rows), device=trainer.accelerator.device)  # the third: how often it was computed
         with self._evaluating():
             shown = progress_bar(loader, desc=description, disable=not trainer.is_world_process_zero())
             for positions, batch in zip(own, shown, strict=True):
-                numbers[:2, positions] = torch.stack(compute(batch)).float()
-                numbers[2, positions] = 1
-        numbers = trainer.accelerator.reduce(numbers).cpu().double()
-        return numbers[:2] / numbers[2]
+                values[:2, positions] = torch.stack(compute(batch)).float()
+                values[2, positions] = 1
+        values = trainer.accelerator.reduce(values).cpu().double()
+        return values[:2] / values[2]
 
     def _token_logps(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probs (B, T - 1) of each next token, 0 in the prompt, and where they belong to the completion."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator
 from accelerate.utils import fsdp2_prepare_model, release_memory, str_to_bool
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -23,13 +23,7 @@ from ..spin_config import SPINConfig
 
 @dataclass(frozen=True)
 class Sharding:
-    """
-    What of the training is spread over the processes.
-
-    Args:
-        engine (`str`): Who spreads it, "deepspeed" or "fsdp". Its checkpoints are its own.
-        level (`int`): DeepSpeed's ZeRO stage, or FSDP's version.
-    """
+    """What spreads the training over the processes, and how far: DeepSpeed's ZeRO stage, or FSDP's version."""
 
     engine: Literal["deepspeed", "fsdp"]
     level: int
@@ -55,10 +49,7 @@ class Sharding:
 
 
 def check_can_generate(sharding: Sharding | None) -> None:
-    """
-    Raises:
-        `ValueError`: if the policy will be sharded such that it cannot generate in-process.
-    """
+    """Raises `ValueError` if the policy will be sharded such that it cannot generate in-process."""
     if sharding == Sharding("fsdp", 1):
         raise ValueError(
             "In-process generation is not possible with version 1 of FSDP, where every process would have to generate "
@@ -79,42 +70,27 @@ def whole_model(
     ) as model:
         was_training = model.training
         model.eval()
-        try:
-            if isinstance(model, FSDPModule):
-                with _unsharded(model, accelerator.state.fsdp_plugin.reshard_after_forward):
-                    yield model
-            else:
-                yield model
-        finally:
-            model.train(was_training)
-
-
-@contextmanager
-def _unsharded(model: FSDPModule, reshard_after_forward: bool) -> Iterator[None]:
-    shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    model.set_reshard_after_forward(False)
-    for module in shards:
-        module.unshard()
-    try:
-        yield
-    finally:
+        shards = [module for module in model.modules() if isinstance(module, FSDPModule)]  # of version 2
+        if shards:
+            model.set_reshard_after_forward(False)
         for module in shards:
-            module.reshard()
-        model.set_reshard_after_forward(reshard_after_forward)
-        model.set_reshard_after_forward(False, recurse=False)  # the root's weights are needed again at once
+            module.unshard()
+        try:
+            yield model
+        finally:
+            for module in shards:
+                module.reshard()
+            if shards:
+                model.set_reshard_after_forward(accelerator.state.fsdp_plugin.reshard_after_forward)
+                model.set_reshard_after_forward(False, recurse=False)  # the root's weights are needed again at once
+            model.train(was_training)
 
 
 @contextmanager
 def initial_model(
     path: str, policy: PreTrainedModel, args: SPINConfig, accelerator: Accelerator
 ) -> Iterator[nn.Module]:
-    """
-    A model as it was before training, to score with, sharded as the policy is; freed at the end.
-
-    Args:
-        path (`str`): Folder or hub id to load it from.
-        policy ([`~transformers.PreTrainedModel`]): What it has become, for its precision and attention.
-    """
+    """A model as it was before training, to score with, sharded as the policy is that it became; freed at the end."""
     in_run_directory = Path(path).absolute().is_relative_to(Path(args.output_dir).absolute())
     init_kwargs = {
         "trust_remote_code": args.trust_remote_code,
@@ -125,9 +101,17 @@ def initial_model(
         # A run writes safetensors only: a pickle in its directory is somebody else's, and may run code.
         **({"use_safetensors": True} if in_run_directory else {}),
     }
-    model = create_model_from_path(path, **init_kwargs)
+    model = create_model_from_path(path, **init_kwargs).eval()
     add_fused_lm_head(model)
-    model = _spread(model.eval(), accelerator)
+    sharding = Sharding.of(args)
+    if sharding is None or not sharding.spreads_weights:
+        model = model.to(accelerator.device)
+    elif sharding.engine == "deepspeed":
+        model = prepare_deepspeed(model, accelerator)
+    elif sharding.level == 2:  # TRL's `prepare_fsdp` shards what each rank has loaded, which here only rank 0 has
+        model = fsdp2_prepare_model(accelerator, model)
+    else:
+        model = prepare_fsdp(model, accelerator)
     try:
         yield model
     finally:
@@ -135,13 +119,3 @@ def initial_model(
             model.destroy()
         model = None
         release_memory()
-
-
-def _spread(model: PreTrainedModel, accelerator: Accelerator) -> nn.Module:
-    if accelerator.distributed_type == DistributedType.DEEPSPEED and accelerator.state.deepspeed_plugin.zero_stage == 3:
-        return prepare_deepspeed(model, accelerator)
-    if accelerator.is_fsdp2:  # TRL's `prepare_fsdp` shards what each rank has loaded, which here only rank 0 has
-        return fsdp2_prepare_model(accelerator, model)
-    if accelerator.distributed_type == DistributedType.FSDP:
-        return prepare_fsdp(model, accelerator)
-    return model.to(accelerator.device)

@@ -14,26 +14,15 @@ from ..run_directory.footprint import WeightSizes
 from ..spin_config import SPINConfig
 
 
-def size_of_weights(model: nn.Module) -> int:
-    """Bytes of what `save_model` writes of a model: of its adapter, or else of all weights, shared ones once."""
-    return _num_bytes(model, trained_only=bool(getattr(model, "peft_config", None)))
-
-
-def size_of_base(model: PreTrainedModel | PeftModel) -> int:
-    """Bytes of the model below an adapter, which are those of the model that the adapter is merged into."""
-    return sum(_num_elements(p) for p in model.parameters() if not p.requires_grad) * model.dtype.itemsize
-
-
-def size_of_checkpoint(model: nn.Module, args: SPINConfig) -> int:
-    """Bytes of a checkpoint: what `save_model` writes and, unless it is left out, two moments for what is trained."""
-    moments = 0 if args.save_only_model else 2 * _num_bytes(model, trained_only=True)
-    return size_of_weights(model) + moments
-
-
-def weight_sizes(model: nn.Module, merged: bool = False) -> WeightSizes:
-    """Of a model that is loaded, or on the `meta` device. `merged`: its opponents are published as full weights."""
-    saved, base = size_of_weights(model), size_of_base(model)
-    return WeightSizes(saved, _num_bytes(model, trained_only=True), opponent=base if merged else saved, base=base)
+def weight_sizes(model: PreTrainedModel | PeftModel, merged: bool = False) -> WeightSizes:
+    """
+    Of a model that is loaded, or on the `meta` device; shared weights count once, 4-bit ones as the numbers they stand
+    for. `merged`: whether its opponents are saved with the adapter merged.
+    """
+    trained = sum(_num_elements(p) * p.element_size() for p in model.parameters() if p.requires_grad)
+    base = sum(_num_elements(p) for p in model.parameters() if not p.requires_grad) * model.dtype.itemsize
+    saved = trained if getattr(model, "peft_config", None) else trained + base
+    return WeightSizes(saved, trained, opponent=base if merged else saved, base=base)
 
 
 def empty_policy(config: PretrainedConfig, args: SPINConfig, peft_config: PeftConfig | None) -> nn.Module:
@@ -62,11 +51,6 @@ def of_this_process_alone() -> Iterator[None]:
     finally:
         if config is not None:
             deepspeed.set_hf_deepspeed_config(config)
-
-
-def _num_bytes(model: nn.Module, trained_only: bool) -> int:
-    counted = [p for p in model.parameters() if p.requires_grad or not trained_only]
-    return sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in counted)
 
 
 def _num_elements(parameter: nn.Parameter) -> int:

@@ -36,6 +36,10 @@ class WeightSizes:
     opponent: int
     base: int
 
+    def checkpoint(self, save_only_model: bool) -> int:
+        """Of a checkpoint, with two moments for what is trained unless these are left out."""
+        return self.saved + (0 if save_only_model else 2 * self.trained)
+
 
 def num_saved_opponents(args: SPINConfig, saves_opponents: bool, base_is_opponent: bool, evaluates: bool) -> int:
     """
