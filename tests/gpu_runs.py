@@ -4,7 +4,7 @@
 """
 
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -26,14 +26,8 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Place:
-    """
-    Args:
-        device (`str`): "cuda" or "cpu".
-        size (`str`): One of `SIZES`.
-    """
-
-    device: str
-    size: str
+    device: str  # "cuda" or "cpu"
+    size: str  # of `SIZES`
 
     def __str__(self) -> str:
         return f"{self.size} on {self.device}"
@@ -54,21 +48,15 @@ class Place:
 
 @dataclass
 class Memory:
-    """
-    GPU memory at one moment, in bytes.
+    """GPU memory at one moment, in bytes."""
 
-    Args:
-        policy (`int`): What this process has allocated.
-        others (`int`): What is in use, but not by this process's allocator: the server's, mainly.
-    """
+    policy: int  # what this process has allocated
+    others: int  # what is in use, but not by this process's allocator: the server's, mainly
 
-    policy: int = field(default_factory=lambda: torch.cuda.memory_allocated())
-    others: int = field(default_factory=lambda: _in_use() - torch.cuda.memory_reserved())
-
-
-def _in_use() -> int:
-    free, total = torch.cuda.mem_get_info()
-    return total - free
+    @classmethod
+    def now(cls) -> "Memory":
+        free, total = torch.cuda.mem_get_info()
+        return cls(torch.cuda.memory_allocated(), total - free - torch.cuda.memory_reserved())
 
 
 class MemoryWatch(threading.Thread):
@@ -81,7 +69,7 @@ class MemoryWatch(threading.Thread):
 
     def run(self) -> None:
         while torch.cuda.is_available() and not self.is_over.wait(0.02):
-            self.seen.append(Memory())
+            self.seen.append(Memory.now())
 
 
 class Record(TrainerCallback):
@@ -104,7 +92,7 @@ class Record(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if torch.cuda.is_available():
-            self.while_training.append(Memory())
+            self.while_training.append(Memory.now())
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" in logs:

@@ -393,7 +393,7 @@ def for_other_data(completions, answer, **kwargs):
         {"config": {"learning_rate": [1e-6, 1e-7, 1e-8]}, "optimizers": SGD_AND_SCHEDULER},
         *("`learning_rate` has a value for each", "sets the learning rate", "Pass `(optimizer, None)`"),
     ),
-    ({"optimizers": (Adagrad(PARAMETERS), None)}, "`torch.optim.Adagrad`", "its moments cannot be", "Set `reset_optim"),
+    ({"optimizers": (Adagrad(PARAMETERS), None)}, "`Adagrad` passed", "its moments cannot be", "Set `reset_optim"),
     ({"config": {"optim": "adagrad"}}, "`optim='adagrad'`", "`reset_optimizer=False`"),
     # rewards
     ({"reward_funcs": "org/reward-model"}, TypeError, "got 'org/reward-model' (`str`)", "A reward model has to be"),
@@ -418,10 +418,9 @@ def for_other_data(completions, answer, **kwargs):
         "the run has started itself",
         "Set `use_vllm=True`",
     ),
-    ({"config": {**OFFLOADS, "use_vllm": False}}, "in-process generation", "Use a vLLM server"),
-    ({"config": OFFLOADS, "quantization_config": QUANTIZED}, "quantized otherwise", "4 bits by bitsandbytes", "lower"),
+    ({"config": {**OFFLOADS, "use_vllm": False}}, "in-process generation", "use a vLLM server"),
     (
-        {"config": {**OFFLOADS, "model_init_kwargs": {"quantization_config": QUANTIZED}}},
+        {"config": OFFLOADS, "quantization_config": QUANTIZED, "peft_config": LoraConfig(**LORA)},
         *("quantized otherwise", "quantized to 4 bits by bitsandbytes", "lower `vllm_gpu_memory_utilization`"),
     ),
     # quantization
@@ -517,7 +516,7 @@ def test_adapter_is_not_merged_into_a_model_that_is_saved_quantised(weightless, 
 
 def test_folder_of_an_adapter_is_refused_as_a_model(play, tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
-    words = "of an adapter", "expected is a model", "`PeftModel.from_pretrained("
+    words = "an adapter alone", "expected a folder", "`PeftModel.from_pretrained("
     refused((ValueError, *words), play, model=str(tmp_path))
 
 

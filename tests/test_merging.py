@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
-from peft import LoraConfig, PeftModel, PeftType, get_peft_model
+from peft import LoraConfig, PeftModel, PeftType, PromptLearningConfig, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from spin_trl import SPINTrainer
 from spin_trl.policy.adapters import starts_as_base
 from spin_trl.policy.merging import check_can_be_merged, fold_scaling, save_merged
-from spin_trl.policy.published_form import MERGED_TYPES
+from spin_trl.policy.published_form import UNMERGED_TYPES
 
 
 IDS = torch.arange(18).reshape(2, 9)
@@ -38,16 +38,17 @@ SETTINGS = {
 LORAS = {
     "dora": {"use_dora": True},
     "bias": {"bias": "all"},
-    "gaussian": {"init_lora_weights": "gaussian"},
-    "orthogonal": {"init_lora_weights": "orthogonal"},
-    "random": {"init_lora_weights": False},
-    "pissa": {"init_lora_weights": "pissa"},
-    "olora": {"init_lora_weights": "olora"},
+    **{str(start): {"init_lora_weights": start} for start in ("gaussian", "orthogonal", False, "pissa", "olora")},
     "head": {"modules_to_save": ["lm_head"]},
     "embeddings": {"modules_to_save": ["embed_tokens"]},
     "tokens": {"trainable_token_indices": [1, 2, 3]},
     "dora-embeddings": {"use_dora": True, "target_modules": ["embed_tokens", "q_proj"]},
 }
+MERGED = [
+    kind.value
+    for kind, config in sorted(PEFT_TYPE_TO_CONFIG_MAPPING.items())
+    if kind.value not in {*UNMERGED_TYPES, "LORA"} and not issubclass(config, PromptLearningConfig)
+]
 
 
 def make_base(**options) -> LlamaForCausalLM:
@@ -78,10 +79,10 @@ def logits(model, ids: torch.Tensor = IDS) -> torch.Tensor:
         return model.eval()(ids).logits
 
 
-@pytest.mark.parametrize("kind", [*LORAS, *sorted(MERGED_TYPES)])
-def test_merged_files_compute_what_the_policy_does_and_leave_it_as_it_was(kind, tmp_path):
-    base = make_base()
-    policy = make_policy(base, make_config_of(kind))
+@pytest.mark.parametrize("kind", [*LORAS, *MERGED])
+def test_adapter_of_each_kind_is_merged_into_files_that_compute_what_it_does_and_is_left_as_it_was(kind, tmp_path):
+    base, config = make_base(), make_config_of(kind)
+    policy = make_policy(base, config)
     before = {name: value.clone() for name, value in policy.state_dict().items()}
     computed = logits(policy)
     save_merged(policy, str(tmp_path))
@@ -95,20 +96,16 @@ def test_merged_files_compute_what_the_policy_does_and_leave_it_as_it_was(kind, 
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".safetensors"}
 
 
-@pytest.mark.parametrize("kind", [*LORAS, *sorted(MERGED_TYPES)])
+@pytest.mark.parametrize("kind", [*LORAS, *MERGED])
 def test_new_adapter_of_each_kind_is_taken_for_the_base_model_only_if_it_changes_nothing(kind):
     """PiSSA and OLoRA move a part of the base weights to the adapter: without it, a server's base model is another."""
-    base = make_base()
-    config = make_config_of(kind)
+    base, config = make_base(), make_config_of(kind)
     torch.manual_seed(2)
     policy = get_peft_model(copy.deepcopy(base), config).eval()
     changes_nothing = torch.allclose(logits(policy), logits(base), atol=1e-6)
     with policy.disable_adapter():
-        base_is_untouched = torch.allclose(logits(policy), logits(base), atol=1e-6)
-    if starts_as_base(config):
-        assert changes_nothing and base_is_untouched
-    elif kind in LORAS:  # of other types it is not always known
-        assert not (changes_nothing and base_is_untouched)
+        changes_nothing &= torch.allclose(logits(policy), logits(base), atol=1e-6)
+    assert starts_as_base(config) == changes_nothing
 
 
 def test_tied_embeddings_that_are_trained_together_stay_tied(tmp_path):
@@ -130,15 +127,10 @@ def test_adapter_that_would_untie_the_embeddings_is_refused(kind):
 @pytest.mark.parametrize("use_rslora", [False, True])
 def test_adapter_with_ranks_and_alphas_of_its_own_is_scaled_as_vllm_scales_it(tmp_path, use_rslora):
     """vLLM scales every module by alpha / r (rsLoRA: alpha / sqrt(r)) of the configuration, whatever its own rank."""
-    config = LoraConfig(
-        r=4,
-        lora_alpha=6,
-        target_modules=["q_proj", "v_proj", "down_proj"],
-        rank_pattern={"q_proj": 9, "model.layers.1.mlp.down_proj": 1},
-        alpha_pattern={"v_proj": 5, "q_proj": 3},
-        use_rslora=use_rslora,
-    )
-    base = make_base()
+    ranks, alphas = {"q_proj": 9, "model.layers.1.mlp.down_proj": 1}, {"v_proj": 5, "q_proj": 3}
+    targets = ["q_proj", "v_proj", "down_proj"]
+    settings = {"target_modules": targets, "rank_pattern": ranks, "alpha_pattern": alphas, "use_rslora": use_rslora}
+    config, base = LoraConfig(r=4, lora_alpha=6, **settings), make_base()
     policy = make_policy(base, config)
     policy.save_pretrained(tmp_path)
     fold_scaling(str(tmp_path))

@@ -101,6 +101,6 @@ def test_adapter_that_trains_the_base_models_biases_is_refused(tiny_model, train
 
 def test_adapter_of_a_type_that_changes_the_base_model_is_refused(tiny_model, train_dataset, make_config):
     config = make_config(reference_mixture_alpha=1.0)
-    with pytest.raises(ValueError, match="`peft_type=.*VBLORA.*the model is another one then"):
+    with pytest.raises(ValueError, match="`peft_type=.*VBLORA.*does not bring back"):
         vblora = VBLoRAConfig(target_modules=["q_proj"], vector_length=16, num_vectors=32)
         SPINTrainer(tiny_model, config, train_dataset=train_dataset, peft_config=vblora)

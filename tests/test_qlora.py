@@ -14,7 +14,7 @@ from spin_trl import SPINConfig, SPINTrainer
 from spin_trl.play.publish_check import allow_for_quantization
 from spin_trl.policy.merging import save_base
 from spin_trl.policy.quantization import keep_weights_as_quantized
-from spin_trl.policy.sizes import size_of_base
+from spin_trl.policy.sizes import weight_sizes
 
 
 NF4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
@@ -39,7 +39,7 @@ def test_base_is_written_out_as_the_numbers_that_its_4_bits_stand_for(tiny_model
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
     assert (logits(written, ids) - logits(policy, ids)).abs().max() < 1e-5
     (file,) = tmp_path.glob("*.safetensors")
-    assert size_of_base(policy) == pytest.approx(file.stat().st_size, rel=0.05)
+    assert weight_sizes(policy).base == pytest.approx(file.stat().st_size, rel=0.05)
     unquantized = AutoModelForCausalLM.from_pretrained(tiny_model)
     assert (logits(unquantized, ids) - logits(policy, ids)).abs().max() > 1e-2
 
@@ -148,11 +148,11 @@ def test_server_of_the_unquantized_base_is_allowed_the_difference_that_quantizat
     assert 1e-3 < first and second < 1.5 * first
 
 
-def test_tolerance_is_widened_by_what_the_first_opponent_differs_and_never_narrowed():
-    assert allow_for_quantization(0.05, first_difference=0.1) == pytest.approx(0.15)
-    assert allow_for_quantization(0.05, first_difference=0.01) == 0.05
-    assert allow_for_quantization(0.05, None) == 0.5
-    assert allow_for_quantization(0.8, None) == 0.8
+@pytest.mark.parametrize(
+    ("tolerance", "first", "expected"), [(0.05, 0.1, 0.15), (0.05, 0.01, 0.05), (0.05, None, 0.5), (0.8, None, 0.8)]
+)
+def test_tolerance_is_widened_by_what_the_first_opponent_differs_and_never_narrowed(tolerance, first, expected):
+    assert allow_for_quantization(tolerance, first) == pytest.approx(expected)
 
 
 def test_recipe_trains_an_adapter_to_4_bits(tiny_model, tmp_path):

@@ -73,29 +73,18 @@ def test_groups_of_a_passed_optimizer_keep_their_ratio(tiny_model, train_dataset
     assert watch.rates[6] == pytest.approx([1e-4, 1e-5])
 
 
-@pytest.fixture
-def passed(tiny_model):
-    """A model, and an optimizer and a scheduler for it."""
+def test_passed_scheduler_runs_once_through_all_iterations_and_the_run_says_so(
+    tiny_model, train_dataset, make_config, caplog
+):
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    return model, (optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0))
-
-
-def test_passed_scheduler_runs_once_through_all_iterations_and_the_run_says_so(
-    passed, train_dataset, make_config, caplog
-):
-    model, optimizers = passed
+    optimizers = optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
     config = make_config(num_iterations=2, num_history_iterations=0)
     with caplog.at_level(logging.WARNING):
         trainer = SPINTrainer(model, config, train_dataset=train_dataset, optimizers=optimizers)
     assert "runs once through all iterations" in caplog.text
     trainer.train()
     assert logged(trainer, "learning_rate") == [0.5] * 12
-
-
-def test_passed_scheduler_is_refused_beside_a_learning_rate_for_each_iteration(passed, make_config):
-    with pytest.raises(ValueError, match=r"the scheduler passed in `optimizers` sets.*\(optimizer, None\)"):
-        check_schedule(make_config(num_iterations=2, learning_rate=[1e-3, 1e-4]), *passed[1])
 
 
 @pytest.mark.parametrize("optim", ["adagrad", "schedule_free_adamw", "galore_adamw_layerwise", "adalomo"])

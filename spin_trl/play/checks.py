@@ -24,13 +24,13 @@ from ..policy.inputs import (
     check_generation_kwargs,
     check_generation_metrics,
     check_model,
-    check_optimizers,
     check_peft_config,
     model_config,
+    require_type,
 )
 from ..policy.merging import check_can_be_merged, check_can_merge_at_end
 from ..policy.optimizer import check_schedule
-from ..policy.published_form import check_can_lend, check_can_take_back
+from ..policy.published_form import check_can_take_back
 from ..policy.quantization import check_trains_adapter
 from ..policy.sharding import check_can_generate
 from ..policy.sizes import empty_policy, weight_sizes
@@ -67,7 +67,8 @@ def arguments(plan: Plan) -> None:
             "`ref_model` is not used in self-play: the reference is the opponent, that is the policy as it stands "
             "when an iteration begins, and its log-probs are computed before the first step. Leave it out."
         )
-    check_optimizers(plan.dpo.get("optimizers", (None, None)))
+    expected = "a pair of an optimizer and a scheduler, each of which may be None"
+    require_type("optimizers", plan.dpo.get("optimizers", ()), tuple | list, expected, "Pass `(optimizer, None)`.")
     check_generation_metrics(plan.compute_generation_metrics, plan.eval_dataset)
     check_model(plan.model)
     check_peft_config(plan.peft_config)
@@ -143,10 +144,15 @@ def adapter(plan: Plan) -> None:
 
 def earlier_opponents(plan: Plan) -> None:
     """Where an earlier opponent is to be the policy again, for good or for a while, it can be."""
-    for setting in plan.args.takes_back_policies:
-        check_can_take_back(setting, plan.publication, plan.sharding)
+    remedies = dict.fromkeys(
+        plan.args.takes_back_policies,
+        "Leave it unset: every opponent is saved in `iteration-*/opponent`, and `self_play.json` names the one that "
+        "counts.",
+    )
     if plan.args.num_opponents > 1 and not plan.reads_checkpoints:
-        check_can_lend(plan.args.num_opponents, plan.publication, plan.sharding)
+        remedies[f"num_opponents={plan.args.num_opponents}"] = "Use a vLLM server, which loads opponents itself."
+    for setting, remedy in remedies.items():
+        check_can_take_back(setting, remedy, plan.publication, plan.sharding)
 
 
 def rows(plan: Plan) -> None:

@@ -27,7 +27,7 @@ from ..objectives.settings import depends_on_batch, sampling_caveats
 from ..policy.adapters import describe_adapter, starts_as_base
 from ..policy.inputs import end_token_ids, load_tokenizer, model_config
 from ..policy.published_form import Publication, plan_publication
-from ..policy.quantization import Quantization, differs_on_server, find_quantization, serves_dequantized
+from ..policy.quantization import Quantization, find_quantization
 from ..policy.sharding import Sharding
 from ..processes.ranks import main_process_first
 from ..run_directory.description import changed_settings
@@ -145,13 +145,16 @@ class Plan:
 
     @property
     def serves_dequantized(self) -> bool:
-        """Whether the managed server gets the policy's base, its 4-bit weights written out."""
-        return serves_dequantized(self.quantization, self.choice.mode, self.sharding)
+        """Whether the managed server gets the numbers that the policy's 4-bit weights stand for, and plays exactly."""
+        is_whole = self.sharding is None or not self.sharding.spreads_weights
+        is_4bit = self.quantization is not None and self.quantization.is_4bit
+        return is_4bit and is_whole and self.choice.mode == "managed"
 
     @property
     def is_quantized_on_its_own(self) -> bool:
         """Whether a server plays on base weights that the policy alone has quantized."""
-        return self.reads_checkpoints and differs_on_server(self.quantization, self.choice.mode, self.sharding)
+        is_own = self.quantization is not None and not self.quantization.of_checkpoint
+        return is_own and self.reads_checkpoints and not self.serves_dequantized
 
     @cached_property
     def sampler_host(self) -> SamplerHost:

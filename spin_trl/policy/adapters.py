@@ -10,9 +10,7 @@ from transformers import PreTrainedModel
 from .published_form import adapter_config
 
 
-# Initialisations of LoRA that leave the model as it was, and other types that do so if initialised by default.
-_NEUTRAL_INITIALISATIONS = (True, "gaussian", "orthogonal")
-_NEUTRAL_TYPES = set("ADALORA BOFT DELORA GRALORA IA3 LOHA LOKR MISS OFT RANDLORA VERA WAVEFT".split())
+_NEUTRAL_INITIALISATIONS = (True, "gaussian", "orthogonal")  # of LoRA: they leave the model as it was
 _INITIALISATION_FIELDS = ("init_weights", "init_lora_weights", "init_ia3_weights")
 
 
@@ -25,46 +23,31 @@ def describe_adapter(model: str | PreTrainedModel | PeftModel, peft_config: Peft
 
 
 def check_trainable(model: PreTrainedModel | PeftModel, peft_config: PeftConfig | None) -> None:
-    """
-    Args:
-        peft_config ([`~peft.PeftConfig`], *optional*): Of an adapter that is still to be added, and will be trained.
-
-    Raises:
-        `ValueError`: if no parameter of the model would be trained.
-    """
+    """Raises `ValueError` if no parameter of the model would be trained, and no adapter is to be added."""
     if peft_config is not None or any(parameter.requires_grad for parameter in model.parameters()):
         return
     remedy = "Pass a `peft_config` to train an adapter, or unfreeze the model with `model.requires_grad_(True)`."
     if is_peft_model(model):
         remedy = "Load the adapter with `PeftModel.from_pretrained(..., is_trainable=True)`: by default it is frozen."
     raise ValueError(
-        f"All {len(list(model.parameters()))} parameters of `model` are frozen, but training needs some that are not: "
-        f"nothing would be trained. {remedy}"
+        f"All {len(list(model.parameters()))} parameters of `model` are frozen, but training needs some that are not. "
+        f"{remedy}"
     )
 
 
 def check_initial_reference(peft_config: PeftConfig | None, alpha: float) -> None:
     """
-    Args:
-        alpha (`float`): The run's `reference_mixture_alpha`, for the error.
-
-    Raises:
-        `ValueError`: if the initial policy could not be had back by switching this new adapter off.
+    Raises `ValueError` if the initial policy could not be had back by switching this new adapter off, but is part of
+    the reference: `alpha` of it.
     """
-    bias = getattr(peft_config, "bias", "none")
-    if bias not in ("none", False):
-        found = f"with `bias={bias!r}` the base model's own biases are trained, which that does not bring back"
-        remedy = "`bias='none'`"
-    elif not starts_as_base(peft_config):
-        field = "init_lora_weights" if hasattr(peft_config, "init_lora_weights") else "peft_type"
-        found = f"with `{field}={getattr(peft_config, field)!r}` the model is another one then"
-        remedy = "`init_lora_weights=True`" if field == "init_lora_weights" else "a `LoraConfig`"
-    else:
+    trains_base = getattr(peft_config, "bias", "none") not in ("none", False)
+    if not trains_base and starts_as_base(peft_config):
         return
+    field = "bias" if trains_base else "init_lora_weights" if hasattr(peft_config, "init_lora_weights") else "peft_type"
     raise ValueError(
         f"`reference_mixture_alpha={alpha:g}` takes the initial policy's log-probs with the adapter switched off, but "
-        f"{found}. Use {remedy}, "
-        "or `reference_mixture_alpha=0`."
+        f"with `{field}={getattr(peft_config, field)!r}` that does not bring back the initial policy. Use a plain "
+        "`LoraConfig`, or `reference_mixture_alpha=0`."
     )
 
 
@@ -75,26 +58,17 @@ def starts_as_base(peft_config: PeftConfig | None) -> bool:
     if peft_config.peft_type == "LORA":
         return peft_config.init_lora_weights in _NEUTRAL_INITIALISATIONS and not peft_config.layer_replication
     is_default = any(getattr(peft_config, field, None) is True for field in _INITIALISATION_FIELDS)
-    return is_default and peft_config.peft_type.value in _NEUTRAL_TYPES
+    return is_default and peft_config.peft_type != "UNILORA"  # whose default does change the model
 
 
 def settle_reference_adapter(model: PreTrainedModel | PeftModel, is_needed: bool) -> None:
-    """
-    See to the adapter "ref", DPOTrainer's copy of one that came trained: it goes unless the initial policy is a part of
-    the reference.
-    """
-    if is_peft_model(model) and "ref" in model.peft_config:
-        if is_needed:
-            _complete_reference_adapter(model)
-        else:
-            model.delete_adapter("ref")
-
-
-def _complete_reference_adapter(model: PeftModel) -> None:
-    """
-    Copy into the adapter "ref", DPOTrainer's copy of one that came trained, what DPOTrainer leaves out: the parameters
-    whose names end in the adapter's, which are those of LoRA for embeddings and of most other types.
-    """
+    """See to the adapter "ref", DPOTrainer's copy of one that came trained: unless it is needed, it goes."""
+    if not is_peft_model(model) or "ref" not in model.peft_config:
+        return
+    if not is_needed:
+        model.delete_adapter("ref")
+        return
+    # DPOTrainer leaves out parameters whose names end in the adapter's: of LoRA for embeddings, of most other types.
     for name, parameter in model.named_parameters():
         if name.endswith(".default"):
             model.get_parameter(f"{name.removesuffix('default')}ref").data.copy_(parameter.data)

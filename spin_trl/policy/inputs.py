@@ -3,9 +3,10 @@
 Loads no weights. Knows nothing of servers and run directories.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 from peft import PeftConfig
@@ -23,104 +24,63 @@ from transformers import (
 from ..spin_config import SPINConfig
 
 
+def require_type(argument: str, found: Any, kinds: UnionType | type, expected: str, remedy: str) -> None:
+    """Raises `TypeError`, with what is expected and what to write, if an argument is of none of these types."""
+    if not isinstance(found, kinds):
+        raise TypeError(f"`{argument}` must be {expected}, got {found!r} (`{type(found).__name__}`). {remedy}")
+
+
 def check_model(model: Any) -> None:
-    """
-    Raises:
-        `TypeError`: if it is neither a name nor a loaded model.
-        `ValueError`: if it names a folder that is missing or holds no model.
-    """
-    if isinstance(model, nn.Module):
+    """Raises `TypeError` if it is neither a name nor a loaded model, `ValueError` if its folder holds none."""
+    remedy = "Pass a path as `str(path)`, and a class as `Class.from_pretrained(...)`."
+    require_type("model", model, str | nn.Module, "a hub id, a folder (both `str`) or a loaded model", remedy)
+    if not isinstance(model, str) or Path(model, "config.json").is_file():
         return
-    if not isinstance(model, str):
-        raise _wrong_type(
-            "model",
-            "a hub id, a folder (both `str`) or a loaded model",
-            model,
-            "Pass a path as `str(path)`, and a class as `Class.from_pretrained(...)`.",
-        )
-    folder = Path(model)
-    if not folder.is_dir():
-        if folder.is_file() or folder.is_absolute() or model.startswith((".", "~")) or not 0 < len(folder.parts) <= 2:
-            found = "a file" if folder.is_file() else "nothing"
-            raise ValueError(
-                f"`model` is {model!r}, where there is {found}: expected a folder with a model, or a hub id such as "
-                "'org/name'. Correct the path."
-            )
-    elif (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        raise ValueError(
-            f"`model` is the folder {model!r} of an adapter, but expected is a model. Pass the adapter loaded: "
-            "`PeftModel.from_pretrained(base_model, folder, is_trainable=True)`."
-        )
-    elif not (folder / "config.json").is_file():
-        raise ValueError(
-            f"`model` is the folder {model!r}, which has no config.json: expected one that "
-            "`model.save_pretrained(folder)` has written. Correct the path."
-        )
+    remedy = "Correct the path."
+    if Path(model, "adapter_config.json").is_file():
+        found = "an adapter alone"
+        remedy = "Pass the adapter loaded: `PeftModel.from_pretrained(base_model, folder, is_trainable=True)`."
+    elif Path(model).exists():
+        found = "a folder that has no config.json" if Path(model).is_dir() else "a file"
+    elif Path(model).is_absolute() or model.startswith((".", "~")) or not 0 < len(Path(model).parts) <= 2:
+        found = "nothing"
+    else:  # a hub id
+        return
+    raise ValueError(
+        f"`model` is {model!r}, where there is {found}: expected a folder that `model.save_pretrained(folder)` has "
+        f"written, or a hub id such as 'org/name'. {remedy}"
+    )
 
 
 def check_peft_config(peft_config: Any) -> None:
-    """
-    Raises:
-        `TypeError`: if it is no configuration of PEFT.
-        `ValueError`: if the adapter would be frozen.
-    """
-    if peft_config is None:
-        return
-    if not isinstance(peft_config, PeftConfig):
-        remedy = "Write `LoraConfig(r=16, target_modules='all-linear')`."
-        raise _wrong_type("peft_config", "a `PeftConfig`", peft_config, remedy)
-    if peft_config.inference_mode:
+    """Raises `TypeError` if it is no configuration of PEFT, `ValueError` if the adapter would be frozen."""
+    remedy = "Write `LoraConfig(r=16, target_modules='all-linear')`."
+    require_type("peft_config", peft_config, PeftConfig | None, "a `PeftConfig`", remedy)
+    if peft_config is not None and peft_config.inference_mode:
         raise ValueError(
-            "`peft_config` has `inference_mode=True`, which freezes the adapter, but it is what is to be trained. "
+            "`peft_config` has `inference_mode=True`, which freezes the adapter that is to be trained. "
             "Set `inference_mode=False`."
         )
 
 
 def check_generation_metrics(compute: Any, eval_dataset: Any) -> None:
-    """
-    Raises:
-        `TypeError`: if it cannot be called.
-        `ValueError`: if there is nothing to call it for.
-    """
-    if compute is None:
-        return
-    if not callable(compute):
-        remedy = "Pass one that takes prompts, references and generations and returns a dict of numbers."
-        raise _wrong_type("compute_generation_metrics", "a function", compute, remedy)
-    if eval_dataset is None:
+    """Raises `TypeError` if it cannot be called, `ValueError` if there is nothing to call it for."""
+    remedy = "Pass one that takes prompts, references and generations and returns a dict of numbers."
+    require_type("compute_generation_metrics", compute, Callable | None, "a function", remedy)
+    if compute is not None and eval_dataset is None:
         raise ValueError(
-            "`compute_generation_metrics` is given, but it scores the answers to `eval_dataset`, and that is None. "
-            "Pass an `eval_dataset`, or leave the metrics out."
+            "`compute_generation_metrics` scores the answers to `eval_dataset`, and that is None. Pass an "
+            "`eval_dataset`, or leave the metrics out."
         )
-
-
-def check_optimizers(optimizers: Any) -> None:
-    """
-    Raises:
-        `TypeError`: if it is no pair.
-    """
-    if not isinstance(optimizers, tuple | list) or len(optimizers) != 2:
-        expected = "a pair of an optimizer and a scheduler, each of which may be None"
-        raise _wrong_type("optimizers", expected, optimizers, "Pass `(optimizer, None)`.")
 
 
 def check_generation_kwargs(generation_kwargs: dict[str, Any] | None) -> None:
-    """
-    Raises:
-        `ValueError`: if transformers' generation would not know one of them.
-    """
-    known = vars(GenerationConfig())
-    unknown = sorted(set(generation_kwargs or {}) - set(known))
-    if unknown:
-        of_sampling = sorted(name for name in known if name.endswith(("_p", "_k", "_cutoff", "_penalty")))
+    """Raises `ValueError` if transformers' generation would not know one of them."""
+    if unknown := sorted(GenerationConfig().update(**(generation_kwargs or {}))):
         raise ValueError(
             f"`generation_kwargs` has {unknown}, but in-process generation takes the fields of transformers' "
-            f"`GenerationConfig` only. Correct or remove them; sampling has {of_sampling}."
+            "`GenerationConfig` only. Correct or remove them."
         )
-
-
-def _wrong_type(argument: str, expected: str, found: Any, remedy: str) -> TypeError:
-    return TypeError(f"`{argument}` must be {expected}, got {found!r} (`{type(found).__name__}`). {remedy}")
 
 
 def source_kwargs(args: SPINConfig) -> dict[str, Any]:
@@ -130,10 +90,7 @@ def source_kwargs(args: SPINConfig) -> dict[str, Any]:
 
 
 def model_config(model: str | PreTrainedModel, args: SPINConfig) -> PretrainedConfig:
-    """
-    Raises:
-        `ValueError`: if it cannot be loaded.
-    """
+    """Raises `ValueError` if it cannot be loaded."""
     if not isinstance(model, str):
         return model.config
     with _explained("configuration", model):
@@ -144,22 +101,20 @@ def load_tokenizer(
     processing_class: PreTrainedTokenizerBase | ProcessorMixin | None, model_name: str, args: SPINConfig
 ) -> PreTrainedTokenizerBase:
     """
-    The tokenizer as passed, or the model's own. It pads with the end token if it has no other.
-
-    Raises:
-        `TypeError`, `ValueError`: if there is none, or it has no end token.
+    The tokenizer as passed, or the model's own. It pads with the end token if it has no other. Raises `TypeError` or
+    `ValueError` if there is none, or it has no end token.
     """
     if processing_class is None:
         with _explained("tokenizer", model_name):
             processing_class = AutoTokenizer.from_pretrained(model_name, **source_kwargs(args))
-    if not isinstance(processing_class, PreTrainedTokenizerBase | ProcessorMixin):
-        remedy = "Pass `AutoTokenizer.from_pretrained(...)`, or leave it out for the model's own."
-        raise _wrong_type("processing_class", "a tokenizer", processing_class, remedy)
+    remedy = "Pass `AutoTokenizer.from_pretrained(...)`, or leave it out for the model's own."
+    kinds = PreTrainedTokenizerBase | ProcessorMixin
+    require_type("processing_class", processing_class, kinds, "a tokenizer", remedy)
     tokenizer = processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
     if tokenizer.eos_token_id is None:
         raise ValueError(
-            "The tokenizer has no end token, so no answer could ever end. Set `tokenizer.eos_token` to the token at "
-            "which the model stops, and pass the tokenizer as `processing_class`."
+            "The tokenizer has no end token, so no answer could ever end. Set `tokenizer.eos_token`, and pass the "
+            "tokenizer as `processing_class`."
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

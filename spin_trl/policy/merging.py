@@ -5,64 +5,51 @@ of servers and iterations.
 """
 
 import copy
-import json
 import math
 from pathlib import Path
 
-import torch
-from peft import PeftConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 from trl.trainer.utils import create_model_from_path
 
 from ..spin_config import SPINConfig
-from .inputs import source_kwargs
+from .inputs import model_config, source_kwargs
 from .published_form import adapter_config, obstacle_to_merging
 from .sizes import of_this_process_alone
-
-
-_ADAPTER_WEIGHTS = "adapter_model.safetensors"
-_ADAPTER_CONFIG = "adapter_config.json"
 
 
 def check_can_merge_at_end(
     model: str | PreTrainedModel | PeftModel, peft_config: PeftConfig | None, base_model: str, args: SPINConfig
 ) -> None:
-    """
-    See, before a model is loaded, that there will be an adapter that can be merged, and a base to merge it into.
-
-    Raises:
-        `ValueError`: if not.
-    """
+    """Raises `ValueError` if there will be no adapter that can be merged, or no saved base to merge it into."""
     config = adapter_config(model, peft_config)
-    found = None
     if config is None:
         found = "there is no adapter: all weights are trained, and saved. Leave it unset, or pass a `peft_config`"
     elif (obstacle := obstacle_to_merging(config)) is not None:
         found = f"with `peft_type={config.peft_type.value}` {obstacle}. Leave it unset, or use a plain `LoraConfig`"
     elif not base_model:
         found = (
-            "the model passed comes from no folder and no hub, so there is no saved base to merge into. Save it with "
-            "`model.save_pretrained(folder)` and pass `model=folder`"
+            "the model passed comes from no folder and no hub. Save it with `model.save_pretrained(folder)` and pass "
+            "`model=folder`"
         )
-    elif hasattr(AutoConfig.from_pretrained(base_model, **source_kwargs(args)), "quantization_config"):
+    elif hasattr(model_config(base_model, args), "quantization_config"):
         found = (
             f"the weights of {base_model!r} are saved quantised. Pass the model that was quantised and a "
             "`quantization_config`, or leave it unset"
         )
-    if found is not None:
-        raise ValueError(f"`merge_adapter_at_end=True` merges the adapter into the base model's weights, but {found}.")
+    else:
+        return
+    raise ValueError(f"`merge_adapter_at_end=True` merges the adapter into the base model's weights, but {found}.")
 
 
 def check_can_be_merged(model: PeftModel) -> None:
-    """
-    Raises:
-        `ValueError`: if merging would give the input and the output embeddings, which are one, two values.
-    """
+    """Raises `ValueError` if merging would give the input and the output embeddings, which are one, two values."""
     base = model.get_base_model()
     if not base.config.get_text_config().tie_word_embeddings:
         return
@@ -70,8 +57,8 @@ def check_can_be_merged(model: PeftModel) -> None:
     if isinstance(first, BaseTunerLayer) != isinstance(last, BaseTunerLayer) or first.weight is not last.weight:
         raise ValueError(
             "The model ties its input and output embeddings, but the adapter changes one of them alone, and a vLLM "
-            "server of this model has only one of them. Set `ensure_weight_tying=True` in the adapter's configuration, "
-            "leave the embeddings out of it, or set `use_vllm=False` to generate in-process."
+            "server has only one. Set `ensure_weight_tying=True` in the adapter's configuration, leave the embeddings "
+            "out of it, or set `use_vllm=False` to generate in-process."
         )
 
 
@@ -79,10 +66,6 @@ def merge_into_saved(base_model: str, adapter: Path, args: SPINConfig) -> PreTra
     """
     A saved adapter merged into the base model as that was saved, in its own precision: so it makes no difference
     whether the policy is sharded or its base is quantised. One process calls it.
-
-    Args:
-        base_model (`str`): Folder or hub id of the base.
-        adapter (`Path`): Folder of the adapter.
     """
     with of_this_process_alone():
         base = create_model_from_path(base_model, **source_kwargs(args), dtype="auto", device_map=None)
@@ -107,35 +90,33 @@ def fold_scaling(directory: str) -> None:
     Rewrite a saved LoRA adapter whose modules differ in rank or alpha, so that vLLM, which scales all modules alike,
     computes with it what PEFT does. PEFT still computes the same with it as before.
     """
-    config_path, weights_path = Path(directory, _ADAPTER_CONFIG), Path(directory, _ADAPTER_WEIGHTS)
-    config = json.loads(config_path.read_text())
-    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
-    if not ranks and not alphas:
-        return
+    config, weights_path = LoraConfig.from_pretrained(directory), Path(directory, SAFETENSORS_WEIGHTS_NAME)
+    ranks, alphas = config.rank_pattern, config.alpha_pattern
 
-    def scaling(alpha: float, rank: int) -> float:
-        return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    def divisor(rank: int) -> float:
+        return math.sqrt(rank) if config.use_rslora else rank
 
-    common = scaling(config["lora_alpha"], config["r"])
+    common = config.lora_alpha / divisor(config.r)
     weights = load_file(weights_path)
     for name, weight in weights.items():
         if "lora_B" in name or "lora_embedding_B" in name:
             module = name.removeprefix("base_model.model.").rpartition(".lora_")[0]
-            rank = ranks.get(get_pattern_key(ranks, module), config["r"])
-            alpha = alphas.get(get_pattern_key(alphas, module), config["lora_alpha"])
-            weights[name] = weight * (scaling(alpha, rank) / common)
-    config["alpha_pattern"] = {key: common / scaling(1, rank) for key, rank in ranks.items()}
+            rank = ranks.get(get_pattern_key(ranks, module), config.r)
+            alpha = alphas.get(get_pattern_key(alphas, module), config.lora_alpha)
+            weights[name] = weight * (alpha / divisor(rank) / common)
+    config.alpha_pattern = {key: common * divisor(rank) for key, rank in ranks.items()}
     save_file(weights, weights_path, metadata={"format": "pt"})
-    config_path.write_text(json.dumps(config, indent=2, sort_keys=True))
+    config.save_pretrained(directory)
 
 
 def _copy_in_host_memory(model: PeftModel) -> PeftModel:
     """A copy whose tensors lie in host memory, 4-bit weights among them as plain numbers. What is tied stays tied."""
-    numbers = {id(p): nn.Parameter(_plain(p), requires_grad=False) for p in model.parameters()}
-    numbers |= {id(buffer): buffer.to("cpu", copy=True) for buffer in model.buffers()}
-    return copy.deepcopy(model, numbers)  # takes these for what it has copied already
 
+    def plain(parameter: nn.Parameter) -> nn.Parameter:
+        is_4bit = type(parameter).__name__ == "Params4bit"
+        numbers = dequantize_bnb_weight(parameter).cpu() if is_4bit else parameter.detach().to("cpu", copy=True)
+        return nn.Parameter(numbers, requires_grad=False)
 
-def _plain(parameter: nn.Parameter) -> torch.Tensor:
-    is_4bit = type(parameter).__name__ == "Params4bit"
-    return dequantize_bnb_weight(parameter).cpu() if is_4bit else parameter.detach().to("cpu", copy=True)
+    copies = {id(parameter): plain(parameter) for parameter in model.parameters()}
+    copies |= {id(buffer): buffer.to("cpu", copy=True) for buffer in model.buffers()}
+    return copy.deepcopy(model, copies)  # takes these for what it has copied already

@@ -1,9 +1,7 @@
 """An optimizer begun anew in each iteration: its learning rates and its moments. Knows nothing of pairs and models."""
 
-from typing import Any
-
 from accelerate.logging import get_logger
-from torch.optim import Adagrad, Optimizer
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ..spin_config import SPINConfig
@@ -12,20 +10,14 @@ from ..spin_config import SPINConfig
 logger = get_logger(__name__)
 
 # They fill their state when they are constructed, or keep part of it elsewhere: emptying `state` would not reset them.
-_OPTIMIZERS_THAT_CANNOT_RESET = ("adagrad", "adalomo", "schedule_free", "galore_adamw_layerwise")
-_DEEPSPEED_OPTIMIZERS_THAT_CANNOT_RESET = ("onebit", "zeroone")
+_CANNOT_RESET = (
+    *("adagrad", "adalomo", "schedule_free", "galore_adamw_layerwise"),
+    *("deepspeed nvme", "deepspeed onebit", "deepspeed zeroone"),
+)
 
 
 def check_schedule(args: SPINConfig, optimizer: Optimizer | None, scheduler: LRScheduler | None) -> None:
-    """
-    Refuse what could not begin anew in each iteration, before a model is loaded.
-
-    Args:
-        optimizer, scheduler: What the user passed in `optimizers`.
-
-    Raises:
-        `ValueError`: if the learning rate or the moments are in other hands than the trainer's.
-    """
+    """Raises `ValueError` if the learning rate or the moments could not begin anew in each iteration."""
     if scheduler is not None:
         if args.has_schedule("learning_rate"):
             raise ValueError(
@@ -42,26 +34,24 @@ def check_schedule(args: SPINConfig, optimizer: Optimizer | None, scheduler: LRS
             "The DeepSpeed configuration has a `scheduler`, which runs once through all iterations, but warm-up and "
             "decay restart in each. Remove the block; `lr_scheduler_type` and `warmup_steps` take its place."
         )
-    if args.reset_optimizer and args.num_iterations > 1:
-        if (found := _optimizer_that_cannot_reset(args, optimizer, deepspeed_config)) is not None:
-            raise ValueError(
-                f"`reset_optimizer=True` is not possible with {found}: its moments cannot be emptied between "
-                "iterations. Set `reset_optimizer=False` to carry them over, or choose another optimizer."
-            )
-
-
-def _optimizer_that_cannot_reset(
-    args: SPINConfig, optimizer: Optimizer | None, deepspeed_config: dict[str, Any]
-) -> str | None:
+    if not args.reset_optimizer or args.num_iterations == 1:
+        return
     offload = deepspeed_config.get("zero_optimization", {}).get("offload_optimizer") or {}
+    of_deepspeed = deepspeed_config.get("optimizer", {}).get("type")
     if offload.get("device") == "nvme":
-        return "DeepSpeed's offload of the optimizer to NVMe"
-    if of_deepspeed := deepspeed_config.get("optimizer", {}).get("type"):
-        cannot = of_deepspeed.lower().startswith(_DEEPSPEED_OPTIMIZERS_THAT_CANNOT_RESET)
-        return f"the DeepSpeed optimizer {of_deepspeed!r}" if cannot else None
-    if optimizer is not None:
-        return "the `torch.optim.Adagrad` passed in `optimizers`" if isinstance(optimizer, Adagrad) else None
-    return f"`optim={args.optim.value!r}`" if args.optim.value.startswith(_OPTIMIZERS_THAT_CANNOT_RESET) else None
+        name, found = "deepspeed nvme", "DeepSpeed's offload of the optimizer to NVMe"
+    elif of_deepspeed:
+        name, found = f"deepspeed {of_deepspeed}", f"the DeepSpeed optimizer {of_deepspeed!r}"
+    elif optimizer is not None:
+        name = type(optimizer).__name__
+        found = f"the `{name}` passed in `optimizers`"
+    else:
+        name, found = args.optim.value, f"`optim={args.optim.value!r}`"
+    if name.lower().startswith(_CANNOT_RESET):
+        raise ValueError(
+            f"`reset_optimizer=True` is not possible with {found}: its moments cannot be emptied between iterations. "
+            "Set `reset_optimizer=False` to carry them over, or choose another optimizer."
+        )
 
 
 def set_learning_rate(optimizer: Optimizer, rates: list[float]) -> None:

@@ -12,7 +12,6 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
 from ..spin_config import SPINConfig
-from .sharding import Sharding
 
 
 @dataclass(frozen=True)
@@ -21,11 +20,10 @@ class Quantization:
     How the base model is quantized.
 
     Args:
-        method (`str`): As transformers names it, such as `"bitsandbytes"`.
-        is_4bit (`bool`): Whether it is bitsandbytes with 4 bits, whose weights stand for numbers that can be written
-            down: a model of those computes the same.
-        of_checkpoint (`bool`): Whether the checkpoint is quantized itself, so that a server loads the same numbers.
-        settings (`dict[str, Any]`): All of the configuration.
+        method: As transformers names it, such as "bitsandbytes".
+        is_4bit: Whether it is bitsandbytes with 4 bits: a model of the numbers that these stand for computes the same.
+        of_checkpoint: Whether the checkpoint is quantized itself, so that a server loads the same numbers.
+        settings: All of the configuration.
     """
 
     method: str
@@ -41,9 +39,7 @@ def find_quantization(
     model_config: PretrainedConfig,
 ) -> Quantization | None:
     """
-    Args:
-        quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*): As passed to the trainer.
-        model_config ([`~transformers.PretrainedConfig`]): The model's.
+    `None` if it is not, going by what was passed and by the model's own configuration.
 
     Raises:
         `ValueError`: if it needs a package that is not installed.
@@ -60,8 +56,7 @@ def find_quantization(
     method = str(getattr(method, "value", method))
     if method == "bitsandbytes" and importlib.util.find_spec("bitsandbytes") is None:
         raise ValueError(
-            "The model is to be quantized by bitsandbytes, which is not installed. Install it: "
-            "`pip install spin_trl[qlora]`."
+            "The model is to be quantized by bitsandbytes, which is not installed: `pip install spin_trl[qlora]`."
         )
     is_4bit = bool(settings.get("load_in_4bit") or settings.get("_load_in_4bit"))
     quantizer = getattr(model, "hf_quantizer", None)
@@ -70,35 +65,18 @@ def find_quantization(
 
 
 def check_trains_adapter(quantization: Quantization | None, has_adapter: bool) -> None:
-    """
-    Raises:
-        `ValueError`: if the quantized weights themselves would be trained.
-    """
+    """Raises `ValueError` if the quantized weights themselves would be trained."""
     if quantization is not None and quantization.method == "bitsandbytes" and not has_adapter:
         raise ValueError(
-            "The model is quantized by bitsandbytes, and quantized weights cannot be trained: only an adapter to them "
-            "can. Pass a `peft_config` such as `LoraConfig(r=16, target_modules='all-linear')` (with "
-            "recipes/spin.py: `use_peft: true`), or leave the quantization out."
+            "The model is quantized by bitsandbytes, and quantized weights cannot be trained. Train an adapter: pass a "
+            "`peft_config` (with recipes/spin.py `use_peft: true`), or leave the quantization out."
         )
-
-
-def serves_dequantized(quantization: Quantization | None, mode: str, sharding: Sharding | None) -> bool:
-    """Whether this run's own server is given the numbers that the 4-bit weights stand for, so that it plays exactly."""
-    is_whole = sharding is None or not sharding.spreads_weights
-    return quantization is not None and quantization.is_4bit and mode == "managed" and is_whole
-
-
-def differs_on_server(quantization: Quantization | None, mode: str, sharding: Sharding | None) -> bool:
-    """Whether a server computes with other base weights than the policy: those before quantization."""
-    if quantization is None or quantization.of_checkpoint or mode == "in-process":
-        return False
-    return not serves_dequantized(quantization, mode, sharding)
 
 
 def keep_weights_as_quantized(model: nn.Module) -> None:
     """
-    Keep bitsandbytes from packing 4-bit weights for inference, which it does on some CPUs in the first forward pass in
-    evaluation mode. They never become trainable again: gradients then silently stop at them.
+    Keep bitsandbytes from packing 4-bit weights for inference, as it does on some CPUs in the first forward pass in
+    evaluation mode: gradients silently stop at packed weights, for good.
 
     Raises:
         `ValueError`: if it has done so already.
@@ -108,6 +86,6 @@ def keep_weights_as_quantized(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
             if getattr(module.weight.quant_state, "packing_format_for_cpu", False):
                 raise ValueError(
-                    "bitsandbytes has packed the model's 4-bit weights for inference, because the model was run in "
-                    "evaluation mode: no gradient would pass them. Load the model anew, and pass it before it is run."
+                    "bitsandbytes has packed the model's 4-bit weights, because it was run in evaluation mode: no "
+                    "gradient would pass them. Load the model anew, and pass it before it is run."
                 )
