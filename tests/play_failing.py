@@ -61,11 +61,12 @@ if __name__ == "__main__":
     model, output_dir, phases = sys.argv[1:4]
     parser = TrlParser(SPINConfig)
     overrides = {"num_iterations": 1, "learning_rate": 1e-3, "beta": 0.1, "per_device_train_batch_size": 4}
+    overrides["precompute_ref_batch_size"] = 2  # several passes for each process, whatever the lengths
     parser.set_defaults_with_config(**settings(output_dir, **overrides, overwrite_output_dir=True))
     (config,) = parser.parse_args_and_config(sys.argv[4:])
     failing = Failing(config)
     policy = AutoModelForCausalLM.from_pretrained(model)
-    policy.base_model.register_forward_pre_hook(failing, with_kwargs=True)  # scoring passes by the head
+    policy.register_forward_pre_hook(failing, with_kwargs=True)
     rows = read_rows("accent_train.jsonl", 40)
     pids = gather_object([os.getpid()])
     trainer = SPINTrainer(

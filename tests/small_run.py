@@ -86,7 +86,7 @@ def write_numbers(store: IterationStore, iteration: int) -> None:
             "identical_share": 0.25 * (iteration + 1),
             "cut_off_share": 0.5,
             "never_heard_of": 7.5 + iteration,
-            "percentiles": {"chosen": [1.0, 2.0]},
+            "percentiles": {"chosen": {"p50": 2.0}},
         },
     )
 

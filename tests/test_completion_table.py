@@ -31,7 +31,7 @@ def log(tmp_path):
 
     def log(iteration: int, report_to: list[str] = (), seed: int = 0, games: list = GAMES, answers: dict = ANSWERS):
         store = write_run(tmp_path / "run", games, answers)
-        log_completions(store, store.read_data(), byte_tokenizer(), iteration, 8, report_to, seed)
+        log_completions(store, byte_tokenizer(), iteration, 8, report_to, seed)
 
     return log
 

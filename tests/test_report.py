@@ -46,7 +46,7 @@ def test_counts_the_lengths_of_both_sides(store):
 
 def test_reads_every_number_whatever_its_name(store):
     metrics = read_run(store.output_dir).metrics
-    assert metrics[1]["never_heard_of"] == 8.5 and metrics[1]["percentiles/chosen[1]"] == 2.0
+    assert metrics[1]["never_heard_of"] == 8.5 and metrics[1]["percentiles/chosen/p50"] == 2.0
     assert scores_of(read_run(store.output_dir)) == {"nll": {0: 1.0, 1: 0.5, 2: 1 / 3}, "accuracy": {0: 0.5, 1: 0.6}}
 
 

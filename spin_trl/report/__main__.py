@@ -11,7 +11,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("run_directory", metavar="RUN_DIR", help="`output_dir` of the run")
     parser.add_argument("--output", metavar="FILE", help="where to write; by default RUN_DIR/report.html")
     parser.add_argument(
-        "--max_completions", type=_positive, default=2000, metavar="N", help="prompts to embed, at most (%(default)s)"
+        "--max_completions", type=int, default=2000, metavar="N", help="prompts to embed, at most (%(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the choice of prompts (%(default)s)")
     parser.add_argument(
@@ -26,13 +26,6 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 1
     return 0
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
 
 
 if __name__ == "__main__":

@@ -32,10 +32,6 @@ class LogFileCallback(TrainerCallback):
 
     A run that goes on begins with the log of its checkpoint: what was logged after that, by steps that are taken again,
     goes, and so does a line that a kill cut short.
-
-    Args:
-        run ([`Run`]): Knows whether anything is left to do.
-        store ([`IterationStore`]): The run directory.
     """
 
     def __init__(self, run: Run, store: IterationStore):

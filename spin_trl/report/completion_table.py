@@ -5,12 +5,12 @@ The same prompts each time, so that one sees the answers change. Knows nothing o
 
 import random
 import sys
+from collections.abc import Collection
 from importlib import import_module
 
 import pandas
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
 from trl.trainer.utils import print_prompt_completions_sample
@@ -23,13 +23,7 @@ _NUM_PROMPTS = 5
 
 
 class ShowCompletions(TrainerCallback):
-    """
-    A callback that shows the table when the pairs of an iteration have been made.
-
-    Args:
-        store ([`IterationStore`]): The run directory.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Gives the texts.
-    """
+    """A callback that shows the table when the pairs of an iteration have been made."""
 
     def __init__(self, store: IterationStore, tokenizer: PreTrainedTokenizerBase):
         self.store = store
@@ -38,33 +32,22 @@ class ShowCompletions(TrainerCallback):
     def on_epoch_begin(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
         iteration, epoch = divmod(int(state.epoch + 1e-6), args.epochs_per_iteration)
         if state.is_world_process_zero and epoch == 0 and not control.should_training_stop:
-            data, step = self.store.read_data(), state.global_step
-            log_completions(self.store, data, self.tokenizer, iteration, step, args.report_to, args.seed)
+            log_completions(self.store, self.tokenizer, iteration, state.global_step, args.report_to, args.seed)
 
 
 def log_completions(
     store: IterationStore,
-    dataset: Dataset,
     tokenizer: PreTrainedTokenizerBase,
     iteration: int,
     step: int,
-    report_to: list[str],
+    report_to: Collection[str],
     seed: int,
 ) -> None:
     """
-    Print the table, and log it to trackio and Weights & Biases where the run reports to them.
-
-    Called on the main process, when the completions of `iteration` are on disk.
-
-    Args:
-        store ([`IterationStore`]): The run directory.
-        dataset ([`~datasets.Dataset`]): With the columns `row`, `prompt_ids` and `chosen_ids`.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Gives the texts.
-        iteration (`int`): The newest one that has been answered.
-        step (`int`): Of the run.
-        report_to (`list[str]`): Names of trackers.
-        seed (`int`): Chooses the prompts.
+    Print the table up to `iteration`, and log it to trackio and Weights & Biases where the run reports to them. `seed`
+    chooses the prompts. Called on the main process.
     """
+    dataset = store.read_data()
     chosen = random.Random(seed).sample(range(len(dataset)), min(_NUM_PROMPTS, len(dataset)))
     rows = dataset[sorted(chosen)]
     prompts = tokenizer.batch_decode(rows["prompt_ids"])

@@ -17,11 +17,8 @@ Decode = Callable[[Sequence[int], bool], str]
 
 def find_decoder(run_directory: Path, model: str | None) -> Decode | None:
     """
-    The way to read a run's token ids; `None` where there is no tokenizer.
-
-    Args:
-        run_directory (`Path`): Its checkpoints and opponents hold the tokenizer.
-        model (`str`, *optional*): Folder or hub id of the base model, looked up offline.
+    The way to read a run's token ids, by the tokenizer of a checkpoint, an opponent, or else the base model, a folder
+    or hub id that is looked up offline; `None` where there is none.
     """
     patterns = ("tokenizer.json", "checkpoint-*/tokenizer.json", "iteration-*/opponent/tokenizer.json")
     paths = [path for pattern in patterns for path in sorted(run_directory.glob(pattern), reverse=True)]
@@ -46,9 +43,7 @@ def _cached(model: str) -> str | None:
 
 
 def messages_of(prompt: Any) -> list[tuple[str, str]]:
-    """
-    A prompt as the data has it, text or messages, as pairs of role and text. The role of a plain text is empty.
-    """
+    """A prompt as the data has it, text or messages, as pairs of role and text. The role of a plain text is empty."""
     if not isinstance(prompt, list):
         return [("", str(prompt))]
     return [(str(message.get("role", "")), _content_of(message)) for message in prompt]

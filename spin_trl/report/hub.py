@@ -34,13 +34,7 @@ def push_model(
 ) -> CommitInfo:
     """
     Push weights, configuration, tokenizer and card that lie in a folder, in one commit.
-
-    Args:
-        folder (`str` or `Path`): Whatever else lies in it, folders included, stays there.
-        repo_id (`str`): Where to.
-        revision (`str`, *optional*): Branch; made where there is none. By default the main one.
-        message (`str`): Of the commit.
-        token (`str`, *optional*): By default the one of this machine.
+    The branch, `revision`, is made where there is none; by default it is the main one, and the token this machine's.
 
     Raises:
         Whatever `huggingface_hub` raises.
@@ -77,10 +71,6 @@ class PushIterations(TrainerCallback):
     Pushes what each iteration made, once it has been evaluated, as a revision of its own: `iteration-0` and so on.
 
     It takes the checkpoints in which iterations end. An epoch begins for it after the one that plays has seen it begin.
-
-    Args:
-        store ([`IterationStore`]): The run directory.
-        repo_id (`str`): The repository.
     """
 
     def __init__(self, store: IterationStore, repo_id: str):
@@ -91,8 +81,7 @@ class PushIterations(TrainerCallback):
     def on_epoch_begin(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
         on_main_process(lambda: self._push_missing(args))
 
-    def on_push_begin(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
-        on_main_process(lambda: self._push_missing(args))
+    on_push_begin = on_epoch_begin
 
     def _push_missing(self, args: SPINConfig) -> None:
         for checkpoint in reversed(self.store.checkpoints()):

@@ -7,6 +7,7 @@ out, with a line in `problems` that says what.
 import json
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,16 +29,14 @@ class NotARunError(ValueError):
 class RunData:
     """
     Args:
-        directory (`Path`): The run directory.
         description (`dict`): `self_play.json`.
         metrics (`dict[int, dict[str, float]]`): Iteration -> every number of `metrics.json`; names of nested ones are
             joined by "/".
         log (`list[dict]`): What was logged, in order.
-        chosen_lengths, rejected_lengths (`dict[int, np.ndarray]`): Iteration -> how many sides have 0, 1, 2,
-            ... tokens.
+        chosen_lengths, rejected_lengths (`dict[int, np.ndarray]`): Iteration -> number of sides of 0, 1, 2, ... tokens.
         prompts (`list[dict]`): Those to look at, each with `row`, `source_row`, `prompt` (pairs of role and text),
             `truth`, and `answers`: iteration -> list of `{"text", "cut_off"}`.
-        num_prompts (`int`): How many prompts the run has.
+        num_prompts (`int`): Of the whole run.
         problems (`list[str]`): What could not be read.
     """
 
@@ -69,10 +68,7 @@ class RunData:
 
 def read_run(directory: str | Path, max_prompts: int = 2000, seed: int = 0) -> RunData:
     """
-    Args:
-        directory (`str` or `Path`): The run directory.
-        max_prompts (`int`): How many prompts are sampled to be looked at.
-        seed (`int`): Of that sample.
+    Read a run, with `max_prompts` of its prompts, which `seed` chooses, to be looked at.
 
     Raises:
         [`NotARunError`]: if there is no run.
@@ -107,18 +103,18 @@ def _read_object(run: RunData, name: str) -> dict[str, Any]:
     return {}
 
 
-def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
-    """Every number in nested objects and lists, with its path as name."""
-    if isinstance(value, bool) or value is None or isinstance(value, str):
-        return
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _numbers(inner, f"{name}/{key}" if name else str(key))
-    elif isinstance(value, list):
-        for position, inner in enumerate(value):
-            yield from _numbers(inner, f"{name}[{position}]")
-    elif math.isfinite(value):
-        yield name, value
+def is_number(value: Any) -> bool:
+    """Whether it can be drawn."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _numbers(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Every number in nested objects, with its path as name."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _numbers(value, f"{prefix}{name}/")
+        elif is_number(value):
+            yield prefix + name, value
 
 
 def _read_log(run: RunData) -> list[dict[str, Any]]:
@@ -126,18 +122,13 @@ def _read_log(run: RunData) -> list[dict[str, Any]]:
     if not path.exists():
         run.leave_out(path.name, "it is not there (yet).")
         return []
-    lines = path.read_text(errors="replace").splitlines()
-    entries = [entry for entry in map(_parsed, lines) if isinstance(entry, dict)]
+    entries, lines = [], path.read_text(errors="replace").splitlines()
+    for line in lines:
+        with suppress(ValueError, TypeError):
+            entries.append(dict(json.loads(line)))
     if num_broken := len(lines) - len(entries):
         run.leave_out("log.jsonl, in part,", f"{num_broken} line(s) are half-written or damaged.")
     return entries
-
-
-def _parsed(line: str) -> Any:
-    try:
-        return json.loads(line)
-    except ValueError:
-        return None
 
 
 # Prompts and completions
@@ -153,7 +144,9 @@ def _read_rows(run: RunData, decode: Decode | None, max_prompts: int, seed: int)
     truth_lengths = {
         row: length
         for table in _truths(run, ["row", "chosen_ids"])
-        for row, length in zip(table["row"].to_pylist(), _lengths(table["chosen_ids"]).tolist(), strict=True)
+        for row, length in zip(
+            table["row"].to_pylist(), pc.list_value_length(table["chosen_ids"]).to_pylist(), strict=True
+        )
     }
     answered = {
         i: {row for table in _answers(run, i, ["row"]) for row in table["row"].to_pylist()} for i in run.metrics
@@ -193,7 +186,7 @@ def _read_answers(run: RunData, decode: Decode, iteration: int, shown: dict[int,
     """Add an iteration's answers to the prompts that are shown. Returns how many of all answers have each length."""
     lengths = [np.empty(0, np.int64)]
     for table in _answers(run, iteration, ["row", "sample", "completion_ids", "finish_reason"]):
-        lengths.append(_lengths(table["completion_ids"]))
+        lengths.append(pc.list_value_length(table["completion_ids"]).to_numpy())
         for row in _only(table.sort_by("sample"), shown):
             answer = {"text": decode(row["completion_ids"], True), "cut_off": row["finish_reason"] == "length"}
             shown[row["row"]]["answers"].setdefault(iteration, []).append(answer)
@@ -220,10 +213,6 @@ def _answers(run: RunData, iteration: int, columns: list[str]) -> Iterator[pa.Ta
             yield parts.read(path, columns)
         except (OSError, ValueError, RunDirectoryError, pa.ArrowException) as error:
             run.leave_out(path.relative_to(run.directory), str(error))
-
-
-def _lengths(ids: pa.ChunkedArray) -> np.ndarray:
-    return pc.list_value_length(ids).to_numpy()
 
 
 def _only(table: pa.Table, rows: dict[int, Any]) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """The charts of a run, by section of the page. Knows nothing of HTML, but of what each number of a run is called."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -7,15 +8,15 @@ from markupsafe import Markup
 
 from ..evaluation.metric_names import ITERATION, label
 from .charts import Axes, Series, bar_chart, format_number, line_chart, table
-from .run_data import RunData
+from .run_data import RunData, is_number
 from .summary import scores_of
 
 
 _SCORE_TITLES = {"nll": ("Negative log-likelihood of the held-out ground truth", "nats per token")}
-_PAIRS = {  # chart -> its two sides
-    "length": ("Mean length", "tokens", "chosen_length", "rejected_length"),
-    "truncated": ("Sides longer than `max_length`", "", "chosen_truncated_share", "rejected_truncated_share"),
-}
+_PAIRS = (  # title, unit, two sides
+    ("Mean length", "tokens", "chosen_length", "rejected_length"),
+    ("Sides longer than `max_length`", "", "chosen_truncated_share", "rejected_truncated_share"),
+)
 _STEP_CHARTS = (  # title, unit, names with their tones, percent
     ("Loss", "", {"loss": "accent"}, False),
     ("Rewards", "", {"rewards/chosen": "chosen", "rewards/rejected": "rejected"}, False),
@@ -32,75 +33,63 @@ def score_charts(run: RunData) -> list[Markup]:
     charts = []
     for name, values in scores_of(run).items():
         title, unit = _SCORE_TITLES.get(name, (name, ""))
-        iterations = sorted(values)
-        axes = Axes(title, "after iteration", unit, x_names=[label(i).removeprefix("iteration ") for i in iterations])
-        series = Series(name, [values[i] for i in iterations])
-        charts.append(line_chart(axes, range(len(iterations)), [series]))
+        names = [label(i).removeprefix("iteration ") for i in values]
+        axes = Axes(title, "after iteration", unit, x_names=names)
+        charts.append(_curves(axes, {name: "accent"}, range(len(names)), [{name: value} for value in values.values()]))
     return charts
 
 
 def iteration_charts(run: RunData) -> list[Markup]:
     """The numbers of `metrics.json` that differ between iterations, those that nobody has heard of included."""
-    names = list(dict.fromkeys(name for metrics in run.metrics.values() for name in metrics))
-    names = [name for name in names if not name.startswith(("evaluation/", "seconds_"))]
+
+    def values_of(name: str) -> list[float]:
+        return [metrics[name] for metrics in run.metrics.values() if name in metrics]
+
+    def add(title: str, unit: str, tones: dict[str, str], percent: bool = False) -> None:
+        iterations = [i for i, metrics in run.metrics.items() if not metrics.keys().isdisjoint(tones)]
+        axes = Axes(title, "iteration", unit, percent, x_names=[str(i) for i in iterations])
+        charts.append(_curves(axes, tones, range(len(iterations)), [run.metrics[i] for i in iterations]))
+
     charts = []
-    for title, unit, chosen, rejected in _PAIRS.values():
-        sides = {chosen: "chosen", rejected: "rejected"}
-        if any(value for name in sides for value in _values(run, name).values()):
-            charts.append(_by_iteration(run, title, unit, sides, chosen.endswith("_share")))
+    names = dict.fromkeys(name for metrics in run.metrics.values() for name in metrics)
+    names = [name for name in names if not name.startswith(("evaluation/", "seconds_"))]
+    for title, unit, *sides in _PAIRS:
+        if any(any(values_of(side)) for side in sides):
+            add(title, unit, dict(zip(sides, ("chosen", "rejected"), strict=True)), sides[0].endswith("_share"))
         names = [name for name in names if name not in sides]
-    shares = {name: str(number % 6) for number, name in enumerate(n for n in names if n.endswith("_share"))}
-    if shares:
-        charts.append(_by_iteration(run, "Shares of the opponent's answers", "", shares, True))
+    shares = [name for name in names if name.endswith("_share")]
+    add("Shares of the opponent's answers", "", {name: str(i % 6) for i, name in enumerate(shares)}, percent=True)
     for name in names:
-        if name not in shares and len(set(_values(run, name).values())) > 1:
-            charts.append(_by_iteration(run, name, "", {name: "accent"}, False))
+        if name not in shares and len(set(values_of(name))) > 1:
+            add(name, "", {name: "accent"})
     return [chart for chart in charts if chart]
-
-
-def _values(run: RunData, name: str) -> dict[int, float]:
-    return {iteration: metrics[name] for iteration, metrics in run.metrics.items() if name in metrics}
-
-
-def _by_iteration(run: RunData, title: str, unit: str, tones: dict[str, str], percent: bool) -> Markup:
-    iterations = sorted({iteration for name in tones for iteration in _values(run, name)})
-    series = [Series(name, [_values(run, name).get(i) for i in iterations], tone) for name, tone in tones.items()]
-    axes = Axes(title, "iteration", unit, percent, x_names=[str(i) for i in iterations])
-    return line_chart(axes, range(len(iterations)), series)
 
 
 def step_charts(run: RunData) -> tuple[list[Markup], list[Markup]]:
     """Curves within the iterations: those that one looks at first, and all others."""
     marks = {step: f"iteration {iteration}" for iteration, step in iteration_starts(run).items()}
-    known = {name for _, _, tones, _ in _STEP_CHARTS for name in tones}
-    first = [_by_step(run, title, unit, tones, percent, marks) for title, unit, tones, percent in _STEP_CHARTS]
-    others = dict.fromkeys(name for entry in run.log for name in entry)
-    others = [
-        n for n in others if n not in known | _NOT_A_CURVE and not n.startswith(("eval_", "self_play/", "train_"))
-    ]
-    more = [_by_step(run, name, "", {name: "accent"}, False, marks) for name in others]
+
+    def chart(title: str, unit: str, tones: dict[str, str], percent: bool = False) -> Markup:
+        entries = [entry for entry in run.log if "step" in entry and not entry.keys().isdisjoint(tones)]
+        return _curves(Axes(title, "step", unit, percent, marks=marks), tones, [e["step"] for e in entries], entries)
+
+    known = _NOT_A_CURVE.union(*(tones for _, _, tones, _ in _STEP_CHARTS))
+    others = [name for name in dict.fromkeys(name for entry in run.log for name in entry) if name not in known]
+    first = [chart(*description) for description in _STEP_CHARTS]
+    more = [chart(n, "", {n: "accent"}) for n in others if not n.startswith(("eval_", "self_play/", "train_"))]
     return [chart for chart in first if chart], [chart for chart in more if chart]
 
 
-def _by_step(
-    run: RunData, title: str, unit: str, tones: dict[str, str], percent: bool, marks: dict[float, str]
-) -> Markup:
-    entries = [e for e in run.log if any(_is_number(e.get(name)) for name in tones) and _is_number(e.get("step"))]
-    series = [
-        Series(name, [entry[name] if _is_number(entry.get(name)) else None for entry in entries], tone)
-        for name, tone in tones.items()
-    ]
-    return line_chart(Axes(title, "step", unit, percent, marks=marks), [entry["step"] for entry in entries], series)
+def _curves(axes: Axes, tones: dict[str, str], x: Sequence[float], rows: list[dict[str, Any]]) -> Markup:
+    """A chart of those numbers, each with its tone, that the rows have."""
+    series = [Series(n, [row[n] if is_number(row.get(n)) else None for row in rows], t) for n, t in tones.items()]
+    return line_chart(axes, x, series)
 
 
 def iteration_starts(run: RunData) -> dict[int, float]:
     """Iteration -> steps before it. The log has an entry when an iteration's pairs are made."""
     entries = [entry for entry in run.log if {ITERATION, "step", "self_play/num_pairs"} <= entry.keys()]
     return {entry[ITERATION]: entry["step"] for entry in entries if entry[ITERATION] > 0}
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and np.isfinite(value)
 
 
 def length_charts(run: RunData) -> list[Markup]:

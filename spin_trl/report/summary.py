@@ -22,15 +22,16 @@ class Tile:
 
 def state_of(run: RunData) -> str:
     """Whether the run is complete, in words."""
-    total = run.num_iterations
+    total, begun = run.num_iterations, max(run.metrics, default=None)
     if run.description.get("finished"):
-        return f"complete, {total} iteration{'s' * (total != 1)}" if total is not None else "complete"
-    begun = max(run.metrics, default=None)
+        return "complete" if total is None else f"complete, {total} iteration{'s' * (total != 1)}"
     if begun is None:
         return "begun"
-    if total is not None and begun >= total:
+    if total is None:
+        return f"in iteration {begun}, or stopped there"
+    if begun >= total:
         return f"iterations 0 to {total - 1} trained, not yet complete"
-    return f"in iteration {begun}" + (f" of 0 to {total - 1}" if total is not None else "") + ", or stopped there"
+    return f"in iteration {begun} of 0 to {total - 1}, or stopped there"
 
 
 def scores_of(run: RunData) -> dict[str, dict[int, float]]:
@@ -59,12 +60,11 @@ def tiles_of(run: RunData) -> list[Tile]:
 
 def _score_tile(name: str, values: dict[int, float]) -> Tile:
     tile = _change_tile(name, values)
-    if name == "nll" and len(values) > 1:  # of the user's own scores nobody knows whether more is better
-        best = min(values, key=values.get)
-        return Tile(
-            "nll, nats per token (lower is better)", tile.value, f"best: {format_number(values[best])}, {_after(best)}"
-        )
-    return tile
+    if name != "nll" or len(values) < 2:  # of the user's own scores nobody knows whether more is better
+        return tile
+    best = min(values, key=values.get)
+    detail = f"best: {format_number(values[best])}, {_after(best)}"
+    return Tile("nll, nats per token (lower is better)", tile.value, detail)
 
 
 def _change_tile(name: str, values: dict[int, float], percent: bool = False) -> Tile:
