@@ -1,7 +1,7 @@
 """Start a vLLM server to which opponents can be published: `python -m spin_trl.serve MODEL [--lora-rank N] [...]`.
 
 Runs `vllm serve` in place of itself, with every flag and variable that the trainer needs; `--print` only prints that
-command. Arguments that are not listed by `--help` are passed on to `vllm serve`.
+command. All further arguments are those of `vllm serve`, such as `--port`, `--max-model-len` and `--max-loras`.
 """
 
 import argparse
@@ -16,27 +16,25 @@ _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 def main(arguments: list[str] | None = None) -> None:
     """Parse the command line and become the server."""
-    parser = argparse.ArgumentParser(prog="python -m spin_trl.serve", description=__doc__.partition("\n")[0])
-    parser.add_argument("model", help="hub id or folder of the base model")
+    parser = argparse.ArgumentParser(
+        prog="python -m spin_trl.serve",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", help="hub id or folder of the base model; it comes first")
     parser.add_argument("--lora-rank", type=int, help="rank of the adapters to come; without it, full weights")
-    parser.add_argument("--max-loras", type=int, default=1, help="adapters played at once: the run's `num_opponents`")
     parser.add_argument("--host", default="127.0.0.1", help="interface to bind (default: loopback only)")
-    parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--max-model-len", type=int, dest="max_model_length", help="context length in tokens")
-    parser.add_argument("--dtype", default="auto", help="as for vllm serve")
-    parser.add_argument("--gpu-memory-utilization", type=float, help="share of the GPU's memory")
-    parser.add_argument("--tensor-parallel-size", type=int, default=1, help="number of GPUs to split the model over")
-    parser.add_argument("--revision", help="revision of a model from the hub")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
     parser.add_argument("--print", action="store_true", dest="only_print", help="print the command and start nothing")
-    options, extra = parser.parse_known_args(arguments)
-    options = vars(options)
-    only_print = options.pop("only_print")
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options, others = parser.parse_known_args(arguments)
+    if options.model != arguments[0]:
+        parser.error(f"the first argument must be the model, got {arguments[0]!r}")
 
-    command = serve_command(**options, extra=extra)
-    if options["host"] not in _LOOPBACK:
-        print(_exposure_warning(options["host"], options["lora_rank"]), file=sys.stderr)
-    if only_print:
+    command = serve_command(options.model, ["--host", options.host, *others], options.lora_rank)
+    if options.host not in _LOOPBACK:
+        print(_exposure_warning(options.host, options.lora_rank), file=sys.stderr)
+    if options.only_print:
         print(command)
         return
     if not can_serve():

@@ -5,7 +5,6 @@ import pickle
 import re
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -271,8 +270,7 @@ def test_libraries_that_write_into_a_directory_that_is_there_give_the_same_error
 def test_log_of_a_managed_server_on_a_full_disk_is_an_error_before_the_server_starts(make_disk, tiny_model):
     disk = make_disk("1m")
     disk.fill()
-    command = partial(serve_command, tiny_model)
-    server = ManagedServer(disk.path / "vllm-server.log", 1, 0, lambda uds: command(uds=uds))
+    server = ManagedServer(disk.path / "vllm-server.log", 1, lambda uds: serve_command(tiny_model, ["--uds", uds]))
     with pytest.raises(DiskError, match=r"vllm-server\.log could not be written"):
         server.start()
     assert [path.name for path in disk.path.iterdir()] == ["filler"]

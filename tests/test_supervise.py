@@ -1,17 +1,14 @@
 """That a supervised command never outlives the process that asked for it, with real processes."""
 
-import multiprocessing
 import os
 import signal
 import subprocess
 import sys
-import threading
-import time
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from managed import fake_server
+from managed import wait_for
 
 
 PATIENCE = 20.0  # seconds until a test gives up; none waits for it when all is well
@@ -28,25 +25,20 @@ os.rename(sys.argv[1] + ".tmp", sys.argv[1])
 time.sleep(600)
 """
 
-# Holds the pipe to a supervisor, as a trainer does, and waits.
-HOLDER = """
-import subprocess, sys, time
-supervisor = subprocess.Popen(sys.argv[1:], stdin=subprocess.PIPE)
+# Starts a supervisor, as a trainer does, and waits.
+PARENT = """
+import os, subprocess, sys, time
+subprocess.Popen([*sys.argv[1:4], str(os.getpid()), *sys.argv[5:]])
 time.sleep(600)
 """
 
-# Supervises as a process in a terminal's foreground does, with another time between SIGTERM and SIGKILL.
+# Supervises as a process in a terminal's foreground does.
 SUPERVISOR = """
 import signal, sys
 from spin_trl.generation.vllm import supervise
 signal.signal(signal.SIGINT, signal.default_int_handler)
-sys.exit(supervise.supervise(sys.argv[2:], grace_period=float(sys.argv[1])))
+sys.exit(supervise.supervise(int(sys.argv[1]), sys.argv[3:], grace_period=float(sys.argv[2])))
 """
-
-
-def supervisor(*command: str, grace_period: float = 0.2) -> list[str]:
-    """The words that supervise `command`."""
-    return [sys.executable, "-c", SUPERVISOR, str(grace_period), *command]
 
 
 def is_gone(pid: int) -> bool:
@@ -57,39 +49,31 @@ def is_gone(pid: int) -> bool:
     return state == "Z"  # dead, though nobody has asked how it ended
 
 
-def wait_for(condition) -> bool:
-    deadline = time.monotonic() + PATIENCE
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return condition()
-
-
 class Processes:
-    """Processes of one test; what is left of them at its end is killed."""
+    """A supervisor, its command and the command's child; what is left of them at the end of a test is killed."""
 
     def __init__(self, folder: Path):
         self.pid_file = folder / "pids"
-        self.started: list[subprocess.Popen] = []
+        self.process: subprocess.Popen | None = None
         self.pids: list[int] = []
 
-    def command(self, kind: str) -> list[str]:
-        return [sys.executable, "-c", COMMAND, str(self.pid_file), kind]
-
-    def start(self, argv: list[str]) -> subprocess.Popen:
-        process = subprocess.Popen(argv, stdin=subprocess.PIPE)
-        self.started.append(process)
+    def start(self, kind: str = "polite", before: tuple[str, ...] = ()) -> subprocess.Popen:
+        """A polite command is given so much time to end that it must not be waited for; a stubborn one none."""
+        supervisor = [sys.executable, "-c", SUPERVISOR, str(os.getpid()), "0.2" if kind == "stubborn" else "10_000"]
+        command = [sys.executable, "-c", COMMAND, str(self.pid_file), kind]
+        self.process = subprocess.Popen([*before, *supervisor, *command])
         assert wait_for(self.pid_file.exists)
         self.pids = [int(pid) for pid in self.pid_file.read_text().split()]
         assert not any(is_gone(pid) for pid in self.pids)
-        return process
+        return self.process
 
-    def all_gone(self) -> bool:
+    def all_end(self) -> bool:
+        self.process.wait(timeout=PATIENCE)
         return wait_for(lambda: all(is_gone(pid) for pid in self.pids))
 
     def kill(self) -> None:
-        for process in self.started:
-            process.kill()
-            process.wait()
+        self.process.kill()
+        self.process.wait()
         for pid in self.pids:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -103,87 +87,39 @@ def processes(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["polite", "stubborn"])
-def test_command_and_its_child_end_when_the_pipe_closes(processes, kind):
-    process = processes.start(supervisor(*processes.command(kind)))
-    process.stdin.close()
-    process.wait(timeout=PATIENCE)
-    assert processes.all_gone()
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_command_and_its_child_end_when_the_supervisor_is_told_to_end(processes, number, kind):
+    """SIGHUP comes when the terminal closes or the connection to the machine breaks, and ends the trainer as well."""
+    processes.start(kind).send_signal(number)
+    assert processes.all_end()
 
 
-def test_command_ends_when_the_holder_of_the_pipe_is_killed(processes):
-    holder = processes.start([sys.executable, "-c", HOLDER, *supervisor(*processes.command("polite"))])
-    holder.kill()
-    assert processes.all_gone()
+def test_command_ends_when_the_parent_is_killed(processes):
+    processes.start(before=(sys.executable, "-c", PARENT)).kill()
+    assert processes.all_end()
 
 
 def test_command_ends_when_the_supervisor_itself_is_killed(processes):
     """What the command started in turn is then its own to end, as vLLM does."""
-    process = processes.start(supervisor(*processes.command("polite")))
-    process.kill()
+    processes.start().kill()
     assert wait_for(lambda: is_gone(processes.pids[0]))
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
-def test_command_ends_with_a_supervisor_that_is_told_to_end(processes, number):
-    """SIGHUP comes when the terminal closes or the connection to the machine breaks, and ends the trainer as well."""
-    process = processes.start(supervisor(*processes.command("polite")))
-    process.send_signal(number)
-    process.wait(timeout=PATIENCE)
-    assert processes.all_gone()
-
-
-def test_supervisor_that_is_told_to_end_waits_no_longer_than_its_command_needs(processes):
-    process = processes.start(supervisor(*processes.command("polite"), grace_period=10_000))
-    process.terminate()
-    process.wait(timeout=PATIENCE)
-    assert processes.all_gone()
-
-
-def test_interrupt_from_the_keyboard_is_left_to_the_parent(processes):
-    process = processes.start(supervisor(*processes.command("polite")))
-    process.send_signal(signal.SIGINT)
-    with pytest.raises(subprocess.TimeoutExpired):
-        process.wait(timeout=0.5)
-    process.stdin.close()
-    process.wait(timeout=PATIENCE)
-    assert processes.all_gone()
-
-
-@pytest.mark.parametrize("status", [0, 3])
-def test_exit_status_of_the_command_is_passed_on(status):
-    command = [sys.executable, "-m", "spin_trl.generation.vllm.supervise", "sh", "-c", f"exit {status}"]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE)
-    assert process.wait(timeout=PATIENCE) == status
-    process.stdin.close()
-
-
-def test_exit_status_of_a_killed_command_is_a_shells():
-    command = [sys.executable, "-m", "spin_trl.generation.vllm.supervise", "sh", "-c", "kill -9 $$"]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE)
-    assert process.wait(timeout=PATIENCE) == 128 + signal.SIGKILL
-    process.stdin.close()
 
 
 def test_child_that_outlives_the_command_ends_too(processes):
     """The command ends of itself, while its child would go on for ten minutes."""
-    process = processes.start(supervisor(*processes.command("polite")))
+    processes.start()
     os.kill(processes.pids[0], signal.SIGKILL)
-    process.wait(timeout=PATIENCE)
-    assert processes.all_gone()
+    assert processes.all_end()
 
 
-def test_managed_server_stops_while_a_forked_worker_still_lives(tmp_path):
-    """A data loader's workers inherit the pipe, and live on while an error of the training is on its way up."""
-    server = fake_server(tmp_path)
-    server.start()
-    worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,))
-    worker.start()
-    stopping = threading.Thread(target=server.stop, daemon=True)
-    try:
-        stopping.start()
-        stopping.join(timeout=PATIENCE)
-        assert not stopping.is_alive()
-    finally:
-        worker.kill()
-        worker.join()
-        stopping.join()
+def test_interrupt_from_the_keyboard_is_left_to_the_parent(processes):
+    process = processes.start()
+    process.send_signal(signal.SIGINT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=0.5)
+
+
+@pytest.mark.parametrize(("script", "status"), [("exit 0", 0), ("exit 3", 3), ("kill -9 $$", 128 + signal.SIGKILL)])
+def test_exit_status_of_the_command_is_passed_on_as_a_shell_does(script, status):
+    supervisor = [sys.executable, "-m", "spin_trl.generation.vllm.supervise", str(os.getpid())]
+    assert subprocess.run([*supervisor, "sh", "-c", script], timeout=PATIENCE).returncode == status

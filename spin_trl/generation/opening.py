@@ -4,8 +4,7 @@ import os
 import shlex
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -25,11 +24,7 @@ from .vllm.serve_command import serve_command
 
 @dataclass(frozen=True)
 class SamplerChoice:
-    """
-    Args:
-        mode (`str`): "server", "managed", "in-process", or "given" for a sampler of the user's.
-        reason (`str`): Why, for the log.
-    """
+    """Which sampler: "server", "managed", "in-process", or "given" for one of the user's; and why, for the log."""
 
     mode: str
     reason: str
@@ -66,6 +61,7 @@ def choose_sampler(use_vllm: bool | None, vllm_server_base_url: str | None, is_i
     return SamplerChoice("in-process", "no `vllm_server_base_url`, and vLLM is not installed")
 
 
+@dataclass
 class SamplerHost:
     """
     Builds the sampler that was chosen, opens it for a run, and closes it again.
@@ -80,22 +76,13 @@ class SamplerHost:
             removed when the sampler is closed.
     """
 
-    def __init__(
-        self,
-        args: SPINConfig,
-        choice: SamplerChoice,
-        model_name: str,
-        lora_rank: int | None,
-        log_path: Path,
-        served_base: Path | None = None,
-    ):
-        self.args = args
-        self.choice = choice
-        self.model_name = model_name
-        self.lora_rank = lora_rank
-        self.log_path = log_path
-        self.served_base = served_base
-        self.managed_server: ManagedServer | None = None
+    args: SPINConfig
+    choice: SamplerChoice
+    model_name: str
+    lora_rank: int | None
+    log_path: Path
+    served_base: Path | None = None
+    managed_server: ManagedServer | None = field(default=None, init=False)
 
     def build(
         self,
@@ -103,14 +90,7 @@ class SamplerHost:
         pad_token_id: int,
         vocab_size: int | None,
     ) -> OpponentSampler:
-        """
-        The sampler, not yet open.
-
-        Args:
-            open_policy (`Callable`): Returns a context manager that gives the policy, ready to generate.
-            pad_token_id (`int`): Token id to pad prompts with.
-            vocab_size (`int`, *optional*): Number of the model's token ids, where it is known.
-        """
+        """The sampler, not yet open, as [`PolicySampler`] or [`VLLMSampler`] is built."""
         if self.choice.mode == "in-process":
             return PolicySampler(open_policy, pad_token_id, self.args.per_device_generation_batch_size)
         return self._client(vocab_size)
@@ -169,8 +149,12 @@ class SamplerHost:
             if self.served_base is not None:
                 remove(self.served_base)
 
+    @property
+    def _served_model(self) -> str:
+        return self.model_name if self.served_base is None else str(self.served_base)
+
     def _client(self, vocab_size: int | None = None) -> VLLMSampler:
-        served_model = self.args.vllm_server_model if self.served_base is None else str(self.served_base)
+        served_model = self.args.vllm_server_model if self.served_base is None else self._served_model
         return VLLMSampler(self.model_name, self.lora_rank, served_model, vocab_size)
 
     def _connect(
@@ -187,21 +171,21 @@ class SamplerHost:
     def _start_server(self, longest_sequence: int) -> str:
         """Returns its address."""
         args = self.args
-        command = partial(
-            serve_command,
-            self.model_name if self.served_base is None else str(self.served_base),
-            lora_rank=self.lora_rank,
-            max_loras=min(args.num_opponents, args.num_iterations),
-            max_model_length=longest_sequence,
-            dtype="bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
-            gpu_memory_utilization=args.vllm_gpu_memory_utilization,
-            revision=None if os.path.isdir(self.model_name) else source_kwargs(args)["revision"],
-            trust_remote_code=args.trust_remote_code,
-            sleep_mode=args.vllm_sleep,
-            extra=shlex.split(args.vllm_server_args or ""),
-        )
+        arguments = ["--dtype", "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"]
+        arguments += ["--max-model-len", str(longest_sequence)]
+        arguments += ["--gpu-memory-utilization", str(args.vllm_gpu_memory_utilization)]
+        if self.lora_rank is not None:
+            arguments += ["--max-loras", str(min(args.num_opponents, args.num_iterations))]
+        revision = None if os.path.isdir(self.model_name) else source_kwargs(args)["revision"]
+        if revision is not None:
+            arguments += ["--revision", revision]
+        if args.trust_remote_code:
+            arguments += ["--trust-remote-code"]
+        arguments += shlex.split(args.vllm_server_args or "")
         self.managed_server = server = ManagedServer(
-            self.log_path, args.vllm_server_timeout, lambda uds: command(uds=uds)
+            self.log_path,
+            args.vllm_server_timeout,
+            lambda uds: serve_command(self._served_model, ["--uds", uds, *arguments], self.lora_rank, args.vllm_sleep),
         )
         print(f"Starting a vLLM server. Its output goes to {self.log_path}.", flush=True)
         server.start()

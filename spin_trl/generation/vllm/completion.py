@@ -44,83 +44,66 @@ def read_completion(
     logprobs: bool,
 ) -> Completion:
     """
-    The completion that a server's answer holds.
-
-    Args:
-        choice (`dict[str, Any]`): What came back.
-        request ([`CompletionRequest`]): What was asked.
-        params ([`SamplingParams`]): How it was to be sampled.
-        max_tokens (`int`): Most tokens that were asked for.
-        vocab_size (`int`, *optional*): Number of token ids that the model has, where that is known.
-        logprobs (`bool`): Whether log-probs were asked for.
+    The completion that a server's `choice` holds, when `max_tokens` were asked for and, if `logprobs`, their log-probs.
 
     Raises:
         `SamplerError`: if it is none, with what came back, what was expected and what to do.
     """
-    token_ids = choice.get("token_ids")
+    wrong = _problem(choice, params, max_tokens, vocab_size, logprobs)
+    if wrong is not None:
+        (row, sample), (found, remedy) = request.key, wrong
+        raise SamplerError(
+            f"The server's answer to row {row} (sample {sample}, prompt of {len(request.prompt_ids)} tokens) is no "
+            f"completion: it holds {found[:500]}. {remedy}"
+        )
+    found_logprobs = choice["logprobs"]["token_logprobs"] if logprobs else None
+    return Completion(request.key, choice["token_ids"], choice["finish_reason"], found_logprobs)
+
+
+def _problem(
+    choice: dict[str, Any], params: SamplingParams, max_tokens: int, vocab_size: int | None, logprobs: bool
+) -> tuple[str, str] | None:
+    """What was found, against what was expected; and what to do."""
+    token_ids, finish_reason = choice.get("token_ids"), choice.get("finish_reason")
     if not isinstance(token_ids, list) or not token_ids:
-        raise _wrong(
-            request,
+        return (
             f"`token_ids` {token_ids!r} instead of the ids sampled, at least one",
             "The server must heed `return_token_ids`, as vLLM from 0.22 on does: update it.",
         )
     for token_id in token_ids:
         if not isinstance(token_id, int) or token_id < 0 or (vocab_size is not None and token_id >= vocab_size):
-            raise _wrong(
-                request,
+            return (
                 f"the token id {token_id!r}, but the model has a vocabulary of {vocab_size}",
                 "The server must serve the very model that is trained, with the same vocabulary.",
             )
     if len(token_ids) > max_tokens:
-        raise _wrong(
-            request,
+        return (
             f"{len(token_ids)} tokens, but at most {max_tokens} were asked for",
             "See whether something between here and the server changes requests.",
         )
-    finish_reason = choice.get("finish_reason")
-    _check_end(request, finish_reason, token_ids, params)
-    return Completion(
-        key=request.key,
-        token_ids=token_ids,
-        finish_reason=finish_reason,
-        logprobs=_logprobs(request, choice, len(token_ids)) if logprobs else None,
-    )
-
-
-def _check_end(request: CompletionRequest, finish_reason: Any, token_ids: list[int], params: SamplingParams) -> None:
     if finish_reason not in ("stop", "length"):
-        raise _wrong(
-            request,
+        return (
             f"`finish_reason` {finish_reason!r} instead of 'stop' or 'length'",
             "See the server's log, and what `generation_kwargs` asks of it.",
         )
     stops_elsewhere = any(name in params.extra for name in _STOP_PARAMETERS)
     if finish_reason == "stop" and token_ids[-1] not in params.end_token_ids and not stops_elsewhere:
-        raise _wrong(
-            request,
+        return (
             f"an answer that stopped at token {token_ids[-1]}, but the end tokens are {list(params.end_token_ids)}",
             "If the model does stop there, name the token in `eos_token_id` of its generation_config.json, as a list.",
         )
-
-
-def _logprobs(request: CompletionRequest, choice: dict[str, Any], num_tokens: int) -> list[float]:
-    logprobs = (choice.get("logprobs") or {}).get("token_logprobs")
-    if (
-        not isinstance(logprobs, list)
-        or len(logprobs) != num_tokens
-        or not all(isinstance(logprob, int | float) and math.isfinite(logprob) for logprob in logprobs)
-    ):
-        raise _wrong(
-            request,
-            f"the log-probs {logprobs!r} instead of a finite number for each of {num_tokens} tokens",
+    values = (choice.get("logprobs") or {}).get("token_logprobs") if logprobs else None
+    if logprobs and not _is_finite(values, len(token_ids)):
+        return (
+            f"the log-probs {values!r} instead of a finite number for each of {len(token_ids)} tokens",
             "The server must heed `logprobs`, as vLLM does; without them set `publish_check_tolerance=None`.",
         )
-    return logprobs
+    return None
 
 
-def _wrong(request: CompletionRequest, found: str, remedy: str) -> SamplerError:
-    row, sample = request.key
-    return SamplerError(
-        f"The server's answer to row {row} (sample {sample}, prompt of {len(request.prompt_ids)} tokens) is no "
-        f"completion: it holds {found[:500]}. {remedy}"
+def _is_finite(values: Any, length: int) -> bool:
+    return (
+        isinstance(values, list)
+        and len(values) == length
+        and all(isinstance(value, int | float) and math.isfinite(value) for value in values)
     )

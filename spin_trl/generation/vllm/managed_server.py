@@ -21,6 +21,7 @@ from .supervise import GRACE_PERIOD
 
 logger = logging.getLogger(__name__)
 
+_SUPERVISOR = "spin_trl.generation.vllm.supervise"
 _NUM_LOG_LINES_SHOWN = 20
 _LONGEST_SOCKET_PATH = 100  # bytes; the system takes 107
 
@@ -65,7 +66,7 @@ class ManagedServer:
 
     @property
     def can_sleep(self) -> bool:
-        """Whether `POST /sleep` makes the server free its memory."""
+        """See [`ServeCommand`]."""
         return self._command.can_sleep
 
     @property
@@ -108,7 +109,6 @@ class ManagedServer:
         if process is None:
             return
         process.terminate()
-        process.stdin.close()
         try:
             process.wait(2 * GRACE_PERIOD)  # the supervisor itself waits for one
         except subprocess.TimeoutExpired:
@@ -137,8 +137,8 @@ class ManagedServer:
             log.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} The vLLM server {occasion}\n")
             log.flush()
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "spin_trl.generation.vllm.supervise", *self._command.argv],
-                stdin=subprocess.PIPE,
+                [sys.executable, "-m", _SUPERVISOR, str(os.getpid()), *self._command.argv],
+                stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=env,
@@ -208,8 +208,5 @@ def _private_directory() -> Path:
 
 
 def _clean_environment() -> dict[str, str]:
-    return {
-        name: value
-        for name, value in os.environ.items()
-        if name not in _LAUNCHER_VARIABLES and not name.startswith(_LAUNCHER_PREFIXES)
-    }
+    kept = [name for name in os.environ if name not in _LAUNCHER_VARIABLES and not name.startswith(_LAUNCHER_PREFIXES)]
+    return {name: os.environ[name] for name in kept}

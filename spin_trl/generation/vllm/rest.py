@@ -23,9 +23,7 @@ class ServerRest:
     A server that rests is not watched: if it ends meanwhile, it is started again when it is to wake, not before, since
     its memory is in use elsewhere.
 
-    Args:
-        process ([`ManagedServer`]): The server. It is running.
-        sampler ([`VLLMSampler`]): Connected to it.
+    Both the server and the sampler that is connected to it are running.
     """
 
     def __init__(self, process: ManagedServer, sampler: VLLMSampler):
@@ -44,13 +42,11 @@ class ServerRest:
 
     def nap(self) -> None:
         """Free the memory for a moment, and lose nothing but time. A server that cannot sleep stays awake."""
-        if self.process.can_sleep and not self._is_resting:
+        if self.process.can_sleep:
             self._fall_asleep(_WEIGHTS_IN_HOST_MEMORY)
 
     def sleep(self) -> None:
         """Free the memory until another opponent is published."""
-        if self._is_resting:
-            return
         if self.process.can_sleep:
             self._fall_asleep(_WEIGHTS_IN_HOST_MEMORY if self._needs_base_weights else _WEIGHTS_DISCARDED)
         else:
@@ -58,12 +54,7 @@ class ServerRest:
             self._is_resting = True
 
     def wake(self) -> None:
-        """
-        Have the server answer again.
-
-        Raises:
-            `SamplerError`: if it can be neither woken nor started.
-        """
+        """Have the server answer again, or raise [`SamplerError`] if it can be neither woken nor started."""
         if not self._is_resting:
             return
         self.process.resume()
@@ -77,6 +68,8 @@ class ServerRest:
         self._is_resting = False
 
     def _fall_asleep(self, level: int) -> None:
+        if self._is_resting:
+            return
         self.process.unwatch()
         try:
             self.sampler.sleep(level)
