@@ -6,6 +6,7 @@ folder that stands for the model here has no weights.
 
 import json
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -103,18 +104,13 @@ def test_whole_number_that_is_too_small_is_refused(field, least, make_config):
 @table(
     # whole numbers and numbers
     ({"num_iterations": "3"}, "`num_iterations` must be a whole number", "got '3' (`str`)", "Leave it unset"),
-    ({"num_opponents": 2.5}, "`num_opponents` must be a whole number", "got 2.5", "Leave it unset for the default, 1"),
     ({"num_train_epochs": 3.0}, "is set to 3.0", "`num_iterations` (3) times `epochs_per_", "Set those two instead"),
     ({"temperature": -0.7}, "`temperature` must be at least 0", "got -0.7", "Leave it unset for the default, 1.0"),
     ({"temperature": NAN}, "`temperature` must be a finite number", "got nan", "Leave it unset"),
-    ({"eval_temperature": float("inf")}, "`eval_temperature` must be a finite number", "got inf", "the default, 0.0"),
     ({"top_p": 95}, "`top_p` must be in (0, 1]", "got 95", "Use 1.0 to consider all"),
-    ({"top_p": 0.0}, "`top_p` must be in (0, 1]", "got 0.0"),
     ({"repetition_penalty": 0.0}, "`repetition_penalty` must be positive", "got 0.0", "Use 1.0 for none"),
     ({"vllm_gpu_memory_utilization": 30}, "must be in (0, 1]", "got 30", "such as 0.3 for 30 %"),
-    ({"vllm_server_timeout": NAN}, "`vllm_server_timeout` must be a finite number", "got nan", "Leave it unset"),
     ({"vllm_server_timeout": 0}, "`vllm_server_timeout` must be a positive number of seconds", "got 0"),
-    ({"vllm_request_timeout": -1}, "`vllm_request_timeout` must be a positive number of seconds", "got -1"),
     ({"publish_check_tolerance": 0}, "must be positive", "got 0", "`publish_check_tolerance=None`"),
     ({"label_smoothing": 0.7}, "`label_smoothing` must be in [0, 0.5)", "got 0.7", "Leave it unset"),
     # one for each iteration
@@ -122,21 +118,16 @@ def test_whole_number_that_is_too_small_is_refused(field, least, make_config):
     ({"beta": [0.1, 0.2]}, "`beta` has 2 values ([0.1, 0.2])", "`num_iterations` is 3", "one for each"),
     ({"learning_rate": "5e-7e"}, "`learning_rate` must be a number, or a list", "got '5e-7e'", "such as 5.0e-7"),
     ({"learning_rate": [1e-6, NAN, 1e-7]}, "`learning_rate` must be a number", "got nan", "such as 5.0e-7"),
-    ({"learning_rate": [1e-6, 1e-7]}, "has 2 values ([1e-06, 1e-07])", "`num_iterations` is 3", "or one for each"),
     ({"learning_rate": [1e-6, 0, 1e-6]}, "`learning_rate` must be positive in every iteration"),
     # dicts and texts
     ({"generation_kwargs": "typical_p=0.9"}, "must be a dict or JSON of one", "'typical_p=0.9'", "Write it such as"),
     ({"generation_kwargs": ["typical_p"]}, "must be a dict of keyword arguments", "['typical_p'] (`list`)", "0.9}"),
     ({"generation_kwargs": {"max_tokens": 64}}, "has 'max_tokens'", "self-play sets itself", "`max_completion_length`"),
-    ({"generation_kwargs": '{"prompt": "Hi"}'}, "has 'prompt'", "self-play sets itself", "Leave it out"),
-    ({"model_init_kwargs": "bfloat16"}, "`model_init_kwargs` must be a dict", "'bfloat16'", "Write it such as"),
     ({"prompt_column": "", "completion_column": "b"}, "must be the name of a column", "got ''", "leave both unset"),
     ({"prompt_column": "a"}, "`prompt_column='a'` and `completion_column=None`", "Set both"),
-    ({"completion_column": "b"}, "`prompt_column=None` and `completion_column='b'`", "Set both"),
     ({"output_dir": ""}, "`output_dir` must be the path of a directory", "got ''", "Name the one"),
     # choices
     ({"train_on_turns": "first"}, "`train_on_turns` must be one of ['last', 'all']", "got 'first'"),
-    ({"identical_pairs": "yes"}, "`identical_pairs` must be one of ['drop', 'keep']", "got 'yes'"),
     ({"pairing": "best"}, "`pairing` must be one of", "'best_of', 'reward_ranked'", "got 'best'"),
     # what self-play sets itself
     ({"precompute_ref_log_probs": False}, "`precompute_ref_log_probs=False` is not possible", "unset"),
@@ -147,7 +138,6 @@ def test_whole_number_that_is_too_small_is_refused(field, least, make_config):
     ({"pairing": "reward_ranked"}, "`num_generations` is 1", "Set it to 2 or more"),
     ({"pairing": "best_of", "loss_type": "space"}, "`loss_type='space'` contradicts `pairing='best_of'`", "Leave"),
     ({"reward_weights": [0.0, 0.0]}, "`reward_weights` must be a list of finite numbers, not all of them 0"),
-    ({"reward_weights": [NAN]}, "`reward_weights` must be", "got [nan]"),
     ({"reward_weights": 1.0}, "`reward_weights` must be a list"),
     # servers
     ({**SERVER, "use_vllm": False}, f"`vllm_server_base_url='{UNUSED}'`", "contradicts", "Leave `use_vllm` unset"),
@@ -184,8 +174,6 @@ def test_configuration_is_refused(given, refusal, make_config):
     ({"loss_type": "space", "space_mu": 2.5, "num_generations": 2}, "at most `num_generations`", "which is 2, got 2.5"),
     ({"space_mu": 0.5}, "`space_mu=0.5` belongs to the loss 'space'", "['sigmoid']", "Add 'space' to `loss_type`"),
     ({"loss_type": "space", "t_spin_beta": 0.2}, "`t_spin_beta=0.2` belongs to the loss 't_spin'", "unset"),
-    ({"loss_type": "iris", "t_spin_alpha": 2.0}, "`t_spin_alpha=2.0` belongs to the loss 't_spin'", "Add 't_spin'"),
-    ({"loss_type": "sft", "iris_alpha": 2.0}, "`iris_alpha=2.0` belongs to the loss 'iris'", "Add 'iris'"),
     ({"loss_type": "t_spin", "t_spin_alpha": 0.0}, "`t_spin_alpha` must be positive, got 0.0", "default, 1.0"),
     ({"loss_type": "t_spin", "t_spin_beta": -0.1}, "`t_spin_beta` must be at least 0, got -0.1", "default, 0.1"),
     ({"loss_type": "iris", "iris_alpha": 1.0}, "`iris_alpha` must be positive and other than 1", "0.99"),
@@ -194,7 +182,6 @@ def test_configuration_is_refused(given, refusal, make_config):
     ({"loss_type": "space", "identical_pairs": "drop"}, "contradicts `identical_pairs='drop'`", "unset"),
     ({"loss_type": "iris", "train_sampling_strategy": "group_by_length"}, "contradicts `train_sampling_", "unset"),
     ({"loss_type": "space", "num_opponents": 2}, "contradicts `num_opponents=2`", "`num_opponents` unset"),
-    ({"loss_type": "iris", "num_opponents": 2}, "contradicts `num_opponents=2`", "`num_opponents` unset"),
 )
 def test_loss_is_refused(given, refusal, make_config):
     refused(refusal, make_config, **given)
@@ -238,18 +225,10 @@ def test_dataset_is_refused(given, refusal, name, play):
 @table(
     ({"prompt": [1, 2], "completion": [3]}, "`prompt` must be text or a list of messages", "`int`", "the text itself"),
     ({"prompt": None, "completion": "B"}, "`prompt` must be text or a list of messages, found `NoneType`", "Fill"),
-    (
-        {"prompt": "a", "completion": 2},
-        "`completion` must be text or a list of messages, found `int`",
-        "remove the row",
-    ),
     ({"prompt": "a", "completion": " "}, "`completion` is empty", "Every row needs a prompt", "remove the row"),
-    ({"prompt": [], "completion": "B"}, "`prompt` is empty", "remove the row"),
     ({"prompt": [{"content": "a"}], "completion": [ASSISTANT]}, "found a list of `dict` with the keys ['content']"),
     ({"prompt": "Hi", "completion": [ASSISTANT]}, "mixed formats: `prompt` is text and `completion` is a list", "both"),
-    ({"prompt": [USER], "completion": "Hello."}, "mixed formats: `prompt` is a list of messages and `completion` is"),
     ({"prompt": [USER], "completion": [USER]}, "exactly one assistant message", "roles ['user']", "Move earlier"),
-    ({"prompt": [USER], "completion": [ASSISTANT] * 2}, "exactly one assistant message", "['assistant', 'assistant']"),
     ({"prompt": [USER, ASSISTANT], "completion": [ASSISTANT]}, "ends on the role 'assistant'", "Join two answers"),
     (
         {"messages": SHARE_GPT},
@@ -264,13 +243,10 @@ def test_dataset_is_refused(given, refusal, name, play):
     ({"messages": [ASSISTANT]}, "the prompt of `messages` is empty", "Every row needs a prompt", "remove the row"),
     ({"messages": [USER, {"role": "assistant", "content": None}]}, "the ground truth of `messages` is empty"),
     ({"messages": [USER, {"role": "assistant", "content": ""}, USER, ASSISTANT]}, "message 1", "is empty. Remove it"),
-    ({"messages": [USER, ASSISTANT, ASSISTANT]}, "ends on the role 'assistant'", "Join two answers"),
     ({"messages": [PARTS, ASSISTANT | {"content": []}]}, "`content` is a list of `dict`", "Join the text parts"),
     ({"messages": [USER, ASSISTANT], "tools": "get_weather"}, "`tools` is text but not JSON", "`json.dumps`"),
     ({"chosen": "a B", "rejected": "a C"}, "`chosen` is text without a `prompt`", "trl.extract_prompt"),
-    ({"prompt": "Hi", "chosen": [ASSISTANT]}, "mixed formats: `prompt` is text and `chosen` is a list of messages"),
     ({"prompt": [ASSISTANT], "chosen": [USER, ASSISTANT]}, "does not begin with `prompt`", "Make the two agree"),
-    ({"instruction": "", "input": None, "output": "x"}, "`instruction+input` is empty"),
     ({"instruction": "a", "input": 3, "output": "x"}, "`input` must be text to be joined, found `int`"),
 )
 def test_row_is_refused(given, refusal, play):
@@ -281,9 +257,8 @@ def test_row_is_refused(given, refusal, play):
 
 
 def test_row_of_the_evaluation_data_is_refused_by_its_number_and_dataset(play):
-    refused(
-        (ValueError, "Row 1", "In `eval_dataset`."), play, eval_dataset=rows(GOOD, {"prompt": "", "completion": "B"})
-    )
+    words = "Row 1", "In `eval_dataset`."
+    refused((ValueError, *words), play, eval_dataset=rows(GOOD, {"prompt": "", "completion": "B"}))
 
 
 # The rest of a run
@@ -426,10 +401,6 @@ def for_other_data(completions, answer, **kwargs):
     # quantization
     ({"quantization_config": QUANTIZED}, "quantized weights cannot be trained", "`peft_config`"),
     (
-        {"config": {"model_init_kwargs": {"quantization_config": {"load_in_4bit": True}}}},
-        *("quantized weights cannot be trained", "`peft_config`"),
-    ),
-    (
         {"config": MANAGED, "quantization_config": QUANTIZED, "peft_config": LoraConfig(**LORA, use_dora=True)},
         *("`use_dora=True`, and into a quantized base they cannot be merged",),
     ),
@@ -497,19 +468,16 @@ def test_loaded_model_is_refused(given, refusal, play, tiny_model, tokenizer):
 )
 def test_folder_of_a_model_is_refused_for_what_it_lacks(weightless, play, tmp_path, given, refusal):
     name, content = given
-    for file in Path(weightless).iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(weightless, tmp_path, dirs_exist_ok=True)
     (tmp_path / name).unlink() if content is None else (tmp_path / name).write_text(content)
     refused(refusal, play, model=str(tmp_path))
 
 
 def test_adapter_is_not_merged_into_a_model_that_is_saved_quantised(weightless, play, tmp_path):
-    for file in Path(weightless).iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(weightless, tmp_path, dirs_exist_ok=True)
     config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(
-        json.dumps(config | {"quantization_config": {"quant_method": "gptq", "bits": 4}})
-    )
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
     words = "are saved quantised", "`quantization_config`"
     refused((ValueError, *words), play, MERGES, model=str(tmp_path), peft_config=LoraConfig(**LORA))
 

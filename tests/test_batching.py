@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
 
 from spin_trl.data.batching import epoch_order, scoring_batches
-from spin_trl.data.pair_dataset import pair_lengths
+from spin_trl.data.pair_dataset import PairDataset, pair_lengths
 
 
 def lognormal_lengths(num_pairs: int) -> np.ndarray:
@@ -23,8 +23,9 @@ def test_length_of_a_pair_is_that_of_its_longer_sequence_as_truncated():
     assert pair_lengths(pairs).tolist() == [4, 4, 2]
     assert pair_lengths(pairs, max_length=3).tolist() == [3, 3, 2]
     assert pair_lengths(pairs.select([2, 0])).tolist() == [2, 4]
-    assert pair_lengths(concatenate_datasets([pairs, pairs.select([2])])).tolist() == [4, 4, 2, 2]
     assert pair_lengths(pairs.select([])).tolist() == []
+    joined = PairDataset(pairs.select_columns(["prompt_ids", "chosen_ids"]), pairs.select_columns(["rejected_ids"]))
+    assert pair_lengths(joined).tolist() == [4, 4, 2]
     with_initial = pairs.add_column("initial_ids", [[8], [8], [8, 8, 8, 8]])
     assert pair_lengths(with_initial).tolist() == [4, 4, 5]
 
@@ -44,12 +45,9 @@ def test_epoch_without_its_incomplete_batch():
     assert sorted(epoch_order(2, 3, generator(), drop_last=True)[:2]) == [0, 1]
 
 
-def test_fewer_pairs_than_a_batch_are_repeated():
-    assert epoch_order(2, 5, None).tolist() == [0, 1, 0, 1, 0]
-
-
 def test_without_a_generator_pairs_stay_in_their_order():
     assert epoch_order(5, 2, None, np.arange(5)).tolist() == [0, 1, 2, 3, 4, 0]
+    assert epoch_order(2, 5, None).tolist() == [0, 1, 0, 1, 0]  # fewer than a batch are repeated
 
 
 def test_order_follows_from_the_seed():
@@ -78,13 +76,10 @@ def test_grouped_batches_do_not_come_in_order_of_their_length():
 
 def test_scoring_batches_hold_no_more_tokens_than_allowed_the_longest_first():
     """Both sides padded: 2 * 2 * 10 = 40 tokens, then 2 * 4 * 5 = 40, then what is left."""
-    batches = scoring_batches(np.array([1, 10, 5, 9, 5, 5, 5, 2]), max_tokens=40)
-    assert [batch.tolist() for batch in batches] == [[1, 3], [2, 4, 5, 6], [7, 0]]
 
+    def batches(lengths: list[int], **limits) -> list[list[int]]:
+        return [batch.tolist() for batch in scoring_batches(np.array(lengths), **limits)]
 
-def test_pair_that_is_longer_than_a_scoring_batch_is_one_by_itself():
-    assert [batch.tolist() for batch in scoring_batches(np.array([3, 30]), max_tokens=12)] == [[1], [0]]
-
-
-def test_scoring_batches_of_a_given_number_of_pairs():
-    assert [batch.tolist() for batch in scoring_batches(np.array([1, 2, 3]), max_pairs=2)] == [[2, 1], [0]]
+    assert batches([1, 10, 5, 9, 5, 5, 5, 2], max_tokens=40) == [[1, 3], [2, 4, 5, 6], [7, 0]]
+    assert batches([3, 30], max_tokens=12) == [[1], [0]]  # longer than a batch
+    assert batches([1, 2, 3], max_pairs=2) == [[2, 1], [0]]

@@ -15,15 +15,15 @@ from tiny_tokenizers import letter_tokenizer
 
 from spin_trl.data.columns import write_rows
 from spin_trl.data.pair_dataset import PairDataset, pair_lengths
+from spin_trl.data.pair_metrics import describe_pairs
 from spin_trl.data.pairs import (
-    ANSWER_SCHEMA,
     add_history,
-    describe_pairs,
     drop_identical_pairs,
     find_identical_pairs,
     make_answers,
 )
-from spin_trl.data.preparation import dataset_checksum, drop_duplicates, percentile_length, prepare_data
+from spin_trl.data.preparation import prepare_data
+from spin_trl.data.token_rows import dataset_checksum, drop_duplicates, percentile_length
 from spin_trl.generation.sampler import Completion, SamplingParams
 from spin_trl.play.answers import GenerationJob
 from spin_trl.run_directory.store import IterationStore
@@ -97,10 +97,10 @@ def play_two_iterations(data: Dataset, directory: Path) -> list[int]:
         job = GenerationJob(store, iteration, "generations", params, part_size=250)
         job.run(Echo(), data, job.missing_rows(data))
         parts = store.completions(iteration, "generations")
-        store.write_answers(iteration, make_answers(data, parts.batches(500), iteration), ANSWER_SCHEMA, 0)
+        store.write_answers(iteration, make_answers(data, parts.batches(500), iteration), 0)
         pairs = PairDataset.join(data, store.read_answers(iteration))
         is_identical = find_identical_pairs(pairs)
-        describe_pairs(pairs, is_identical, parts.cut_off_share(), 100)
+        describe_pairs(pairs, is_identical, 100)
         pairs = drop_identical_pairs(pairs, is_identical)
         pairs = add_history(pairs, [(i, store.read_pairs(i)) for i in range(iteration)])
         scores = pair_lengths(pairs).astype(np.float32)

@@ -21,14 +21,11 @@ LOCATION = f"{RECIPES}/math_rewards.py:last_number_matches"
         ("So it costs $1,234.50.", "1234.50"),
         ("The answer is **-7**.", "-7"),
         ("From 10-5 follows", "5"),
-        ("x=-5", "-5"),
         ("1,2,3", "3"),
         ("12,34", "34"),
-        ("3.0", "3"),
         ("about .5 l", "0.5"),
         ("3.14159 is near 1,000,000.25", "1000000.25"),
         ("no idea", None),
-        ("", None),
     ],
 )
 def test_last_number_of_a_text(text, number):
@@ -41,7 +38,7 @@ def test_rule_compares_numbers_and_not_how_they_are_written():
 
 
 def test_rule_reads_messages_and_does_not_apply_to_ground_truths_without_a_number():
-    completions = [[{"role": "assistant", "content": "42"}], [{"role": "assistant", "content": "42"}]]
+    completions = [[{"role": "assistant", "content": "42"}]] * 2
     assert rule.last_number_matches(completions, ["so 42", "so many"]) == [1.0, None]
 
 
@@ -57,11 +54,7 @@ def test_recipe_names_the_rule_and_several_functions_can_be_named_on_the_command
     assert (args.pairing, args.num_generations) == ("reward_ranked", 8)
     script_args, args, _ = parse("--reward_funcs", LOCATION, LOCATION, "--reward_weights", "1.0", "0.5")
     assert script_args.reward_funcs == [LOCATION] * 2 and args.reward_weights == [1.0, 0.5]
-
-
-def test_named_function_is_loaded():
-    function = spin.load_function("reward_funcs", LOCATION)
-    assert function.__name__ == "last_number_matches" and function(["1"], ["1"]) == [1.0]
+    assert spin.load_function("reward_funcs", LOCATION)(["1"], ["1"]) == [1.0]
 
 
 @pytest.mark.parametrize("shown", [lambda text: text, lambda text: [{"role": "assistant", "content": text}]])

@@ -6,7 +6,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
 from spin_trl import SPINTrainer, load_pairs
-from spin_trl.data.pair_dataset import PairDataset, pair_lengths
+from spin_trl.data.pair_dataset import PairDataset
 from spin_trl.run_directory.store import RunDirectoryError
 
 
@@ -37,10 +37,7 @@ def test_every_way_of_reading_gives_the_same_rows(pairs):
     assert [row(pair) for pair in pairs] == ROWS
     assert [row(pairs[i]) for i in range(len(pairs))] == ROWS
     assert [row(pair) for pair in pairs.__getitems__([0, 1, 2, 3])] == ROWS
-    columns = pairs[:]
-    assert (
-        list(zip(*(columns[name] for name in ("row", "prompt_ids", "chosen_ids", "rejected_ids")), strict=True)) == ROWS
-    )
+    assert list(zip(*row(pairs[:]), strict=True)) == ROWS
     assert (pairs["row"][:], pairs["chosen_ids"][:]) == ([5, 7, 7, 3], [ids for _, _, ids, _ in ROWS])
     tables = [table.to_pylist() for table in pairs.batches()]
     assert [row(pair) for table in tables for pair in table] == ROWS
@@ -54,12 +51,6 @@ def test_data_loader_shuffles_and_batches_them(pairs):
     batches = list(DataLoader(pairs, batch_size=3, shuffle=True, collate_fn=list))
     assert [len(batch) for batch in batches] == [3, 1]
     assert sorted(map(row, sum(batches, []))) == sorted(ROWS)
-
-
-def test_length_of_a_pair_is_its_prompt_and_its_longer_side(pairs):
-    """3 + 2, 1 + 3, 1 + 4, 2 + 1."""
-    assert pair_lengths(pairs).tolist() == [5, 4, 5, 3]
-    assert pair_lengths(Dataset.from_dict(pairs[:])).tolist() == [5, 4, 5, 3]
 
 
 # A run's

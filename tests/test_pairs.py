@@ -1,6 +1,5 @@
 """How completions become pairs, which pairs of older iterations join them, and what is told about them."""
 
-import numpy as np
 import pyarrow as pa
 import pytest
 import torch
@@ -10,11 +9,11 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from spin_trl import SPINConfig, SPINTrainer
 from spin_trl.data.pair_dataset import TRUTH_COLUMNS, PairDataset
+from spin_trl.data.pair_metrics import describe_pairs
 from spin_trl.data.pairs import (
     ANSWER_SCHEMA,
     NoPairsError,
     add_history,
-    describe_pairs,
     drop_identical_pairs,
     find_identical_pairs,
     make_answers,
@@ -91,22 +90,16 @@ def test_row_numbers_need_not_be_positions():
 
 
 def test_history_takes_of_each_older_iteration_only_what_its_own_opponent_made():
+    """Their scores are left behind."""
     first = make_pairs(truths(0, 1), completions((0, 0), (1, 0)), iteration=0)
+    first = PairDataset(first.truths, first.answers.add_column("ref_chosen_logps", [-1.0, -2.0]))
     second = add_history(make_pairs(truths(0, 1), completions((0, 0), (1, 0)), iteration=1), [(0, first)])
     new = make_pairs(truths(0, 1), completions((0, 0), (1, 0)), iteration=2)
     assert second["iteration"][:] == [1, 1, 0, 0]
     assert add_history(new, [(1, second)])["iteration"][:] == [2, 2, 1, 1]
     joined = add_history(new, [(0, first), (1, second)])
     assert joined["iteration"][:] == [2, 2, 0, 0, 1, 1]
-    assert joined["row"][:] == [0, 1, 0, 1, 0, 1]
-
-
-def test_scores_of_older_pairs_are_left_behind():
-    older = make_pairs(truths(0), completions((0, 0)), iteration=0)
-    answers = older.answers.add_column("ref_chosen_logps", [-1.0]).add_column("ref_rejected_logps", [-2.0])
-    scored = PairDataset(older.truths, answers)
-    new = make_pairs(truths(0), completions((0, 0)), iteration=1)
-    assert add_history(new, [(0, scored)]).column_names == new.column_names
+    assert joined["row"][:] == [0, 1, 0, 1, 0, 1] and joined.column_names == new.column_names
 
 
 def test_answers_of_no_words_make_pairs_that_dpos_collator_takes():
@@ -131,17 +124,10 @@ def pairs_of(*sides: tuple[list[int], list[int]]) -> PairDataset:
 def test_pairs_that_differ_in_one_token_or_their_order_stay():
     identical = [([1, 2], [1, 2]), ([2], [2]), ([], []), ([3, 3], [3, 3])]
     others = [([1, 2], [1]), ([1, 2], [1, 2, 2]), ([1], [2]), ([1, 2], [2, 1]), ([], [1]), ([1, 2, 3], [1, 2, 4])]
-    pairs = pairs_of(*identical, *others)
+    pairs = pairs_of(*[*identical, *others] * 250)  # more than are read at a time
     is_identical = find_identical_pairs(pairs)
-    assert is_identical.tolist() == [True] * 4 + [False] * 6
-    assert drop_identical_pairs(pairs, is_identical)["row"][:] == [4, 5, 6, 7, 8, 9]
-
-
-def test_identical_pairs_are_found_in_every_batch():
-    """Of 2,500 pairs, read a thousand at a time, every seventh is identical."""
-    sides = [([number, 2], [number if number % 7 == 0 else 1, 2]) for number in range(2, 2502)]
-    found = find_identical_pairs(pairs_of(*sides))
-    assert np.flatnonzero(found).tolist() == [number - 2 for number in range(2, 2502) if number % 7 == 0]
+    assert is_identical.tolist() == ([True] * 4 + [False] * 6) * 250
+    assert drop_identical_pairs(pairs, is_identical)["row"][:6] == [4, 5, 6, 7, 8, 9]
 
 
 def test_iteration_of_identical_pairs_alone_is_stopped_with_what_it_means():
@@ -181,11 +167,8 @@ def test_identical_pairs_are_dropped_if_and_only_if_a_batch_is_the_same_without_
 @pytest.mark.parametrize(
     ("setting", "loss_types", "kept"),
     [
+        *((None, losses, True) for losses in (["sigmoid", "sft"], ["space"], ["iris"], ["t_spin"])),
         (None, ["sigmoid", "ipo"], False),
-        (None, ["sigmoid", "sft"], True),
-        (None, ["space"], True),
-        (None, ["iris"], True),
-        (None, ["t_spin"], True),
         ("drop", ["sft"], False),
         ("keep", ["sigmoid"], True),
     ],
@@ -203,14 +186,13 @@ def test_description_of_pairs_by_hand():
     prompt of 2, four tokens hold all chosen sides but the third, and all rejected ones but the second and fourth.
     """
     pairs = pairs_of(([1, 2], [1, 2]), ([2], [1, 1, 2]), ([1, 1, 2], [2]), ([3, 2], [3, 2, 2, 2]))
-    assert describe_pairs(pairs, find_identical_pairs(pairs), cut_off_share=0.25, max_length=4) == {
+    assert describe_pairs(pairs, find_identical_pairs(pairs), max_length=4) == {
         "num_pairs": 4,
         "chosen_length": 2.0,
         "rejected_length": 2.5,
         "chosen_truncated_share": 0.25,
         "rejected_truncated_share": 0.5,
-        "cut_off_share": 0.25,
         "identical_share": 0.25,
     }
-    unlimited = describe_pairs(pairs, find_identical_pairs(pairs), cut_off_share=0.25)
+    unlimited = describe_pairs(pairs, find_identical_pairs(pairs))
     assert unlimited["chosen_truncated_share"] == unlimited["rejected_truncated_share"] == 0.0

@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 
 from spin_trl import SPINConfig, SPINTrainer, load_pairs
 from spin_trl.data.pair_dataset import PREFERENCE
-from spin_trl.data.preferences import prepare_preferences
+from spin_trl.data.preparation import prepare_data
 from spin_trl.run_directory.run_paths import RunDirectoryError
 
 
@@ -19,13 +19,14 @@ TOKENIZER = byte_tokenizer("<|im_end|>", "qwen2_5", ["<|im_start|>"])
 
 def prepare(rows: list[dict], context_length: int = 1000, **settings):
     config = SPINConfig(use_cpu=True, bf16=False, report_to="none", **settings)
-    dataset = Dataset.from_list(rows)
-    return prepare_preferences(config, TOKENIZER, (TOKENIZER.eos_token_id,), dataset, context_length)
+    train = Dataset.from_dict({"prompt": ["a"], "completion": ["b"]})
+    tokens = TOKENIZER, (TOKENIZER.eos_token_id,)
+    return prepare_data(config, *tokens, train, None, Dataset.from_list(rows), context_length)
 
 
 def texts(prepared) -> list[tuple[str, ...]]:
     names = ("prompt_ids", "chosen_ids", "rejected_ids")
-    return [tuple(TOKENIZER.decode(row[name]) for name in names) for row in prepared.dataset]
+    return [tuple(TOKENIZER.decode(row[name]) for name in names) for row in prepared.preferences]
 
 
 def message(role: str, content: str) -> list[dict]:
@@ -38,9 +39,10 @@ def test_text_is_rendered_on_both_sides_as_ground_truths_are():
     )
     end = "<|im_end|>"
     assert texts(prepared) == [("2+2=", f"4{end}", f"5{end}"), ("1+", f"1{end}", f"?{end}")]
-    assert prepared.dataset["row"][:] == [-1, -2] and prepared.dataset["source_row"][:] == [0, 1]
-    assert set(prepared.dataset["iteration"]) == {PREFERENCE}
-    assert (prepared.report["num_preference_rows"], prepared.report["num_dropped_preference_rows"]) == (2, 0)
+    assert prepared.preferences["row"][:] == [-1, -2] and prepared.preferences["source_row"][:] == [0, 1]
+    assert set(prepared.preferences["iteration"]) == {PREFERENCE}
+    described = prepared.describe()
+    assert (described["num_preference_rows"], described["num_dropped_preference_rows"]) == (2, 0)
 
 
 def test_conversations_with_a_prompt_and_whole_ones_come_to_the_same():
@@ -51,13 +53,9 @@ def test_conversations_with_a_prompt_and_whole_ones_come_to_the_same():
     rendered, chosen, rejected = texts(explicit)[0]
     assert rendered.endswith("<|im_start|>user\nHi?<|im_end|>\n<|im_start|>assistant\n")
     assert (chosen, rejected) == ("Yes.<|im_end|>", "No.<|im_end|>")
-    assert explicit.report["preference_checksum"] == whole.report["preference_checksum"]
-
-
-def test_checksum_sees_the_rejected_side():
-    row = {"prompt": "2+2=", "chosen": "4", "rejected": "5"}
-    checksums = {prepare([{**row, "rejected": text}]).report["preference_checksum"] for text in ("5", "6", "5")}
-    assert len(checksums) == 2
+    checksums = [data.describe()["preference_checksum"] for data in (explicit, whole)]
+    other = prepare([{"prompt": prompt, "chosen": yes, "rejected": message("assistant", "Nah.")}])
+    assert checksums[0] == checksums[1] != other.describe()["preference_checksum"]
 
 
 def test_rows_that_say_nothing_or_do_not_fit_are_left_out_and_counted():
@@ -67,27 +65,27 @@ def test_rows_that_say_nothing_or_do_not_fit_are_left_out_and_counted():
         {"prompt": "c", "chosen": "x", "rejected": "y"},
     ]
     prepared = prepare(rows, context_length=40)
-    assert prepared.dataset["source_row"][:] == [2]
+    assert prepared.preferences["source_row"][:] == [2]
     assert prepared.report["num_dropped_preference_rows"] == 2
-    assert len(prepare(rows, context_length=41).dataset) == 2
-    assert len(prepare(rows, context_length=1000, max_length=40).dataset) == 1
+    assert len(prepare(rows, context_length=41).preferences) == 2
+    assert len(prepare(rows, context_length=1000, max_length=40).preferences) == 1
 
 
 @pytest.mark.parametrize(
-    ("row", "found", "side"),
+    ("row", "found", "notes"),
     [
-        ({"prompt": "a", "chosen": "", "rejected": "y"}, "Row 1: `chosen` is empty", None),
-        ({"prompt": "a", "chosen": "x", "rejected": ""}, "Row 1: `chosen` is empty", "its `rejected`, read as"),
-        ({"prompt": None, "chosen": "x", "rejected": "y"}, "Row 1: `chosen` is text without a `prompt`", None),
+        ({"chosen": "", "rejected": "y"}, "`chosen` is empty", []),
+        ({"chosen": "x", "rejected": ""}, "`chosen` is empty", ["In its `rejected`, read as a `chosen`."]),
+        ({"prompt": None, "chosen": "x", "rejected": "y"}, "`chosen` is text without a `prompt`", []),
     ],
 )
-def test_row_that_cannot_be_rendered_is_named_or_left_out(row, found, side):
-    rows = [{"prompt": "a", "chosen": "x", "rejected": "y"}, row]
-    with pytest.raises(ValueError, match=found) as error:
+def test_row_that_cannot_be_rendered_is_named_or_left_out(row, found, notes):
+    rows = [{"prompt": "a", "chosen": "x", "rejected": "y"}, {"prompt": "a", **row}]
+    with pytest.raises(ValueError, match=f"Row 1: {found}") as error:
         prepare(rows)
-    assert f"In `preference_dataset`.{f' In {side}' if side else ''}" in error.value.__notes__[0]
+    assert error.value.__notes__ == [*notes, "In `preference_dataset`."]
     prepared = prepare(rows, skip_invalid_rows=True)
-    assert prepared.dataset["source_row"][:] == [0]
+    assert prepared.preferences["source_row"][:] == [0]
     assert [(row["dataset"], row["row"]) for row in prepared.invalid_rows] == [("preference_dataset", 1)]
 
 
@@ -99,10 +97,10 @@ def test_sides_that_answer_different_prompts_are_refused():
         }
         for b in ("a", "b")
     ]
-    with pytest.raises(ValueError, match="Row 1 of `preference_dataset`: .* answer different prompts"):
+    with pytest.raises(ValueError, match="Row 1: .* answer different prompts"):
         prepare(rows)
     prepared = prepare(rows, skip_invalid_rows=True)
-    assert prepared.dataset["source_row"][:] == [0] and "different prompts" in prepared.invalid_rows[0]["reason"]
+    assert prepared.preferences["source_row"][:] == [0] and "different prompts" in prepared.invalid_rows[0]["reason"]
 
 
 def test_dataset_without_any_pair_is_refused():

@@ -4,7 +4,8 @@ import pytest
 from datasets import Dataset
 from tiny_tokenizers import letter_tokenizer
 
-from spin_trl.data.preparation import drop_duplicates, drop_long_prompts, percentile_length, prepare_data
+from spin_trl.data.preparation import prepare_data
+from spin_trl.data.token_rows import drop_duplicates, drop_long_prompts, percentile_length
 
 
 def rows(*texts: str) -> Dataset:
@@ -17,14 +18,8 @@ def rows(*texts: str) -> Dataset:
 
 
 def test_only_the_first_of_rows_with_the_same_prompt_and_ground_truth_is_kept():
-    dataset = Dataset.from_dict(
-        {
-            "row": [0, 1, 2, 3, 4],
-            "prompt_ids": [[1, 2], [1], [1, 2], [1, 2], [1]],
-            "chosen_ids": [[3], [2, 3], [4], [3], [2, 3]],
-        }
-    )
-    kept, num_dropped = drop_duplicates(dataset)
+    sides = {"prompt_ids": [[1, 2], [1], [1, 2], [1, 2], [1]], "chosen_ids": [[3], [2, 3], [4], [3], [2, 3]]}
+    kept, num_dropped = drop_duplicates(Dataset.from_dict({"row": range(5), **sides}))
     assert kept["row"][:] == [0, 1, 2]
     assert num_dropped == 2
 
@@ -52,8 +47,7 @@ def test_invalid_rows_are_counted_and_listed_by_dataset(make_config):
 def test_settings_of_the_data_reach_its_rows(make_config):
     config = make_config(prompt_column="question+hint", completion_column="answer")
     dataset = Dataset.from_list([{"question": "ab", "hint": "c", "answer": "d"}])
-    tokenizer = letter_tokenizer()
-    data = prepare_data(config, tokenizer, (1,), dataset, None)
+    data = prepare_data(config, letter_tokenizer(), (1,), dataset)
     assert data.train["prompt"][:] == ["ab\n\nc"]
     assert data.report["format"] == "named"
 
@@ -79,6 +73,6 @@ def test_percentile_covers_datasets_of_many_batches():
 
 def test_prompts_longer_than_the_limit_are_dropped_and_counted():
     dataset = Dataset.from_dict({"row": [0, 1, 2, 3], "prompt_ids": [[0] * length for length in (3, 4, 5, 2)]})
-    kept, num_dropped = drop_long_prompts(dataset, 4, "the context")
+    kept, num_dropped = drop_long_prompts(dataset, 5, "the context")
     assert kept["row"][:] == [0, 1, 3]
     assert num_dropped == 1

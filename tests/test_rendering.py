@@ -11,7 +11,6 @@ from datasets import Dataset, load_dataset
 from tiny_tokenizers import TEMPLATES, byte_tokenizer, letter_tokenizer, special_tokens
 from transformers import PreTrainedTokenizerFast
 
-from spin_trl.data.chat_template import end_after_first
 from spin_trl.data.rendering import tokenize_dataset
 
 
@@ -37,15 +36,6 @@ def tokens(tokenizer: PreTrainedTokenizerFast, row: dict, column: str) -> list[s
 # Conversations
 
 
-def test_turn_may_end_in_another_end_token_than_the_tokenizers():
-    """Phi-3 ends a turn in `<|end|>`, and a whole conversation in its `eos_token` as well."""
-    tokenizer = byte_tokenizer("<|endoftext|>", "phi3", extra_special_tokens=("<|end|>",))
-    end_token_ids = (tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|end|>"))
-    (row,) = render([{"messages": MESSAGES}], tokenizer, end_token_ids)
-    assert tokenizer.decode(row["chosen_ids"]) == "Good  bye.<|end|>"
-    assert row["chosen_ids"][-1] == end_token_ids[1]
-
-
 def test_prompt_that_is_no_prefix_of_its_conversation_is_refused_by_row_with_the_difference():
     rows = [{"messages": MESSAGES[:2], "chat_template_kwargs": {"enable_thinking": thinks}} for thinks in (False, True)]
     tokenizer = byte_tokenizer("<|im_end|>", "nemotron_3_nano")
@@ -57,12 +47,14 @@ def test_prompt_that_is_no_prefix_of_its_conversation_is_refused_by_row_with_the
         render(rows, tokenizer)
 
 
-def test_chat_template_kwargs_of_each_row_are_honoured():
-    rows = [{"messages": MESSAGES[:2], "chat_template_kwargs": {"enable_thinking": thinks}} for thinks in (True, False)]
+def test_chat_template_kwargs_of_a_row_win_over_those_for_all():
+    kwargs = {"enable_thinking": True}, {"enable_thinking": False}, None
     tokenizer = byte_tokenizer("<|im_end|>", "qwen3")
-    thinking, not_thinking = (tokenizer.decode(row["prompt_ids"]) for row in render(rows, tokenizer))
+    rows = [{"messages": MESSAGES[:2], "chat_template_kwargs": own} for own in kwargs]
+    rendered = render(rows, tokenizer, chat_template_kwargs=kwargs[1])
+    thinking, *others = (tokenizer.decode(row["prompt_ids"]) for row in rendered)
     assert thinking.endswith("assistant\n")
-    assert not_thinking == thinking + "<think>\n\n</think>\n\n"
+    assert others == [thinking + "<think>\n\n</think>\n\n"] * 2
 
 
 @pytest.mark.parametrize("encode", [lambda tools: tools, json.dumps], ids=["list", "json"])
@@ -75,14 +67,6 @@ def test_tools_column_reaches_the_prompt(encode):
     assert tokenizer.decode(row["chosen_ids"]) == "Yes?<|im_end|>"
 
 
-def test_row_wins_over_the_chat_template_kwargs_for_all():
-    rows = [{"messages": MESSAGES[:2], "chat_template_kwargs": kwargs} for kwargs in ({"enable_thinking": True}, None)]
-    tokenizer = byte_tokenizer("<|im_end|>", "qwen3")
-    own, of_all = render(rows, tokenizer, chat_template_kwargs={"enable_thinking": False})
-    assert tokenizer.decode(own["prompt_ids"]).endswith("assistant\n")
-    assert tokenizer.decode(of_all["prompt_ids"]).endswith("</think>\n\n")
-
-
 def test_template_that_refuses_the_roles_is_named_by_row_field_and_roles():
     system = [{"role": "system", "content": "Be brief."}, *MESSAGES]
     tokenizer = byte_tokenizer("<end_of_turn>", "gemma")
@@ -93,21 +77,18 @@ def test_template_that_refuses_the_roles_is_named_by_row_field_and_roles():
         render([{"messages": MESSAGES}, {"messages": system}], tokenizer)
 
 
-def test_template_that_writes_nothing_of_the_messages_is_refused():
-    tokenizer = byte_tokenizer(chat_template="{% for m in messages %}<{{ m.role }}></s>{% endfor %}")
-    with pytest.raises(ValueError, match="renders a conversation without what its messages say"):
-        render([{"messages": MESSAGES}], tokenizer)
-
-
 def calling(content: str | None) -> list[dict]:
     call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
     return [MESSAGES[0], {"role": "assistant", "content": content, "tool_calls": [call]}]
 
 
-def test_tool_call_that_the_template_does_not_write_is_refused():
+def test_template_that_does_not_write_what_the_messages_say_is_refused():
     """Otherwise the ground truth were an answer of no words."""
     with pytest.raises(ValueError, match="Row 0: the chat template writes nothing of the ground truth of `messages`"):
         render([{"messages": calling(None)}], byte_tokenizer("<|eot_id|>", "llama3"))
+    tokenizer = byte_tokenizer(chat_template="{% for m in messages %}<{{ m.role }}></s>{% endfor %}")
+    with pytest.raises(ValueError, match="renders a conversation without what its messages say"):
+        render([{"messages": MESSAGES}], tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -127,20 +108,13 @@ def test_missing_content_beside_a_tool_call_is_written_as_nothing(template, end)
 # Text
 
 
-def test_text_ends_in_one_end_token_even_if_the_row_brings_one():
-    tokenizer = byte_tokenizer()
-    rows = render([{"prompt": "Q:", "completion": " A"}, {"prompt": "Q:", "completion": " A</s>"}], tokenizer)
-    for row in rows:
-        assert tokenizer.decode(row["prompt_ids"]) == "Q:"
-        assert tokenizer.decode(row["chosen_ids"]) == " A</s>"
-        assert row["chosen_ids"].count(tokenizer.eos_token_id) == 1
-
-
 def test_first_of_several_end_tokens_is_appended_and_any_of_them_ends_the_text():
     tokenizer = letter_tokenizer()
     end_token_ids = (tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("h"))
     rows = render([{"prompt": "ab", "completion": c} for c in ("cd", "ch", "chd")], tokenizer, end_token_ids)
     assert [tokens(tokenizer, row, "chosen_ids") for row in rows] == [["c", "d", "</s>"], ["c", "h"], ["c", "h"]]
+    rows = render([{"prompt": "Q:", "completion": " A"}, {"prompt": "Q:", "completion": " A</s>"}], byte_tokenizer())
+    assert rows[0]["chosen_ids"] == rows[1]["chosen_ids"]
 
 
 @pytest.mark.parametrize("template", ["$A", "<s> $A", "<s> $A </s>"])
@@ -191,20 +165,8 @@ def test_keys_that_only_later_rows_fill_are_kept_in_the_prompts():
     assert '"arguments": {"x": 1}' in tokenizer.decode(rows[-1]["prompt_ids"])
 
 
-BAD_ROWS = [{"prompt": "a", "completion": "c"}, {"prompt": "a", "completion": ""}, {"prompt": "b", "completion": "d"}]
-
-
-def test_malformed_row_is_left_out_if_asked_and_listed_with_its_number_and_reason():
-    dataset = Dataset.from_list(BAD_ROWS)
-    tokenized = tokenize_dataset(dataset, letter_tokenizer(), (1,), skip_invalid_rows=True)
-    assert tokenized.dataset["row"][:] == [0, 1]
-    assert tokenized.dataset["source_row"][:] == [0, 2]
-    ((number, reason),) = tokenized.invalid_rows
-    assert number == 1 and reason.startswith("`completion` is empty")
-
-
 def test_dataset_without_a_single_valid_row_is_refused_with_the_first_reason():
-    dataset = Dataset.from_list([BAD_ROWS[1]] * 2)
+    dataset = Dataset.from_list([{"prompt": "a", "completion": ""}] * 2)
     with pytest.raises(ValueError, match="None of the 2 rows is valid. Row 0: `completion` is empty"):
         tokenize_dataset(dataset, letter_tokenizer(), (1,), skip_invalid_rows=True)
 
@@ -218,15 +180,14 @@ def broken_bytes(tmp_path) -> Dataset:
     return load_dataset("json", data_files=str(path), split="train", cache_dir=str(tmp_path / "cache"))
 
 
-def test_bytes_that_are_no_text_are_refused_by_row_and_field(tmp_path):
+def test_malformed_rows_are_refused_by_number_and_field_or_left_out_and_the_others_keep_their_numbers(tmp_path):
     with pytest.raises(ValueError, match="Row 1: `completion` is not valid Unicode.*0xff"):
         tokenize_dataset(broken_bytes(tmp_path), letter_tokenizer(), (1,))
-
-
-def test_bytes_that_are_no_text_are_left_out_if_asked_and_the_other_rows_keep_their_numbers(tmp_path):
     tokenized = tokenize_dataset(broken_bytes(tmp_path), letter_tokenizer(), (1,), skip_invalid_rows=True)
     assert tokenized.dataset["source_row"][:] == [0, 3]
-    assert [number for number, _ in tokenized.invalid_rows] == [1, 2]
+    (first, broken), (second, empty) = tokenized.invalid_rows
+    assert (first, second) == (1, 2) and "0xff" in broken and empty.startswith("`completion` is empty")
+    assert tokenized.dataset["row"][:] == [0, 1]
 
 
 # End tokens
@@ -259,11 +220,3 @@ def test_turn_without_an_end_token_ends_in_the_next_turns_first_if_the_model_sto
     end_token_ids = (tokenizer.eos_token_id, *(tokenizer.convert_tokens_to_ids(token) for token in also))
     (row,) = render([{"messages": MESSAGES}], tokenizer, end_token_ids)
     assert tokenizer.decode(row["chosen_ids"]) == "Good  bye." + expected
-
-
-@pytest.mark.parametrize(
-    ("ids", "expected"),
-    [([5, 6], [5, 6, 2]), ([5, 2], [5, 2]), ([5, 3, 6, 2], [5, 3]), ([], [2]), ([3], [3])],
-)
-def test_ids_end_after_their_first_end_token(ids, expected):
-    assert end_after_first(ids, (2, 3)) == expected

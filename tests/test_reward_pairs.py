@@ -7,9 +7,9 @@ from datasets import Dataset, Features, List, Value
 
 from spin_trl.data.pair_dataset import TRUTH, PairDataset
 from spin_trl.data.pair_metrics import describe_scores
-from spin_trl.data.pairs import NoPairsError, add_history, drop_identical_pairs, find_identical_pairs
-from spin_trl.data.rewards.judged_answers import REWARDED_SCHEMA, describe_rewards
-from spin_trl.data.rewards.ranked_pairs import RANKED_SCHEMA, rank_answers, ranked_pairs
+from spin_trl.data.pairs import ANSWER_SCHEMA, NoPairsError, add_history, drop_identical_pairs, find_identical_pairs
+from spin_trl.data.rewards.judged_answers import REWARD_COLUMNS, describe_rewards
+from spin_trl.data.rewards.ranked_pairs import rank_answers, ranked_pairs
 
 
 def data(num_rows: int) -> Dataset:
@@ -33,7 +33,7 @@ def answers(*prompts: tuple[float | None, list[float | None]], iteration: int = 
             "chosen_reward": [truth for truth, rewards in prompts for _ in rewards],
             "rejected_reward": [reward for _, rewards in prompts for reward in rewards],
         },
-        schema=REWARDED_SCHEMA,
+        schema=pa.schema([*ANSWER_SCHEMA, *((name, pa.float64()) for name in REWARD_COLUMNS)]),
     )
     return PairDataset.join(data(len(prompts)), Dataset(table))
 
@@ -66,13 +66,11 @@ def test_ground_truth_that_no_generation_beats_is_chosen_over_every_lower_one():
     assert sides(pairs) == [(5, TRUTH, 0, 1.0, 0.0), (5, TRUTH, 2, 1.0, 0.5)]
 
 
-def test_equal_rewards_make_no_pairs():
+@pytest.mark.parametrize(("pairing", "truths"), [("best_of", (0.5, 1.0)), ("reward_ranked", (9.0, 0.0))])
+def test_equal_rewards_make_no_pairs(pairing, truths):
     """Of the ground truth and its generations, or of the generations alone."""
-    for pairing, prompts in (
-        ("best_of", [(1.0, [1.0, 1.0]), (0.0, [0.0])]),
-        ("reward_ranked", [(9.0, [0.5, 0.5]), (0.0, [1.0, 1.0])]),
-    ):
-        assert rank_answers(answers(*prompts), pairing).describe() == {"num_pairs": 0, "no_pair_share": 1.0}
+    answered = answers((truths[0], [0.5, 0.5]), (truths[1], [1.0, 1.0]))
+    assert rank_answers(answered, pairing).describe() == {"num_pairs": 0, "no_pair_share": 1.0}
 
 
 def test_best_generation_is_chosen_over_the_ground_truth_and_all_lower_ones():
@@ -108,14 +106,12 @@ SUM, SAME_SUM = 0.1 + 0.2 + 0.3, 0.3 + 0.2 + 0.1
 
 
 def test_rewards_that_only_rounding_makes_differ_are_equal():
+    """By their size: 100 is nothing beside 1e9."""
     assert SUM > SAME_SUM
     assert rank_answers(answers((SAME_SUM, [SUM]), (SUM, [SAME_SUM])), "best_of").num_paired == 0
     assert rank_answers(answers((0.0, [SUM, SAME_SUM])), "reward_ranked").num_paired == 0
     assert sides(rank("best_of", (0.0, [SAME_SUM, SUM]))) == [(5, 0, TRUTH, SAME_SUM, 0.0)]  # the first of two equals
     assert describe_rewards(answers((SAME_SUM, [SUM])).answers)["tied_truths_share"] == 1.0
-
-
-def test_large_rewards_are_rounded_by_their_size():
     assert rank_answers(answers((1e9, [1e9 + 100])), "best_of").num_paired == 0
     assert rank_answers(answers((1e9, [1e9 + 10_000])), "best_of").num_paired == 1
 
@@ -170,19 +166,16 @@ def test_log_probs_of_ground_truths_are_found_on_either_side():
     }
     described = describe_scores(pairs, scores, 0, 0, None, "keep_start")
     assert described == pytest.approx({"logps_gap": -2.5, "opponent_nll": 16 / 4})
-
-
-def test_pairs_of_generations_alone_say_nothing_of_the_ground_truths():
-    pairs = rank("reward_ranked", (1.0, [0.0, 1.0]))
-    scores = {name: np.array([-1.0]) for name in ("ref_chosen_logps", "ref_rejected_logps")}
-    assert describe_scores(pairs, scores, 0, 0, None, "keep_start") == {}
+    of_generations = rank("reward_ranked", (1.0, [0.0, 1.0]))
+    scores = {name: logps[:1] for name, logps in scores.items()}
+    assert describe_scores(of_generations, scores, 0, 0, None, "keep_start") == {}
 
 
 def test_history_keeps_the_chosen_sides_that_rewards_chose():
     older = rank("best_of", (0.0, [1.0]), (1.0, [0.0]))
     scored = PairDataset(older.truths, older.answers.add_column("ref_chosen_logps", [-1.0, -2.0]))
     joined = add_history(rank("best_of", (1.0, [0.0]), (1.0, [0.0]), iteration=1), [(0, scored)])
-    assert set(joined.column_names) == {*RANKED_SCHEMA.names, "prompt_ids"}
+    assert joined.column_names == [*older.answers.column_names, "prompt_ids"]
     assert joined["iteration"][:] == [1, 1, 0, 0]
     assert [pair[:3] for pair in sides(joined)] == [(5, TRUTH, 0), (6, TRUTH, 0), (5, 0, TRUTH), (6, TRUTH, 0)]
 

@@ -196,37 +196,26 @@ def test_run_is_not_continued_with_other_functions_another_pairing_or_other_colu
         make_trainer(rewards, corrected, pairing="best_of")
 
 
-def test_ground_truths_that_no_function_judges_make_no_pair_and_a_warning(make_trainer, caplog):
-    def judge(completions, ground_truth, number, **kwargs):
-        told = zip(completions, ground_truth, number, strict=True)
-        return [(None if row < 3 else 1.0) if text == truth else 0.0 for text, truth, row in told]
-
-    trainer = make_trainer(judge, pairing="best_of", num_iterations=1)
+def test_ground_truths_that_nobody_judges_or_the_first_opponent_beats_are_a_warning(make_trainer, caplog):
+    """Three have no reward and make no pair, and the answer b beats the others."""
+    trainer = make_trainer(Rewards({"a": 0.2, "b": 0.6}, [None] * 3 + [0.0] * 5), pairing="best_of", num_iterations=1)
     trainer.train()
     assert {pair["row"] for pair in own(trainer, 0)} == set(range(3, NUM_ROWS))
     metrics = trainer.store.read_metrics(0)
     assert (metrics["no_pair_share"], metrics["unjudged_share"]) == (3 / NUM_ROWS, 3 / (3 * NUM_ROWS))
     assert "No reward function judges 12.5% of the ground truths and generations of iteration 0" in caplog.text
-
-
-def test_first_opponent_that_beats_most_ground_truths_is_a_warning_to_look_at_the_rule(make_trainer, caplog):
-    wants_a_format = Rewards({"a": 0.2, "b": 0.6}, [0.0] * 5 + [1.0] * 3)
-    make_trainer(wants_a_format, pairing="best_of", num_iterations=1).train()
     assert "The first opponent already beats 62.5% of the ground truths, which will be rejected" in caplog.text
 
 
-@pytest.mark.parametrize("pairing", ["best_of", "reward_ranked"])
-def test_run_ends_when_rewards_find_no_difference_if_it_is_to_end_when_it_has_converged(make_trainer, capsys, pairing):
+def test_run_ends_when_rewards_find_no_difference_if_it_is_to_end_when_it_has_converged(make_trainer, capsys):
     """In iteration 1 every answer is as good as the ground truth."""
     rewards = Rewards({"a": 0.2, "b": 0.6, "d": 1.0, "e": 1.0}, [1.0] * NUM_ROWS)
-    with pytest.raises(NoPairsError, match="`stop_when_converged=True` to end the run here"):
-        make_trainer(rewards, pairing=pairing, num_iterations=3).train()
-    trainer = make_trainer(rewards, pairing=pairing, num_iterations=3, stop_when_converged=True)
+    trainer = make_trainer(rewards, pairing="best_of", num_iterations=3, stop_when_converged=True)
     trainer.train()
     found = trainer.store.read_run()
     assert found["finished"] and found["converged"]["rule"] == "equal rewards"
     assert (found["converged"]["iteration"], found["converged"]["no_pair_share"]) == (1, 1.0)
-    assert f"with `pairing='{pairing}'`, 100.0% of the prompts make no pair" in capsys.readouterr().out
+    assert "with `pairing='best_of'`, 100.0% of the prompts make no pair" in capsys.readouterr().out
 
 
 def test_ground_truths_of_other_prompts_are_no_sign_of_collapse(make_trainer):

@@ -1,6 +1,5 @@
 """When tokenised rows are found again, and when they must not be."""
 
-import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -53,16 +52,10 @@ def test_same_rows_are_tokenised_once_in_a_process_even_in_memory():
     assert [num_rendered(prompt_column="prompt", completion_column="completion") for _ in range(3)] == [2, 0, 0]
 
 
-def with_chat_template():
-    tokenizer = letter_tokenizer(kind=CountingTokenizer)
-    tokenizer.chat_template = "{{ messages }}"
-    return tokenizer
-
-
 CHANGES = {
     "row": lambda: {"dataset": Dataset.from_list([{"prompt": "ab", "completion": "d"}] * 2)},
     "end token": lambda: {"end_token_ids": (2,)},
-    "tokenizer": lambda: {"tokenizer": with_chat_template()},
+    "tokenizer": lambda: {"tokenizer": letter_tokenizer(kind=CountingTokenizer, chat_template="{{ messages }}")},
     "invalid rows": lambda: {"skip_invalid_rows": True},
     "columns": lambda: {"prompt_column": "completion", "completion_column": "prompt"},
 }
@@ -72,10 +65,3 @@ CHANGES = {
 def test_rows_are_tokenised_again_where_they_could_come_out_otherwise(change):
     num_rendered()
     assert (num_rendered(), num_rendered(**change())) == (0, 2)
-
-
-def test_rows_are_tokenised_again_by_another_version_of_the_code(monkeypatch):
-    num_rendered()
-    getsource = inspect.getsource
-    monkeypatch.setattr(inspect, "getsource", lambda module: getsource(module) + "# changed")
-    assert num_rendered() == 2

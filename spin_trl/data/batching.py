@@ -24,7 +24,6 @@ def epoch_order(
     The last batch is filled with pairs from the beginning, as accelerate does with several processes.
 
     Args:
-        num_pairs (`int`): Number of pairs.
         batch_size (`int`): Pairs of one optimizer step, over all processes.
         generator (`np.random.Generator`, *optional*): Shuffles the pairs. `None` leaves them in their own order.
         lengths (`np.ndarray` of shape `(num_pairs,)`, *optional*): Where given, with a generator, each batch holds
@@ -58,9 +57,6 @@ def scoring_batches(
         max_tokens (`int`, *optional*): Tokens of a batch, both sides and their padding included. A pair that has more
             by itself is a batch.
         max_pairs (`int`, *optional*): Pairs of a batch.
-
-    Returns:
-        `list[np.ndarray]`: positions of each batch's pairs.
     """
     order = np.argsort(-lengths, kind="stable")
     batches, first = [], 0

@@ -28,11 +28,6 @@ class ChatTemplate:
     be given as a list of parts (some vision models' templates silently drop plain text), and which token ends a turn
     where the template writes none (GLM-4: the one that opens the next turn, the user's or the tool's).
 
-    Args:
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): With a chat template.
-        end_token_ids (`Collection[int]`): Token ids at which the model stops.
-        template_kwargs (`dict[str, Any]`, *optional*): Arguments of the template for every conversation.
-
     Raises:
         `ValueError`: if the template leaves out what the messages say.
     """
@@ -46,25 +41,23 @@ class ChatTemplate:
         self.tokenizer = tokenizer
         self.end_token_ids = tuple(end_token_ids)
         self.template_kwargs = template_kwargs or {}
-        self.wants_parts = False
-        self.wants_parts = self._find_whether_it_wants_parts()
+        self._find_whether_it_wants_parts()
         self.answer_end = self._find_opening_of([_QUESTION, _ANSWER], _QUESTION)
         self.call_end = self._find_opening_of([_QUESTION, _CALL], _RESULT)
 
     def render(self, game: Game, /, **template_kwargs) -> tuple[list[int], list[int]]:
         """
-        Prompt and ground truth of a game as token ids; the ground truth ends in exactly one end token.
+        Prompt and ground truth of a game of messages as token ids; the ground truth ends in exactly one end token.
 
         Args:
-            game ([`Game`]): Both sides lists of messages.
             template_kwargs: Arguments of the template for this conversation. They win over those for every one.
 
         Raises:
             `InvalidRowError`: if the template refuses the messages, renders the prompt differently from the beginning
             of the conversation, leaves out the ground truth, or ends it in a token at which the model does not stop.
         """
-        prompt = self._text(game.prompt, game.prompt_name, True, template_kwargs)
-        whole = self._text(game.prompt + game.completion, game.completion_name, False, template_kwargs)
+        prompt = self._text(game.prompt, game.prompt_name, add_generation_prompt=True, **template_kwargs)
+        whole = self._text(game.prompt + game.completion, game.completion_name, **template_kwargs)
         prompt_ids, whole_ids = self._ids(prompt), self._ids(whole)
         if whole_ids[: len(prompt_ids)] == prompt_ids:
             completion_ids = whole_ids[len(prompt_ids) :]
@@ -80,9 +73,9 @@ class ChatTemplate:
             )
         return prompt_ids, chosen_ids
 
-    def _text(self, messages: list[dict], name: str, is_prompt: bool, template_kwargs: dict) -> str:
+    def _text(self, messages: list[dict], name: str, **template_kwargs) -> str:
         try:
-            return self._apply(messages, add_generation_prompt=is_prompt, **template_kwargs)
+            return self._apply(messages, **template_kwargs)
         except (TemplateError, TypeError) as error:
             raise InvalidRowError(
                 f"the chat template refuses {name}, whose conversation has the roles "
@@ -90,15 +83,13 @@ class ChatTemplate:
             ) from error
 
     def _apply(self, messages: list[dict], /, **template_kwargs) -> str:
-        messages = [self._tidy(message) for message in messages]
-        kwargs = {**self.template_kwargs, **template_kwargs}
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
-
-    def _tidy(self, message: dict) -> dict:
         # Arrow fills what other messages have and this one has not with None, which templates take for something:
         # they loop over it, or write "None".
-        message = {"content": "", **remove_none_values(message)}
-        return {**message, "content": [{"type": "text", "text": message["content"]}]} if self.wants_parts else message
+        messages = [{"content": "", **remove_none_values(message)} for message in messages]
+        if self.wants_parts:
+            messages = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
+        kwargs = {**self.template_kwargs, **template_kwargs}
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -121,20 +112,18 @@ class ChatTemplate:
 
     # What the template wants
 
-    def _find_whether_it_wants_parts(self) -> bool:
-        said = [message["content"] for message in (_QUESTION, _ANSWER)]
-        dropped = False
+    def _find_whether_it_wants_parts(self) -> None:
+        said, texts = [_QUESTION["content"], _ANSWER["content"]], []
         for self.wants_parts in (False, True):
-            text = self._try([_QUESTION, _ANSWER])
-            if text is not None and all(content in text for content in said):
-                return self.wants_parts
-            dropped = dropped or text is not None
-        if dropped:
+            texts.append(self._try([_QUESTION, _ANSWER]))
+            if texts[-1] is not None and all(content in texts[-1] for content in said):
+                return
+        self.wants_parts = False
+        if texts != [None, None]:  # if it refuses both, the rows will show what it takes
             raise ValueError(
                 f"The tokenizer's chat template renders a conversation without what its messages say ({said}). Set "
                 "`tokenizer.chat_template` to the model's own, and pass the tokenizer as `processing_class`."
             )
-        return False  # it refuses the conversation of two messages; the rows will show what it takes
 
     def _find_opening_of(self, conversation: list[dict], next_message: dict) -> int | None:
         """The token that the template puts before the next message, if it is one at which the model stops."""

@@ -4,6 +4,7 @@ A dataset may be larger than memory, so no function here holds its rows: at most
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -38,8 +39,8 @@ def lengths_of(lists: pa.ChunkedArray) -> np.ndarray:
 
 def equal_lists(tables: Iterable[pa.Table], left: str, right: str) -> np.ndarray:
     """Where two columns hold the same list of numbers: a mask of the shape `(rows of all tables,)`."""
-    masks = (_equal_lists(table[left], table[right]) for table in tables)
-    return joined(masks).astype(bool)
+    pairs = chain.from_iterable(zip(table[left], table[right], strict=True) for table in tables)
+    return np.fromiter((one.equals(other) for one, other in pairs), bool)
 
 
 def num_bytes_of(dataset: Dataset) -> int:
@@ -54,15 +55,19 @@ def positions_of(wanted: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np
     Returns:
         The positions of those that are there, and which these are, a mask of the shape of `wanted`.
     """
-    order = np.argsort(values, kind="stable")
-    places = np.searchsorted(values, wanted, sorter=order)
-    found = places < len(values)
-    found[found] = values[order[places[found]]] == wanted[found]
-    return order[places[found]], found
+    found = pc.index_in(pa.array(wanted), value_set=pa.array(values))
+    return found.drop_null().to_numpy(), found.is_valid().to_numpy(zero_copy_only=False)
 
 
-def write_rows(path: Path, tables: Iterable[pa.Table], schema: pa.Schema) -> None:
-    """Write tables one after the other to an Arrow file, which `Dataset.from_file` maps into memory."""
+def write_rows(path: Path, tables: Iterable[pa.Table], schema: pa.Schema | None = None) -> None:
+    """
+    Write tables one after the other to an Arrow file, which `Dataset.from_file` maps into memory. Without a schema
+    there is at least one, and they have its.
+    """
+    if schema is None:
+        tables = iter(tables)
+        first = next(tables)
+        tables, schema = chain([first], tables), first.schema
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
         for table in tables:
             writer.write_table(table.cast(schema).combine_chunks(), max_chunksize=BATCH_SIZE)
@@ -72,16 +77,3 @@ def joined(arrays: Iterable[np.ndarray]) -> np.ndarray:
     """The arrays of all batches as one; of no batch, an empty one of whole numbers."""
     arrays = list(arrays)
     return np.concatenate(arrays) if arrays else np.empty(0, np.int64)
-
-
-def _equal_lists(left: pa.ChunkedArray, right: pa.ChunkedArray) -> np.ndarray:
-    lengths = lengths_of(left)
-    equal = lengths == lengths_of(right)
-    candidates = np.flatnonzero(equal)
-    one, other = (
-        column.filter(pa.array(equal)).combine_chunks().flatten().to_numpy(zero_copy_only=False)
-        for column in (left, right)
-    )
-    ends = np.cumsum(lengths[candidates])
-    equal[candidates[np.searchsorted(ends, np.flatnonzero(one != other), side="right")]] = False
-    return equal

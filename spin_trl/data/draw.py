@@ -24,7 +24,6 @@ class OpponentDraw:
     Args:
         iteration (`int`): Number of the iteration. Its own opponent is the newest.
         num_opponents (`int`): How many of the last opponents take part, itself included, as soon as there are so many.
-        seed (`int`): The run's.
     """
 
     iteration: int

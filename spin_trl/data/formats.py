@@ -1,14 +1,8 @@
 """Which datasets can be played on, and in which of the accepted formats they are. Knows nothing of tokens or models.
 
-The columns tell the format. Where the columns fit several, the first of these is taken:
-
-1. `named`: the two columns (or more) that `prompt_column` and `completion_column` name, whatever else there is.
-2. `prompt_completion`: `prompt` and `completion`.
-3. `messages`: a conversation.
-4. `preference`: `chosen`, with or without `prompt`. The `rejected` side is ignored: the opponent makes its own.
-5. `real`: uclaml/SPIN's. The `generated` side is ignored for the same reason.
-
-How a row of each becomes games is in `games.py`.
+The columns tell the format: `named` where `prompt_column` and `completion_column` say which, otherwise the first of
+`_COLUMNS` that they fit. `rejected` and `generated` sides are ignored: the opponent makes its own. How a row of each
+becomes games is in `games.py`.
 """
 
 from collections.abc import Iterable
@@ -38,14 +32,7 @@ _MEDIA_COLUMNS = {"image", "images", "video", "videos", "audio", "audios"}
 
 @dataclass(frozen=True)
 class DataFormat:
-    """
-    How the rows of a dataset are to be read.
-
-    Args:
-        name (`str`): One of the formats in this module's docstring.
-        prompt_columns (`tuple[str, ...]`): Where the prompt is looked for.
-        completion_column (`str`): Where the ground truth is.
-    """
+    """How the rows of a dataset are to be read: one of the formats in this module's docstring, and its columns."""
 
     name: str
     prompt_columns: tuple[str, ...]
@@ -79,11 +66,6 @@ def check_dataset(
     """
     Refuse a dataset that cannot be played on, by its type, size and columns alone.
 
-    Args:
-        dataset ([`~datasets.Dataset`]): The dataset as the user passed it.
-        name (`str`): The argument's name, for the error.
-        prompt_column, completion_column (`str`, *optional*): As in [`SPINConfig`].
-
     Raises:
         `TypeError`: not a map-style dataset.
         `ValueError`: empty, a vision dataset, or none of the accepted formats.
@@ -95,9 +77,14 @@ def check_dataset(
             "`Dataset.from_generator(lambda: iter(dataset))`."
         )
     if not isinstance(dataset, Dataset):
+        remedy = "Load one, such as `datasets.load_dataset('json', data_files=path, split='train')`."
+        if isinstance(dataset, dict):  # a `DatasetDict` is one
+            remedy = f"Pass one of its splits: {sorted(dataset)}."
+        elif isinstance(dataset, list):
+            remedy = "Make one with `Dataset.from_list(rows)`."
         raise TypeError(
             f"`{name}` must be a `datasets.Dataset` of prompts and ground truths, got `{type(dataset).__name__}`. "
-            f"{_way_to_a_dataset(dataset)}"
+            f"{remedy}"
         )
     columns = dataset.column_names
     media = sorted(_MEDIA_COLUMNS & set(columns))
@@ -124,14 +111,6 @@ def check_dataset(
             f"`{name}` is empty: at least one row with a prompt and its ground truth is needed. See whether the file "
             "or the split is the right one, and what was filtered out of it."
         )
-
-
-def _way_to_a_dataset(value: Any) -> str:
-    if isinstance(value, dict):  # a `DatasetDict` is one
-        return f"Pass one of its splits: {sorted(value)}."
-    if isinstance(value, list):
-        return "Make one with `Dataset.from_list(rows)`."
-    return "Load one, such as `datasets.load_dataset('json', data_files=path, split='train')`."
 
 
 def _similar(wanted: Iterable[str], columns: list[str]) -> str:

@@ -10,33 +10,24 @@ class InvalidRowError(ValueError):
 
 
 class Game(NamedTuple):
-    """
-    A prompt and its ground truth, both text or both lists of messages.
-
-    `prompt_name` and `completion_name` say where in the row they come from, for errors.
-    """
+    """A prompt and its ground truth, both text or both lists of messages; and where in the row they are, for errors."""
 
     prompt: str | list[dict]
     completion: str | list[dict]
-    prompt_name: str = "`prompt`"
-    completion_name: str = "`completion`"
+    prompt_name: str
+    completion_name: str
 
 
 def split_row(row: dict[str, Any], data_format: DataFormat, train_on_turns: str = "last") -> list[Game]:
     """
-    The games of one row: one, or with `train_on_turns="all"` one for every assistant turn of a whole conversation.
-
-    Whole conversations are `messages`, `real`, and a `chosen` that holds its prompt. A separate prompt always is one
-    game, since its row says itself what is the ground truth. An assistant turn that opens a conversation answers
-    nothing and makes no game.
+    The games of one row: one, or with `train_on_turns="all"` one for every assistant turn of a whole conversation:
+    `messages`, `real`, or a `chosen` that holds its prompt. A turn that opens a conversation answers nothing.
 
     Raises:
         `InvalidRowError`: if the prompt or the ground truth is missing, empty, not text or of mixed kinds.
     """
-    if data_format.name == "named":
-        games = [_named_columns(row, data_format)]
-    elif data_format.name == "prompt_completion":
-        games = [Game(row["prompt"], row["completion"])]
+    if data_format.name in ("named", "prompt_completion"):
+        games = [_separate_columns(row, data_format)]
     elif data_format.name == "preference":
         games = _preference(row, train_on_turns)
     else:
@@ -46,7 +37,7 @@ def split_row(row: dict[str, Any], data_format: DataFormat, train_on_turns: str 
     return games
 
 
-def _named_columns(row: dict[str, Any], data_format: DataFormat) -> Game:
+def _separate_columns(row: dict[str, Any], data_format: DataFormat) -> Game:
     """Several prompt columns are joined by a blank line; empty ones, such as Alpaca's `input`, are left out."""
     columns, completion = data_format.prompt_columns, data_format.completion_column
     prompt = row[columns[0]]
@@ -67,7 +58,7 @@ def _preference(row: dict[str, Any], train_on_turns: str) -> list[Game]:
         )
     is_whole = _is_messages(chosen) and (prompt is None or len(chosen) > 1 or chosen[0]["role"] != "assistant")
     if not is_whole:
-        return [Game(prompt, chosen, completion_name="`chosen`")]
+        return [Game(prompt, chosen, "`prompt`", "`chosen`")]
     if _is_messages(prompt) and _said(chosen[:-1])[: len(prompt)] != _said(prompt):
         raise InvalidRowError(
             "`chosen` is a whole conversation that does not begin with `prompt`. Make the two agree, or leave only "
@@ -96,8 +87,8 @@ def _conversation(messages: Any, column: str, train_on_turns: str) -> list[Game]
 
 def _check_game(game: Game) -> None:
     prompt, completion, prompt_name, completion_name = game
-    _check_side(prompt, prompt_name)
-    _check_side(completion, completion_name)
+    for value, name in ((prompt, prompt_name), (completion, completion_name)):
+        _check_side(value, name)
     if isinstance(prompt, list) != isinstance(completion, list):
         raise InvalidRowError(
             f"mixed formats: {prompt_name} is {_kind(prompt)} and {completion_name} is {_kind(completion)}. Make both "
@@ -124,7 +115,7 @@ def _check_side(value: Any, name: str) -> None:
     messages = value if isinstance(value, list) else [{"content": value}]
     for message in messages:
         _check_text(message, name)
-    if all(_is_empty(message) for message in messages):
+    if all(map(_is_empty, messages)):
         raise InvalidRowError(f"{name} is empty. Every row needs a prompt and a ground truth; remove the row.")
     for number, message in enumerate(messages):
         if _is_empty(message) and (message["role"] == "assistant" or message.get("content") is None):

@@ -25,11 +25,8 @@ class PairDataset(torch.utils.data.Dataset):
     Differs from a [`~datasets.Dataset`] with the same columns in where they lie: prompts and ground truths once for all
     pairs of all iterations, and the rest here. No row is copied, whatever is selected.
 
-    Args:
-        truths ([`~datasets.Dataset`]): For each pair its `prompt_ids` and, where the ground truth is chosen, its
-            `chosen_ids`.
-        answers ([`~datasets.Dataset`]): For each pair its other columns.
-        *others ([`~datasets.Dataset`]): For each pair what else it is joined with.
+    `truths` have for each pair its `prompt_ids` and, where the ground truth is chosen, its `chosen_ids`; `answers` its
+    other columns, and `others` what else it is joined with.
     """
 
     def __init__(self, truths: Dataset, answers: Dataset, *others: Dataset):
@@ -40,12 +37,7 @@ class PairDataset(torch.utils.data.Dataset):
     @classmethod
     def join(cls, data: Dataset, answers: Dataset) -> "PairDataset":
         """
-        Give every answer the prompt and the ground truth of its row. Answers that bring `chosen_ids` of their own keep
-        these.
-
-        Args:
-            data ([`~datasets.Dataset`]): With the columns `row`, `prompt_ids` and `chosen_ids`.
-            answers ([`~datasets.Dataset`]): With the column `row`.
+        Give every answer the `prompt_ids` and `chosen_ids` of its `row`. Answers that bring their own keep them.
 
         Raises:
             `LookupError`: if the data lack a row.
@@ -56,10 +48,6 @@ class PairDataset(torch.utils.data.Dataset):
             raise LookupError(f"The data have no row {rows[~found][0]}, which pairs are of.")
         columns = [name for name in TRUTH_COLUMNS if name not in answers.column_names]
         return cls(data.select_columns(columns).select(positions), answers)
-
-    def joined_with(self, other: Dataset) -> "PairDataset":
-        """These pairs with further columns, of which `other` has a row for each."""
-        return PairDataset(self.truths, self.answers, *self.holders[2:], other)
 
     @property
     def column_names(self) -> list[str]:
@@ -80,9 +68,6 @@ class PairDataset(torch.utils.data.Dataset):
 
     def __getitems__(self, keys: list[int]) -> list[dict[str, Any]]:
         return [_merged(parts) for parts in zip(*(holder.__getitems__(keys) for holder in self.holders), strict=True)]
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return map(_merged, zip(*self.holders, strict=True))
 
     def select(self, indices: Sequence[int] | np.ndarray) -> "PairDataset":
         """The pairs at these positions, in this order."""
@@ -108,8 +93,6 @@ def pair_lengths(pairs: Dataset | PairDataset, max_length: int | None = None) ->
     Tokens of the longest of a pair's sequences, two or three: what each of them is padded to.
 
     Args:
-        pairs ([`PairDataset`] or [`~datasets.Dataset`]): With the columns `prompt_ids`, `chosen_ids` and
-            `rejected_ids`, perhaps `initial_ids`.
         max_length (`int`, *optional*): Length at which DPOTrainer's collator truncates a sequence.
 
     Returns:

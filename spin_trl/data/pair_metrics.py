@@ -10,12 +10,33 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from .columns import lengths_of, numbers
-from .pair_dataset import TRUTH, PairDataset, column_lengths
+from .pair_dataset import PREFERENCE, TRUTH, PairDataset, column_lengths
 
 
 _NUM_DISTINCT_SAMPLED = 2000  # pairs: distinct-n falls as texts are added, so it always looks at as many
 _PERCENTILES = (10, 50, 90)
 _SIDES = ("chosen", "rejected")
+
+
+def describe_pairs(pairs: PairDataset, is_identical: np.ndarray, max_length: int | None = None) -> dict[str, float]:
+    """
+    How many pairs there are, as made, and which share of them is identical; mean lengths of both sides in tokens, and
+    the share that DPOTrainer's collator truncates to `max_length` together with its prompt.
+    """
+    limit = np.inf if max_length is None else max_length
+    prompts = column_lengths(pairs, "prompt_ids")
+    described = {"num_pairs": len(pairs), "identical_share": is_identical.mean().item()}
+    for side in _SIDES:
+        lengths = column_lengths(pairs, f"{side}_ids")
+        described[f"{side}_length"] = lengths.mean().item()
+        described[f"{side}_truncated_share"] = (prompts + lengths > limit).mean().item()
+    return described
+
+
+def preference_share(pairs: PairDataset) -> dict[str, float]:
+    """Which share of an iteration's training set are preference pairs, if any are."""
+    is_preference = numbers(pairs.answers, "iteration") == PREFERENCE
+    return {"preference_share": float(is_preference.mean())} if is_preference.any() else {}
 
 
 def describe_generations(
@@ -25,7 +46,7 @@ def describe_generations(
     What the opponent said, beside what the data says.
 
     Args:
-        pairs ([`PairDataset`]): With `chosen_ids` and `rejected_ids`, as made, the identical ones included.
+        pairs ([`PairDataset`]): As made, the identical ones included.
         completions (`Iterable[pyarrow.Table]`): The opponent's, with `completion_ids` and `finish_reason`.
         seed (`int`): Of the sample over which distinct-n is taken. The same pairs are looked at in every iteration.
 
@@ -39,7 +60,6 @@ def describe_generations(
     for side, prefix in (("rejected", ""), ("chosen", "chosen_")):
         texts = pa.concat_tables(sampled.batches([f"{side}_ids"]))[0].combine_chunks()
         described |= {f"{prefix}distinct_{n}": distinct(texts, n) for n in (1, 2)}
-    for side in _SIDES:
         values = np.percentile(column_lengths(pairs, f"{side}_ids"), _PERCENTILES)
         described[f"{side}_lengths"] = {f"p{p}": float(v) for p, v in zip(_PERCENTILES, values, strict=True)}
     return described
@@ -54,40 +74,35 @@ def describe_scores(
     truncation_mode: str,
 ) -> dict[str, float]:
     """
-    What the reference, which is the opponent, thinks of both sides of an iteration's own pairs: those of a ground truth
-    and a generation, whichever of the two is chosen.
+    What the reference, which is the opponent, thinks of both sides of the pairs that were made in this iteration of a
+    ground truth and a generation, whichever of the two is chosen.
 
     Args:
-        pairs ([`PairDataset`]): Token ids, and `iteration`.
         scores (`Mapping[str, np.ndarray]`): `ref_chosen_logps` and `ref_rejected_logps`, each of shape `(len(pairs),)`.
-        iteration (`int`): Of these pairs, those that were made in it count.
         num_identical_dropped (`int`): Pairs of equal sides that were left out. Their gap is 0.
         max_length (`int`, *optional*), truncation_mode (`str`): As DPOTrainer's collator truncated before scoring.
 
     Returns:
         `dict`: `logps_gap`, the mean of `log p(y)/|y| - log p(y')/|y'|`, and `opponent_nll`, the mean of `-log p(y)`
-        over all tokens of the ground truths. Both in nats per token. A side of no tokens has no mean: such a pair does
-        not count in the gap. `y` is the ground truth; pairs of two generations count in neither.
+        over all tokens of the ground truths `y`. Both in nats per token. A side of no tokens has no mean: such a pair
+        does not count in the gap.
     """
-    # (num_pairs,) each
+    is_truth = [np.ones(len(pairs), bool), np.zeros(len(pairs), bool)]
+    if "chosen_sample" in pairs.column_names:  # rewards chose
+        is_truth = [numbers(pairs.answers, name) == TRUTH for name in ("chosen_sample", "sample")]
+    counts = (numbers(pairs.answers, "iteration") == iteration) & (is_truth[0] | is_truth[1])
     prompts = column_lengths(pairs, "prompt_ids")
     lengths = [
         _scored_lengths(prompts, column_lengths(pairs, f"{side}_ids"), max_length, truncation_mode) for side in _SIDES
     ]
     logps = [np.asarray(scores[f"ref_{side}_logps"], np.float64) for side in _SIDES]
-    is_truth = [np.ones(len(pairs), bool), np.zeros(len(pairs), bool)]
-    if "chosen_sample" in pairs.column_names:  # rewards chose
-        is_truth = [numbers(pairs.answers, name) == TRUTH for name in ("chosen_sample", "sample")]
-    counts = (numbers(pairs.answers, "iteration") == iteration) & (is_truth[0] | is_truth[1])
     # (num_counted,) each: the ground truth's, then the answer's
     truth, answer = (np.where(is_truth[1], *sides)[counts] for sides in (lengths[::-1], lengths))
     truth_logps, answer_logps = (np.where(is_truth[1], *sides)[counts] for sides in (logps[::-1], logps))
     both = (truth > 0) & (answer > 0)
     gap = np.sum(truth_logps[both] / truth[both] - answer_logps[both] / answer[both])
     num_gaps = num_identical_dropped + int(both.sum())
-    described = {}
-    if num_gaps > 0:
-        described["logps_gap"] = float(gap / num_gaps)
+    described = {"logps_gap": float(gap / num_gaps)} if num_gaps > 0 else {}
     if truth.sum() > 0:
         described["opponent_nll"] = float(-truth_logps.sum() / truth.sum())
     return described
@@ -97,11 +112,8 @@ def generation_rates(
     completions: Iterable[pa.Table], sampled_rows: Collection[int], seconds: float
 ) -> dict[str, float]:
     """
-    Completions and tokens per second, of what was sampled in this time alone: a resumed run has others on disk already.
-
-    Args:
-        completions (`Iterable[pyarrow.Table]`): All of the iteration's, with `row` and `completion_ids`.
-        sampled_rows (`Collection[int]`): Rows of the prompts that were answered in these seconds.
+    Completions and tokens per second, of the `sampled_rows`, which took these seconds. A resumed run has others of its
+    iteration on disk already.
     """
     sampled_rows = pa.array(sampled_rows, pa.int64())
     num_completions = num_tokens = 0
@@ -125,13 +137,7 @@ def empty_share(completions: Iterable[pa.Table]) -> float:
 
 
 def distinct(token_ids: pa.ListArray, n: int) -> float:
-    """
-    Distinct-n (Li et al., 2016): different n-grams over all n-grams, of token ids.
-
-    Args:
-        token_ids (`pyarrow.ListArray`): One list a text. No n-gram reaches over two of them.
-        n (`int`): 1 or 2.
-    """
+    """Distinct-n (Li et al., 2016), n being 1 or 2: different n-grams over all n-grams, none over two of the texts."""
     tokens = token_ids.flatten().to_numpy(zero_copy_only=False).astype(np.int64)
     text = np.repeat(np.arange(len(token_ids)), token_ids.value_lengths().to_numpy(zero_copy_only=False))
     if n == 2:

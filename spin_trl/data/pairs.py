@@ -12,10 +12,10 @@ from datasets import Dataset, concatenate_datasets
 
 from .columns import equal_lists, numbers, positions_of
 from .draw import OPPONENT, OPPONENT_FIELD
-from .pair_dataset import PREFERENCE, PairDataset, column_lengths
+from .pair_dataset import PairDataset
 
 
-# What an iteration adds to the run's data; its scores come later.
+# What an iteration adds to the run's data, with `opponent` where several take part. Rewards and scores come later.
 ANSWER_SCHEMA = pa.schema(
     [
         ("iteration", pa.int32()),
@@ -29,40 +29,29 @@ ANSWER_SCHEMA = pa.schema(
 _SIDES = ("chosen_ids", "rejected_ids")
 
 
-def answer_schema(has_opponents: bool) -> pa.Schema:
-    """What an iteration adds to the run's data, with `opponent` where several take part."""
-    return pa.schema([*ANSWER_SCHEMA, OPPONENT_FIELD]) if has_opponents else ANSWER_SCHEMA
-
-
 class NoPairsError(RuntimeError):
     """No pair of an iteration has two sides that can be told apart: there is nothing left to learn from."""
 
 
 def make_answers(data: Dataset, completions: Iterable[pa.Table], iteration: int) -> Iterator[pa.Table]:
     """
-    The opponent's side of every pair, batch by batch. Completions of rows that the data lack are left out.
+    The opponent's side of every pair, batch by batch, of `ANSWER_SCHEMA`. Completions of rows that the data lack are
+    left out.
 
     Args:
         data ([`~datasets.Dataset`]): With the columns `row` and `source_row`.
         completions (`Iterable[pyarrow.Table]`): With the columns `row`, `sample` and `completion_ids`, perhaps with
             `opponent`.
         iteration (`int`): The iteration in which they were made.
-
-    Returns:
-        `Iterator[pyarrow.Table]`: of [`answer_schema`], with `opponent` where the completions have it.
     """
     rows, source_rows = numbers(data, "row"), numbers(data, "source_row")
     for batch in completions:
         positions, found = positions_of(batch["row"].to_numpy(), rows)
-        batch = batch.filter(pa.array(found))
-        schema = answer_schema(OPPONENT in batch.column_names)
-        columns = {
-            **{name: batch[name] for name in ("row", "sample", OPPONENT) if name in schema.names},
-            "iteration": np.full(len(batch), iteration, np.int32),
-            "source_row": source_rows[positions],
-            "rejected_ids": batch["completion_ids"],
-        }
-        yield pa.table(columns, schema=schema)
+        batch = batch.filter(pa.array(found)).rename_columns({"completion_ids": "rejected_ids"})
+        batch = batch.append_column("iteration", pa.array(np.full(len(batch), iteration, np.int32)))
+        batch = batch.append_column("source_row", pa.array(source_rows[positions]))
+        schema = ANSWER_SCHEMA.append(OPPONENT_FIELD) if OPPONENT in batch.column_names else ANSWER_SCHEMA
+        yield batch.select(schema.names).cast(schema)
 
 
 def find_identical_pairs(pairs: PairDataset) -> np.ndarray:
@@ -72,28 +61,24 @@ def find_identical_pairs(pairs: PairDataset) -> np.ndarray:
 
 def drop_identical_pairs(pairs: PairDataset, is_identical: np.ndarray) -> PairDataset:
     """
-    Leave out the pairs whose two sides are equal.
-
-    Args:
-        pairs ([`PairDataset`]): All of them.
-        is_identical (`np.ndarray` of shape `(len(pairs),)`): See [`find_identical_pairs`].
+    Leave out the pairs whose two sides are equal, as [`find_identical_pairs`] has found them.
 
     Raises:
         `NoPairsError`: if no pair is left.
     """
-    if is_identical.all() and "chosen_sample" in pairs.column_names:  # chosen by rewards
+    if not is_identical.all():
+        return pairs.select(np.flatnonzero(~is_identical)) if is_identical.any() else pairs
+    if "chosen_sample" in pairs.column_names:  # chosen by rewards
         raise NoPairsError(
             f"Both sides of all {len(pairs)} pairs of this iteration are the same, token by token, although their "
             "rewards differ: there is nothing to tell apart. See whether the reward functions give one text two "
             "rewards, raise `temperature`, or set `identical_pairs='keep'`."
         )
-    if is_identical.all():
-        raise NoPairsError(
-            f"The opponent reproduces the ground truth in all {len(pairs)} pairs of this iteration, so self-play has "
-            "converged: there is nothing left to tell apart. The policy is the last iteration's. To go on, use more "
-            "or other data, raise `temperature`, or set `identical_pairs='keep'`."
-        )
-    return pairs.select(np.flatnonzero(~is_identical)) if is_identical.any() else pairs
+    raise NoPairsError(
+        f"The opponent reproduces the ground truth in all {len(pairs)} pairs of this iteration, so self-play has "
+        "converged: there is nothing left to tell apart. The policy is the last iteration's. To go on, use more "
+        "or other data, raise `temperature`, or set `identical_pairs='keep'`."
+    )
 
 
 def add_history(pairs: PairDataset, previous: list[tuple[int, PairDataset]]) -> PairDataset:
@@ -106,61 +91,24 @@ def add_history(pairs: PairDataset, previous: list[tuple[int, PairDataset]]) -> 
             Of each only the pairs that its own opponent made are taken.
     """
     own = [older.select(np.flatnonzero(numbers(older.answers, "iteration") == number)) for number, older in previous]
-    return _concatenate(pairs, [(older.truths, older.answers) for older in own])
+    return _concatenate(pairs, own)
 
 
 def add_preferences(pairs: PairDataset, preferences: Dataset | None) -> PairDataset:
-    """
-    Join the preference pairs, where there are any, to an iteration's. They have no rewards.
-
-    Args:
-        pairs ([`PairDataset`]): The iteration's, with its history, not scored yet.
-        preferences ([`~datasets.Dataset`], *optional*): See [`PreparedPreferences`].
-    """
-    return _concatenate(pairs, [] if preferences is None else [(preferences, preferences)])
+    """Join the user's preference pairs, if any, to an iteration's with its history. They have no rewards."""
+    return _concatenate(pairs, [] if preferences is None else [PairDataset(preferences, preferences)])
 
 
-def _concatenate(pairs: PairDataset, others: list[tuple[Dataset, Dataset]]) -> PairDataset:
-    """Further truths and answers behind those of the pairs, with the same columns: nulls where they lack one."""
+def _concatenate(pairs: PairDataset, others: list[PairDataset]) -> PairDataset:
+    """The others behind the pairs, with the same columns: nulls where they lack one."""
 
-    def joined(own: Dataset, further: tuple[Dataset, ...]) -> Dataset:
-        names = set(own.column_names)
+    def joined(own: Dataset, *further: Dataset) -> Dataset:
+        shared = [[name for name in other.column_names if name in own.column_names] for other in further]
         return concatenate_datasets(
-            [own, *(other.select_columns([n for n in other.column_names if n in names]) for other in further)]
+            [own, *(other.select_columns(names) for other, names in zip(further, shared, strict=True))]
         )
 
     if not others:
         return pairs
-    truths, answers = zip(*others, strict=True)
-    return PairDataset(joined(pairs.truths, truths), joined(pairs.answers, answers))
-
-
-def preference_share(pairs: PairDataset) -> dict[str, float]:
-    """Which share of an iteration's training set are preference pairs, as a metric, if any are."""
-    is_preference = numbers(pairs.answers, "iteration") == PREFERENCE
-    return {"preference_share": float(is_preference.mean())} if is_preference.any() else {}
-
-
-def describe_pairs(
-    pairs: PairDataset, is_identical: np.ndarray, cut_off_share: float, max_length: int | None = None
-) -> dict[str, float]:
-    """
-    Shares and mean lengths by which one sees how the opponent's answers compare with the ground truth.
-
-    Args:
-        pairs ([`PairDataset`]): As made, the identical ones included.
-        is_identical (`np.ndarray` of shape `(len(pairs),)`): See [`find_identical_pairs`].
-        cut_off_share (`float`): Share of the completions that ran into the length limit.
-        max_length (`int`, *optional*): Length at which DPOTrainer's collator truncates a prompt with one side.
-    """
-    limit = np.inf if max_length is None else max_length
-    prompts, chosen, rejected = (column_lengths(pairs, name) for name in ("prompt_ids", *_SIDES))
-    return {
-        "num_pairs": len(pairs),
-        "chosen_length": chosen.mean().item(),
-        "rejected_length": rejected.mean().item(),
-        "chosen_truncated_share": (prompts + chosen > limit).mean().item(),
-        "rejected_truncated_share": (prompts + rejected > limit).mean().item(),
-        "cut_off_share": cut_off_share,
-        "identical_share": is_identical.mean().item(),
-    }
+    truths = joined(pairs.truths, *(other.truths for other in others))
+    return PairDataset(truths, joined(pairs.answers, *(other.answers for other in others)))

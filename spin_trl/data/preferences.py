@@ -4,41 +4,26 @@ They are no answers of an opponent, so their `iteration` is `PREFERENCE`, and th
 beside the run's own. Knows nothing of files, servers and models.
 """
 
-from collections.abc import Collection, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 from accelerate.logging import get_logger
 from datasets import Dataset, concatenate_datasets
-from transformers import PreTrainedTokenizerBase
 
 from ..objectives.settings import check_settings
-from ..spin_config import SPINConfig
 from .columns import batches, equal_lists, numbers
 from .games import InvalidRowError
 from .pair_dataset import PREFERENCE
-from .preparation import dataset_checksum, drop_long_prompts, render
+from .rendering import TokenizedData
+from .token_rows import drop_long_prompts
 
 
 logger = get_logger(__name__)
 
-_SIDES = ("chosen", "rejected")
+PREFERENCE_IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 _SHARED_COLUMNS = ("prompt", "tools", "chat_template_kwargs")
-_TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
-
-
-class PreparedPreferences(NamedTuple):
-    """
-    Args:
-        dataset ([`~datasets.Dataset`]): One row per pair, with the columns `iteration`, `row`, `source_row`, `sample`
-            (0), `prompt_ids`, `chosen_ids` and `rejected_ids`.
-        report (`dict[str, Any]`): Checksum and row counts, for `self_play.json`.
-        invalid_rows (`list[dict]`): Dataset, row number and reason of every row left out.
-    """
-
-    dataset: Dataset
-    report: dict[str, Any]
-    invalid_rows: list[dict[str, Any]]
 
 
 def check_preference_dataset(dataset: Any, loss_types: Sequence[str]) -> None:
@@ -55,7 +40,7 @@ def check_preference_dataset(dataset: Any, loss_types: Sequence[str]) -> None:
             "`streaming=True`."
         )
     check_settings(loss_types, {"preference_dataset": dataset})
-    missing = [name for name in _SIDES if name not in dataset.column_names]
+    missing = [name for name in ("chosen", "rejected") if name not in dataset.column_names]
     if missing:
         raise ValueError(
             f"`preference_dataset` has the columns {dataset.column_names}, but lacks {missing}: expected are "
@@ -67,51 +52,35 @@ def check_preference_dataset(dataset: Any, loss_types: Sequence[str]) -> None:
 
 
 def prepare_preferences(
-    args: SPINConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    end_token_ids: Collection[int],
-    dataset: Dataset,
-    context_length: int,
-) -> PreparedPreferences:
+    tokenize: Callable[[Dataset], TokenizedData], dataset: Dataset, max_length: int, skip_invalid_rows: bool
+) -> TokenizedData:
     """
     Render both sides of every pair, each as a ground truth is. Pairs of equal sides say nothing and are left out, as
-    are those whose prompt leaves no room for an answer.
+    are those whose prompt leaves no room for an answer in `max_length` tokens.
 
-    Args:
-        args ([`SPINConfig`]): `chat_template_kwargs`, `skip_invalid_rows`, `max_length`, `dataset_num_proc`.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]), end_token_ids (`Collection[int]`): As for
-            [`rendering.tokenize_dataset`].
-        dataset ([`~datasets.Dataset`]): The user's.
-        context_length (`int`): Tokens that the model can hold.
+    Returns:
+        [`TokenizedData`] with one row per pair, of the columns `iteration`, `row`, `source_row`, `sample` (0) and
+        `PREFERENCE_IDS`.
 
     Raises:
         [`InvalidRowError`]: naming the row, if it cannot be rendered or its two sides have different prompts, and
             `skip_invalid_rows` is not set.
         `ValueError`: if no row is left.
     """
-    pairs, reasons = _render_sides(args, tokenizer, end_token_ids, dataset)
-    is_identical = _equal(pairs, "chosen_ids", "rejected_ids")
+    pairs, reasons = _render_sides(tokenize, dataset, skip_invalid_rows)
+    is_identical = equal_lists(batches(pairs, PREFERENCE_IDS), "chosen_ids", "rejected_ids")
     if is_identical.all():
         raise ValueError(
             f"No row of `preference_dataset` is left: of {len(dataset)}, {len(reasons)} are invalid and "
             f"{is_identical.sum()} have equal sides. See whether `chosen` and `rejected` hold the answers."
         )
-    limit = context_length if args.max_length is None else min(args.max_length, context_length)
-    pairs, num_long = drop_long_prompts(
-        pairs.select(np.flatnonzero(~is_identical)), limit - 1, f"the limit of {limit} tokens for `preference_dataset`"
-    )
-    num_dropped = len(dataset) - len(pairs)
-    if num_dropped:
+    pairs = pairs.select(np.flatnonzero(~is_identical))
+    pairs, num_long = drop_long_prompts(pairs, max_length, "the limit for `preference_dataset`")
+    if len(pairs) < len(dataset):
         logger.warning(
-            f"Left out {num_dropped} row(s) of `preference_dataset`: {len(reasons)} invalid, {is_identical.sum()} of "
-            f"equal sides, {num_long} whose prompt leaves no room for an answer."
+            f"Left out {len(dataset) - len(pairs)} row(s) of `preference_dataset`: {len(reasons)} invalid, "
+            f"{is_identical.sum()} of equal sides, {num_long} whose prompt leaves no room for an answer."
         )
-    report = {
-        "preference_checksum": dataset_checksum(pairs, _TOKEN_COLUMNS),
-        "num_preference_rows": len(pairs),
-        "num_dropped_preference_rows": num_dropped,
-    }
-    invalid = [{"dataset": "preference_dataset", "row": row, "reason": reasons[row]} for row in sorted(reasons)]
     columns = {
         "iteration": np.full(len(pairs), PREFERENCE, np.int32),
         "row": -1 - np.arange(len(pairs)),
@@ -119,41 +88,42 @@ def prepare_preferences(
     }
     for name, values in columns.items():
         pairs = pairs.add_column(name, values)
-    return PreparedPreferences(pairs, report, invalid)
+    return TokenizedData(pairs, sorted(reasons.items()))
+
+
+@contextmanager
+def noting(note: str) -> Iterator[None]:
+    """A refusal carries the note, which says of what."""
+    try:
+        yield
+    except ValueError as error:
+        error.add_note(note)
+        raise
 
 
 def _render_sides(
-    args: SPINConfig, tokenizer: PreTrainedTokenizerBase, end_token_ids: Collection[int], dataset: Dataset
+    tokenize: Callable[[Dataset], TokenizedData], dataset: Dataset, skip_invalid_rows: bool
 ) -> tuple[Dataset, dict[int, str]]:
     """Tokens of both sides of every valid row, and why the others are not."""
     shared = [name for name in _SHARED_COLUMNS if name in dataset.column_names]
-    note = "In `preference_dataset`."
-    chosen = render(args, tokenizer, end_token_ids, dataset.select_columns([*shared, "chosen"]), note)
-    rejected = dataset.select_columns([*shared, "rejected"]).rename_column("rejected", "chosen")
-    rejected = render(args, tokenizer, end_token_ids, rejected, f"{note} In its `rejected`, read as a `chosen`.")
+    chosen = tokenize(dataset.select_columns([*shared, "chosen"]))
+    with noting("In its `rejected`, read as a `chosen`."):
+        rejected = tokenize(dataset.select_columns([*shared, "rejected"]).rename_column("rejected", "chosen"))
     reasons = {row: f"its `rejected`, read as a `chosen`: {reason}" for row, reason in rejected.invalid_rows}
     reasons |= dict(chosen.invalid_rows)
-    pairs = _side_by_side(chosen.dataset, rejected.dataset)
-    same_prompt = _equal(pairs, "prompt_ids", "other_prompt_ids")
+    # the rows that are valid on both sides, side by side
+    rows = [numbers(side.dataset, "source_row") for side in (chosen, rejected)]
+    _, *positions = np.intersect1d(*rows, assume_unique=True, return_indices=True)
+    other = rejected.dataset.select_columns(["prompt_ids", "chosen_ids"]).select(positions[1])
+    other = other.rename_columns({"prompt_ids": "other_prompt_ids", "chosen_ids": "rejected_ids"})
+    pairs = chosen.dataset.select_columns(["source_row", "prompt_ids", "chosen_ids"]).select(positions[0])
+    pairs = concatenate_datasets([pairs, other], axis=1)
+    same_prompt = equal_lists(batches(pairs, ["prompt_ids", "other_prompt_ids"]), "prompt_ids", "other_prompt_ids")
     for row in numbers(pairs, "source_row")[~same_prompt].tolist():
         reasons[row] = (
             "`chosen` and `rejected` answer different prompts (in conversations, all messages but the last). Cut both "
             "after the first answer in which they differ."
         )
-        if not args.skip_invalid_rows:
-            raise InvalidRowError(f"Row {row} of `preference_dataset`: {reasons[row]}")
+        if not skip_invalid_rows:
+            raise InvalidRowError(f"Row {row}: {reasons[row]}")
     return pairs.remove_columns("other_prompt_ids").select(np.flatnonzero(same_prompt)), reasons
-
-
-def _side_by_side(chosen: Dataset, rejected: Dataset) -> Dataset:
-    """The rows that are valid on both sides, with the prompt of either."""
-    rows = [numbers(side, "source_row") for side in (chosen, rejected)]
-    _, *positions = np.intersect1d(*rows, assume_unique=True, return_indices=True)
-    chosen, rejected = (side.select(found) for side, found in zip((chosen, rejected), positions, strict=True))
-    names = {"prompt_ids": "other_prompt_ids", "chosen_ids": "rejected_ids"}
-    rejected = rejected.select_columns(list(names)).rename_columns(names)
-    return concatenate_datasets([chosen.select_columns(["source_row", "prompt_ids", "chosen_ids"]), rejected], axis=1)
-
-
-def _equal(pairs: Dataset, left: str, right: str) -> np.ndarray:
-    return equal_lists(batches(pairs, [left, right]), left, right)

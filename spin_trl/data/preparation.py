@@ -3,41 +3,83 @@
 Knows nothing of models, servers and paths.
 """
 
-import hashlib
-from collections.abc import Collection, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Collection
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
-import numpy as np
-import pyarrow as pa
 from accelerate.logging import get_logger
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from ..processes.ranks import main_process_first
 from ..spin_config import SPINConfig
-from .columns import batches, joined, lengths_of, list_lengths
 from .formats import detect_format
-from .rendering import TokenizedData, tokenize_dataset
+from .preferences import PREFERENCE_IDS, noting, prepare_preferences
+from .rendering import tokenize_dataset
+from .token_rows import dataset_checksum, drop_duplicates, drop_long_prompts, percentile_length
 
 
 logger = get_logger(__name__)
 
-_TOKEN_COLUMNS = ("prompt_ids", "chosen_ids")
 
-
-class PreparedData(NamedTuple):
+@dataclass
+class RunData:
     """
-    What the run plays on.
+    The rows that a run plays on, as token ids.
 
     Args:
-        train, eval ([`~datasets.Dataset`]): Token ids, see [`rendering.TokenizedData`].
+        train, eval ([`~datasets.Dataset`]): Prompts and ground truths, see [`rendering.TokenizedData`].
+        preferences ([`~datasets.Dataset`], *optional*): The user's preference pairs, see [`prepare_preferences`].
         report (`dict[str, Any]`): Format and row counts, for `self_play.json`.
-        invalid_rows (`list[dict]`): Dataset, row number and reason of every row left out.
+        invalid_rows (`list[dict]`): Dataset, row number and reason of every row left out as invalid.
+        num_dropped (`int`): How many rows were left out because their prompt leaves no room for an answer.
     """
 
     train: Dataset
     eval: Dataset | None
+    preferences: Dataset | None
     report: dict[str, Any]
     invalid_rows: list[dict[str, Any]]
+    num_dropped: int = 0
+
+    def fit_to(self, max_length: int, source: str) -> None:
+        """Drop prompts that leave no room for a token in `max_length`, which `source` sets. Every process calls it."""
+
+        def drop() -> int:
+            self.train, num_dropped = drop_long_prompts(self.train, max_length, source)
+            if self.eval is not None:
+                self.eval, num_dropped_eval = drop_long_prompts(self.eval, max_length, source)
+                num_dropped += num_dropped_eval
+            return num_dropped
+
+        num_dropped = main_process_first(drop)
+        self.num_dropped += num_dropped
+        if num_dropped > 0:
+            logger.warning(
+                f"Dropped {num_dropped} row(s) whose prompt leaves no room for an answer in {source} ({max_length} "
+                "tokens)."
+            )
+
+    def prompt_length(self, percentile: float) -> int:
+        """A percentile of the prompts' lengths, in tokens: 0 is the shortest of all, 100 the longest."""
+        lengths = [percentile_length(part, "prompt_ids", percentile) for part in (self.train, self.eval) if part]
+        return min(lengths) if percentile == 0 else max(lengths)
+
+    def describe(self) -> dict[str, Any]:
+        """For `self_play.json`."""
+        described = {
+            **self.report,
+            "train_checksum": dataset_checksum(self.train),
+            "eval_checksum": None if self.eval is None else dataset_checksum(self.eval),
+            "num_train_rows": len(self.train),
+            "num_dropped_rows": self.num_dropped,
+            "num_eval_rows": 0 if self.eval is None else len(self.eval),
+        }
+        if self.preferences is not None:
+            described["preference_checksum"] = dataset_checksum(self.preferences, PREFERENCE_IDS)
+            described["num_preference_rows"] = len(self.preferences)
+        return described
 
 
 def prepare_data(
@@ -45,23 +87,42 @@ def prepare_data(
     tokenizer: PreTrainedTokenizerBase,
     end_token_ids: Collection[int],
     train_dataset: Dataset,
-    eval_dataset: Dataset | None,
-) -> PreparedData:
+    eval_dataset: Dataset | None = None,
+    preference_dataset: Dataset | None = None,
+    context_length: int | None = None,
+) -> RunData:
     """
-    Render both datasets. Duplicates are dropped from the training data alone: every evaluation row counts.
+    Render all datasets. Duplicates are dropped from the training data alone: every evaluation row counts.
+
+    Args:
+        context_length (`int`, *optional*): Tokens that the model can hold, for the preferences. The others are fitted
+            to it by [`RunData.fit_to`], when the server's is known too.
 
     Raises:
         `ValueError`: see [`rendering.tokenize_dataset`]; the message names the dataset.
     """
+    tokenize = partial(
+        tokenize_dataset,
+        tokenizer=tokenizer,
+        end_token_ids=end_token_ids,
+        chat_template_kwargs=args.chat_template_kwargs,
+        skip_invalid_rows=args.skip_invalid_rows,
+        num_proc=args.dataset_num_proc,
+    )
     columns = {"prompt_column": args.prompt_column, "completion_column": args.completion_column}
-    prepared, invalid_rows = {}, []
-    for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
-        if dataset is not None:
-            rendered = render(
-                args, tokenizer, end_token_ids, dataset, f"In `{name}`.", train_on_turns=args.train_on_turns, **columns
-            )
-            prepared[name] = rendered.dataset
-            invalid_rows += [{"dataset": name, "row": row, "reason": why} for row, why in rendered.invalid_rows]
+    given = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "preference_dataset": preference_dataset}
+    prepared, invalid_rows = dict.fromkeys(given), []
+    for name, dataset in given.items():
+        if dataset is None:
+            continue
+        with noting(f"In `{name}`."):
+            if name == "preference_dataset":
+                limit = context_length if args.max_length is None else min(args.max_length, context_length)
+                rendered = prepare_preferences(tokenize, dataset, limit, args.skip_invalid_rows)
+            else:
+                rendered = tokenize(dataset, train_on_turns=args.train_on_turns, **columns)
+        prepared[name] = rendered.dataset
+        invalid_rows += [{"dataset": name, "row": row, "reason": why} for row, why in rendered.invalid_rows]
     train, num_duplicates = drop_duplicates(prepared["train_dataset"])
     if num_duplicates:
         logger.warning(f"Dropped {num_duplicates} row(s) of `train_dataset` that repeat an earlier one.")
@@ -73,97 +134,10 @@ def prepare_data(
     report = {
         "format": detect_format(train_dataset.column_names, **columns).name,
         "num_source_rows": len(train_dataset),
-        "num_invalid_rows": len(invalid_rows),
+        "num_invalid_rows": sum(row["dataset"] != "preference_dataset" for row in invalid_rows),
         "num_duplicate_rows": num_duplicates,
     }
-    return PreparedData(train, prepared.get("eval_dataset"), report, invalid_rows)
-
-
-def render(
-    args: SPINConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    end_token_ids: Collection[int],
-    dataset: Dataset,
-    note: str,
-    **layout: Any,
-) -> TokenizedData:
-    """As [`rendering.tokenize_dataset`], with the run's settings. An error carries the note, which says of what."""
-    try:
-        return tokenize_dataset(
-            dataset,
-            tokenizer,
-            end_token_ids,
-            chat_template_kwargs=args.chat_template_kwargs,
-            skip_invalid_rows=args.skip_invalid_rows,
-            num_proc=args.dataset_num_proc,
-            **layout,
-        )
-    except ValueError as error:
-        error.add_note(note)
-        raise
-
-
-def dataset_checksum(dataset: Dataset, columns: Sequence[str] = _TOKEN_COLUMNS) -> str:
-    """Checksum of token ids, by default the prompts' and ground truths', in their order: 16 hexadecimal digits."""
-    digest = hashlib.blake2b(digest_size=8)
-    for batch in batches(dataset, columns):
-        for name in columns:
-            digest.update(lengths_of(batch[name]).astype(np.int64).tobytes())
-            digest.update(_tokens(batch[name]).tobytes())
-    return digest.hexdigest()
-
-
-def drop_duplicates(dataset: Dataset) -> tuple[Dataset, int]:
-    """Keep the first of all rows with the same prompt and ground truth, in tokens; and how many were dropped."""
-    digests = joined(_row_digests(batch) for batch in batches(dataset, _TOKEN_COLUMNS))
-    _, first = np.unique(digests, return_index=True)
-    return _select(dataset, np.sort(first))
-
-
-def _row_digests(batch: pa.Table) -> np.ndarray:
-    """Sixteen bytes for each row, as two numbers."""
-    sides = [np.split(_tokens(batch[name]), np.cumsum(lengths_of(batch[name]))[:-1]) for name in _TOKEN_COLUMNS]
-    digests = bytearray()
-    for prompt, truth in zip(*sides, strict=True):
-        content = len(prompt).to_bytes(8, "little") + prompt.tobytes() + truth.tobytes()
-        digests += hashlib.blake2b(content, digest_size=16).digest()
-    return np.frombuffer(digests, dtype=[("first", np.uint64), ("second", np.uint64)])
-
-
-def _tokens(lists: pa.ChunkedArray) -> np.ndarray:
-    return lists.combine_chunks().flatten().to_numpy(zero_copy_only=False).astype(np.int64)
-
-
-def percentile_length(dataset: Dataset, column: str, percentile: float) -> int:
-    """The given percentile of the lengths, in tokens, of a column of token ids, rounded up."""
-    return int(np.ceil(np.percentile(list_lengths(dataset, column), percentile)))
-
-
-def drop_long_prompts(dataset: Dataset, max_prompt_length: int, reason: str) -> tuple[Dataset, int]:
-    """
-    Drop the rows whose prompt is longer than the context allows, before anything is generated.
-
-    Args:
-        dataset ([`~datasets.Dataset`]): With a `prompt_ids` column.
-        max_prompt_length (`int`): Longest prompt that leaves room for an answer, in tokens.
-        reason (`str`): Where the limit comes from, for the error.
-
-    Returns:
-        The remaining dataset and the number of dropped rows.
-
-    Raises:
-        `ValueError`: if no row is left.
-    """
-    lengths = list_lengths(dataset, "prompt_ids")
-    kept = np.flatnonzero(lengths <= max_prompt_length)
-    if len(kept) == 0:
-        raise ValueError(
-            f"All {len(dataset)} prompts are too long: the shortest has {lengths.min()} tokens, and {reason} leaves "
-            f"room for at most {max_prompt_length}. Raise that limit or shorten the prompts."
-        )
-    return _select(dataset, kept)
-
-
-def _select(dataset: Dataset, kept: np.ndarray) -> tuple[Dataset, int]:
-    num_dropped = len(dataset) - len(kept)
-    return (dataset.select(kept) if num_dropped else dataset), num_dropped
+    preferences = prepared["preference_dataset"]
+    if preferences is not None:
+        report["num_dropped_preference_rows"] = len(preference_dataset) - len(preferences)
+    return RunData(train, prepared["eval_dataset"], preferences, report, invalid_rows)

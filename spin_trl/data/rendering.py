@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value
 from datasets.fingerprint import Hasher, get_temporary_cache_files_directory
 from transformers import PreTrainedTokenizerBase
 from trl.trainer.utils import remove_none_values
 
 from .chat_template import ChatTemplate, end_after_first
-from .columns import batches, joined
 from .formats import DataFormat, detect_format
 from .games import Game, InvalidRowError, split_row
 
@@ -65,11 +65,7 @@ def tokenize_dataset(
 
     Args:
         dataset ([`~datasets.Dataset`]): Rows in one of the accepted formats (see `formats.ACCEPTED_FORMATS`).
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): With a chat template if the rows are conversational.
         end_token_ids (`Collection[int]`): Token ids at which the model stops; the first is appended to plain text.
-        prompt_column, completion_column, train_on_turns, chat_template_kwargs, skip_invalid_rows:
-            As in [`SPINConfig`].
-        num_proc (`int`, *optional*): Number of processes.
 
     Raises:
         [`InvalidRowError`]: naming the row, if it cannot be played and `skip_invalid_rows` is not set.
@@ -81,14 +77,17 @@ def tokenize_dataset(
     if unreadable and not skip_invalid_rows:
         raise InvalidRowError(_refusal(*unreadable[0]))
     readable = np.setdiff1d(np.arange(len(dataset)), [number for number, _ in unreadable])
-    settings = (data_format, train_on_turns, tuple(end_token_ids), chat_template_kwargs, skip_invalid_rows)
-    fingerprint = _fingerprint(dataset, tokenizer, (*settings, str(features)))
-    chat_template = None
+    end_token_ids, chat_template = tuple(end_token_ids), None
+    settings = (data_format, train_on_turns, end_token_ids, chat_template_kwargs, skip_invalid_rows, str(features))
+    fingerprint = _fingerprint(dataset, tokenizer, settings)
     if features["prompt"] != Value("string") and tokenizer.chat_template is not None:
         chat_template = ChatTemplate(tokenizer, end_token_ids, chat_template_kwargs)
     renderer = _Renderer(
-        data_format, train_on_turns, tokenizer, tuple(end_token_ids), chat_template, readable, skip_invalid_rows
+        data_format, train_on_turns, tokenizer, end_token_ids, chat_template, readable, skip_invalid_rows
     )
+    cache_file = None  # beside the dataset's own files
+    if not dataset.cache_files:  # it is in memory: a file that is gone when the process ends, not memory too
+        cache_file = os.path.join(get_temporary_cache_files_directory(), f"cache-{fingerprint}.arrow")
     rendered = (dataset.select(readable) if unreadable else dataset).map(
         renderer.render_batch,
         batched=True,
@@ -97,7 +96,7 @@ def tokenize_dataset(
         features=features,
         num_proc=num_proc,
         new_fingerprint=fingerprint,
-        cache_file_name=_cache_file(dataset, fingerprint),
+        cache_file_name=cache_file,
         desc="Tokenizing prompts and truths",
     )
     return _without_invalid_rows(rendered, len(dataset), unreadable)
@@ -118,7 +117,7 @@ class _Renderer(NamedTuple):
         games = []
         for place, number in enumerate(self.row_numbers[positions].tolist()):
             try:
-                rendered = self.render({name: values[place] for name, values in batch.items()})
+                rendered = self._render({name: values[place] for name, values in batch.items()})
             except InvalidRowError as error:
                 if not self.skip_invalid_rows:
                     raise InvalidRowError(_refusal(number, str(error))) from error
@@ -126,15 +125,14 @@ class _Renderer(NamedTuple):
             games += [{"source_row": number, **game} for game in rendered]
         return {name: [game.get(name) for game in games] for name in _FEATURES}
 
-    def render(self, row: dict[str, Any]) -> list[dict[str, Any]]:
-        """The row's games, each with `prompt`, `prompt_ids` and `chosen_ids`."""
+    def _render(self, row: dict[str, Any]) -> list[dict[str, Any]]:
         template_kwargs = {"tools": _structure(row, "tools"), **(_structure(row, "chat_template_kwargs") or {})}
         games = []
         for game in split_row(row, self.data_format, self.train_on_turns):
             if isinstance(game.prompt, str):
-                prompt_ids, chosen_ids = self._render_text(game)
+                ids = self._render_text(game)
             elif self.chat_template is not None:
-                prompt_ids, chosen_ids = self.chat_template.render(game, **template_kwargs)
+                ids = self.chat_template.render(game, **template_kwargs)
             else:
                 raise ValueError(
                     f"The dataset is conversational ({game.completion_name} is a message), but the tokenizer has no "
@@ -142,7 +140,7 @@ class _Renderer(NamedTuple):
                     "`processing_class`; for a base model give the prompts and ground truths as text, or add a "
                     "template with `trl.clone_chat_template`."
                 )
-            games.append({"prompt": game.prompt, "prompt_ids": prompt_ids, "chosen_ids": chosen_ids})
+            games.append({"prompt": game.prompt, "prompt_ids": ids[0], "chosen_ids": ids[1]})
         return games
 
     def _render_text(self, game: Game) -> tuple[list[int], list[int]]:
@@ -166,13 +164,10 @@ class _Renderer(NamedTuple):
 
 
 def _without_invalid_rows(rendered: Dataset, num_source_rows: int, unreadable: list[tuple[int, str]]) -> TokenizedData:
-    invalid, is_valid = list(unreadable), []
-    for batch in batches(rendered, ["source_row", "invalid"]):
-        is_valid.append(batch["invalid"].is_null().to_numpy())
-        refused = batch.filter(batch["invalid"].is_valid())
-        invalid += zip(refused["source_row"].to_pylist(), refused["invalid"].to_pylist(), strict=True)
-    valid = np.flatnonzero(joined(is_valid))
-    invalid.sort()
+    table = rendered.data.table.select(["source_row", "invalid"])
+    is_valid = table["invalid"].is_null()
+    invalid = sorted([*unreadable, *map(tuple, map(dict.values, table.filter(pc.invert(is_valid)).to_pylist()))])
+    valid = np.flatnonzero(is_valid.to_numpy())
     if not len(valid):
         raise ValueError(f"None of the {num_source_rows} rows is valid. {_refusal(*invalid[0])}")
     rendered = (rendered.select(valid) if invalid else rendered).remove_columns("invalid")
@@ -235,13 +230,3 @@ def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> Any:
     options = {name: value for name, value in tokenizer.init_kwargs.items() if name != "name_or_path"}
     name = type(tokenizer).__qualname__
     return json.dumps([name, state, options, tokenizer.special_tokens_map, tokenizer.chat_template], default=str)
-
-
-def _cache_file(dataset: Dataset, fingerprint: str) -> str | None:
-    """
-    Where what is made of a dataset is kept. `None` leaves it to the library: beside the dataset's own files. A dataset
-    in memory has none, so what is made of it goes to a file that is gone when the process ends, and not to memory too.
-    """
-    if dataset.cache_files:
-        return None
-    return os.path.join(get_temporary_cache_files_directory(), f"cache-{fingerprint}.arrow")

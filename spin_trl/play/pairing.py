@@ -10,19 +10,10 @@ from transformers import TrainerState
 
 from ..data.columns import numbers
 from ..data.pair_dataset import PairDataset
-from ..data.pair_metrics import describe_generations, describe_scores
-from ..data.pairs import (
-    add_history,
-    add_preferences,
-    answer_schema,
-    describe_pairs,
-    drop_identical_pairs,
-    find_identical_pairs,
-    make_answers,
-    preference_share,
-)
-from ..data.rewards.judged_answers import AnswerRewards, describe_rewards, rewarded_schema
-from ..data.rewards.ranked_pairs import no_pairs, rank_answers, ranked_pairs, ranked_schema
+from ..data.pair_metrics import describe_generations, describe_pairs, describe_scores, preference_share
+from ..data.pairs import add_history, add_preferences, drop_identical_pairs, find_identical_pairs, make_answers
+from ..data.rewards.judged_answers import AnswerRewards, describe_rewards
+from ..data.rewards.ranked_pairs import no_pairs, rank_answers, ranked_pairs
 from ..evaluation.endings import check_identical_share, check_no_pair_share
 from ..objectives.reference_mixture import mix_scores
 from ..objectives.settings import keeps_identical_pairs, needs_initial_answers
@@ -88,7 +79,7 @@ class Pairing:
         pairs = PairDataset.join(dataset, self.store.read_answers(iteration))
         is_identical = find_identical_pairs(pairs)
         parts = self.store.completions(iteration, "generations")
-        described = describe_pairs(pairs, is_identical, parts.cut_off_share(), args.max_length)
+        described = describe_pairs(pairs, is_identical, args.max_length) | {"cut_off_share": parts.cut_off_share()}
         self.records.record(iteration, described | describe_generations(pairs, parts.batches(), args.seed))
         check_identical_share(iteration, described["identical_share"], args)
         if args.pairing != "ground_truth":
@@ -128,12 +119,12 @@ class Pairing:
         num_bytes = 2 * parts.num_bytes()  # they are compressed
         if self.rewards is None:
             answers = make_answers(dataset, parts.batches(), iteration)
-            self.store.write_answers(iteration, answers, answer_schema(self._has_opponents), num_bytes)
+            self.store.write_answers(iteration, answers, num_bytes)
             return
         total = len(dataset) * self.args.num_generations
         answers = make_answers(dataset, parts.batches(self.rewards.batch_size), iteration)
         rewarded = self.rewards.add(dataset, answers, self.state(), iteration, total)
-        self.store.write_answers(iteration, rewarded, rewarded_schema(self._has_opponents), num_bytes)
+        self.store.write_answers(iteration, rewarded, num_bytes)
         described = describe_rewards(self.store.read_answers(iteration))
         self.store.write_metrics(iteration, described | self.rewards.take_metrics())
         self._warn_of_rewards(iteration, described)
@@ -146,9 +137,8 @@ class Pairing:
             ranks = rank_answers(answers, args.pairing)
             described = ranks.describe()
             if described["num_pairs"]:
-                pairs, schema = ranked_pairs(answers, ranks), ranked_schema(self._has_opponents)
                 num_bytes = 2 * self.store.completions(iteration, "generations").num_bytes()
-                self.store.write_answers(iteration, pairs, schema, 2 * num_bytes, kind="ranked")  # two sides
+                self.store.write_answers(iteration, ranked_pairs(answers, ranks), 2 * num_bytes, kind="ranked")
             self.store.write_metrics(iteration, described)
             return described["no_pair_share"]
 
@@ -166,10 +156,6 @@ class Pairing:
             num_dropped = 0  # they were not of a ground truth and a generation
         opinion = describe_scores(pairs, scores, iteration, num_dropped, args.max_length, args.truncation_mode)
         self.records.record(iteration, {"num_training_pairs": len(pairs), **opinion, **preference_share(pairs)})
-
-    @property
-    def _has_opponents(self) -> bool:
-        return self.args.num_opponents > 1
 
     def _warn_of_rewards(self, iteration: int, described: dict[str, float]) -> None:
         if described["unjudged_share"] > 0:

@@ -16,10 +16,10 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from trl.trainer.utils import get_config_model_id
 
 from ..data.columns import numbers
-from ..data.preferences import prepare_preferences
-from ..data.preparation import percentile_length, prepare_data
+from ..data.preparation import RunData, prepare_data
 from ..data.rewards.functions import RewardFunctions, check_rewards
 from ..data.rewards.judged_answers import AnswerRewards
+from ..data.token_rows import percentile_length
 from ..generation.opening import SamplerChoice, SamplerHost, choose_sampler
 from ..generation.sampler import OpponentSampler, SamplingParams
 from ..generation.vllm.serve_command import can_serve
@@ -33,7 +33,6 @@ from ..processes.ranks import main_process_first
 from ..run_directory.description import changed_settings
 from ..run_directory.store import IterationStore
 from ..spin_config import SPINConfig
-from .run_data import RunData
 
 
 logger = get_logger(__name__)
@@ -180,18 +179,13 @@ class Plan:
     def data(self) -> RunData:
         """Token ids, without prompts that leave no room for an answer in the model, the server or `max_length`."""
         args, tokens = self.args, (self.tokenizer, self.end_token_ids)
-        prepared = main_process_first(lambda: prepare_data(args, *tokens, self.train_dataset, self.eval_dataset))
+        given = self.train_dataset, self.eval_dataset, self.preference_dataset
+        data = main_process_first(lambda: prepare_data(args, *tokens, *given, self.context_length))
         if args.max_completion_length is None:
-            args.max_completion_length = percentile_length(prepared.train, "chosen_ids", _DEFAULT_LENGTH_PERCENTILE)
-        preferences = None
-        if self.preference_dataset is not None:
-            preferences = main_process_first(
-                lambda: prepare_preferences(args, *tokens, self.preference_dataset, self.context_length)
-            )
-        data = RunData.of(prepared, preferences)
+            args.max_completion_length = percentile_length(data.train, "chosen_ids", _DEFAULT_LENGTH_PERCENTILE)
         self._fit(data, self.context_length, "the model's context")
         if self.choice.mode == "server":
-            length = self.sampler_host.find_context_length(data.min_context_length)
+            length = self.sampler_host.find_context_length(data.prompt_length(0) + 1)
             self._fit(data, length, "the server's context (`--max-model-len`)")
         return data
 
@@ -204,7 +198,7 @@ class Plan:
     @property
     def longest_sequence(self) -> int:
         """Tokens of the longest prompt with the longest answer that may be given to it."""
-        return min(self.context_length, self.data.longest_prompt + self.args.max_completion_length)
+        return min(self.context_length, self.data.prompt_length(100) + self.args.max_completion_length)
 
     @cached_property
     def params(self) -> SamplingParams:

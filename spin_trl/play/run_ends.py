@@ -53,7 +53,7 @@ def open_sampler(plan: Plan, sampler: OpponentSampler, policy: Policy, turns: Tu
         if (folder := host.served_base) is not None:
             on_main_process(lambda: write_directory(folder, policy.save_base))
         turns.give_to_server()  # it takes its memory when it starts
-        host.open(sampler, plan.data.min_context_length, plan.longest_sequence)
+        host.open(sampler, plan.data.prompt_length(0) + 1, plan.longest_sequence)
         turns.begin(host.rest(sampler))
         turns.give_to_policy(briefly=True)
         yield

@@ -81,7 +81,7 @@ class InitialAnswers:
                 f"{self.path} has no answer of the initial policy for row {row}, sample {sample}, which a pair is of: "
                 "the two are not of the same run. Play it again with `overwrite_output_dir=True`."
             )
-        return pairs.joined_with(answers.select_columns([INITIAL_IDS]).select(positions))
+        return PairDataset(pairs.truths, pairs.answers, answers.select_columns([INITIAL_IDS]).select(positions))
 
     def _num_answers(self) -> int:
         keys = [np.empty((2, 0), np.int64)]

@@ -180,13 +180,11 @@ class IterationStore(RunFiles):
     def has_pairs(self, iteration: int) -> bool:
         return self.path(iteration, "pairs").is_dir()
 
-    def write_answers(
-        self, iteration: int, tables: Iterable[pa.Table], schema: pa.Schema, num_bytes: int, kind: str = "answers"
-    ) -> None:
+    def write_answers(self, iteration: int, tables: Iterable[pa.Table], num_bytes: int, kind: str = "answers") -> None:
         """Write the opponent's side of an iteration's pairs, for the time until they are scored."""
         path = self._answers(iteration, kind)
         with writing(path, num_bytes):
-            write_rows(path, tables, schema)
+            write_rows(path, tables)
 
     def read_answers(self, iteration: int, kind: str = "answers") -> Dataset:
         """What `write_answers` wrote: all "answers" of an opponent, or the "ranked" pairs that rewards made of them."""
@@ -205,7 +203,7 @@ class IterationStore(RunFiles):
 
         Args:
             iteration (`int`): Number of the iteration.
-            answers ([`~datasets.Dataset`]): The side that the opponent made; see [`pairs.answer_schema`].
+            answers ([`~datasets.Dataset`]): The side that the opponent made; see `pairs.ANSWER_SCHEMA`.
             scores (`dict[str, np.ndarray]`): Further columns, each of shape `(len(answers),)`.
 
         Raises:

@@ -31,11 +31,9 @@ class RewardFunctions:
     says `None` of it does not count, as in GRPO. One of which all say so has no reward.
 
     Args:
-        functions (`list[RewardFunction]`): At least one.
-        weights (`list[float]`, *optional*): One for each function. By default each counts 1.0.
-
-    Attributes:
-        names (`list[str]`): Of the functions; one that is there twice has a number behind its name.
+        functions (`Sequence[RewardFunction]`): At least one. One that is there twice has a number behind its name in
+            `names`.
+        weights (`Sequence[float]`, *optional*): One for each function. By default each counts 1.0.
     """
 
     def __init__(self, functions: Sequence[RewardFunction], weights: Sequence[float] | None = None):
@@ -50,12 +48,9 @@ class RewardFunctions:
         self, prompts: list, completions: list, completion_ids: list[list[int]], **columns: Any
     ) -> tuple[np.ndarray, np.ndarray]:
         """
-        Have all functions judge these completions.
+        Have all functions judge these completions, which with their prompts are text or lists of messages.
 
         Args:
-            prompts (`list`): Text, or lists of messages.
-            completions (`list`): Text, or lists of one message.
-            completion_ids (`list[list[int]]`): Their tokens.
             **columns: Further keyword arguments of the functions.
 
         Returns:
@@ -72,7 +67,7 @@ class RewardFunctions:
             "completions": completions,
             "completion_ids": completion_ids,
             "log_extra": lambda *args, **kwargs: None,  # there is no table of completions to add columns to
-            "log_metric": self._log_metric,
+            "log_metric": lambda name, value: self._logged[name].append(float(value)),
             **columns,
         }
         named = zip(self._call_all(arguments), self.names, strict=True)
@@ -93,14 +88,25 @@ class RewardFunctions:
 
     def _call_all(self, arguments: dict[str, Any]) -> list[Any]:
         """One function after the other; asynchronous ones wait for their answers together."""
-        named = list(zip(self.functions, self.names, strict=True))
-        waiting = [i for i, function in enumerate(self.functions) if is_async_callable(function)]
-        values = {i: _call(*named[i], arguments) for i in range(len(named)) if i not in waiting}
+
+        async def answer(function: RewardFunction, name: str) -> Any:
+            with _naming(name):
+                return await function(**arguments)
+
+        async def answer_all(calls: Sequence[tuple[RewardFunction, str]]) -> list[Any]:
+            return await asyncio.gather(*(answer(*call) for call in calls))
+
+        values, waiting = {}, {}
+        for i, (function, name) in enumerate(zip(self.functions, self.names, strict=True)):
+            if is_async_callable(function):
+                waiting[i] = function, name
+                continue
+            with _naming(name):
+                values[i] = function(**arguments)
         if waiting:
-            calls = _gather([_await(*named[i], arguments) for i in waiting])
-            answers = asyncio.run_coroutine_threadsafe(calls, self._event_loop).result()
+            answers = asyncio.run_coroutine_threadsafe(answer_all(waiting.values()), self._event_loop).result()
             values |= zip(waiting, answers, strict=True)
-        return [values[i] for i in range(len(named))]
+        return [values[i] for i in range(len(self.functions))]
 
     @cached_property
     def _event_loop(self) -> asyncio.AbstractEventLoop:
@@ -109,17 +115,10 @@ class RewardFunctions:
         is_ready.wait()
         return loop
 
-    def _log_metric(self, name: str, value: float) -> None:
-        self._logged[name].append(float(value))
-
 
 def check_rewards(reward_funcs: Any, pairing: str, weights: list[float] | None) -> RewardFunctions | None:
     """
-    The reward functions of a run, if there are any.
-
-    Args:
-        reward_funcs: As the user passed them.
-        pairing (`str`), weights (`list[float]`, *optional*): `pairing` and `reward_weights` of [`SPINConfig`].
+    The reward functions that the user has passed, if any. `weights` are `reward_weights` of [`SPINConfig`].
 
     Raises:
         `TypeError`: if one of them is no function.
@@ -161,20 +160,6 @@ def _naming(name: str) -> Iterator[None]:
     except Exception as error:
         error.add_note(f"In the reward function `{name}`. {_REMEDY}")
         raise
-
-
-def _call(function: RewardFunction, name: str, arguments: dict[str, Any]) -> Any:
-    with _naming(name):
-        return function(**arguments)
-
-
-async def _await(function: RewardFunction, name: str, arguments: dict[str, Any]) -> Any:
-    with _naming(name):
-        return await function(**arguments)
-
-
-async def _gather(calls: list) -> list[Any]:
-    return await asyncio.gather(*calls)
 
 
 def _checked(values: Any, name: str, count: int) -> np.ndarray:

@@ -13,7 +13,6 @@ from transformers import PreTrainedTokenizerBase, TrainerState
 
 from ...processes.progress import progress_bar
 from ..columns import batches, numbers, positions_of
-from ..pairs import ANSWER_SCHEMA, answer_schema
 from .functions import RESERVED_KEYWORDS, RewardFunctions
 
 
@@ -23,13 +22,7 @@ _NOT_PASSED = RESERVED_KEYWORDS | {"prompt", "completion"}  # GRPOTrainer does n
 _TIE = 1e-6  # relative to the greater of 1 and the rewards: the order of a sum's terms is no difference
 _NUM_TRIED = 2  # ground truths; with one, a function that returns one number for all would pass
 
-REWARD_FIELDS = [pa.field("chosen_reward", pa.float64()), pa.field("rejected_reward", pa.float64())]
-REWARDED_SCHEMA = pa.schema([*ANSWER_SCHEMA, *REWARD_FIELDS])
-
-
-def rewarded_schema(has_opponents: bool) -> pa.Schema:
-    """`REWARDED_SCHEMA`, with `opponent` where several take part."""
-    return pa.schema([*answer_schema(has_opponents), *REWARD_FIELDS])
+REWARD_COLUMNS = ("chosen_reward", "rejected_reward")  # of the ground truth and of the generation
 
 
 class AnswerRewards:
@@ -42,8 +35,6 @@ class AnswerRewards:
     (unless a column has that name).
 
     Args:
-        functions ([`RewardFunctions`]): Judge.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Gives the text.
         source ([`~datasets.Dataset`]): The user's, whose rows are numbered by `source_row`.
         num_generations (`int`): Of each prompt.
     """
@@ -61,16 +52,13 @@ class AnswerRewards:
         self, data: Dataset, answers: Iterable[pa.Table], state: TrainerState, iteration: int, total: int
     ) -> Iterator[pa.Table]:
         """
-        Add the rewards of both sides to the pairs of ground truth and generation.
+        Answers with `REWARD_COLUMNS`.
 
         Args:
-            data ([`~datasets.Dataset`]): With the columns `row`, `source_row`, `prompt` and `chosen_ids`.
+            data ([`~datasets.Dataset`]): The run's, with the prompts and ground truths.
             answers (`Iterable[pyarrow.Table]`): See [`pairs.make_answers`], sorted by row.
-            state ([`~transformers.TrainerState`]): The trainer's.
+            state ([`~transformers.TrainerState`]): What functions are shown of the trainer.
             iteration (`int`), total (`int`): Its number, and about how many answers there are, to show.
-
-        Returns:
-            `Iterator[pyarrow.Table]`: of [`rewarded_schema`].
         """
         rows = numbers(data, "row")
         self._reset()
@@ -85,13 +73,7 @@ class AnswerRewards:
     def try_on(self, data: Dataset) -> None:
         """
         Have the first ground truths judged, so that what a function cannot take, or returns, is known before anything
-        is generated.
-
-        Args:
-            data ([`~datasets.Dataset`]): With the columns `source_row`, `prompt` and `chosen_ids`.
-
-        Raises:
-            See [`RewardFunctions`].
+        is generated. Raises what [`RewardFunctions`] does.
         """
         self._reset()
         self._judge_truths(data.select(range(min(_NUM_TRIED, len(data))))[:], TrainerState())
@@ -123,12 +105,12 @@ class AnswerRewards:
         columns = {name: [values[i] for i in of_row] for name, values in columns.items()}
         ids = batch["rejected_ids"].to_pylist()
         answer_rewards = self._ask("generations", prompts, self._decode(ids), ids, columns, state)
-        for field, rewards in zip(REWARD_FIELDS, (truth_rewards[of_row], answer_rewards), strict=True):
-            batch = batch.append_column(field, pa.array(rewards, from_pandas=True))  # null where there is none
+        for name, rewards in zip(REWARD_COLUMNS, (truth_rewards[of_row], answer_rewards), strict=True):
+            batch = batch.append_column(name, pa.array(rewards, from_pandas=True))  # null where there is none
         return batch
 
     def _judge_truths(self, truths: dict[str, list], state: TrainerState) -> tuple[np.ndarray, dict[str, list]]:
-        """Rewards of shape `(len(truths),)`, and the columns that functions are given."""
+        """Rewards of shape `(num_truths,)`, and the columns that functions are given."""
         texts = self._decode(truths["chosen_ids"])
         columns = {"ground_truth": texts, **self.source.select(truths["source_row"])[:]}
         return self._ask("truths", truths["prompt"], texts, truths["chosen_ids"], columns, state), columns
@@ -154,17 +136,13 @@ class AnswerRewards:
 
 def describe_rewards(answers: Dataset) -> dict[str, float]:
     """
-    Rewards of the ground truths beside those of the generations.
-
-    Args:
-        answers ([`~datasets.Dataset`]): With the columns `row`, sorted, and `REWARD_FIELDS`: ground truth and
-            generation.
+    Rewards of the ground truths beside those of the generations, of answers that are sorted by row.
 
     Returns:
         `dict`: means over prompts and over generations, as far as there are rewards; the shares of prompts whose best
         generation beats the ground truth, or comes to the same; and the share of both kinds that has no reward.
     """
-    truth, generation = numbers(answers, "chosen_reward"), numbers(answers, "rejected_reward")
+    truth, generation = (numbers(answers, name) for name in REWARD_COLUMNS)
     starts = group_starts(numbers(answers, "row"))
     truth, best = truth[starts], np.fmax.reduceat(generation, starts)
     is_known = ~np.isnan(truth) & ~np.isnan(best)

@@ -21,45 +21,23 @@ import pyarrow as pa
 from datasets import concatenate_datasets
 
 from ..columns import batches, numbers
-from ..draw import OPPONENT, OPPONENT_FIELD
+from ..draw import OPPONENT
 from ..pair_dataset import TRUTH, PairDataset
-from ..pairs import ANSWER_SCHEMA, NoPairsError
-from .judged_answers import REWARD_FIELDS, exceeds, group_starts
-
-
-# `sample` is the number of the rejected generation and `chosen_sample` that of the chosen one, `TRUTH` if that side is
-# the ground truth.
-RANKED_SCHEMA = pa.schema(
-    [*ANSWER_SCHEMA, ("chosen_sample", pa.int32()), ("chosen_ids", pa.list_(pa.int32())), *REWARD_FIELDS]
-)
-
-
-def ranked_schema(has_opponents: bool) -> pa.Schema:
-    """`RANKED_SCHEMA`, with `opponent` where several take part. All generations of a prompt are of the same."""
-    return pa.schema([*RANKED_SCHEMA, OPPONENT_FIELD]) if has_opponents else RANKED_SCHEMA
+from ..pairs import NoPairsError
+from .judged_answers import REWARD_COLUMNS, exceeds, group_starts
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """
-    Which side of each pair is which.
+    """Which side of each pair is which. A side is the position of an answer, `TRUTH` for the ground truth."""
 
-    Args:
-        num_prompts (`int`): That were answered.
-        num_paired (`int`): That make a pair.
-        owners, chosen, rejected (`np.ndarray`):
-            For each pair the position of an answer to its prompt, and those of the chosen and of the rejected answer,
-            `TRUTH` for the ground truth.
-        truth, reward (`np.ndarray`): Of each answer its ground truth's reward, and its own.
-    """
-
-    num_prompts: int
-    num_paired: int
-    owners: np.ndarray
-    chosen: np.ndarray
-    rejected: np.ndarray
-    truth: np.ndarray
-    reward: np.ndarray
+    num_prompts: int  # that were answered
+    num_paired: int  # that make a pair
+    owners: np.ndarray  # (num_pairs,): position of an answer to its prompt
+    chosen: np.ndarray  # (num_pairs,)
+    rejected: np.ndarray  # (num_pairs,)
+    truth: np.ndarray  # (num_answers,): its ground truth's reward
+    reward: np.ndarray  # (num_answers,): its own
 
     def describe(self) -> dict[str, float]:
         """How many pairs there are, and which share of the prompts makes none."""
@@ -71,11 +49,10 @@ def rank_answers(answers: PairDataset, pairing: str) -> Ranks:
     Choose the sides of the pairs that rewards make of ground truths and generations.
 
     Args:
-        answers ([`PairDataset`]): Every generation beside its ground truth, sorted by row, with `REWARD_FIELDS`.
+        answers ([`PairDataset`]): Every generation beside its ground truth, sorted by row, with `REWARD_COLUMNS`.
         pairing (`str`): "best_of" or "reward_ranked".
     """
-    rows, truth = numbers(answers.answers, "row"), numbers(answers.answers, "chosen_reward")
-    reward = numbers(answers.answers, "rejected_reward")
+    rows, truth, reward = (numbers(answers.answers, name) for name in ("row", *REWARD_COLUMNS))
     starts = group_starts(rows)
     prompt = np.repeat(np.arange(len(starts)), np.diff([*starts, len(rows)]))  # that each answer is to, by number
     known = ~np.isnan(reward)
@@ -121,33 +98,28 @@ def no_pairs(pairing: str) -> NoPairsError:
 
 def ranked_pairs(answers: PairDataset, ranks: Ranks) -> Iterator[pa.Table]:
     """
-    The pairs themselves.
+    The pairs themselves, batch by batch: at least one.
 
-    Args:
-        answers ([`PairDataset`]): As [`rank_answers`] was given.
-        ranks ([`Ranks`]): At least one pair.
-
-    Returns:
-        `Iterator[pyarrow.Table]`: of [`ranked_schema`].
+    Their `sample` is the number of the rejected generation and `chosen_sample` that of the chosen one, `TRUTH` if that
+    side is the ground truth. Their rewards are in `REWARD_COLUMNS`.
     """
     owners = ranks.owners
     samples = numbers(answers.answers, "sample")
     truths = answers.truths.select_columns(["chosen_ids"]).rename_column("chosen_ids", "ids")
     generations = answers.answers.select_columns(["rejected_ids"]).rename_column("rejected_ids", "ids")
     sides = concatenate_datasets([truths, generations])
-    schema = ranked_schema(OPPONENT in answers.column_names)
-    keys = [name for name in ("iteration", "row", "source_row", OPPONENT) if name in schema.names]
-    values, ids = {}, []
+    values, ids = {}, {}
     for side, name, prefix in ((ranks.chosen, "chosen_sample", "chosen"), (ranks.rejected, "sample", "rejected")):
         is_truth = side == TRUTH
-        values[name] = np.where(is_truth, TRUTH, samples[side])
+        values[name] = np.where(is_truth, TRUTH, samples[side]).astype(np.int32)
         values[f"{prefix}_reward"] = np.where(is_truth, ranks.truth[owners], ranks.reward[side])
-        ids.append(batches(sides.select(np.where(is_truth, owners, len(truths) + side)), ["ids"]))
+        ids[f"{prefix}_ids"] = batches(sides.select(np.where(is_truth, owners, len(truths) + side)), ["ids"])
+    keys = [name for name in ("iteration", "row", "source_row", OPPONENT) if name in answers.column_names]
     start = 0
-    for key, chosen, rejected in zip(batches(answers.answers.select(owners), keys), *ids, strict=True):
-        stop = start + len(key)
-        columns = {name: value[start:stop] for name, value in values.items()}
-        columns |= {name: key[name] for name in keys}
-        columns |= {"chosen_ids": chosen["ids"], "rejected_ids": rejected["ids"]}
-        yield pa.table({name: columns[name] for name in schema.names}).cast(schema)
-        start = stop
+    for key, *tokens in zip(batches(answers.answers.select(owners), keys), *ids.values(), strict=True):
+        for name, value in values.items():
+            key = key.append_column(name, pa.array(value[start : start + len(key)]))
+        for name, table in zip(ids, tokens, strict=True):
+            key = key.append_column(name, table["ids"])
+        yield key
+        start += len(key)

@@ -1,0 +1,71 @@
+"""Rows of token ids: their checksum, their lengths, which of them are left out. Knows no tokenizer and no model."""
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset
+
+from .columns import batches, joined, lengths_of, list_lengths
+
+
+_TRUTHS = ("prompt_ids", "chosen_ids")
+
+
+def dataset_checksum(dataset: Dataset, columns: Sequence[str] = _TRUTHS) -> str:
+    """Checksum of token ids, by default the prompts' and ground truths', in their order: 16 hexadecimal digits."""
+    digest = hashlib.blake2b(digest_size=8)
+    for batch in batches(dataset, columns):
+        for name in columns:
+            digest.update(lengths_of(batch[name]).astype(np.int64).tobytes())
+            digest.update(_tokens(batch[name]).tobytes())
+    return digest.hexdigest()
+
+
+def drop_duplicates(dataset: Dataset) -> tuple[Dataset, int]:
+    """Keep the first of all rows with the same prompt and ground truth, in tokens; and how many were dropped."""
+    digests = joined(_row_digests(batch) for batch in batches(dataset, _TRUTHS))
+    _, first = np.unique(digests, return_index=True)
+    return _select(dataset, np.sort(first))
+
+
+def _row_digests(batch: pa.Table) -> np.ndarray:
+    """Sixteen bytes for each row, as two numbers."""
+    sides = [np.split(_tokens(batch[name]), np.cumsum(lengths_of(batch[name]))[:-1]) for name in _TRUTHS]
+    digests = bytearray()
+    for prompt, truth in zip(*sides, strict=True):
+        content = len(prompt).to_bytes(8, "little") + prompt.tobytes() + truth.tobytes()
+        digests += hashlib.blake2b(content, digest_size=16).digest()
+    return np.frombuffer(digests, dtype=[("first", np.uint64), ("second", np.uint64)])
+
+
+def _tokens(lists: pa.ChunkedArray) -> np.ndarray:
+    return lists.combine_chunks().flatten().to_numpy(zero_copy_only=False).astype(np.int64)
+
+
+def percentile_length(dataset: Dataset, column: str, percentile: float) -> int:
+    """The given percentile of the lengths, in tokens, of a column of token ids, rounded up."""
+    return int(np.ceil(np.percentile(list_lengths(dataset, column), percentile)))
+
+
+def drop_long_prompts(dataset: Dataset, max_length: int, source: str) -> tuple[Dataset, int]:
+    """
+    Drop the rows whose prompt leaves no room for a token in `max_length`, which `source` sets; and how many these are.
+
+    Raises:
+        `ValueError`: if no row is left.
+    """
+    lengths = list_lengths(dataset, "prompt_ids")
+    kept = np.flatnonzero(lengths < max_length)
+    if len(kept) == 0:
+        raise ValueError(
+            f"All {len(dataset)} prompts are too long: the shortest has {lengths.min()} tokens, and {source} "
+            f"({max_length} tokens) leaves room for at most {max_length - 1}. Raise that limit or shorten the prompts."
+        )
+    return _select(dataset, kept)
+
+
+def _select(dataset: Dataset, kept: np.ndarray) -> tuple[Dataset, int]:
+    num_dropped = len(dataset) - len(kept)
+    return (dataset.select(kept) if num_dropped else dataset), num_dropped
