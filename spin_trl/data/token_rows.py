@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset
 
 from .columns import batches, joined, lengths_of, list_lengths
@@ -19,7 +20,7 @@ def dataset_checksum(dataset: Dataset, columns: Sequence[str] = _TRUTHS) -> str:
     for batch in batches(dataset, columns):
         for name in columns:
             digest.update(lengths_of(batch[name]).astype(np.int64).tobytes())
-            digest.update(_tokens(batch[name]).tobytes())
+            digest.update(pc.list_flatten(batch[name]).to_numpy().astype(np.int64).tobytes())
     return digest.hexdigest()
 
 
@@ -32,16 +33,9 @@ def drop_duplicates(dataset: Dataset) -> tuple[Dataset, int]:
 
 def _row_digests(batch: pa.Table) -> np.ndarray:
     """Sixteen bytes for each row, as two numbers."""
-    sides = [np.split(_tokens(batch[name]), np.cumsum(lengths_of(batch[name]))[:-1]) for name in _TRUTHS]
-    digests = bytearray()
-    for prompt, truth in zip(*sides, strict=True):
-        content = len(prompt).to_bytes(8, "little") + prompt.tobytes() + truth.tobytes()
-        digests += hashlib.blake2b(content, digest_size=16).digest()
+    rows = zip(*(batch[name].to_pylist() for name in _TRUTHS), strict=True)
+    digests = b"".join(hashlib.blake2b(repr(row).encode(), digest_size=16).digest() for row in rows)
     return np.frombuffer(digests, dtype=[("first", np.uint64), ("second", np.uint64)])
-
-
-def _tokens(lists: pa.ChunkedArray) -> np.ndarray:
-    return lists.combine_chunks().flatten().to_numpy(zero_copy_only=False).astype(np.int64)
 
 
 def percentile_length(dataset: Dataset, column: str, percentile: float) -> int:
