@@ -145,12 +145,7 @@ def test_whole_number_that_is_too_small_is_refused(field, least, make_config):
     ({**SERVER, "vllm_server_base_url": [URL, 8001]}, "list of at least one", "8001", f"such as '{URL}'"),
     ({**SERVER, "vllm_server_base_url": [URL, "host:8001"]}, "has 'host:8001', which is no address", "Write each such"),
     ({**SERVER, "vllm_server_base_url": [URL, f"{URL}/v1/"]}, "more than once", "Name every server once"),
-    (
-        {**MANAGED, "vllm_server_args": "--max-num-seqs 64 --host 0.0.0.0"},
-        "has '--host'",
-        "Unix socket",
-        "Leave it out",
-    ),
+    ({**MANAGED, "vllm_server_args": "--max-num-seqs 64 --host 0.0.0.0"}, "'--host'", "Unix socket", "Leave it out"),
     ({**MANAGED, "vllm_server_args": "--api_key=sk-123"}, "has '--api_key", "It needs none", "Leave it out"),
     ({**MANAGED, "vllm_server_args": "--chat-template 'a"}, '"--chat-template \'a"', "close every quotation mark"),
 )
