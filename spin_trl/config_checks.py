@@ -55,22 +55,15 @@ def share(remedy: str) -> NumberRule:
 
 
 def check_numbers(config: Any, rules: Mapping[str, NumberRule]) -> None:
-    """
-    Check fields of a dataclass.
-
-    Raises:
-        `ValueError`: naming the first field whose value is no number, or none that its rule allows.
-    """
+    """`ValueError` for the first field whose value is no number, or none that its rule allows."""
     for name, rule in rules.items():
         value = getattr(config, name)
         if value is None and rule.optional:
             continue
         remedy = rule.remedy or _leave_unset(config, name)
-        if not is_number(value):
+        if not is_number(value) or (rule.whole and not isinstance(value, Integral)):
             kind = "a whole number" if rule.whole else "a finite number"
             raise ValueError(f"`{name}` must be {kind}, got {value!r} (`{type(value).__name__}`). {remedy}")
-        if rule.whole and not isinstance(value, Integral):
-            raise ValueError(f"`{name}` must be a whole number, got {value}. {remedy}")
         if not rule.accepts(value):
             raise ValueError(f"`{name}` must be {rule.expected}, got {value}. {remedy}")
         if rule.at_most is not None and value > (limit := getattr(config, rule.at_most)):
@@ -86,12 +79,7 @@ def is_number(value: Any) -> bool:
 
 
 def check_choices(config: Any, annotations: Mapping[str, Any]) -> None:
-    """
-    Check the fields whose type is a `Literal`, or that or `None`.
-
-    Raises:
-        `ValueError`: naming the first field whose value is none of its choices.
-    """
+    """`ValueError` for the first field that is annotated as a `Literal`, or that or `None`, and is none of these."""
     for name, annotation in annotations.items():
         literals = [kind for kind in (annotation, *get_args(annotation)) if get_origin(kind) is Literal]
         is_optional = type(None) in get_args(annotation)
@@ -103,12 +91,7 @@ def check_choices(config: Any, annotations: Mapping[str, Any]) -> None:
 
 
 def check_weights(name: str, weights: Any, remedy: str, minimum: float = -math.inf) -> None:
-    """
-    Check a field that holds a list of weights.
-
-    Raises:
-        `ValueError`: if it is no list of finite numbers of at least `minimum`, or all of them are 0.
-    """
+    """`ValueError` if the weights are no list of finite numbers of at least `minimum`, or all of them are 0."""
     if weights is None:
         return
     numbers = weights if isinstance(weights, list | tuple) else []
@@ -118,39 +101,22 @@ def check_weights(name: str, weights: Any, remedy: str, minimum: float = -math.i
 
 
 def check_mappings(config: Any, names: tuple[str, ...]) -> None:
-    """
-    Check fields that hold keyword arguments: dicts, or JSON of one, as the command line gives them.
-
-    Raises:
-        `ValueError`: naming the first field that holds something else.
-    """
+    """`ValueError` for the first field that is no dict, nor JSON of one, as the command line gives it."""
     for name in names:
         value = getattr(config, name)
-        if isinstance(value, str):
-            try:
-                value = json.loads(value)
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"`{name}` must be a dict or JSON of one, got the text {value!r}, which is no JSON ({error}). "
-                    "Write it such as '{\"key\": 0.9}', with double quotes."
-                ) from None
-        if not isinstance(value, dict | None):
+        try:
+            found = json.loads(value) if isinstance(value, str) else value
+        except json.JSONDecodeError:
+            found = value
+        if not isinstance(found, dict | None):
             raise ValueError(
-                f"`{name}` must be a dict of keyword arguments, got {value!r} (`{type(value).__name__}`). Write it "
-                "such as {'key': 0.9}."
+                f"`{name}` must be a dict or JSON of one, got {value!r} (`{type(value).__name__}`). Write it such as "
+                "'{\"key\": 0.9}', with double quotes."
             )
 
 
 def check_arguments(name: str, value: Any, own_flags: Mapping[str, str]) -> None:
-    """
-    Check a field that holds command line arguments as one string.
-
-    Args:
-        own_flags (`Mapping[str, str]`): Flags that must not be among them -> what to do instead.
-
-    Raises:
-        `ValueError`: if it is no string, cannot be split into words, or has one of these flags.
-    """
+    """`ValueError` if it is no string of arguments as in a shell, or has one of `own_flags` (-> what to do instead)."""
     if value is None:
         return
     try:
@@ -169,10 +135,7 @@ def check_arguments(name: str, value: Any, own_flags: Mapping[str, str]) -> None
 
 def one_or_several_addresses(name: str, value: Any) -> str | list[str] | None:
     """
-    A field that holds the address of a server, or a list of several.
-
-    Returns:
-        `str`, if it is one, also in a list, which is how the command line gives it; else the list.
+    The address of a server, also if it is the only one of a list, as the command line gives it; else the list.
 
     Raises:
         `ValueError`: if it is neither, or the list is empty, names no addresses, or one of them twice.

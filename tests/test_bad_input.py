@@ -107,6 +107,8 @@ def test_whole_number_that_is_too_small_is_refused(field, least, make_config):
     ({"num_train_epochs": 3.0}, "is set to 3.0", "`num_iterations` (3) times `epochs_per_", "Set those two instead"),
     ({"temperature": -0.7}, "`temperature` must be at least 0", "got -0.7", "Leave it unset for the default, 1.0"),
     ({"temperature": NAN}, "`temperature` must be a finite number", "got nan", "Leave it unset"),
+    ({"reference_mixture_alpha": -0.1}, "`reference_mixture_alpha` must be in [0, 1]", "got -0.1", "the default, 0.0"),
+    ({"reference_mixture_alpha": True}, "must be a finite number", "got True (`bool`)"),
     ({"top_p": 95}, "`top_p` must be in (0, 1]", "got 95", "Use 1.0 to consider all"),
     ({"repetition_penalty": 0.0}, "`repetition_penalty` must be positive", "got 0.0", "Use 1.0 for none"),
     ({"vllm_gpu_memory_utilization": 30}, "must be in (0, 1]", "got 30", "such as 0.3 for 30 %"),
@@ -121,7 +123,7 @@ def test_whole_number_that_is_too_small_is_refused(field, least, make_config):
     ({"learning_rate": [1e-6, 0, 1e-6]}, "`learning_rate` must be positive in every iteration"),
     # dicts and texts
     ({"generation_kwargs": "typical_p=0.9"}, "must be a dict or JSON of one", "'typical_p=0.9'", "Write it such as"),
-    ({"generation_kwargs": ["typical_p"]}, "must be a dict of keyword arguments", "['typical_p'] (`list`)", "0.9}"),
+    ({"generation_kwargs": ["typical_p"]}, "must be a dict or JSON of one", "['typical_p'] (`list`)", "0.9}"),
     ({"generation_kwargs": {"max_tokens": 64}}, "has 'max_tokens'", "self-play sets itself", "`max_completion_length`"),
     ({"prompt_column": "", "completion_column": "b"}, "must be the name of a column", "got ''", "leave both unset"),
     ({"prompt_column": "a"}, "`prompt_column='a'` and `completion_column=None`", "Set both"),

@@ -85,22 +85,21 @@ def test_stored_reference_is_the_opponents_or_the_initial_models(tiny_model, tra
         assert trainer.model.active_adapters == ["default"]
 
 
-def test_adapter_that_changes_the_base_model_is_refused(tiny_model, train_dataset, make_config):
-    lora = LoraConfig(**{**LORA, "init_lora_weights": "pissa"})
+VBLORA = VBLoRAConfig(target_modules=["q_proj"], vector_length=16, num_vectors=32)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "message"),
+    [
+        (LoraConfig(**{**LORA, "init_lora_weights": "pissa"}), "`init_lora_weights='pissa'`.*`reference_mixture_alpha"),
+        (LoraConfig(**LORA, bias="all"), "`bias='all'`.*does not bring back.*`reference_mixture_alpha=0`"),
+        (VBLORA, "`peft_type=.*VBLORA.*does not bring back"),
+    ],
+    ids=["pissa", "bias", "vblora"],
+)
+def test_adapter_without_which_the_model_is_another_one_is_refused(
+    tiny_model, train_dataset, make_config, adapter, message
+):
     config = make_config(reference_mixture_alpha=1.0)
-    with pytest.raises(ValueError, match="`init_lora_weights='pissa'`.*`reference_mixture_alpha=0`"):
-        SPINTrainer(tiny_model, config, train_dataset=train_dataset, peft_config=lora)
-
-
-def test_adapter_that_trains_the_base_models_biases_is_refused(tiny_model, train_dataset, make_config):
-    lora = LoraConfig(**LORA, bias="all")
-    config = make_config(reference_mixture_alpha=1.0)
-    with pytest.raises(ValueError, match="`bias='all'`.*does not bring back.*`reference_mixture_alpha=0`"):
-        SPINTrainer(tiny_model, config, train_dataset=train_dataset, peft_config=lora)
-
-
-def test_adapter_of_a_type_that_changes_the_base_model_is_refused(tiny_model, train_dataset, make_config):
-    config = make_config(reference_mixture_alpha=1.0)
-    with pytest.raises(ValueError, match="`peft_type=.*VBLORA.*does not bring back"):
-        vblora = VBLoRAConfig(target_modules=["q_proj"], vector_length=16, num_vectors=32)
-        SPINTrainer(tiny_model, config, train_dataset=train_dataset, peft_config=vblora)
+    with pytest.raises(ValueError, match=message):
+        SPINTrainer(tiny_model, config, train_dataset=train_dataset, peft_config=adapter)

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig
-from test_opponent_reference import LORA, POLICIES, ScoreAtIterationOne, all_logps
+from test_opponent_reference import POLICIES, ScoreAtIterationOne, all_logps
 from transformers import AutoModelForCausalLM
 
 from spin_trl import SPINTrainer, load_pairs
@@ -80,14 +79,6 @@ def test_metrics_of_the_opponent_stay_its_own(tiny_model, train_dataset, eval_da
     assert len(found[0.5][2]) == 4
 
 
-def test_mixture_alone_and_beside_an_sft_term_trains(tiny_model, train_dataset, make_config, tmp_path):
-    config = make_config(
-        num_iterations=2, reference_mixture_alpha=0.5, loss_type=["exponential", "sft"], loss_weights=[1.0, 0.1]
-    )
-    trainer = play(tiny_model, config, train_dataset, peft_config=LoraConfig(**LORA))
-    assert trainer.state.global_step == 18
-
-
 # Which losses can use it
 
 
@@ -122,12 +113,6 @@ def test_loss_that_needs_the_normaliser_is_refused_in_between_and_not_at_the_end
         assert make_config(loss_type=[name], reference_mixture_alpha=alpha).reference_mixture_alpha == alpha
 
 
-@pytest.mark.parametrize("bad", [-0.1, 1.5, float("nan"), "0.5", True])
-def test_share_outside_0_to_1_is_refused(make_config, bad):
-    with pytest.raises(ValueError, match="`reference_mixture_alpha` must be .*Leave it unset for the default, 0.0"):
-        make_config(reference_mixture_alpha=bad)
-
-
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -141,20 +126,3 @@ def test_share_outside_0_to_1_is_refused(make_config, bad):
 def test_settings_that_contradict_it_are_refused(make_config, overrides, message):
     with pytest.raises(ValueError, match=message):
         make_config(reference_mixture_alpha=0.5, **overrides)
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [({"init_lora_weights": "pissa"}, "`init_lora_weights='pissa'`"), ({"bias": "all"}, "`bias='all'`")],
-    ids=["pissa", "bias"],
-)
-def test_adapter_without_which_the_model_is_another_one_is_refused(
-    tiny_model, train_dataset, make_config, fields, message
-):
-    with pytest.raises(ValueError, match=rf"`reference_mixture_alpha=0.5` takes .*{message}.*`reference_mixture_alpha"):
-        SPINTrainer(
-            tiny_model,
-            make_config(reference_mixture_alpha=0.5),
-            train_dataset=train_dataset,
-            peft_config=LoraConfig(**{**LORA, **fields}),
-        )
