@@ -72,12 +72,6 @@ def test_logistic_lands_on_theorem_5_4(loss, beta):
     assert (reply - P_OPPONENT).abs().max() > 0.05
 
 
-def test_larger_beta_is_a_smaller_move(loss):
-    pairs = all_pairs(DATA_COUNTS, OPPONENT_COUNTS)
-    moves = [(best_reply(loss, ["sigmoid"], pairs, beta=beta) - P_OPPONENT).abs().sum() for beta in (0.5, 1.0, 3.0)]
-    assert moves[0] > moves[1] > moves[2]
-
-
 def test_exponential_moves_half_as_far_as_logistic_in_log_space(loss):
     """
     As above, with w = p_data(a) p_t(b) and v = p_data(b) p_t(a): w e^-d + v e^d is least at d = log(w / v) / 2. So
@@ -141,14 +135,6 @@ def test_answers_of_an_older_opponent_drive_the_policy_from_the_data_again(loss,
     assert (reply - P_DATA).abs().sum() / 2 > 0.05
 
 
-def test_iris_starts_along_the_gradient_of_sft(loss):
-    """At p = p_t all its weights are alike: E grad log p(y) - E grad log p(y'), of which the second is zero."""
-    logits = P_OPPONENT.log().clone().requires_grad_()
-    pairs = all_pairs(DATA_COUNTS, OPPONENT_COUNTS)
-    expected_loss(loss, logits, pairs, P_OPPONENT, ["iris"], iris_alpha=0.3).backward()
-    torch.testing.assert_close(logits.grad, P_OPPONENT - P_DATA, atol=1e-9, rtol=0)
-
-
 @pytest.mark.parametrize("alpha", [0.5, 1.0])
 def test_t_spins_first_iteration_lands_on_the_ratio_of_data_and_opponent(loss, alpha):
     """
@@ -192,14 +178,16 @@ def test_opponent_that_equals_the_data_is_a_fixed_point(loss, name):
         torch.testing.assert_close(reply, P_DATA, atol=1e-9, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["sigmoid", "hinge", "exponential", "correlation"])
-def test_first_gradient_is_that_of_sft_scaled(loss, name):
+@pytest.mark.parametrize(
+    ("name", "scale"), [("sigmoid", 0.15), ("hinge", 0.3), ("exponential", 0.3), ("correlation", 0.3), ("iris", 1.0)]
+)
+def test_first_gradient_is_that_of_sft_scaled(loss, name, scale):
     """
     At p = p_t the gradient is l'(0) * beta * (E grad log p(y) - E grad log p(y')). The second expectation is zero, as
-    y' comes from p itself. With softmax logits E grad log p(y) = p_data - p. l'(0) is -1/2 for logistic, else -1.
+    y' comes from p itself. With softmax logits E grad log p(y) = p_data - p. l'(0) is -1/2 for logistic, else -1; beta
+    is 0.3, and has no part in IRIS, whose weights are all alike there.
     """
     logits = P_OPPONENT.log().clone().requires_grad_()
     pairs = all_pairs(DATA_COUNTS, OPPONENT_COUNTS)
     expected_loss(loss, logits, pairs, P_OPPONENT, [name], beta=0.3).backward()
-    slope = 0.5 if name == "sigmoid" else 1.0
-    torch.testing.assert_close(logits.grad, -slope * 0.3 * (P_DATA - P_OPPONENT), atol=1e-9, rtol=0)
+    torch.testing.assert_close(logits.grad, -scale * (P_DATA - P_OPPONENT), atol=1e-9, rtol=0)
