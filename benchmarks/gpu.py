@@ -71,7 +71,7 @@ def main() -> None:
         return
     full = replace(FULL, num_pairs=options.pairs, device=options.device)
     if options.quick:
-        full = replace(full, num_pairs=16, **QUICK)
+        full = replace(full, num_pairs=8, num_epochs=1, **QUICK)
     result = {"device": torch.cuda.get_device_name() if options.device == "cuda" else "CPU", **asdict(full)}
     for kind, workload in {"lora": replace(full, lora=True, dtype="bfloat16"), "full": full}.items():
         figures = compare(workload, ["spin", "dpo"], options.rounds)

@@ -18,13 +18,13 @@ from measure import (
     ROOT,
     flags,
     in_turn,
-    launched,
     make_untrained_start,
     parse,
     parser,
     ratio,
     read_metrics,
     run,
+    run_script,
     write_demo_config,
     write_result,
 )
@@ -43,11 +43,11 @@ def spin(start: Path, data: Path, options: argparse.Namespace) -> Phases:
     without = ["eval_file", "generation_metrics"]
     changes = {"model_name_or_path": str(start), "train_file": str(data), "num_iterations": options.iterations}
     if options.quick:
-        changes |= {"use_vllm": False, "max_completion_length": 8}
+        changes |= {"use_vllm": False, "max_completion_length": 4}
     with TemporaryDirectory(dir=options.output) as folder:
         write_demo_config(Path(folder, "spin.yaml"), without, **changes)
         arguments = flags(config=f"{folder}/spin.yaml", output_dir=f"{folder}/run")
-        seconds = run([*launched("recipes/spin.py", options.quick), *arguments])
+        seconds = run_script("recipes/spin.py", *arguments, is_quick=options.quick)
         metrics = read_metrics(Path(folder, "run"))
     return {"all": seconds, **{phase: sum(m[f"seconds_{phase}"] for m in metrics) for phase in PHASES}}
 
@@ -59,9 +59,10 @@ def loop(start: Path, data: Path, options: argparse.Namespace) -> Phases:
         model = start
         for iteration in range(options.iterations):
             pairs, trained = Path(folder, f"{iteration}.jsonl"), Path(folder, f"model-{iteration}")
-            by_hand = [sys.executable, "benchmarks/loop_generate.py", model, data, pairs, iteration]
-            generating += run([*by_hand, "transformers" if options.quick else "vllm"])
-            training += run([*launched("benchmarks/loop_dpo.py", options.quick), model, pairs, trained, iteration])
+            by_hand = ["benchmarks/loop_generate.py", model, data, pairs, iteration]
+            engine = "transformers" if options.quick else "vllm"
+            generating += run_script(*by_hand, engine, is_quick=options.quick, launch=False)
+            training += run_script("benchmarks/loop_dpo.py", model, pairs, trained, iteration, is_quick=options.quick)
             model = trained
     return {"all": generating + training, "generation scripts": generating, "DPO runs": training}
 
@@ -74,7 +75,7 @@ def main() -> None:
         if options.quick:
             start, data = Path(folder, "start"), Path(folder, "train.jsonl")
             make_untrained_start(start)
-            data.write_text("".join(DATA.read_text().splitlines(keepends=True)[:16]))
+            data.write_text("".join(DATA.read_text().splitlines(keepends=True)[:8]))
         elif not start.is_dir():
             run([sys.executable, "recipes/pronunciation_sft.py"])
         sides = {"spin": lambda: spin(start, data, options), "loop": lambda: loop(start, data, options)}

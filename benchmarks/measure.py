@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import platform
+import runpy
 import statistics
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import psutil
@@ -71,10 +73,38 @@ def run(command: list[str | Path]) -> float:
     return time.perf_counter() - started
 
 
-def launched(script: str, is_quick: bool) -> list[str]:
-    """A command that runs a script under `accelerate launch`, or alone, which starts sooner."""
+def run_script(*words: str | Path, is_quick: bool, launch: bool = True) -> float:
+    """
+    Seconds that a script takes with its arguments: under `accelerate launch`, or by `python`. For trials it is run in a
+    fork of a process that has done the imports.
+    """
+    if is_quick:
+        started = time.perf_counter()
+        with TemporaryDirectory() as folder, fresh_processes("self_play_family.runs") as pool:
+            pool.submit(play_script, [str(word) for word in words], Path(folder, "log")).result()
+        return time.perf_counter() - started
     threads = ["--num_cpu_threads_per_process", str(os.cpu_count())]
-    return [sys.executable, script] if is_quick else [*LAUNCH.split(), *threads, script]
+    return run([*([*LAUNCH.split(), *threads] if launch else [sys.executable]), *words])
+
+
+def play_script(words: list[str], log: Path) -> None:
+    """
+    Run a script as `python` does, in this process, which is given up for it.
+
+    Raises:
+        `RuntimeError`: with the end of what the script said, if it fails.
+    """
+    os.chdir(ROOT)
+    sys.argv, sys.path[:0] = words, [str(Path(words[0]).resolve().parent)]
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    try:
+        runpy.run_path(words[0], run_name="__main__")
+    except BaseException as error:
+        sys.stdout.flush()
+        raise RuntimeError(f"{' '.join(words)} failed: {error!r}\n{log.read_text()[-6000:]}") from error
+    sys.stdout.flush()
 
 
 def flags(**arguments: Any) -> list[str]:

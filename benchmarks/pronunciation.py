@@ -18,12 +18,11 @@ from measure import (
     RECIPES,
     ROOT,
     flags,
-    launched,
     make_untrained_start,
     parse,
     parser,
     read_metrics,
-    run,
+    run_script,
     write_demo_config,
     write_result,
 )
@@ -49,16 +48,18 @@ def play_spin(seed: int, start: Path, test_file: Path, folder: Path, is_quick: b
     config = folder.with_suffix(".yaml")
     changes = {"model_name_or_path": str(start), "eval_file": str(test_file), "output_dir": str(folder), "seed": seed}
     if is_quick:
-        changes |= {"use_vllm": False, "num_iterations": 1, "max_completion_length": 8, "train_file": str(test_file)}
+        changes |= {"use_vllm": False, "num_iterations": 1, "max_completion_length": 4, "train_file": str(test_file)}
     write_demo_config(config, [], **changes, overwrite_output_dir=True)
-    run([*launched("recipes/spin.py", is_quick), "--config", config, "--disable_tqdm", "true"])
+    run_script("recipes/spin.py", "--config", config, "--disable_tqdm", "true", is_quick=is_quick)
     metrics = read_metrics(folder)
     config = json.loads((folder / "self_play.json").read_text())["config"]
     batches = [math.ceil(m["num_training_pairs"] / config["per_device_train_batch_size"]) for m in metrics[:-1]]
     return [m["evaluation"] for m in metrics], sum(batches) * config["epochs_per_iteration"]
 
 
-def train_further(seed: int, learning_rate: str, num_steps: int, start: Path, test_file: Path, folder: Path) -> Scores:
+def train_further(
+    seed: int, learning_rate: str, num_steps: int, start: Path, test_file: Path, folder: Path, is_quick: bool
+) -> Scores:
     """The scores of the starting model after more SFT."""
     arguments = flags(
         init_from=start,
@@ -73,7 +74,7 @@ def train_further(seed: int, learning_rate: str, num_steps: int, start: Path, te
         warmup_steps=0.1,
         disable_tqdm="true",
     )
-    run([sys.executable, "recipes/pronunciation_sft.py", *arguments])
+    run_script("recipes/pronunciation_sft.py", *arguments, is_quick=is_quick, launch=False)
     return score(folder, test_file)
 
 
@@ -122,7 +123,7 @@ def main() -> None:
             rows.setdefault("start" if i == 0 else f"SPIN, after iteration {i - 1}", []).append(scores)
         for learning_rate in learning_rates:
             trained = folder / f"sft-{learning_rate}-{seed}"
-            scores = train_further(seed, learning_rate, num_steps, start, test_file, trained)
+            scores = train_further(seed, learning_rate, num_steps, start, test_file, trained, options.quick)
             rows.setdefault(f"further SFT, {num_steps} steps at {learning_rate}", []).append(scores)
         print(f"seed {seed} done", flush=True)
     rows = dict(sorted(rows.items(), key=lambda item: item[0].startswith("further")))  # SPIN's rows first
@@ -134,7 +135,7 @@ def make_toys(folder: Path, options: argparse.Namespace) -> None:
     """An untrained model, a few words, and one seed."""
     make_untrained_start(folder / "start")
     lines = (DATA / "accent_test.jsonl").read_text().splitlines(keepends=True)
-    (folder / "test.jsonl").write_text("".join(lines[:32]))
+    (folder / "test.jsonl").write_text("".join(lines[:8]))
     options.seeds = options.seeds[:1]
 
 

@@ -6,13 +6,14 @@ Runs the tests of these, the slow ones too, and adds up what they recorded. The 
 so, the vLLM servers are real. `--quick` runs one test of each.
 """
 
-import subprocess
-import sys
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from xml.etree import ElementTree
 
-from measure import ROOT, parse, parser
+import pytest
+from measure import ROOT, fresh_processes, parse, parser
 
 
 KILLS, SERVER_KILLS, FAULTS, FAILURES = FILES = [
@@ -21,19 +22,26 @@ KILLS, SERVER_KILLS, FAULTS, FAILURES = FILES = [
 Recorded = dict[str, str]
 
 
-def pytest(*arguments: str) -> str:
-    """What it printed. Ends the benchmark if a test failed."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not gpu", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise SystemExit(f"{' '.join(arguments)} failed:\n{done.stdout[-5000:]}")
-    return done.stdout
+class OnlyTheFirst:
+    """A plugin of pytest that leaves out all tests but one."""
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        del items[1:]
+
+
+def call_pytest(path: str, report: Path, only_one: bool) -> str:
+    """In a process of its own. What it says if a test failed, else nothing."""
+    words = ["-q", "-p", "no:cacheprovider", "-m", "not gpu", "-o", "junit_family=xunit1", f"--junitxml={report}"]
+    with redirect_stdout(StringIO()) as said:
+        status = pytest.main([*words, str(ROOT / path)], plugins=[OnlyTheFirst()] if only_one else [])
+    return "" if status == 0 else said.getvalue()
 
 
 def run_tests(path: str, report: Path, only_one: bool) -> list[Recorded]:
-    """What each test recorded."""
-    chosen = pytest("--collect-only", path).splitlines()[:1] if only_one else [path]
-    pytest("-o", "junit_family=xunit1", f"--junitxml={report}", *chosen)
+    """What each test recorded. Ends the benchmark if one failed."""
+    with fresh_processes("spin_trl") as pool:
+        if failures := pool.submit(call_pytest, path, report, only_one).result():
+            raise SystemExit(f"{path} failed:\n{failures[-5000:]}")
     tests = ElementTree.parse(report).iter("testcase")
     recorded = [{found.get("name"): found.get("value") for found in test.iter("property")} for test in tests]
     return [test for test in recorded if test]

@@ -145,7 +145,7 @@ def main() -> None:
         folder = Path(temporary)
         make_model(folder / "toy", VOCAB_SIZE, hidden_size=32, num_layers=2, longest=2048)
         with instant_server(folder / "toy") as address, fresh_processes("scale") as pool:
-            for size in sorted([50, 100, 200] if options.quick else options.sizes):
+            for size in sorted([10, 20, 40] if options.quick else options.sizes):
                 write_prompts(folder / f"{size}.jsonl", size)
                 figures[size] = one = pool.submit(play, size, folder, address).result()
                 show(size, one)

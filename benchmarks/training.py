@@ -278,7 +278,7 @@ def main() -> None:
     options = parse(arguments)
     speed, memory = SPEED, MEMORY
     if options.quick:
-        speed = memory = replace(SPEED, hidden_size=64, intermediate_size=64, num_layers=1, num_pairs=16)
+        speed = memory = replace(SPEED, hidden_size=64, intermediate_size=64, num_layers=1, num_pairs=8, num_epochs=1)
         options.only = options.only or "speed"
     result: dict[str, Any] = {}
     if options.only in (None, "speed"):

@@ -89,7 +89,7 @@ def make_start(root: Path, name: str, is_quick: bool) -> str:
     folder = root / name / "start"
     if not (folder / "model.safetensors").is_file():
         with TemporaryDirectory(dir=_made(root / name)) as temporary, alone_on_a_core(root / name / "start.log"):
-            get_task(name, is_quick).make_start(Path(temporary) / "start", 20 if is_quick else None)
+            get_task(name, is_quick).make_start(Path(temporary) / "start", 2 if is_quick else None)
             (Path(temporary) / "start").rename(folder)
     return name
 

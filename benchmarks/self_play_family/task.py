@@ -54,7 +54,7 @@ class Task:
 
     def shortened(self) -> "Task":
         """The task on little data, to see that everything runs. Its scores mean nothing."""
-        return replace(self, num_iterations=2, epochs_per_iteration=1, max_rows=64)
+        return replace(self, num_iterations=1, epochs_per_iteration=1, max_rows=8)
 
     def describe(self) -> dict[str, Any]:
         """Its numbers and words, without its functions."""
