@@ -106,28 +106,31 @@ def eval_dataset() -> Dataset:
     return Dataset.from_list(read_rows("accent_test.jsonl", 16))
 
 
+# Settings of a run of the tiny model on the CPU.
+TINY_RUN = {
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "report_to": "none",
+    "report": False,
+    "save_strategy": "no",
+    "disable_tqdm": True,
+    "logging_steps": 1,
+    "per_device_train_batch_size": 8,
+    "learning_rate": 1e-3,
+    "max_completion_length": 12,
+    "use_vllm": False,
+    "identical_pairs": "keep",  # one pair for every prompt, whatever the tiny model happens to answer
+}
+
+
 @pytest.fixture
 def make_config(tmp_path):
     """A factory of configurations for the tiny model on the CPU; keyword arguments override."""
     from spin_trl import SPINConfig
 
     def make(**overrides) -> SPINConfig:
-        settings = {
-            "output_dir": str(tmp_path / "run"),
-            "use_cpu": True,
-            "bf16": False,
-            "gradient_checkpointing": False,
-            "report_to": "none",
-            "report": False,
-            "save_strategy": "no",
-            "disable_tqdm": True,
-            "logging_steps": 1,
-            "per_device_train_batch_size": 8,
-            "learning_rate": 1e-3,
-            "max_completion_length": 12,
-            "use_vllm": False,
-            "identical_pairs": "keep",  # one pair for every prompt, whatever the tiny model happens to answer
-        }
+        settings = {"output_dir": str(tmp_path / "run"), **TINY_RUN}
         if "vllm_server_base_url" in overrides:
             del settings["use_vllm"]
         return SPINConfig(**{**settings, **overrides})

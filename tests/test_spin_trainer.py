@@ -7,17 +7,28 @@ import sys
 
 import pytest
 import torch
+from conftest import TINY_RUN, read_rows
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
-from spin_trl import SPINTrainer, load_pairs
+from spin_trl import SPINConfig, SPINTrainer, load_pairs
 from spin_trl.data.pairs import NoPairsError
 from spin_trl.generation.sampler import Completion
 
 
 LORA = {"r": 8, "target_modules": "all-linear", "init_lora_weights": True}
+
+
+@pytest.fixture(scope="module")
+def played(tiny_model, tmp_path_factory) -> SPINTrainer:
+    """A run of one iteration that is over, with the settings of `make_config`."""
+    config = SPINConfig(output_dir=str(tmp_path_factory.mktemp("played")), **{**TINY_RUN, "num_iterations": 1})
+    rows = Dataset.from_list(read_rows("accent_train.jsonl", 48))
+    trainer = SPINTrainer(tiny_model, config, train_dataset=rows)
+    trainer.train()
+    return trainer
 
 
 def losses(trainer) -> list[float]:
@@ -111,20 +122,16 @@ def test_losses_equal_those_of_dpo_trainer_with_the_opponent_as_reference(
     assert max(losses(spin)) - min(losses(spin)) > 1e-2  # there is something to agree on
 
 
-def test_pairs_hold_every_prompt_once_and_the_ground_truth_as_chosen(tiny_model, train_dataset, make_config, tokenizer):
-    trainer = SPINTrainer(tiny_model, make_config(num_iterations=1), train_dataset=train_dataset)
-    trainer.train()
-    pairs = trainer.store.read_pairs(0)
+def test_pairs_hold_every_prompt_once_and_the_ground_truth_as_chosen(played, train_dataset, tokenizer):
+    pairs = played.store.read_pairs(0)
     assert pairs["row"] == list(range(len(train_dataset)))
     decoded = tokenizer.batch_decode(list(pairs["chosen_ids"]), skip_special_tokens=True)
     assert decoded == list(train_dataset["completion"])
     assert all(ids[-1] == tokenizer.eos_token_id for ids in pairs["chosen_ids"])
 
 
-def test_stored_opponent_logps_are_those_of_the_model_at_the_start(tiny_model, train_dataset, make_config):
-    trainer = SPINTrainer(tiny_model, make_config(num_iterations=1), train_dataset=train_dataset)
-    trainer.train()
-    row = trainer.store.read_pairs(0)[5]
+def test_stored_opponent_logps_are_those_of_the_model_at_the_start(tiny_model, played):
+    row = played.store.read_pairs(0)[5]
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     for side in ("chosen", "rejected"):
         ids = row["prompt_ids"] + row[f"{side}_ids"]
@@ -295,10 +302,8 @@ def test_policy_continues_from_a_trained_adapter(tiny_model, train_dataset, make
     assert first_entries(trainer)[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
-def test_run_directory_says_what_was_run(tiny_model, train_dataset, make_config):
-    trainer = SPINTrainer(tiny_model, make_config(num_iterations=1), train_dataset=train_dataset)
-    trainer.train()
-    run = trainer.store.read_run()
+def test_run_directory_says_what_was_run(tiny_model, played):
+    run = played.store.read_run()
     assert run["model"] == tiny_model
     assert run["config"]["num_iterations"] == 1
     assert run["data"]["num_train_rows"] == 48
@@ -316,8 +321,7 @@ def test_existing_run_is_refused_and_overwritten_only_if_asked(tiny_model, train
     assert trainer.store.iterations() == [0]
 
 
-def test_trainer_never_imports_vllm(tiny_model, train_dataset, make_config):
-    SPINTrainer(tiny_model, make_config(num_iterations=1), train_dataset=train_dataset).train()
+def test_trainer_never_imports_vllm(played):
     assert "vllm" not in sys.modules
 
 
