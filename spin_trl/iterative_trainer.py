@@ -22,7 +22,7 @@ from .data.pair_dataset import PairDataset, pair_lengths
 from .policy.adapters import precisions_of, restore_precisions
 from .policy.optimizer import forget_moments, set_learning_rate
 from .policy.sizes import weight_sizes
-from .run_directory.checkpoints import saving_checkpoints
+from .run_directory.checkpoints import Place, saving_checkpoints
 from .run_directory.run import Run
 from .spin_config import SPINConfig
 
@@ -73,16 +73,20 @@ class IterativeTrainer(DPOTrainer):
         num_steps_done = start.num_steps if iteration == start.iteration else 0
         self.train_dataset = pairs
         self.beta = self.args.beta_at(iteration)
-        self.run.iteration = iteration
-        self.run.first_step = first_step = self.state.global_step - num_steps_done
-        self.run.num_epochs = self.args.epochs_per_iteration
-        self.run.steps_per_epoch = self._num_update_steps(len(pairs))
-        num_steps = self.run.steps_per_epoch * self.run.num_epochs
-        self.state.max_steps = self._total_steps(first_step + num_steps, iteration + 1)
+        self.run.place = place = Place(
+            start.place.run_id,
+            self.state.global_step,
+            iteration,
+            first_step=self.state.global_step - num_steps_done,
+            steps_per_epoch=self._num_update_steps(len(pairs)),
+            num_epochs=self.args.epochs_per_iteration,
+            holds_optimizer=not self.args.save_only_model,
+        )
+        self.state.max_steps = self._total_steps(place.last_step, iteration + 1)
         self._show_total_steps()
         if not self._keeps_scheduler:
             rates = [group["lr"] for group in self.optimizer.param_groups]  # a resumed run's are loaded by now
-            self._restart_schedule(iteration, min(num_steps, self.state.max_steps - first_step))
+            self._restart_schedule(iteration, min(place.last_step, self.state.max_steps) - place.first_step)
             if num_steps_done > 0:
                 self._restore_schedule(rates)
         if self.args.reset_optimizer and iteration > 0 and num_steps_done == 0:
@@ -103,7 +107,8 @@ class IterativeTrainer(DPOTrainer):
         if start.is_trained:
             self.state.max_steps = self.state.global_step
             return int(self.args.num_train_epochs), 0
-        return start.epochs_trained, start.steps_in_epoch * self.args.gradient_accumulation_steps
+        num_epochs, num_steps = start.place.epochs
+        return num_epochs, num_steps * self.args.gradient_accumulation_steps
 
     def _get_train_sampler(self, train_dataset: PairDataset | None = None) -> Sequence[int]:
         # Trainer's depends on random numbers that were drawn before; an order must be the same on every process, and

@@ -48,7 +48,7 @@ class SelfPlayCallback(TrainerCallback):
             control.should_training_stop = True
 
     def on_step_end(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
-        if self.run.is_iteration_done(state.global_step):
+        if state.global_step >= self.run.place.last_step:
             self.records.end_training(self.run.iteration)
 
     def on_save(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):

@@ -2,6 +2,7 @@
 
 import textwrap
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +173,8 @@ class SPINTrainer(IterativeTrainer):
             self.add_callback(RunProgress(args.num_iterations))
 
         def place() -> Place:
-            return self.run.place(self.state.global_step, store, holds_optimizer=not args.save_only_model)
+            pairs = store.pairs(self.run.iteration).checksum()
+            return replace(self.run.place, step=self.state.global_step, pairs=pairs)
 
         shown = callbacks_of(args, self.run, store, plan.tokenizer, self.hub_model_id)
         for callback in (*shown, MarkCheckpoint(place, args.save_total_limit), self.stop_signal):

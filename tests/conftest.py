@@ -12,10 +12,13 @@ import json
 import sys
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import torch
 from datasets import Dataset, disable_progress_bars
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
+
+from spin_trl.run_directory.store import IterationStore
 
 
 ROOT = Path(__file__).parents[1]
@@ -51,6 +54,11 @@ def load_recipe(name: str):
 def read_rows(name: str, num_rows: int) -> list[dict]:
     lines = (DATA / name).read_text().splitlines()[:num_rows]
     return [json.loads(line) for line in lines]
+
+
+def all_completions(store: IterationStore, iteration: int, kind: str = "generations") -> pa.Table:
+    """What the parts of an iteration hold, by row and sample."""
+    return pa.concat_tables(store.completions(iteration, kind).batches())
 
 
 @pytest.fixture(scope="session")

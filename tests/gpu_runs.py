@@ -97,7 +97,7 @@ class Record(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" in logs:
             self.losses.append(logs["loss"])
-            if state.global_step == self.trainer.run.first_step + 1:
+            if state.global_step == self.trainer.run.place.first_step + 1:
                 self.first_losses.append(logs["loss"])
 
 

@@ -48,7 +48,7 @@ class Record(TrainerCallback):
         self.trainer: SPINTrainer | None = None
 
     def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
-        if state.global_step == self.trainer.run.first_step:
+        if state.global_step == self.trainer.run.place.first_step:
             self.live.append(count_live_objects(self.trainer))
             if self.trainer.run.iteration == 1:
                 self.trainer.policy.save(os.path.join(args.output_dir, "opponent"))

@@ -56,7 +56,7 @@ def write_run(
 def write_answers(store: IterationStore, iteration: int, ids: list[list[int]]) -> None:
     reasons = ["length"] + ["stop"] * (len(ids) - 1)
     columns = {"row": list(range(len(ids))), "sample": [0] * len(ids), "completion_ids": ids, "finish_reason": reasons}
-    store.write_completions(iteration, "generations", 0, columns)
+    store.completions(iteration, "generations").write(0, columns)
 
 
 def write_data(store: IterationStore, games: list[tuple[str, str]], tokenizer) -> None:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 
 import pytest
+from conftest import all_completions
 from datasets import Dataset
 
 from spin_trl.generation.sampler import Completion, CompletionRequest, SamplerError, SamplingParams
@@ -69,7 +70,7 @@ def run_on_every_rank(generation_job: GenerationJob, dataset: Dataset, num_ranks
 
 
 def completed_keys(store: IterationStore, kind: str = "generations") -> list[tuple[int, int]]:
-    table = store.read_completions(0, kind)
+    table = all_completions(store, 0, kind)
     return list(zip(table["row"].to_pylist(), table["sample"].to_pylist(), strict=True))
 
 
@@ -114,7 +115,7 @@ def test_completions_that_arrive_in_any_order_land_in_their_parts(store):
     names = sorted(path.name[:13] for path in store.path(0, "generations").iterdir())
     assert names == ["part-00000000", "part-00000003", "part-00000006"]
     assert completed_keys(store) == [(row, sample) for row in range(8) for sample in range(2)]
-    table = store.read_completions(0, "generations")
+    table = all_completions(store, 0)
     assert [ids[0] - 100 for ids in table["completion_ids"].to_pylist()] == table["row"].to_pylist()
 
 
@@ -135,7 +136,7 @@ def test_interrupted_run_goes_on_with_what_is_missing(store, num_answers):
     with pytest.raises(SamplerError, match="the server is gone"):
         run(job(store, part_size=4), FakeSampler(num_answers), dataset)
     done = 4 * (num_answers // 4)
-    assert set(store.completed_rows(0, "generations")) == set(range(done))
+    assert set(store.completions(0, "generations").completed_rows()) == set(range(done))
 
     again = FakeSampler()
     run(job(store, part_size=4), again, dataset)
@@ -152,7 +153,7 @@ def test_interrupted_run_ends_with_the_completions_of_an_uninterrupted_one(tmp_p
             with pytest.raises(SamplerError):
                 run(job(store, part_size=3, num_samples=2), FakeSampler(num_answers), dataset)
         run_on_every_rank(job(store, part_size=2, num_samples=2), dataset, 2)
-        tables.append(store.read_completions(0, "generations"))
+        tables.append(all_completions(store, 0))
     assert tables[0].equals(tables[1])
 
 

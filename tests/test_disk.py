@@ -20,7 +20,7 @@ from spin_trl.generation.vllm.managed_server import ManagedServer
 from spin_trl.generation.vllm.serve_command import serve_command
 from spin_trl.run_directory.disk import DiskError, writing
 from spin_trl.run_directory.store import IterationStore
-from spin_trl.run_directory.whole_files import is_temporary, write_directory, write_file, write_text
+from spin_trl.run_directory.whole_files import is_temporary, write_text, write_whole
 
 
 class Disk:
@@ -225,12 +225,12 @@ def directory_of(content: str):
 
 WRITERS = {
     "text": lambda path: write_text(path, "a" * 200_000),
-    "directory": lambda path: write_directory(path, directory_of("a" * 200_000), num_bytes=200_000),
-    "safetensors": lambda path: write_file(
+    "directory": lambda path: write_whole(path, directory_of("a" * 200_000), num_bytes=200_000),
+    "safetensors": lambda path: write_whole(
         path, lambda p: safetensors.torch.save_file({"a": torch.zeros(50_000)}, p), num_bytes=200_000
     ),
-    "torch": lambda path: write_file(path, lambda p: torch.save(torch.zeros(50_000), p), num_bytes=200_000),
-    "arrow": lambda path: write_directory(
+    "torch": lambda path: write_whole(path, lambda p: torch.save(torch.zeros(50_000), p), num_bytes=200_000),
+    "arrow": lambda path: write_whole(
         path, lambda p: Dataset.from_dict({"a": list(range(25_000))}).save_to_disk(p), num_bytes=200_000
     ),
 }

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import DATA, read_rows
+from conftest import DATA, all_completions, read_rows
 from datasets import Dataset
 from fault_server import FakeVLLM
 from kill_points import PLACES
@@ -112,7 +112,7 @@ def test_each_prompt_is_answered_by_the_opponent_drawn(tiny_model, train_dataset
     num_differing = 0
     for iteration in (1, 2):
         draw = OpponentDraw(iteration, 2, config.seed)
-        completions = trainer.store.read_completions(iteration, "generations").to_pylist()
+        completions = all_completions(trainer.store, iteration).to_pylist()
         assert [completion["row"] for completion in completions] == list(range(48))
         assert {completion["opponent"] for completion in completions} == {iteration - 1, iteration}
         for completion in completions:
@@ -272,7 +272,7 @@ def test_restarted_server_gets_all_opponents_again(play_on, tiny_model, lora):
     trainer, fake = play_on(lora, Restarting(tiny_model), num_iterations=2)
     draw = OpponentDraw(1, 2, trainer.args.seed)
     prompts = {tuple(prompt_ids): row for row, prompt_ids in enumerate(trainer.store.read_data()["prompt_ids"])}
-    completions = trainer.store.read_completions(1, "generations").to_pylist()
+    completions = all_completions(trainer.store, 1).to_pylist()
     assert [completion["row"] for completion in completions] == list(range(24))
     last = {prompts[prompt]: number for prompt, number in fake.played if prompt in prompts}
     assert last == {row: draw.of_row(row) for row in range(24)}
@@ -321,7 +321,7 @@ def test_with_one_opponent_nothing_is_named(tiny_model, train_dataset, make_conf
     trainer = SPINTrainer(tiny_model, config, train_dataset=train_dataset, peft_config=LoraConfig(**LORA))
     trainer.train()
     assert "opponent" not in load_pairs(config.output_dir, 0).column_names
-    assert "opponent" not in trainer.store.read_completions(0, "generations").column_names
+    assert "opponent" not in all_completions(trainer.store, 0).column_names
     assert not trainer.store.path(0, "opponent").exists()
 
 

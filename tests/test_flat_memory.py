@@ -97,15 +97,14 @@ def play_two_iterations(data: Dataset, directory: Path) -> list[int]:
         job = GenerationJob(store, iteration, "generations", params, part_size=250)
         job.run(Echo(), data, job.missing_rows(data))
         parts = store.completions(iteration, "generations")
-        store.write_answers(iteration, make_answers(data, parts.batches(500), iteration), 0)
-        pairs = PairDataset.join(data, store.read_answers(iteration))
+        store.answers(iteration).write(make_answers(data, parts.batches(500), iteration), None, 0)
+        pairs = PairDataset.join(data, store.answers(iteration).read())
         is_identical = find_identical_pairs(pairs)
         describe_pairs(pairs, is_identical, 100)
         pairs = drop_identical_pairs(pairs, is_identical)
         pairs = add_history(pairs, [(i, store.read_pairs(i)) for i in range(iteration)])
         scores = pair_lengths(pairs).astype(np.float32)
         store.write_pairs(iteration, pairs.answers, {"ref_chosen_logps": scores, "ref_rejected_logps": scores})
-        store.remove_answers(iteration)
     return [len(store.read_pairs(iteration)) for iteration in (0, 1)]
 
 

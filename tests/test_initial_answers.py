@@ -25,7 +25,7 @@ def write_generations(store: IterationStore, iteration: int, keys: list[tuple[in
         "completion_ids": [answer(iteration, *key) for key in keys],
         "finish_reason": ["stop"] * len(keys),
     }
-    store.write_completions(iteration, "generations", part, columns)
+    store.completions(iteration, "generations").write(part, columns)
 
 
 def write_pairs(store: IterationStore, iteration: int, keys: list[tuple[int, int, int]]) -> None:
@@ -87,7 +87,7 @@ def test_pair_that_the_initial_policy_gave_no_answer_for_is_refused(store):
 
 
 def rows_file(store: IterationStore):
-    return store.initial_answers.path / "rows.arrow"
+    return store.initial_answers.rows.path / "rows.arrow"
 
 
 def test_whole_ones_stay_as_they_are_though_what_they_were_made_of_is_gone(store):
@@ -113,11 +113,11 @@ def test_others_are_made_again_from_what_the_first_opponent_generated(store, spo
 
 def put_those_of_another_run(store: IterationStore) -> None:
     """The same answers, as a run of another name would have written them."""
-    path = store.initial_answers.path
+    path = store.initial_answers.rows.path
     other = IterationStore(store.output_dir / "other", "another")
     write_generations(other, 0, KEYS)
     other.initial_answers.keep()
-    for file in other.initial_answers.path.iterdir():
+    for file in other.initial_answers.rows.path.iterdir():
         (path / file.name).write_bytes(file.read_bytes())
 
 
@@ -126,7 +126,7 @@ def test_they_are_lost_where_a_part_is_missing_or_torn_too(store):
     part = sorted(store.path(0, "generations").iterdir())[1]
     content = part.read_bytes()
     part.write_bytes(content[:-8])
-    with pytest.raises(RunDirectoryError, match="initial_answers is missing or damaged.*is torn.*policy .* is gone"):
+    with pytest.raises(RunDirectoryError, match="initial_answers is missing or damaged.*checksum.*policy .* is gone"):
         store.initial_answers.restore(6)
     part.unlink()
     with pytest.raises(RunDirectoryError, match="generations has 4 of the 6 answers.*`overwrite_output_dir=True`"):

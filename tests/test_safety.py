@@ -305,7 +305,7 @@ def test_clearing_a_run_deletes_links_and_not_what_they_lead_to(store, elsewhere
 WRITES = {
     "metrics": lambda store: store.write_metrics(0, {"a": 1}),
     "reading metrics": lambda store: store.read_metrics(0),
-    "completions": lambda store: store.completed_rows(0, "generations"),
+    "completions": lambda store: store.completions(0, "generations").completed_rows(),
     "opponent": lambda store: store.write_opponent(0, lambda directory: Path(directory).mkdir(), True),
     "pairs": lambda store: store.write_pairs(0, None, {}),
 }
@@ -327,7 +327,7 @@ def test_nothing_is_deleted_through_a_link_within_an_iteration(store, elsewhere)
     (store.path(0) / "generations").symlink_to(elsewhere / "generations")
     store.clear_temporary()
     with pytest.raises(RunDirectoryError, match="generations is a link"):
-        store.completed_rows(0, "generations")
+        store.completions(0, "generations").completed_rows()
     assert content(elsewhere) == before
 
 
@@ -364,4 +364,4 @@ def test_rows_that_lie_elsewhere_are_refused(store, elsewhere, name):
     path.mkdir(parents=True)
     (path / "rows.arrow").symlink_to(elsewhere / "metrics.json")
     with pytest.raises(RunDirectoryError, match=r"rows\.arrow is a link"):
-        store.read_data() if name == "train_data" else store.has_whole_pairs(0)
+        store.read_data() if name == "train_data" else store.pairs(0).is_whole()

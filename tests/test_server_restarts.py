@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import all_completions
 from managed import Servers
 from peft import LoraConfig, get_peft_model
 from real_server import by_key, make_requests
@@ -110,7 +111,7 @@ def test_run_goes_on_with_its_server_started_again(servers, managed_run, caplog,
     trainer = managed_run(servers.kill, num_iterations=1)
     trainer.train()
     assert servers.running() == []
-    num_completions = len(trainer.store.read_completions(0, "generations"))
+    num_completions = len(all_completions(trainer.store, 0))
     record_property("killed", "the managed server of a run")
     record_property("completions_lost", 48 - num_completions)
     assert num_completions == 48

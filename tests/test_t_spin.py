@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import read_rows
+from conftest import all_completions, read_rows
 from datasets import Dataset
 from kill_points import PLACES
 from peft import LoraConfig
@@ -45,7 +45,7 @@ class LogProbsOfInitialAnswers(TrainerCallback):
         self.found: list[torch.Tensor] = []
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
-        if state.global_step == self.trainer.run.first_step and self.trainer.run.iteration > 0:
+        if state.global_step == self.trainer.run.place.first_step and self.trainer.run.iteration > 0:
             rows = self.trainer.store.read_pairs(self.trainer.run.iteration)
             self.found.append(torch.tensor([logp(model, row["prompt_ids"], row["initial_ids"]) for row in rows]))
 
@@ -83,7 +83,7 @@ def test_pairs_of_every_later_iteration_carry_iteration_0s_answer(make_trainer):
     trainer = make_trainer(num_generations=2)
     trainer.train()
     store = trainer.store
-    first = store.read_completions(0, "generations").to_pylist()
+    first = all_completions(store, 0).to_pylist()
     answers = {(row["row"], row["sample"]): row["completion_ids"] for row in first}
     assert "initial_ids" not in load_pairs(store.output_dir, 0).column_names
     for iteration in (1, 2):
@@ -98,7 +98,7 @@ def test_pairs_of_every_later_iteration_carry_iteration_0s_answer(make_trainer):
 def test_without_a_second_term_nothing_is_kept_and_no_third_side_computed(make_trainer):
     trainer = make_trainer(t_spin_beta=0.0, num_iterations=2)
     trainer.train()
-    assert not trainer.store.initial_answers.are_kept
+    assert not trainer.store.initial_answers.rows.exists
     assert "initial_ids" not in load_pairs(trainer.args.output_dir, 1).column_names
 
 
@@ -119,7 +119,7 @@ def test_stopped_run_goes_on_to_the_same_policy(make_trainer, tmp_path, adapter,
 
 def test_initial_answers_that_are_gone_are_made_again_and_if_they_cannot_be_the_run_is_refused(make_trainer, tmp_path):
     stopped = stop_after(make_trainer, 3, save_steps=1, num_iterations=2)  # in iteration 1
-    kept, generations = stopped.store.initial_answers.path, stopped.store.path(0, "generations")
+    kept, generations = stopped.store.initial_answers.rows.path, stopped.store.path(0, "generations")
     expected = (kept / "rows.arrow").read_bytes()
     shutil.rmtree(kept)
     moved = generations.rename(tmp_path / "moved")
@@ -134,7 +134,7 @@ class RemovesInitialAnswers(TrainerCallback):
     """In iteration 0, after they were written."""
 
     def on_step_end(self, args, state, control, **kwargs):
-        shutil.rmtree(IterationStore(args.output_dir).initial_answers.path, ignore_errors=True)
+        shutil.rmtree(IterationStore(args.output_dir).initial_answers.rows.path, ignore_errors=True)
 
 
 def test_initial_answers_that_vanish_while_a_run_goes_on_are_missed_before_it_trains_without_them(make_trainer):
@@ -161,4 +161,4 @@ def test_killed_run_ends_as_the_undisturbed_one(tiny_model, undisturbed, tmp_pat
     assert start(tiny_model, tmp_path / "run", KILLED, kill_at) == -signal.SIGKILL
     assert start(tiny_model, tmp_path / "run", KILLED) == 0
     assert_ends_the_same(tmp_path / "run", undisturbed)
-    assert IterationStore(tmp_path / "run").initial_answers.are_kept
+    assert IterationStore(tmp_path / "run").initial_answers.rows.exists

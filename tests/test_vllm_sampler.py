@@ -427,7 +427,7 @@ def test_part_with_a_wrong_answer_is_not_written(play, tmp_path, lora_rank, chan
     sampler = play_on(play(answer, lora_rank, vocab_size=50, max_concurrent_requests=1), tmp_path)
     with pytest.raises(SamplerError, match=f"answer to row 5 .*{found}"):
         job.run(sampler, prompts, job.missing_rows(prompts))
-    assert set(store.completed_rows(1, "generations")) <= {0, 1, 2, 3}
+    assert set(store.completions(1, "generations").completed_rows()) <= {0, 1, 2, 3}
 
 
 # The end of a run

@@ -7,6 +7,7 @@ import sys
 import textwrap
 
 import pytest
+from conftest import all_completions
 from datasets import Dataset
 from peft import LoraConfig
 from real_server import RealServer, by_key, make_requests
@@ -100,7 +101,7 @@ def test_adapter_of_too_high_a_rank_is_refused_with_the_servers_words(lora_serve
 def test_answers_stop_at_the_end_token_or_at_the_length_limit(lora_server, make_run, tokenizer):
     trainer = make_run(lora_server, num_iterations=1, max_completion_length=6)
     trainer.train()
-    completions = trainer.store.read_completions(0, "generations").to_pylist()
+    completions = all_completions(trainer.store, 0).to_pylist()
     for completion in completions:
         ends = completion["completion_ids"][-1] == tokenizer.eos_token_id
         assert ends == (completion["finish_reason"] == "stop")

@@ -69,18 +69,18 @@ class HeldOutEvaluation:
         table = pa.concat_tables(pairs.batches())
         for name, logps in scores.items():
             table = table.append_column(name, pa.array(logps))
-        on_main_process(lambda: self.store.write_evaluation_pairs(iteration, table))
+        on_main_process(lambda: self.store.evaluation_pairs(iteration).write([table], table.schema, table.nbytes))
 
     def _rewards(self, iteration: int) -> dict[str, float]:
         """What an iteration has taught the policy about its opponent's answers. Nothing, if they were not kept."""
-        table = self.store.read_evaluation_pairs(iteration)
-        if table is None:
+        kept = self.store.evaluation_pairs(iteration)
+        if not kept.exists:
             logger.warning(f"Iteration {iteration} has no evaluation pairs on disk, so its rewards are not known.")
             return {}
-        pairs = Dataset(table)
+        pairs = kept.read()
         logps = self.policy.score(pairs)
         logratios = {
-            side: logps[f"ref_{side}_logps"] - table[f"ref_{side}_logps"].to_numpy() for side in ("chosen", "rejected")
+            side: logps[f"ref_{side}_logps"] - numbers(pairs, f"ref_{side}_logps") for side in ("chosen", "rejected")
         }
         identical = np.array([a == b for a, b in zip(pairs["chosen_ids"], pairs["rejected_ids"], strict=True)])
         return reward_metrics(logratios["chosen"], logratios["rejected"], identical, self.args.beta_at(iteration))

@@ -46,7 +46,8 @@ class GenerationJob:
 
     def missing_rows(self, prompts: Dataset) -> np.ndarray:
         """Rows of `prompts` whose completions are not on disk yet, in ascending order."""
-        return np.setdiff1d(numbers(prompts, "row"), self.store.completed_rows(self.iteration, self.kind))
+        done = self.store.completions(self.iteration, self.kind).completed_rows()
+        return np.setdiff1d(numbers(prompts, "row"), done)
 
     def run(
         self, sampler: OpponentSampler, prompts: Dataset, missing_rows: np.ndarray, index: int = 0, count: int = 1
@@ -103,4 +104,4 @@ class GenerationJob:
         }
         if self.draw is not None:
             columns[OPPONENT] = [self.draw.of_row(completion.key[0]) for completion in completions]
-        self.store.write_completions(self.iteration, self.kind, first_row, columns)
+        self.store.completions(self.iteration, self.kind).write(first_row, columns)

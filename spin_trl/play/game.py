@@ -25,8 +25,7 @@ from ..objectives.third_side import INITIAL_IDS
 from ..policy.offload import Offloader
 from ..policy.policy import Policy
 from ..processes.ranks import on_every_process, on_main_process
-from ..run_directory.resume import RunStart
-from ..run_directory.run import Run
+from ..run_directory.run import Run, RunStart
 from ..run_directory.run_paths import RunDirectoryError
 from ..run_directory.store import IterationStore
 from .answers import GenerationJob
@@ -97,7 +96,7 @@ class Game:
             )
         else:
             self.opponents.base_is_opponent = self.opponents.base_is_opponent and not has_trained
-        self.store.run_id = start.run_id
+        self.store.run_id = start.place.run_id
         self.dataset = self.store.read_data()
         self.run.begin(start)
         self.records.begin(start)
@@ -117,8 +116,8 @@ class Game:
         needs_initial = needs_initial_answers(self.args.loss_type, vars(self.args))
         if iteration > 0 and needs_initial and INITIAL_IDS not in pairs.column_names:
             raise RunDirectoryError(
-                f"{self.store.initial_answers.path} is gone, but `loss_type` ({self.args.loss_type}) compares with the "
-                "initial answers in it. Start the same command again: they are made again from iteration 0's."
+                f"{self.store.initial_answers.rows.path} is gone, but `loss_type` ({self.args.loss_type}) compares "
+                "with the initial answers in it. Start the same command again: they are made again from iteration 0's."
             )
         return pairs
 

@@ -21,6 +21,7 @@ from ..policy.finite import require_finite_scores
 from ..policy.policy import Policy
 from ..processes.ranks import on_main_process
 from ..run_directory.store import IterationStore
+from ..run_directory.whole_files import remove
 from ..spin_config import SPINConfig
 from .records import Records
 
@@ -76,7 +77,7 @@ class Pairing:
         on_main_process(lambda: self._write_answers(iteration, dataset))
         if iteration == 0 and needs_initial_answers(args.loss_type, vars(args)):
             on_main_process(self.store.initial_answers.keep)
-        pairs = PairDataset.join(dataset, self.store.read_answers(iteration))
+        pairs = PairDataset.join(dataset, self.store.answers(iteration).read())
         is_identical = find_identical_pairs(pairs)
         parts = self.store.completions(iteration, "generations")
         described = describe_pairs(pairs, is_identical, args.max_length) | {"cut_off_share": parts.cut_off_share()}
@@ -111,7 +112,8 @@ class Pairing:
     def clean_up(self, iteration: int) -> None:
         """Remove what the pairs were made from; the pairs themselves are on disk by now, or are made again."""
         if PartialState().is_main_process:
-            self.store.remove_answers(iteration)
+            for kind in ("answers", "ranked"):
+                remove(self.store.answers(iteration, kind).path)
 
     def _write_answers(self, iteration: int, dataset: Dataset) -> None:
         """Ground truth against each generation, with their rewards where there are any."""
@@ -119,13 +121,13 @@ class Pairing:
         num_bytes = 2 * parts.num_bytes()  # they are compressed
         if self.rewards is None:
             answers = make_answers(dataset, parts.batches(), iteration)
-            self.store.write_answers(iteration, answers, num_bytes)
+            self.store.answers(iteration).write(answers, None, num_bytes)
             return
         total = len(dataset) * self.args.num_generations
         answers = make_answers(dataset, parts.batches(self.rewards.batch_size), iteration)
         rewarded = self.rewards.add(dataset, answers, self.state(), iteration, total)
-        self.store.write_answers(iteration, rewarded, num_bytes)
-        described = describe_rewards(self.store.read_answers(iteration))
+        self.store.answers(iteration).write(rewarded, None, num_bytes)
+        described = describe_rewards(self.store.answers(iteration).read())
         self.store.write_metrics(iteration, described | self.rewards.take_metrics())
         self._warn_of_rewards(iteration, described)
 
@@ -138,7 +140,7 @@ class Pairing:
             described = ranks.describe()
             if described["num_pairs"]:
                 num_bytes = 2 * self.store.completions(iteration, "generations").num_bytes()
-                self.store.write_answers(iteration, ranked_pairs(answers, ranks), 2 * num_bytes, kind="ranked")
+                self.store.answers(iteration, "ranked").write(ranked_pairs(answers, ranks), None, 2 * num_bytes)
             self.store.write_metrics(iteration, described)
             return described["no_pair_share"]
 
@@ -146,7 +148,7 @@ class Pairing:
         check_no_pair_share(iteration, no_pair_share, args)
         if no_pair_share == 1:
             raise no_pairs(args.pairing)
-        return PairDataset.join(self.store.read_data(), self.store.read_answers(iteration, kind="ranked"))
+        return PairDataset.join(self.store.read_data(), self.store.answers(iteration, "ranked").read())
 
     def _describe_scores(self, iteration: int, pairs: PairDataset, scores: dict[str, np.ndarray]) -> None:
         args = self.args

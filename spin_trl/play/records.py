@@ -14,7 +14,7 @@ from ..evaluation.held_out import ScoreTable
 from ..evaluation.metric_names import EVALUATION, ITERATION, label, logged_values
 from ..processes.progress import begin_phase
 from ..processes.ranks import on_main_process
-from ..run_directory.resume import RunStart
+from ..run_directory.run import RunStart
 from ..run_directory.store import IterationStore
 
 

@@ -10,10 +10,10 @@ from ..evaluation.best_iteration import find_best
 from ..generation.sampler import OpponentSampler
 from ..policy.policy import Policy
 from ..processes.ranks import on_main_process
-from ..run_directory.resume import RunStart, start_run
-from ..run_directory.run import Run
+from ..run_directory.resume import start_run
+from ..run_directory.run import Run, RunStart
 from ..run_directory.store import IterationStore
-from ..run_directory.whole_files import write_directory
+from ..run_directory.whole_files import write_whole
 from .opponents import Opponents
 from .plan import Plan
 from .turns import Turns
@@ -35,11 +35,9 @@ def begin_run(plan: Plan, store: IterationStore, requested: str | bool | None) -
     if start.is_resumed:
         tqdm.write(str(start))
     store.write_invalid_rows(plan.data.invalid_rows)
-    store.run_id = start.run_id
+    store.run_id = start.place.run_id
     if not start.is_resumed or not store.has_whole_data(plan.data.preferences is not None):
-        store.write_data(plan.data.train)
-        if plan.data.preferences is not None:
-            store.write_preferences(plan.data.preferences)
+        store.write_data(plan.data.train, plan.data.preferences)
     return start
 
 
@@ -51,7 +49,7 @@ def open_sampler(plan: Plan, sampler: OpponentSampler, policy: Policy, turns: Tu
         stack.callback(turns.end)  # when the server is gone
         stack.callback(host.close, sampler)
         if (folder := host.served_base) is not None:
-            on_main_process(lambda: write_directory(folder, policy.save_base))
+            on_main_process(lambda: write_whole(folder, policy.save_base))
         turns.give_to_server()  # it takes its memory when it starts
         host.open(sampler, plan.data.prompt_length(0) + 1, plan.longest_sequence)
         turns.begin(host.rest(sampler))
@@ -79,7 +77,7 @@ def finish_run(plan: Plan, run: Run, store: IterationStore, opponents: Opponents
         outcome[run.end.kind] = run.end.describe()
     if run.returned_to is not None and not args.load_best_model_at_end:
         opponents.take_back(run.returned_to)
-    on_main_process(lambda: store.mark_finished(**outcome))
+    on_main_process(lambda: store.write_run({**store.read_run(), **outcome, "finished": True}))
     merged = store.output_dir / "merged"
     is_there = on_main_process(lambda: run.start.is_finished and merged.is_dir())
     if args.merge_adapter_at_end and not is_there:

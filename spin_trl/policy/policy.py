@@ -20,7 +20,7 @@ from ..data.columns import list_lengths, numbers
 from ..data.pair_dataset import PairDataset, pair_lengths
 from ..processes.progress import progress_bar
 from ..processes.ranks import on_every_process, on_main_process
-from ..run_directory.whole_files import remove, temporary_path, write_directory
+from ..run_directory.whole_files import remove, temporary_path, write_whole
 from .finite import require_finite, take_origins
 from .merging import fold_scaling, merge_into_saved, save_base, save_merged
 from .offload import training_tensors
@@ -81,7 +81,7 @@ class Policy:
         def merge() -> None:
             merged = merge_into_saved(base_model, adapter, trainer.args)
             parts, num_bytes = (merged, trainer.processing_class), weight_sizes(merged).saved
-            write_directory(directory, lambda folder: [part.save_pretrained(folder) for part in parts], num_bytes)
+            write_whole(directory, lambda folder: [part.save_pretrained(folder) for part in parts], num_bytes)
 
         on_every_process(lambda: trainer.save_model(str(adapter), _internal_call=True))
         try:

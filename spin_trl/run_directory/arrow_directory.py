@@ -4,6 +4,7 @@ They are written batch by batch and read by mapping the file into memory. Knows 
 """
 
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,54 +12,67 @@ from datasets import Dataset
 
 from ..data.columns import write_rows
 from .run_paths import own_path
-from .whole_files import checksum, write_directory
+from .whole_files import checksum, write_whole
 
 
 _ROWS_FILE = "rows.arrow"
 _CHECKSUM_FILE = "checksum.txt"
 
 
-def write_arrow(path: Path, tables: Iterable[pa.Table], schema: pa.Schema, num_bytes: int) -> None:
+@dataclass(frozen=True)
+class ArrowDirectory:
     """
     Args:
-        path (`Path`): The directory. What is there is replaced.
-        tables (`Iterable[pyarrow.Table]`): The rows.
-        schema (`pyarrow.Schema`): Theirs.
-        num_bytes (`int`): About what they take, for the error.
-
-    Raises:
-        [`DiskError`]: if the disk does not take it. Nothing is left of it then.
+        path (`Path`): The directory.
+        origin (`dict[str, str]`): What the rows have to be of, such as the run, kept with the schema.
     """
 
-    def write(temporary: Path) -> None:
-        temporary.mkdir()
-        write_rows(temporary / _ROWS_FILE, tables, schema)
-        (temporary / _CHECKSUM_FILE).write_text(checksum(temporary / _ROWS_FILE))
+    path: Path
+    origin: dict[str, str] = field(default_factory=dict)
 
-    write_directory(path, write, num_bytes)
+    @property
+    def exists(self) -> bool:
+        return self.path.is_dir()
 
+    def write(self, tables: Iterable[pa.Table], schema: pa.Schema | None, num_bytes: int) -> None:
+        """
+        Write the rows, in place of what is there.
 
-def read_arrow(path: Path) -> Dataset:
-    """
-    Raises:
-        [`RunDirectoryError`]: if the file is a link.
-    """
-    return Dataset.from_file(str(own_path(path, _ROWS_FILE)))
+        Args:
+            schema (`pyarrow.Schema`, *optional*): Theirs. By default the first table's, and no origin is kept.
+            num_bytes (`int`): About what they take, for the error.
 
+        Raises:
+            [`DiskError`]: if the disk does not take them. Nothing is left of them then.
+        """
 
-def arrow_metadata(path: Path) -> dict[bytes, bytes]:
-    """What the schema of the rows says besides, as it was written."""
-    with pa.memory_map(str(own_path(path, _ROWS_FILE))) as file:
-        return pa.ipc.open_stream(file).schema.metadata or {}
+        if schema is not None:
+            schema = schema.with_metadata({**(schema.metadata or {}), **self.origin})
 
+        def write(temporary: Path) -> None:
+            temporary.mkdir()
+            write_rows(temporary / _ROWS_FILE, tables, schema)
+            (temporary / _CHECKSUM_FILE).write_text(checksum(temporary / _ROWS_FILE))
 
-def arrow_checksum(path: Path) -> str | None:
-    """The checksum that the rows were written with; `None` where there are none."""
-    file = own_path(path, _CHECKSUM_FILE)
-    return file.read_text() if file.exists() else None
+        write_whole(self.path, write, num_bytes)
 
+    def read(self) -> Dataset:
+        """
+        Raises:
+            [`RunDirectoryError`]: if the file is a link.
+        """
+        return Dataset.from_file(str(own_path(self.path, _ROWS_FILE)))
 
-def is_whole_arrow(path: Path) -> bool:
-    """Whether the rows are there and as they were written."""
-    file = own_path(path, _ROWS_FILE)
-    return file.is_file() and arrow_checksum(path) == checksum(file)
+    def checksum(self) -> str | None:
+        """The checksum that the rows were written with; `None` where there are none."""
+        file = own_path(self.path, _CHECKSUM_FILE)
+        return file.read_text() if file.exists() else None
+
+    def is_whole(self) -> bool:
+        """Whether the rows are there, as they were written, and of this origin."""
+        path = own_path(self.path, _ROWS_FILE)
+        if not path.is_file() or checksum(path) != self.checksum():
+            return False
+        with pa.memory_map(str(path)) as file:
+            found = pa.ipc.open_stream(file).schema.metadata or {}
+        return all(found.get(name.encode()) == value.encode() for name, value in self.origin.items())

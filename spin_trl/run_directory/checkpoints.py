@@ -11,7 +11,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, rota
 
 from ..processes.ranks import on_every_process
 from .disk import writing
-from .whole_files import flush_directory, write_json
+from .whole_files import flush, write_json
 
 
 PLACE_FILE = "self_play.json"
@@ -20,7 +20,7 @@ PLACE_FILE = "self_play.json"
 @dataclass(frozen=True)
 class Place:
     """
-    The place of a checkpoint in its run; it lies in the checkpoint's directory. Steps are optimizer steps.
+    How far a run has come; in a checkpoint's directory, that checkpoint's place. Steps are optimizer steps.
 
     Args:
         run_id (`str`): The run.
@@ -29,18 +29,18 @@ class Place:
         first_step (`int`): Steps of the run before the iteration.
         steps_per_epoch (`int`): Steps in each of the iteration's epochs.
         num_epochs (`int`): Epochs in the iteration.
-        pairs (`str`): Checksum of the iteration's pairs.
+        pairs (`str`, *optional*): Checksum of the iteration's pairs.
         holds_optimizer (`bool`): Whether training can go on in the middle of the iteration.
     """
 
     run_id: str
-    step: int
-    iteration: int
-    first_step: int
-    steps_per_epoch: int
-    num_epochs: int
-    pairs: str
-    holds_optimizer: bool
+    step: int = 0
+    iteration: int = 0
+    first_step: int = 0
+    steps_per_epoch: int = 1
+    num_epochs: int = 1
+    pairs: str | None = None
+    holds_optimizer: bool = True
 
     @property
     def num_steps(self) -> int:
@@ -48,11 +48,19 @@ class Place:
         return self.step - self.first_step
 
     @property
-    def is_iteration_done(self) -> bool:
-        return self.num_steps >= self.steps_per_epoch * self.num_epochs
+    def last_step(self) -> int:
+        """Steps of the run when the iteration is done."""
+        return self.first_step + self.steps_per_epoch * self.num_epochs
 
-    def write(self, checkpoint: Path) -> None:
-        write_json(checkpoint / PLACE_FILE, asdict(self))
+    @property
+    def is_iteration_done(self) -> bool:
+        return self.step >= self.last_step
+
+    @property
+    def epochs(self) -> tuple[int, int]:
+        """Epochs of the run that are done, and steps of the next one that are."""
+        num_epochs, num_steps = divmod(self.num_steps, self.steps_per_epoch)
+        return self.iteration * self.num_epochs + num_epochs, num_steps
 
     @classmethod
     def read(cls, checkpoint: Path) -> "Place":
@@ -97,8 +105,8 @@ class MarkCheckpoint(TrainerCallback):
     def _mark(self, args: TrainingArguments, checkpoint: Path) -> None:
         if args.should_save:
             with writing(checkpoint):
-                flush_directory(checkpoint)
-            self._place().write(checkpoint)
+                flush(checkpoint)
+            write_json(checkpoint / PLACE_FILE, asdict(self._place()))
             rotate_checkpoints(args.output_dir, self._save_total_limit, use_mtime=True)
 
 

@@ -1,9 +1,8 @@
 """Completions on disk, in parts that are known to be whole by their names and to be the run's by their content.
 
 A part is a Parquet file: row, sample, completion_ids, finish_reason, and, where several opponents answer, opponent (the
-number of its iteration). Its name holds its first row, its size in bytes
-and its checksum; its metadata the run, the iteration and the kind. Parts are read one after the other, never all at
-once.
+number of its iteration). Its name holds its first row and its checksum; its metadata the run, the iteration and the
+kind. Parts are read one after the other, never all at once.
 """
 
 import logging
@@ -17,25 +16,21 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ..data.draw import OPPONENT, OPPONENT_FIELD
+from ..data.draw import OPPONENT_FIELD
 from .run_paths import RunDirectoryError
-from .whole_files import checksum_of, remove, write_file
+from .whole_files import checksum, remove, write_whole
 
 
 logger = logging.getLogger(__name__)
 
-_PART_NAME = re.compile(r"part-\d{8,}-(?P<size>\d+)-(?P<checksum>[0-9a-f]{16})\.parquet")
-_BATCH_SIZE = 4096  # completions
-
-COMPLETION_SCHEMA = pa.schema(
-    [
-        ("row", pa.int64()),
-        ("sample", pa.int32()),
-        ("completion_ids", pa.list_(pa.int32())),
-        ("finish_reason", pa.string()),
-    ]
+_PART_NAME = re.compile(r"part-\d{8,}-(?P<checksum>[0-9a-f]{16})\.parquet")
+_FIELDS = (
+    pa.field("row", pa.int64()),
+    pa.field("sample", pa.int32()),
+    pa.field("completion_ids", pa.list_(pa.int32())),
+    pa.field("finish_reason", pa.string()),
+    OPPONENT_FIELD,
 )
-_FIELDS = pa.schema([*COMPLETION_SCHEMA, OPPONENT_FIELD])
 
 
 @dataclass(frozen=True)
@@ -52,21 +47,21 @@ class CompletionParts:
     origin: dict[str, str]
 
     def write(self, first_row: int, columns: dict[str, list]) -> None:
-        """Write one part."""
-        schema = _FIELDS if OPPONENT in columns else COMPLETION_SCHEMA
-        table = pa.table(columns, schema=schema.with_metadata(self.origin))
+        """
+        Write one part.
+
+        Raises:
+            [`DiskError`]: if the disk does not take it. Nothing is left of it then.
+        """
+        schema = pa.schema([field for field in _FIELDS if field.name in columns], self.origin)
         sink = pa.BufferOutputStream()
-        pq.write_table(table, sink)
-        content = sink.getvalue().to_pybytes()
-
-        def write(temporary: Path) -> None:
-            temporary.write_bytes(content)
-
-        name = f"part-{first_row:08d}-{len(content)}-{checksum_of(content)}.parquet"
-        write_file(self.directory / name, write, num_bytes=len(content))
+        pq.write_table(pa.table(columns, schema=schema), sink)
+        content = sink.getvalue()
+        path = self.directory / f"part-{first_row:08d}-{checksum(content)}.parquet"
+        write_whole(path, lambda temporary: temporary.write_bytes(content), num_bytes=len(content))
 
     def completed_rows(self) -> np.ndarray:
-        """Rows that are on disk, ascending. Parts that are torn or of another run are deleted first."""
+        """Rows that are on disk, ascending. Parts that are damaged or of another run are deleted first."""
         rows = [np.empty(0, np.int64)]
         for path in self.paths():
             try:
@@ -76,12 +71,12 @@ class CompletionParts:
                 remove(path)
         return np.unique(np.concatenate(rows))
 
-    def batches(self, batch_size: int = _BATCH_SIZE) -> Iterator[pa.Table]:
+    def batches(self, batch_size: int = 4096) -> Iterator[pa.Table]:
         """
         All completions, sorted by row and sample, so many at a time.
 
         Raises:
-            [`RunDirectoryError`]: if a part is torn, or of another run.
+            [`RunDirectoryError`]: if a part is damaged, or of another run.
         """
         paths = self.paths()
         keys = [self.read(path, ["row", "sample"]) for path in paths]  # two numbers for each completion
@@ -128,19 +123,15 @@ class CompletionParts:
 
         expected = _PART_NAME.fullmatch(path.name)
         if expected is None:
-            raise refuse("is not a part of a run: its name should hold its first row, size and checksum")
+            raise refuse("is not a part of a run: its name should hold its first row and checksum")
         content = path.read_bytes()
-        if len(content) != int(expected["size"]):
-            raise refuse(f"is torn: {len(content)} bytes, not the {expected['size']} of its name")
-        if checksum_of(content) != expected["checksum"]:
+        if checksum(content) != expected["checksum"]:
             raise refuse("is damaged: its content does not have the checksum of its name")
         file = pq.ParquetFile(pa.BufferReader(content))
         metadata = file.schema_arrow.metadata or {}
         found = {name: metadata.get(name.encode(), b"").decode(errors="replace") for name in self.origin}
         if found != self.origin:
             raise refuse(f"is of another origin: {found}, not {self.origin}")
-        if columns is None:
-            has_opponents = OPPONENT in file.schema_arrow.names
-            columns = _FIELDS.names if has_opponents else COMPLETION_SCHEMA.names
-        schema = pa.schema([_FIELDS.field(name) for name in columns])
-        return file.read(columns, use_threads=False).replace_schema_metadata(None).cast(schema)
+        wanted = [field for field in _FIELDS if field.name in (columns or file.schema_arrow.names)]
+        table = file.read([field.name for field in wanted], use_threads=False)
+        return table.replace_schema_metadata(None).cast(pa.schema(wanted))

@@ -33,7 +33,7 @@ def load_pairs(output_dir: str | Path, iteration: int) -> Dataset:
     """
     store = IterationStore(output_dir)
     store.run_id = store.read_run()["run"] if store.has_run() else ""
-    found = [number for number in store.iterations() if store.has_whole_pairs(number)]
+    found = [number for number in store.iterations() if store.pairs(number).is_whole()]
     if iteration not in found:
         raise RunDirectoryError(
             f"There are no whole pairs of iteration {iteration} in {store.output_dir}. Iterations with such: {found}."

@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,69 +17,13 @@ from ..objectives.settings import needs_initial_answers
 from ..spin_config import SPINConfig
 from .checkpoints import PLACE_FILE, Place
 from .description import differences, without_secrets
+from .run import RunStart
 from .run_paths import RunDirectoryError
 from .store import IterationStore
 from .whole_files import remove, to_json
 
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class RunStart:
-    """
-    Where a run starts.
-
-    Args:
-        run_id (`str`): The run.
-        is_resumed (`bool`): Whether it goes on with what is on disk.
-        checkpoint (`Path`, *optional*): What to load. `None` for the initial model.
-        iteration (`int`): Number of the iteration to play, or to go on with.
-        first_step (`int`): Steps of the run before that iteration.
-        num_steps (`int`): Steps of it that are done.
-        epochs_trained (`int`): Epochs of the run that are done.
-        steps_in_epoch (`int`): Steps of the next epoch that are done.
-        is_trained (`bool`): Whether all training is done.
-        is_finished (`bool`): Whether nothing at all is left to do.
-        ended (`str`, *optional*): Why it was over before its last iteration, if it was, and how to play on.
-        returned_to (`int`, *optional*): Whose opponent is its final policy, if not what the checkpoint holds.
-    """
-
-    run_id: str
-    is_resumed: bool = False
-    checkpoint: Path | None = None
-    iteration: int = 0
-    first_step: int = 0
-    num_steps: int = 0
-    epochs_trained: int = 0
-    steps_in_epoch: int = 0
-    is_trained: bool = False
-    is_finished: bool = False
-    ended: str | None = None
-    returned_to: int | None = None
-
-    @property
-    def next_iteration(self) -> int:
-        """Number of the iteration whose opponent the policy is, or is to become once `iteration` is trained."""
-        return self.iteration + (self.is_trained and self.num_steps > 0)
-
-    def __str__(self) -> str:
-        source = "the initial model" if self.checkpoint is None else self.checkpoint.name
-        if self.returned_to is not None:
-            source = f"the opponent of iteration {self.returned_to}"
-        if self.ended is not None:
-            return f"The run in `output_dir` is complete; its final policy is {source}. {self.ended}"
-        if self.is_finished:
-            return (
-                f"The run in `output_dir` is complete; its final policy is {source}. To play it again, set "
-                "`overwrite_output_dir=True`; to play on, raise `num_iterations`."
-            )
-        if self.is_trained:
-            return f"The run in `output_dir` goes on from {source}: all training is done."
-        return (
-            f"The run in `output_dir` goes on from {source}: iteration {self.iteration}, after {self.num_steps} of its "
-            "steps."
-        )
 
 
 def start_run(
@@ -126,7 +70,7 @@ def start_run(
     store.clear_temporary()
     run_id = os.urandom(4).hex()
     store.write_run({**description, "run": run_id, "starts": [_now("the initial model")]})
-    return RunStart(run_id)
+    return RunStart(Place(run_id))
 
 
 def check_same_run(store: IterationStore, description: dict[str, Any]) -> None:
@@ -154,15 +98,11 @@ def _resume(
 ) -> RunStart:
     check_same_run(store, description)
     stored = store.read_run()
-    run_id = stored["run"]
-    checkpoint = _requested_checkpoint(store, requested) or _newest_checkpoint(store, run_id)
-    start = _start_at(store, args, run_id, checkpoint)
-    if checkpoint is not None and (ended := _end_of(stored, args, start)):
-        return replace(start, is_trained=True, is_finished=True, **ended)
-    if start.is_trained and stored.get("finished") and not _plays_on(stored, description):
-        return replace(start, is_finished=True)
+    start = _find_start(store, args, stored["run"], requested)
+    if ended := _ended(stored, args, start):
+        return replace(start, is_trained=True, **ended)
     was_trained = (stored.get("converged") or {}).get("iteration") != 0
-    if checkpoint is None and stored.get("finished") and was_trained:
+    if start.checkpoint is None and stored.get("finished") and was_trained:
         raise RunDirectoryError(
             f"The run in `output_dir` ({args.output_dir}) is complete, but left no checkpoint to load its policy from. "
             "Set `overwrite_output_dir=True` to play it again, or choose another `output_dir`."
@@ -171,64 +111,62 @@ def _resume(
     later = [iteration for iteration in store.iterations() if iteration > start.iteration]
     if later:
         logger.warning(f"Iterations {later} are deleted and played again: no checkpoint holds the policy they are of.")
-    store.forget_from(start.iteration + 1)
-    store.forget_checkpoints_after(start.first_step + start.num_steps)
-    if start.num_steps == 0 and store.has_pairs(start.iteration) and not store.has_whole_pairs(start.iteration):
+    store.forget_after(start.iteration, start.place.step)
+    pairs = store.pairs(start.iteration)
+    if start.num_steps == 0 and pairs.exists and not pairs.is_whole():
         logger.warning(f"The pairs of iteration {start.iteration} are damaged, and made again.")
-        remove(store.path(start.iteration, "pairs"))
+        remove(pairs.path)
     _require_history(store, args, start)
     if needs_initial_answers(args.loss_type, vars(args)) and store.has_pairs(0) and not start.is_trained:
-        IterationStore(store.output_dir, run_id).initial_answers.restore(
-            stored["data"]["num_train_rows"] * args.num_generations
-        )
-    starts = [*stored.get("starts", []), _now("the initial model" if checkpoint is None else checkpoint.name)]
-    store.write_run({**description, "run": run_id, "starts": starts})
+        num_answers = stored["data"]["num_train_rows"] * args.num_generations
+        IterationStore(store.output_dir, stored["run"]).initial_answers.restore(num_answers)
+    starts = [*stored.get("starts", []), _now(start.checkpoint.name if start.checkpoint else "the initial model")]
+    store.write_run({**description, "run": stored["run"], "starts": starts})
     return start
 
 
-def _end_of(stored: dict[str, Any], args: SPINConfig, start: RunStart) -> dict[str, Any] | None:
-    """How a run that was over early ended, if it is to stay so and the checkpoint is what it ended with."""
+def _ended(stored: dict[str, Any], args: SPINConfig, start: RunStart) -> dict[str, Any] | None:
+    """How a run ended, if nothing of it is left to do and the checkpoint is what it ended with."""
     rules = (
         ("converged", args.stop_when_converged, "stop_when_converged=False"),
         ("collapsed", args.on_collapse != "warn", "on_collapse='warn'"),
     )
     for kind, is_on, to_play_on in rules:
         end = stored.get(kind)
-        if end and is_on and start.iteration == end["iteration"] and start.num_steps == 0:
+        is_there = end and start.checkpoint is not None and start.iteration == end["iteration"]
+        if is_there and is_on and start.num_steps == 0:
             ended = f"{end['message']} To play on all the same, set `{to_play_on}`."
             return {"ended": ended, "returned_to": end.get("returned_to")}
+    if start.is_trained and stored.get("finished") and stored["config"]["num_iterations"] >= args.num_iterations:
+        return {"ended": "To play it again, set `overwrite_output_dir=True`; to play on, raise `num_iterations`."}
     return None
 
 
-def _plays_on(stored: dict[str, Any], description: dict[str, Any]) -> bool:
-    return stored["config"]["num_iterations"] < description["config"]["num_iterations"]
-
-
-def _requested_checkpoint(store: IterationStore, requested: str | bool | None) -> Path | None:
-    if not isinstance(requested, str):
-        return None
-    checkpoint = Path(requested).absolute()
-    if checkpoint.parent.resolve() != store.output_dir.resolve():
-        raise RunDirectoryError(
-            f"`resume_from_checkpoint` ({requested}) does not lie in `output_dir` ({store.output_dir}), where the rest "
-            "of its run would be. Set `output_dir` to the folder that holds the checkpoint."
-        )
-    problem = _problem_of(store, checkpoint, store.read_run()["run"])
-    if problem is not None:
-        raise RunDirectoryError(
-            f"`resume_from_checkpoint` ({requested}) cannot be resumed from: it {problem}. Use another checkpoint, or "
-            "`True` for the newest one that fits."
-        )
-    return checkpoint
-
-
-def _newest_checkpoint(store: IterationStore, run_id: str) -> Path | None:
+def _find_start(store: IterationStore, args: SPINConfig, run_id: str, requested: str | bool | None) -> RunStart:
+    """At the checkpoint that is asked for, or the newest that fits; else at the initial model."""
+    if isinstance(requested, str):
+        checkpoint = Path(requested).absolute()
+        if checkpoint.parent.resolve() != store.output_dir.resolve():
+            raise RunDirectoryError(
+                f"`resume_from_checkpoint` ({requested}) does not lie in `output_dir` ({store.output_dir}), where the "
+                "rest of its run would be. Set `output_dir` to the folder that holds the checkpoint."
+            )
+        if (problem := _problem_of(store, checkpoint, run_id)) is not None:
+            raise RunDirectoryError(
+                f"`resume_from_checkpoint` ({requested}) cannot be resumed from: it {problem}. Use another checkpoint, "
+                "or `True` for the newest one that fits."
+            )
+        return _start_at(checkpoint, args)
     for checkpoint in store.checkpoints():
-        problem = _problem_of(store, checkpoint, run_id)
-        if problem is None:
-            return checkpoint
+        if (problem := _problem_of(store, checkpoint, run_id)) is None:
+            return _start_at(checkpoint, args)
         logger.warning(f"{checkpoint} is not resumed from: it {problem}.")
-    return None
+    return RunStart(Place(run_id), is_resumed=True)
+
+
+def _start_at(checkpoint: Path, args: SPINConfig) -> RunStart:
+    start = RunStart(Place.read(checkpoint), is_resumed=True, checkpoint=checkpoint)
+    return replace(start, is_trained=0 < args.max_steps <= start.place.step or start.iteration >= args.num_iterations)
 
 
 def _problem_of(store: IterationStore, checkpoint: Path, run_id: str) -> str | None:
@@ -237,46 +175,16 @@ def _problem_of(store: IterationStore, checkpoint: Path, run_id: str) -> str | N
         place = Place.read(checkpoint)
     except (OSError, ValueError, TypeError) as error:
         return f"holds no {PLACE_FILE} that says its place in the run ({type(error).__name__}: {error})"
+    pairs = store.pairs(place.iteration)
     if place.run_id != run_id:
         return f"is of another run ({place.run_id!r}, not {run_id!r})"
-    if place.pairs != store.pairs_checksum(place.iteration):
+    if place.pairs != pairs.checksum():
         return f"was trained on other pairs than those that now lie in iteration-{place.iteration}"
-    if not place.is_iteration_done:
-        if not place.holds_optimizer:
-            return "lies within an iteration and holds no optimizer state (`save_only_model=True`)"
-        if not store.has_whole_pairs(place.iteration):
-            return f"lies within iteration {place.iteration}, whose pairs are damaged"
+    if not place.is_iteration_done and not place.holds_optimizer:
+        return "lies within an iteration and holds no optimizer state (`save_only_model=True`)"
+    if not place.is_iteration_done and not pairs.is_whole():
+        return f"lies within iteration {place.iteration}, whose pairs are damaged"
     return None
-
-
-def _start_at(store: IterationStore, args: SPINConfig, run_id: str, checkpoint: Path | None) -> RunStart:
-    if checkpoint is None:
-        return RunStart(run_id, is_resumed=True)
-    place = Place.read(checkpoint)
-    is_trained = 0 < args.max_steps <= place.step
-    if place.is_iteration_done:
-        iteration = place.iteration + 1
-        return RunStart(
-            run_id,
-            is_resumed=True,
-            checkpoint=checkpoint,
-            iteration=iteration,
-            first_step=place.step,
-            epochs_trained=iteration * place.num_epochs,
-            is_trained=is_trained or iteration >= args.num_iterations,
-        )
-    num_epochs, steps_in_epoch = divmod(place.num_steps, place.steps_per_epoch)
-    return RunStart(
-        run_id,
-        is_resumed=True,
-        checkpoint=checkpoint,
-        iteration=place.iteration,
-        first_step=place.first_step,
-        num_steps=place.num_steps,
-        epochs_trained=place.iteration * place.num_epochs + num_epochs,
-        steps_in_epoch=steps_in_epoch,
-        is_trained=is_trained,
-    )
 
 
 def _require_history(store: IterationStore, args: SPINConfig, start: RunStart) -> None:
@@ -284,9 +192,9 @@ def _require_history(store: IterationStore, args: SPINConfig, start: RunStart) -
     if start.is_trained or store.has_pairs(start.iteration):
         return
     for iteration in range(max(0, start.iteration - args.num_history_iterations), start.iteration):
-        if not store.has_whole_pairs(iteration):
+        if not store.pairs(iteration).is_whole():
             raise RunDirectoryError(
-                f"{store.path(iteration, 'pairs')} is damaged or missing, but `num_history_iterations` "
+                f"{store.pairs(iteration).path} is damaged or missing, but `num_history_iterations` "
                 f"({args.num_history_iterations}) mixes it into iteration {start.iteration}. Resume from a checkpoint "
                 f"of iteration {iteration} or earlier, or play the run again with `overwrite_output_dir=True`."
             )

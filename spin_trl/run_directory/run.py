@@ -1,11 +1,55 @@
-"""`Run`: how a run stands; `RunEnd`: self-play is over before its last iteration. Knows nothing of why."""
+"""`Run`: where a run started, how it stands, and why it is over. Knows nothing of files and of what decides that."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from .checkpoints import Place
-from .resume import RunStart
-from .store import IterationStore
+
+
+@dataclass(frozen=True)
+class RunStart:
+    """
+    Where a run starts.
+
+    Args:
+        place ([`Place`]): How far it has come.
+        is_resumed (`bool`): Whether it goes on with what is on disk.
+        checkpoint (`Path`, *optional*): What to load. `None` for the initial model.
+        is_trained (`bool`): Whether all training is done.
+        ended (`str`, *optional*): Why nothing at all is left to do, if so, and how to play on.
+        returned_to (`int`, *optional*): Whose opponent is its final policy, if not what the checkpoint holds.
+    """
+
+    place: Place
+    is_resumed: bool = False
+    checkpoint: Path | None = None
+    is_trained: bool = False
+    ended: str | None = None
+    returned_to: int | None = None
+
+    @property
+    def iteration(self) -> int:
+        """Number of the iteration to play, or to go on with."""
+        return self.place.iteration + self.place.is_iteration_done
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of `iteration` that are done."""
+        return 0 if self.place.is_iteration_done else self.place.num_steps
+
+    @property
+    def is_finished(self) -> bool:
+        return self.ended is not None
+
+    def __str__(self) -> str:
+        source = "the initial model" if self.checkpoint is None else self.checkpoint.name
+        if self.returned_to is not None:
+            source = f"the opponent of iteration {self.returned_to}"
+        if self.ended is not None:
+            return f"The run in `output_dir` is complete; its final policy is {source}. {self.ended}"
+        stage = f"iteration {self.iteration}, after {self.num_steps} of its steps"
+        return f"The run in `output_dir` goes on from {source}: {'all training is done' if self.is_trained else stage}."
 
 
 class RunEnd(Exception):
@@ -38,49 +82,33 @@ class RunEnd(Exception):
 @dataclass
 class Run:
     """
-    The state of a run. Steps are optimizer steps.
+    The state of a run.
 
     Args:
         start ([`RunStart`]): Where it began, or goes on from.
-        iteration (`int`, *optional*): The iteration whose pairs are trained on. `None` before the first.
-        first_step (`int`): Steps of the run before that iteration.
-        steps_per_epoch (`int`): Steps of each of its epochs.
-        num_epochs (`int`): Its epochs.
+        place ([`Place`], *optional*): Where the iteration that is trained on began. `None` before the first.
         end ([`RunEnd`], *optional*): Why it is over before its last iteration, if it is.
     """
 
-    start: RunStart = RunStart("")
-    iteration: int | None = None
-    first_step: int = 0
-    steps_per_epoch: int = 0
-    num_epochs: int = 1
+    start: RunStart = RunStart(Place(""))
+    place: Place | None = None
     end: RunEnd | None = None
 
     def begin(self, start: RunStart) -> None:
         """Forget an earlier `train()`."""
         self.__init__(start)
 
-    def is_iteration_done(self, step: int) -> bool:
-        """Whether the last step of the iteration has been taken."""
-        return step - self.first_step >= self.steps_per_epoch * self.num_epochs
-
-    def place(self, step: int, store: IterationStore, holds_optimizer: bool) -> Place:
-        """The place in the run of a checkpoint of this step."""
-        return Place(
-            run_id=store.run_id,
-            step=step,
-            iteration=self.iteration,
-            first_step=self.first_step,
-            steps_per_epoch=self.steps_per_epoch,
-            num_epochs=self.num_epochs,
-            pairs=store.pairs_checksum(self.iteration),
-            holds_optimizer=holds_optimizer,
-        )
+    @property
+    def iteration(self) -> int | None:
+        """Number of the iteration whose pairs are trained on. `None` before the first."""
+        return None if self.place is None else self.place.iteration
 
     @property
     def next_opponent(self) -> int:
         """Number of the iteration whose opponent the policy is when all training is done."""
-        return self.start.next_iteration if self.iteration is None else self.iteration + 1
+        if self.place is not None:
+            return self.place.iteration + 1
+        return self.start.iteration + (self.start.is_trained and self.start.num_steps > 0)
 
     @property
     def returned_to(self) -> int | None:

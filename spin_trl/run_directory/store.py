@@ -1,58 +1,38 @@
-"""The layout of a run directory, and atomic writes to it. Knows nothing of tensors or HTTP.
-
-    output_dir/
-      self_play.json                what was run: config, data, versions, and each start
-      .lock                         held by the process that runs
-      log.jsonl                     what was logged, one entry a line, as the run goes
-      report.html, report/          the run on one page, and its pictures; see `report`
-      invalid_rows.jsonl            rows of the user's data that were left out: dataset, row, reason
-      train_data/                   what is trained on: row, source_row, prompt, prompt_ids, chosen_ids, an Arrow file
-      preference_data/              the user's preference pairs: iteration (-1), row (from -1 down), source_row, sample,
-                                    prompt_ids, chosen_ids, rejected_ids
-      vllm-server.log               of a managed server; `.ended` beside it says why that will not come back
-      iteration-0/
-        opponent/                   adapter or model as published; absent where it is the base model
-        generations/part-*.parquet  completions: row, sample, completion_ids, finish_reason, with `num_opponents` above
-                                    1 also opponent, the number of its iteration
-        initial_answers/            the same in one Arrow file, in iteration 0 alone, where later ones compare with them
-        evaluation/part-*.parquet   the same for the evaluation prompts
-        evaluation-pairs.parquet    these answers and the ground truths, with the opponent's log-probs
-        pairs/                      what the iteration adds to `train_data`, an Arrow file: iteration, row, source_row,
-                                    sample, rejected_ids and the opponent's log-probs; with reward functions also
-                                    chosen_reward and rejected_reward, and where these choose the sides, chosen_sample
-                                    and chosen_ids; with several opponents, opponent
-        metrics.json
-      iteration-1/ ...
-      merged/                       the final adapter merged into its base
-      checkpoint-*/                 Trainer's own, and `self_play.json`: the place in the run, see `checkpoints`
+"""The layout of a run directory (`docs/run_directory.md` shows it). Knows nothing of tensors and of HTTP.
 
 Everything is written under a temporary name and renamed when it is whole: what carries its final name is complete.
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from datasets import Dataset, concatenate_datasets
+from filelock import FileLock, Timeout
 
-from ..data.columns import BATCH_SIZE, batches, num_bytes_of, write_rows
+from ..data.columns import BATCH_SIZE, batches, num_bytes_of
 from ..data.pair_dataset import TRUTH_COLUMNS, PairDataset
-from .arrow_directory import arrow_checksum, arrow_metadata, is_whole_arrow, read_arrow, write_arrow
-from .completion_parts import COMPLETION_SCHEMA, CompletionParts
+from .arrow_directory import ArrowDirectory
+from .checkpoints import PLACE_FILE
+from .completion_parts import CompletionParts
+from .description import without_secrets
 from .disk import writing
 from .initial_answers import InitialAnswers
-from .run_files import RunFiles
-from .run_paths import RunDirectoryError
-from .whole_files import finish_directory, remove, temporary_path, write_file, write_json
+from .run_paths import RunDirectoryError, is_numbered, numbered, own_path
+from .whole_files import is_temporary, make_directory, remove, temporary_path, write_json, write_text, write_whole
 
 
-class IterationStore(RunFiles):
+_DATA = ("train_data", "preference_data")
+_FILES = ("self_play.json", "invalid_rows.jsonl", "log.jsonl", "report.html", "report", "merged", "served-base")
+
+
+class IterationStore:
     """
-    Differs from [`RunFiles`] in that it knows what lies in an iteration, and the data that iterations share.
+    Where the files of one self-play run lie.
 
     Args:
         output_dir (`str` or `Path`): The run directory. Nothing is written before the first write.
@@ -60,11 +40,174 @@ class IterationStore(RunFiles):
     """
 
     def __init__(self, output_dir: str | Path, run_id: str = ""):
-        super().__init__(output_dir)
+        self.output_dir = Path(output_dir).absolute()
         self.run_id = run_id
         self._data: Dataset | None = None
 
-    # Opponent
+    def path(self, iteration: int, *names: str) -> Path:
+        """
+        Path of an iteration's directory, or of something in it.
+
+        Raises:
+            [`RunDirectoryError`]: if a link leads out of the run directory on the way.
+        """
+        return own_path(self.output_dir, f"iteration-{iteration:d}", *names)
+
+    @property
+    def server_log(self) -> Path:
+        return own_path(self.output_dir, "vllm-server.log")
+
+    @property
+    def served_base(self) -> Path:
+        """The base model as a managed server is to have it, where that is not the one that was passed."""
+        return own_path(self.output_dir, "served-base")
+
+    @property
+    def log_file(self) -> Path:
+        return own_path(self.output_dir, "log.jsonl")
+
+    def iterations(self) -> list[int]:
+        """Numbers of the iterations that have been begun, ascending."""
+        return list(numbered(self.output_dir, "iteration"))
+
+    def checkpoints(self) -> list[Path]:
+        """Trainer's checkpoints that are whole, the newest (the one of most steps) first."""
+        found = numbered(self.output_dir, "checkpoint").values()
+        return [path for path in found if (path / PLACE_FILE).exists()][::-1]
+
+    # Run
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """
+        Keep other processes from running here. A process that ends, in whatever way, lets go.
+
+        Raises:
+            [`RunDirectoryError`]: if another process runs here.
+        """
+        lock = FileLock(self.output_dir / ".lock")
+        try:
+            with writing(self.output_dir):
+                make_directory(self.output_dir)
+                lock.acquire(timeout=0)
+        except Timeout:
+            raise RunDirectoryError(
+                f"Another process is running in `output_dir` ({self.output_dir}): it holds {lock.lock_file}. Wait for "
+                "it, end it, or choose another `output_dir`."
+            ) from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def write_run(self, description: dict[str, Any]) -> None:
+        write_json(self.output_dir / "self_play.json", without_secrets(description))
+
+    def has_run(self) -> bool:
+        return (self.output_dir / "self_play.json").exists()
+
+    def read_run(self) -> dict[str, Any]:
+        path = self.output_dir / "self_play.json"
+        try:
+            return json.loads(path.read_text())
+        except ValueError as error:
+            raise RunDirectoryError(
+                f"{path} is not JSON ({error}), so what was run here is not known. Choose another `output_dir`, or set "
+                "`overwrite_output_dir=True` to delete this run."
+            ) from error
+
+    def write_invalid_rows(self, rows: list[dict[str, Any]]) -> None:
+        """List the rows that were left out, one a line; no file where there are none."""
+        path = self.output_dir / "invalid_rows.jsonl"
+        if rows:
+            write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+        else:
+            path.unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """Delete the self-play run that lies here, and Trainer's checkpoints of it. Anything else stays."""
+        self.clear_temporary()
+        for path in self.output_dir.iterdir():
+            is_data = path.name in _DATA and (path.is_symlink() or ArrowDirectory(path).checksum() is not None)
+            is_numbered_directory = is_numbered(path) and (path.is_dir() or path.is_symlink())
+            if is_data or is_numbered_directory or path.name in _FILES:
+                remove(path)
+
+    def clear_temporary(self) -> None:
+        """Delete what an earlier process did not write to its end."""
+        own = [self.path(number) for number in self.iterations()]
+        kinds = [path / kind for path in own for kind in ("generations", "evaluation")]
+        for directory in (self.output_dir, *own, *kinds):
+            if directory.is_dir() and not directory.is_symlink():
+                for path in filter(is_temporary, list(directory.iterdir())):
+                    remove(path)
+
+    def forget_after(self, iteration: int, step: int) -> None:
+        """
+        Delete iterations after `iteration`, and checkpoints after `step`, whole or not. Checkpoints that were there
+        before the run are not its own.
+        """
+        for number in self.iterations():
+            if number > iteration:
+                remove(self.path(number))
+        data = self.output_dir / "train_data"
+        for number, path in numbered(self.output_dir, "checkpoint").items():
+            if number > step and data.exists() and path.stat().st_mtime > data.stat().st_mtime:
+                remove(path)
+
+    # Data
+
+    def write_data(self, dataset: Dataset, preferences: Dataset | None = None) -> None:
+        """
+        Write what the run trains on, in place of what an earlier start wrote.
+
+        Args:
+            dataset ([`~datasets.Dataset`]): With the columns `row`, `source_row`, `prompt`, `prompt_ids` and
+                `chosen_ids`.
+            preferences ([`~datasets.Dataset`], *optional*): The user's preference pairs.
+
+        Raises:
+            [`RunDirectoryError`]: if something else lies there.
+        """
+        for name, rows in zip(_DATA, (dataset, preferences), strict=True):
+            if rows is None:
+                continue
+            kept = self._rows(name)
+            if kept.path.exists() and kept.checksum() is None:
+                raise RunDirectoryError(
+                    f"{kept.path} is where a run keeps the data that it trains on, but what lies there is of no run. "
+                    "Move it away, or choose another `output_dir`."
+                )
+            kept.write(batches(rows, rows.column_names), rows.features.arrow_schema, num_bytes_of(rows))
+        self._data = None
+
+    def read_data(self) -> Dataset:
+        """What the run trains on. It is mapped into memory once, however often it is read."""
+        if self._data is None:
+            self._data = self._rows("train_data").read()
+        return self._data
+
+    def read_preferences(self) -> Dataset | None:
+        """The user's preference pairs, where the run has some."""
+        kept = self._rows("preference_data")
+        return kept.read() if kept.exists else None
+
+    def has_whole_data(self, has_preferences: bool = False) -> bool:
+        """
+        Whether the run's data are there and as this run wrote them.
+
+        Args:
+            has_preferences (`bool`): Whether there have to be preference pairs. If they are there, they count.
+        """
+        preferences = self._rows("preference_data")
+        return self._rows("train_data").is_whole() and (
+            preferences.is_whole() or not (has_preferences or preferences.exists)
+        )
+
+    def _rows(self, name: str) -> ArrowDirectory:
+        return ArrowDirectory(own_path(self.output_dir, name), {"run": self.run_id})
+
+    # Iterations
 
     def write_opponent(
         self, iteration: int, save: Callable[[str], None], is_main_process: bool, num_bytes: int | None = None
@@ -82,139 +225,59 @@ class IterationStore(RunFiles):
             [`DiskError`]: if the disk does not take it. Nothing is left of it then.
         """
         path = self.path(iteration, "opponent")
-        temporary = temporary_path(path, shared=True)
-        if is_main_process:
-            remove(temporary)
-        with writing(path, num_bytes):
-            try:
-                save(str(temporary))
-                if is_main_process:
-                    # Trainer pickles its arguments beside the weights; an opponent holds safetensors and JSON only.
-                    (temporary / "training_args.bin").unlink(missing_ok=True)
-                    finish_directory(temporary, path)
-            finally:
-                if is_main_process and temporary.exists():
-                    remove(temporary)
+
+        def write(temporary: Path) -> None:
+            save(str(temporary))
+            if is_main_process:
+                # Trainer pickles its arguments beside the weights; an opponent holds safetensors and JSON only.
+                (temporary / "training_args.bin").unlink(missing_ok=True)
+
+        write_whole(path, write, num_bytes, is_main_process)
         return path
-
-    # Data
-
-    def write_data(self, dataset: Dataset) -> None:
-        """
-        Write what the run trains on, in place of what an earlier start wrote.
-
-        Args:
-            dataset ([`~datasets.Dataset`]): With the columns `row`, `source_row`, `prompt`, `prompt_ids` and
-                `chosen_ids`.
-
-        Raises:
-            [`RunDirectoryError`]: if something else lies there.
-        """
-        self._write_data("train_data", dataset)
-        self._data = None
-
-    def write_preferences(self, dataset: Dataset) -> None:
-        """Write the user's preference pairs, as `write_data` does."""
-        self._write_data("preference_data", dataset)
-
-    def _write_data(self, name: str, dataset: Dataset) -> None:
-        path = self._own(name)
-        if path.exists() and arrow_checksum(path) is None:
-            raise RunDirectoryError(
-                f"{path} is where a run keeps the data that it trains on, but what lies there is of no run. Move it "
-                "away, or choose another `output_dir`."
-            )
-        schema = dataset.features.arrow_schema
-        schema = schema.with_metadata({**(schema.metadata or {}), "run": self.run_id})
-        write_arrow(path, batches(dataset, dataset.column_names), schema, num_bytes_of(dataset))
-
-    def read_data(self) -> Dataset:
-        """What the run trains on. It is mapped into memory once, however often it is read."""
-        if self._data is None:
-            self._data = read_arrow(self._own("train_data"))
-        return self._data
-
-    def read_preferences(self) -> Dataset | None:
-        """The user's preference pairs, where the run has some."""
-        path = self._own("preference_data")
-        return read_arrow(path) if path.is_dir() else None
-
-    def has_whole_data(self, has_preferences: bool | None = None) -> bool:
-        """
-        Whether the run's data are there and as this run wrote them.
-
-        Args:
-            has_preferences (`bool`, *optional*): Whether there have to be preference pairs. By default they count if
-                they are there.
-        """
-        if has_preferences is None:
-            has_preferences = self._own("preference_data").is_dir()
-        return self._is_whole("train_data") and (not has_preferences or self._is_whole("preference_data"))
-
-    def _is_whole(self, name: str) -> bool:
-        path = self._own(name)
-        return is_whole_arrow(path) and arrow_metadata(path).get(b"run") == self.run_id.encode()
-
-    # Completions
 
     def completions(self, iteration: int, kind: str) -> CompletionParts:
         """The completions of `kind` ("generations" or "evaluation") of an iteration."""
         origin = {"run": self.run_id, "iteration": str(iteration), "kind": kind}
         return CompletionParts(self.path(iteration, kind), origin)
 
-    def write_completions(self, iteration: int, kind: str, first_row: int, columns: dict[str, list]) -> None:
-        """Write one part of an iteration's completions."""
-        self.completions(iteration, kind).write(first_row, columns)
+    @property
+    def initial_answers(self) -> InitialAnswers:
+        """What the initial policy answered. Iteration 0's pairs hold that already, as their rejected side."""
+        rows = ArrowDirectory(self.path(0, "initial_answers"), {"run": self.run_id})
+        return InitialAnswers(rows, self.completions(0, "generations"))
 
-    def completed_rows(self, iteration: int, kind: str) -> np.ndarray:
-        """Rows whose completions are already on disk. Parts that are torn or of another run are deleted first."""
-        return self.completions(iteration, kind).completed_rows()
+    def evaluation_pairs(self, iteration: int) -> ArrowDirectory:
+        """The held-out pairs of an iteration's opponent, with its log-probs."""
+        return ArrowDirectory(self.path(iteration, "evaluation-pairs"))
 
-    def read_completions(self, iteration: int, kind: str) -> pa.Table:
-        """All completions of an iteration at once, to look at. What the run does reads them in batches."""
-        tables = list(self.completions(iteration, kind).batches())
-        return pa.concat_tables(tables) if tables else COMPLETION_SCHEMA.empty_table()
+    def answers(self, iteration: int, kind: str = "answers") -> ArrowDirectory:
+        """All "answers" of an iteration, or the "ranked" pairs that rewards made of them, until pairs are written."""
+        return ArrowDirectory(temporary_path(self.path(iteration, kind), shared=True))
 
-    # Pairs
+    def pairs(self, iteration: int) -> ArrowDirectory:
+        """What an iteration adds to the run's data, to make its pairs; see [`read_pairs`]."""
+        return ArrowDirectory(self.path(iteration, "pairs"))
 
     def has_pairs(self, iteration: int) -> bool:
-        return self.path(iteration, "pairs").is_dir()
-
-    def write_answers(self, iteration: int, tables: Iterable[pa.Table], num_bytes: int, kind: str = "answers") -> None:
-        """Write the opponent's side of an iteration's pairs, for the time until they are scored."""
-        path = self._answers(iteration, kind)
-        with writing(path, num_bytes):
-            write_rows(path, tables)
-
-    def read_answers(self, iteration: int, kind: str = "answers") -> Dataset:
-        """What `write_answers` wrote: all "answers" of an opponent, or the "ranked" pairs that rewards made of them."""
-        return Dataset.from_file(str(self._answers(iteration, kind)))
-
-    def remove_answers(self, iteration: int) -> None:
-        for kind in ("answers", "ranked"):
-            remove(self._answers(iteration, kind))
-
-    def _answers(self, iteration: int, kind: str) -> Path:
-        return temporary_path(self.path(iteration, kind), shared=True)
+        return self.pairs(iteration).exists
 
     def write_pairs(self, iteration: int, answers: Dataset, scores: Mapping[str, np.ndarray]) -> None:
         """
         Write an iteration's training set: what it adds to the run's data.
 
         Args:
-            iteration (`int`): Number of the iteration.
             answers ([`~datasets.Dataset`]): The side that the opponent made; see `pairs.ANSWER_SCHEMA`.
             scores (`dict[str, np.ndarray]`): Further columns, each of shape `(len(answers),)`.
 
         Raises:
             [`DiskError`]: if the disk does not take it. Nothing is left of it then.
         """
-        path = self.path(iteration, "pairs")
+        pairs = self.pairs(iteration)
         schema = answers.features.arrow_schema.remove_metadata()
         for name, values in scores.items():
             schema = schema.append(pa.field(name, pa.from_numpy_dtype(values.dtype)))
         num_bytes = num_bytes_of(answers) + sum(values.nbytes for values in scores.values())
-        write_arrow(path, _with_columns(answers, scores), schema, num_bytes)
+        pairs.write(_with_columns(answers, scores), schema, num_bytes)
 
     def read_pairs(self, iteration: int) -> PairDataset:
         """
@@ -228,44 +291,17 @@ class IterationStore(RunFiles):
             columns = ["row", *TRUTH_COLUMNS]
             data = concatenate_datasets([data.select_columns(columns), preferences.select_columns(columns)])
         try:
-            pairs = PairDataset.join(data, read_arrow(self.path(iteration, "pairs")))
+            pairs = PairDataset.join(data, self.pairs(iteration).read())
         except LookupError as error:
             raise RunDirectoryError(
                 f"{error} They are not of the same run. Play it again with `overwrite_output_dir=True`."
             ) from error
-        return self.initial_answers.join(pairs) if iteration > 0 and self.initial_answers.are_kept else pairs
-
-    @property
-    def initial_answers(self) -> InitialAnswers:
-        """What the initial policy answered. Iteration 0's pairs hold that already, as their rejected side."""
-        return InitialAnswers(self.path(0, "initial_answers"), self.completions(0, "generations"), self.run_id)
-
-    def pairs_checksum(self, iteration: int) -> str | None:
-        """The checksum that an iteration's pairs were written with; `None` where there are none."""
-        return arrow_checksum(self.path(iteration, "pairs"))
-
-    def has_whole_pairs(self, iteration: int) -> bool:
-        """Whether an iteration's pairs are there and as they were written."""
-        return is_whole_arrow(self.path(iteration, "pairs"))
-
-    # Evaluation
-
-    def write_evaluation_pairs(self, iteration: int, pairs: pa.Table) -> None:
-        content = _to_parquet(pairs)
-        path = self.path(iteration, "evaluation-pairs.parquet")
-        write_file(path, lambda temporary: temporary.write_bytes(content), num_bytes=len(content))
-
-    def read_evaluation_pairs(self, iteration: int) -> pa.Table | None:
-        """The held-out pairs of an iteration's opponent, with its log-probs; `None` where there are none."""
-        path = self.path(iteration, "evaluation-pairs.parquet")
-        return pq.read_table(path) if path.exists() else None
-
-    # Metrics
+        initial = self.initial_answers
+        return initial.join(pairs) if iteration > 0 and initial.rows.exists else pairs
 
     def write_metrics(self, iteration: int, metrics: dict[str, Any]) -> None:
         """Merge `metrics` into the iteration's `metrics.json`."""
-        path = self.path(iteration, "metrics.json")
-        write_json(path, {**self.read_metrics(iteration), **metrics})
+        write_json(self.path(iteration, "metrics.json"), {**self.read_metrics(iteration), **metrics})
 
     def read_metrics(self, iteration: int) -> dict[str, Any]:
         path = self.path(iteration, "metrics.json")
@@ -283,9 +319,3 @@ def _with_columns(dataset: Dataset, columns: Mapping[str, np.ndarray]) -> Iterat
         for name, values in columns.items():
             batch = batch.append_column(name, pa.array(values[rows]))
         yield batch
-
-
-def _to_parquet(table: pa.Table) -> bytes:
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink)
-    return sink.getvalue().to_pybytes()

@@ -11,24 +11,24 @@ import re
 import shutil
 from collections.abc import Callable
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from .disk import writing
 
 
-_TEMPORARY = ".tmp"
 _digest = partial(hashlib.blake2b, digest_size=8)  # bytes
 
 
 def temporary_path(path: Path, shared: bool = False) -> Path:
     """Where `path` is written before it is whole: by this process, or, if `shared`, by all of a run's together."""
-    return path.with_name(f"{path.name}{_TEMPORARY}-{'all' if shared else os.getpid()}")
+    return path.with_name(f"{path.name}.tmp-{'all' if shared else os.getpid()}")
 
 
 def is_temporary(path: Path) -> bool:
     """Whether a path is left over from a write that was cut short."""
-    return re.search(rf"{re.escape(_TEMPORARY)}-(\d+|all)$", path.name) is not None
+    return re.search(r"\.tmp-(\d+|all)$", path.name) is not None
 
 
 def make_directory(path: Path) -> None:
@@ -39,31 +39,51 @@ def make_directory(path: Path) -> None:
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path)) from error
 
 
-def write_file(path: Path, write: Callable[[Path], Any], num_bytes: int | None = None) -> None:
+def write_whole(
+    path: Path, write: Callable[[Path], Any], num_bytes: int | None = None, is_main_process: bool | None = None
+) -> None:
     """
-    Have `write(temporary path)` make a file, and give it the name `path`.
+    Have `write(temporary path)` make a file or a directory, and give it the name `path`, in place of what is there.
 
     Args:
-        num_bytes (`int`, *optional*): The file's size, where known, for the error.
+        num_bytes (`int`, *optional*): Its size, where known, for the error.
+        is_main_process (`bool`, *optional*): Where all processes call this, and write together: whether this is the
+            one that gives the name. By default this process writes alone.
 
     Raises:
         [`DiskError`]: if the disk does not take it. Nothing is left of it then.
     """
-    temporary = temporary_path(path)
+    temporary = temporary_path(path, shared=is_main_process is not None)
+    if is_main_process is False:
+        with writing(path, num_bytes):
+            write(temporary)
+        return
     with writing(path, num_bytes):
         make_directory(path.parent)
+        _remove_if_there(temporary)
         try:
             write(temporary)
-            _flush(temporary)
-            temporary.rename(path)
+            flush(temporary)
+            if path.is_dir():
+                replaced = temporary_path(path.with_name(f"{path.name}.replaced"))
+                path.rename(replaced)
+                temporary.rename(path)
+                remove(replaced)
+            else:
+                temporary.rename(path)
         finally:
             _remove_if_there(temporary)
-        _flush(path.parent)
+        _sync(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file; see [`write_file`]."""
-    write_file(path, lambda temporary: temporary.write_text(text), num_bytes=len(text.encode()))
+    """Write a text file; see [`write_whole`]."""
+    write_whole(path, lambda temporary: temporary.write_text(text), num_bytes=len(text.encode()))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as JSON; see [`write_whole`]."""
+    write_text(path, to_json(value))
 
 
 def to_json(value: Any) -> str:
@@ -71,53 +91,20 @@ def to_json(value: Any) -> str:
     return json.dumps(value, indent=2, default=str) + "\n"
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a value as JSON; see [`write_file`]."""
-    write_text(path, to_json(value))
-
-
-def flush_directory(path: Path) -> None:
-    """Have the disk take all that lies in a directory now."""
+def flush(path: Path) -> None:
+    """Have the disk take a file, or all that lies in a directory, now."""
     for directory, _, names in os.walk(path):
         for name in names:
-            _flush(Path(directory, name))
-        _flush(Path(directory))
+            _sync(Path(directory, name))
+        _sync(Path(directory))
+    if path.is_file():
+        _sync(path)
 
 
-def finish_directory(temporary: Path, path: Path) -> None:
-    """Give a directory that is fully written the name `path`, in place of what is there."""
-    flush_directory(temporary)
-    if path.exists():
-        replaced = path.with_name(f"{path.name}.replaced{_TEMPORARY}-{os.getpid()}")
-        path.rename(replaced)
-        temporary.rename(path)
-        remove(replaced)
-    else:
-        temporary.rename(path)
-    _flush(path.parent)
-
-
-def write_directory(path: Path, write: Callable[[Path], Any], num_bytes: int | None = None) -> None:
-    """Have `write(temporary path)` make a directory, and give it the name `path`; see [`write_file`]."""
-    temporary = temporary_path(path)
-    with writing(path, num_bytes):
-        make_directory(path.parent)
-        try:
-            write(temporary)
-            finish_directory(temporary, path)
-        finally:
-            _remove_if_there(temporary)
-
-
-def checksum(file: Path) -> str:
-    """Checksum of a file's content: 16 hexadecimal digits."""
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, _digest).hexdigest()
-
-
-def checksum_of(content: bytes) -> str:
-    """What `checksum` gives for a file with this content."""
-    return _digest(content).hexdigest()
+def checksum(content: Path | bytes) -> str:
+    """Checksum of a file, or of what is to be in one: 16 hexadecimal digits."""
+    with content.open("rb") if isinstance(content, Path) else BytesIO(content) as file:
+        return hashlib.file_digest(file, _digest).hexdigest()
 
 
 def remove(path: Path) -> None:
@@ -133,7 +120,7 @@ def _remove_if_there(temporary: Path) -> None:
         remove(temporary)
 
 
-def _flush(path: Path) -> None:
+def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
