@@ -69,8 +69,8 @@ def run_on_every_rank(generation_job: GenerationJob, dataset: Dataset, num_ranks
     return samplers
 
 
-def completed_keys(store: IterationStore, kind: str = "generations") -> list[tuple[int, int]]:
-    table = all_completions(store, 0, kind)
+def completed_keys(store: IterationStore) -> list[tuple[int, int]]:
+    table = all_completions(store, 0)
     return list(zip(table["row"].to_pylist(), table["sample"].to_pylist(), strict=True))
 
 
@@ -79,9 +79,9 @@ def completed_keys(store: IterationStore, kind: str = "generations") -> list[tup
 
 @pytest.mark.parametrize("num_rows", [1, 3, 7, 40])
 @pytest.mark.parametrize("num_ranks", [1, 2, 5])
-def test_every_row_is_completed_once_over_all_ranks(store, num_ranks, num_rows):
-    samplers = run_on_every_rank(job(store, part_size=4), prompts(*range(num_rows)), num_ranks)
-    assert completed_keys(store) == [(row, 0) for row in range(num_rows)]
+def test_every_sample_of_every_row_is_completed_once_over_all_ranks(store, num_ranks, num_rows):
+    samplers = run_on_every_rank(job(store, part_size=4, num_samples=2), prompts(*range(num_rows)), num_ranks)
+    assert completed_keys(store) == [(row, sample) for row in range(num_rows) for sample in (0, 1)]
     asked = Counter(request.key for sampler in samplers for request in sampler.requests)
     assert set(asked.values()) == {1}
 
@@ -91,25 +91,6 @@ def test_no_rank_is_idle_where_there_are_rows_for_all(store):
     assert [len(sampler.requests) for sampler in samplers] == [2, 2, 2, 2, 2]
 
 
-def test_rank_without_rows_is_asked_for_nothing(store):
-    samplers = run_on_every_rank(job(store), prompts(0, 1), 5)
-    assert [len(sampler.requests) for sampler in samplers] == [1, 1, 0, 0, 0]
-    assert completed_keys(store) == [(0, 0), (1, 0)]
-
-
-def test_missing_rows_are_those_without_a_completion_of_this_kind(store):
-    assert job(store).missing_rows(prompts(4, 2, 0)).tolist() == [0, 2, 4]
-    run(job(store), FakeSampler(), prompts(2))
-    assert job(store).missing_rows(prompts(4, 2, 0)).tolist() == [0, 4]
-    assert job(store, kind="evaluation").missing_rows(prompts(4, 2, 0)).tolist() == [0, 2, 4]
-    assert job(store, iteration=1).missing_rows(prompts(4, 2, 0)).tolist() == [0, 2, 4]
-
-
-def test_every_sample_of_every_row_is_completed(store):
-    run_on_every_rank(job(store, part_size=2, num_samples=3), prompts(4, 0, 9, 7, 5), 2)
-    assert completed_keys(store) == [(row, sample) for row in (0, 4, 5, 7, 9) for sample in (0, 1, 2)]
-
-
 def test_completions_that_arrive_in_any_order_land_in_their_parts(store):
     run(job(store, part_size=3, num_samples=2), FakeSampler(shuffle=True), prompts(*range(8)))
     names = sorted(path.name[:13] for path in store.path(0, "generations").iterdir())
@@ -117,13 +98,6 @@ def test_completions_that_arrive_in_any_order_land_in_their_parts(store):
     assert completed_keys(store) == [(row, sample) for row in range(8) for sample in range(2)]
     table = all_completions(store, 0)
     assert [ids[0] - 100 for ids in table["completion_ids"].to_pylist()] == table["row"].to_pylist()
-
-
-def test_evaluation_and_generations_are_kept_apart(store):
-    run(job(store), FakeSampler(), prompts(0, 1))
-    run(job(store, kind="evaluation"), FakeSampler(), prompts(0, 1, 2))
-    assert len(completed_keys(store)) == 2
-    assert len(completed_keys(store, "evaluation")) == 3
 
 
 # Interruptions
@@ -157,13 +131,6 @@ def test_interrupted_run_ends_with_the_completions_of_an_uninterrupted_one(tmp_p
     assert tables[0].equals(tables[1])
 
 
-def test_run_that_is_complete_asks_for_nothing(store):
-    run(job(store), FakeSampler(), prompts(0, 1, 2))
-    again = FakeSampler()
-    run(job(store), again, prompts(0, 1, 2))
-    assert again.requests == []
-
-
 # Requests
 
 
@@ -173,12 +140,7 @@ def seeds(store: IterationStore, **overrides) -> dict[tuple[int, int], int]:
     return {request.key: request.seed for request in sampler.requests}
 
 
-def test_seed_of_a_completion_repeats(tmp_path):
-    first, again = (seeds(IterationStore(tmp_path / name), num_samples=2) for name in "ab")
-    assert first == again
-
-
-def test_seed_depends_on_run_iteration_kind_row_and_sample(tmp_path):
+def test_seed_of_a_completion_repeats_and_depends_on_run_iteration_kind_row_and_sample(tmp_path):
     variants = [{}, {"seed": 1}, {"iteration": 1}, {"kind": "evaluation"}]
     found = [
         seed
@@ -187,12 +149,8 @@ def test_seed_depends_on_run_iteration_kind_row_and_sample(tmp_path):
     ]
     assert len(found) == 4 * 2 * 2
     assert len(set(found)) == len(found)
-
-
-def test_seed_does_not_depend_on_how_the_rows_are_divided(store, tmp_path):
-    alone = seeds(IterationStore(tmp_path / "alone"))
-    shared = run_on_every_rank(job(store), prompts(0, 1), 2)
-    assert {request.key: request.seed for sampler in shared for request in sampler.requests} == alone
+    shared = run_on_every_rank(job(IterationStore(tmp_path / "shared"), num_samples=2), prompts(0, 1), 2)
+    assert [request.seed for sampler in shared for request in sampler.requests] == found[:4]
 
 
 def test_request_carries_the_prompt_of_its_row(store):

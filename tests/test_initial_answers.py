@@ -1,5 +1,8 @@
 """The initial policy's answers: kept with the run, joined with later iterations' pairs, made again if they can be."""
 
+import shutil
+from pathlib import Path
+
 import pyarrow as pa
 import pytest
 from datasets import Dataset
@@ -57,15 +60,9 @@ def test_every_pair_of_a_later_iteration_has_the_initial_answer_of_its_row_and_s
     for pairs in (store.read_pairs(2), load_pairs(store.output_dir, 2)):
         assert [pair["rejected_ids"] for pair in pairs] == [answer(*key) for key in keys]
         assert [pair["initial_ids"] for pair in pairs] == [answer(0, row, sample) for _, row, sample in keys]
-
-
-def test_selection_and_batches_keep_them(store):
-    write_pairs(store, 1, [(1, 0, 0), (1, 1, 0), (1, 2, 0)])
-    pairs = store.read_pairs(1).select([2, 0])
-    expected = [answer(0, 2, 0), answer(0, 0, 0)]
-    assert pairs["initial_ids"][:] == expected == [row["initial_ids"] for row in pairs.__getitems__([0, 1])]
-    assert [row["initial_ids"] for table in pairs.batches() for row in table.to_pylist()] == expected
-    assert pairs[1]["initial_ids"] == expected[1] and pairs[1]["chosen_ids"] == [8]
+    chosen = store.read_pairs(2).select([2, 0])
+    assert chosen["initial_ids"][:] == [answer(0, 1, 1), answer(0, 2, 1)]
+    assert [row["initial_ids"] for table in chosen.batches() for row in table.to_pylist()] == chosen["initial_ids"][:]
 
 
 def test_iteration_0_has_none_and_neither_has_a_run_that_keeps_none(store):
@@ -92,33 +89,25 @@ def rows_file(store: IterationStore):
 
 def test_whole_ones_stay_as_they_are_though_what_they_were_made_of_is_gone(store):
     before = rows_file(store).stat().st_mtime_ns
-    for part in store.path(0, "generations").iterdir():
-        part.unlink()
+    shutil.rmtree(store.path(0, "generations"))
     store.initial_answers.restore(6)
     assert rows_file(store).stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize("spoil", ["missing", "torn", "another run's"])
-def test_others_are_made_again_from_what_the_first_opponent_generated(store, spoil):
-    expected = rows_file(store).read_bytes()
-    if spoil == "missing":
-        rows_file(store).unlink()
-    elif spoil == "torn":
-        rows_file(store).write_bytes(expected[:-8])
-    else:
-        put_those_of_another_run(store)
-    store.initial_answers.restore(6)
-    assert rows_file(store).read_bytes() == expected
-
-
-def put_those_of_another_run(store: IterationStore) -> None:
+def put_those_of_another_run(file: Path) -> None:
     """The same answers, as a run of another name would have written them."""
-    path = store.initial_answers.rows.path
-    other = IterationStore(store.output_dir / "other", "another")
+    other = IterationStore(file.parents[2] / "other", "another")
     write_generations(other, 0, KEYS)
     other.initial_answers.keep()
-    for file in other.initial_answers.rows.path.iterdir():
-        (path / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(other.initial_answers.rows.path, file.parent, dirs_exist_ok=True)
+
+
+@pytest.mark.parametrize("spoil", [Path.unlink, lambda file: file.write_bytes(b"torn"), put_those_of_another_run])
+def test_others_are_made_again_from_what_the_first_opponent_generated(store, spoil):
+    expected = rows_file(store).read_bytes()
+    spoil(rows_file(store))
+    store.initial_answers.restore(6)
+    assert rows_file(store).read_bytes() == expected
 
 
 def test_they_are_lost_where_a_part_is_missing_or_torn_too(store):

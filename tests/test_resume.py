@@ -213,20 +213,38 @@ def test_batches_may_be_divided_otherwise_as_long_as_they_are_as_large(make_trai
 # Refusals
 
 
-def test_run_is_neither_resumed_nor_overwritten_unasked(make_trainer):
-    stop_after(make_trainer, 5)
-    with pytest.raises(FileExistsError, match=r"iterations \[0\].*resume='auto'.*overwrite_output_dir=True"):
-        make_trainer(resume="never").train()
+@pytest.mark.parametrize(
+    ("settings", "argument", "error", "message"),
+    [
+        ({"resume": "never"}, None, FileExistsError, r"iterations \[0\].*resume='auto'.*overwrite_output_dir=True"),
+        ({"overwrite_output_dir": True}, True, ValueError, "contradicts `overwrite_output_dir=True`"),
+        ({"output_dir": "{}/nowhere"}, True, RunDirectoryError, "There is no run to resume in `output_dir`"),
+        ({"beta": 0.2, "resume": "never"}, True, RunDirectoryError, "`beta`: 0.1 there, 0.2 now"),
+        ({}, "{}/checkpoint-4", RunDirectoryError, "does not lie in `output_dir`"),
+        ({}, "{}/run/checkpoint-5", RunDirectoryError, "cannot be resumed from: it holds no self_play.json"),
+    ],
+)
+def test_run_is_neither_resumed_nor_deleted_where_that_is_not_clear(
+    make_trainer, tmp_path, settings, argument, error, message
+):
+    trainer = stop_after(make_trainer, 5)
+    shutil.copytree(trainer.store.output_dir / "checkpoint-4", tmp_path / "checkpoint-4")
+    place = {name: value.format(tmp_path) if name == "output_dir" else value for name, value in settings.items()}
+    argument = argument.format(tmp_path) if isinstance(argument, str) else argument
+    with pytest.raises(error, match=message):
+        make_trainer(**place).train(resume_from_checkpoint=argument)
 
 
-def test_nothing_to_resume_is_an_error_if_it_is_asked_for(make_trainer):
-    with pytest.raises(RunDirectoryError, match="There is no run to resume in `output_dir`"):
-        make_trainer().train(resume_from_checkpoint=True)
+def test_second_run_on_the_same_directory_is_refused(make_trainer):
+    with pytest.raises(RunDirectoryError, match="Another process is running"):
+        make_trainer(At(2, lambda: make_trainer().train())).train()
 
 
-def test_resuming_and_overwriting_contradict_each_other(make_trainer):
-    with pytest.raises(ValueError, match="contradicts `overwrite_output_dir=True`"):
-        make_trainer(overwrite_output_dir=True).train(resume_from_checkpoint=True)
+def test_iterations_without_a_description_are_refused(make_trainer):
+    trainer = stop_after(make_trainer, 5)
+    (trainer.store.output_dir / "self_play.json").unlink()
+    with pytest.raises(RunDirectoryError, match=r"holds iterations \[0\], but no self_play.json"):
+        make_trainer().train()
 
 
 @pytest.mark.parametrize(
@@ -244,32 +262,6 @@ def test_run_of_another_kind_is_refused_with_what_differs(make_trainer, change, 
         make_trainer(**change)
 
 
-def test_run_of_another_kind_is_refused_when_asked_for_by_argument_too(make_trainer):
-    stop_after(make_trainer, 5)
-    with pytest.raises(RunDirectoryError, match="`beta`: 0.1 there, 0.2 now"):
-        make_trainer(beta=0.2, resume="never").train(resume_from_checkpoint=True)
-
-
-def test_iterations_without_a_description_are_refused(make_trainer):
-    trainer = stop_after(make_trainer, 5)
-    (trainer.store.output_dir / "self_play.json").unlink()
-    with pytest.raises(RunDirectoryError, match=r"holds iterations \[0\], but no self_play.json"):
-        make_trainer().train()
-
-
-def test_checkpoint_elsewhere_is_refused(make_trainer, tmp_path):
-    trainer = stop_after(make_trainer, 5)
-    shutil.copytree(trainer.store.output_dir / "checkpoint-4", tmp_path / "checkpoint-4")
-    with pytest.raises(RunDirectoryError, match="does not lie in `output_dir`"):
-        make_trainer().train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
-
-
-def test_checkpoint_that_is_not_there_is_refused(make_trainer):
-    trainer = stop_after(make_trainer, 5)
-    with pytest.raises(RunDirectoryError, match="cannot be resumed from: it holds no self_play.json"):
-        make_trainer().train(resume_from_checkpoint=str(trainer.store.output_dir / "checkpoint-5"))
-
-
 def test_complete_run_that_left_no_checkpoint_is_left_alone(make_trainer):
     make_trainer(save_strategy="no").train()
     with pytest.raises(RunDirectoryError, match="complete, but left no checkpoint"):
@@ -282,70 +274,40 @@ def test_trainer_that_has_trained_does_not_pass_for_the_initial_model(make_train
         trainer.train()
 
 
-def test_second_run_on_the_same_directory_is_refused(make_trainer):
-    refused = []
-
-    def try_another():
-        with pytest.raises(RunDirectoryError, match="Another process is running") as caught:
-            make_trainer().train()
-        refused.append(caught)
-
-    trainer = make_trainer(At(2, try_another))
-    trainer.train()
-    assert len(refused) == 1 and trainer.state.global_step == 18
-
-
 # Checkpoints that do not fit
 
 
-def without_place(checkpoint: Path) -> None:
-    (checkpoint / "self_play.json").unlink()
+def place_file(change):
+    """A change of the checkpoint's `self_play.json`."""
+
+    def spoil(checkpoint: Path) -> None:
+        path = checkpoint / "self_play.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+
+    return spoil
 
 
-def of_another_run(checkpoint: Path) -> None:
-    edit_place(checkpoint, run_id="another")
+SPOILED = {
+    "no place": lambda checkpoint: (checkpoint / "self_play.json").unlink(),
+    "torn place": lambda checkpoint: (checkpoint / "self_play.json").write_text('{"run_id": '),
+    "another run": place_file({"run_id": "another"}),
+    "other pairs": place_file({"pairs": "0123456789abcdef"}),
+    "no optimizer": place_file({"holds_optimizer": False}),
+    "no step": place_file({"step": "../../elsewhere"}),
+    "damaged pairs": lambda checkpoint: cut_off(checkpoint.parent / "iteration-1" / "pairs" / "rows.arrow"),
+}
 
 
-def of_other_pairs(checkpoint: Path) -> None:
-    edit_place(checkpoint, pairs="0123456789abcdef")
+def cut_off(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-8])
 
 
-def without_optimizer(checkpoint: Path) -> None:
-    edit_place(checkpoint, holds_optimizer=False)
-
-
-def with_torn_place(checkpoint: Path) -> None:
-    (checkpoint / "self_play.json").write_text('{"run_id": ')
-
-
-def at_no_step(checkpoint: Path) -> None:
-    edit_place(checkpoint, step="../../elsewhere")
-
-
-def edit_place(checkpoint: Path, **changes) -> None:
-    path = checkpoint / "self_play.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
-@pytest.mark.parametrize(
-    "spoil", [without_place, of_another_run, of_other_pairs, without_optimizer, with_torn_place, at_no_step]
-)
+@pytest.mark.parametrize("spoil", SPOILED.values(), ids=SPOILED)
 def test_newest_checkpoint_that_fits_is_taken(make_trainer, tmp_path, spoil):
     """Of checkpoint-8, within iteration 1, and checkpoint-6, at the end of iteration 0."""
     expected = play_undisturbed(make_trainer, tmp_path)
     first = stop_after(make_trainer, 9)
     spoil(first.store.output_dir / "checkpoint-8")
-    trainer = make_trainer()
-    trainer.train()
-    assert trainer.store.read_run()["starts"][-1]["from"] == "checkpoint-6"
-    assert_same_weights(trainer, expected)
-
-
-def test_damaged_pairs_are_made_again_by_the_policy_that_made_them(make_trainer, tmp_path):
-    expected = play_undisturbed(make_trainer, tmp_path)
-    first = stop_after(make_trainer, 9)
-    file = next(first.store.path(1, "pairs").glob("*.arrow"))
-    file.write_bytes(file.read_bytes()[:-8])
     trainer = make_trainer()
     trainer.train()
     assert trainer.store.read_run()["starts"][-1]["from"] == "checkpoint-6"
