@@ -7,7 +7,7 @@ from datasets import Dataset
 
 from spin_trl.data.pair_dataset import PairDataset
 from spin_trl.data.pair_metrics import describe_generations, describe_scores, distinct, empty_share, generation_rates
-from spin_trl.run_directory.store import COMPLETION_SCHEMA
+from spin_trl.run_directory.completion_parts import COMPLETION_SCHEMA
 
 
 def lists(*values: list[int]) -> pa.ListArray:

@@ -31,6 +31,7 @@ _FIELDS = (
     pa.field("finish_reason", pa.string()),
     OPPONENT_FIELD,
 )
+COMPLETION_SCHEMA = pa.schema(_FIELDS[:-1])  # where one opponent answers
 
 
 @dataclass(frozen=True)
