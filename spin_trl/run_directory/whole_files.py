@@ -43,7 +43,7 @@ def write_whole(
     path: Path, write: Callable[[Path], Any], num_bytes: int | None = None, is_main_process: bool | None = None
 ) -> None:
     """
-    Have `write(temporary path)` make a file or a directory, and give it the name `path`, in place of what is there.
+    Have `write(temporary path)` make a file or a directory, and give it the name `path`, in place of one that is there.
 
     Args:
         num_bytes (`int`, *optional*): Its size, where known, for the error.
@@ -64,7 +64,7 @@ def write_whole(
         try:
             write(temporary)
             flush(temporary)
-            if path.is_dir():
+            if path.is_dir() and temporary.is_dir():  # a file takes no directory's place
                 replaced = temporary_path(path.with_name(f"{path.name}.replaced"))
                 path.rename(replaced)
                 temporary.rename(path)
