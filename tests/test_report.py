@@ -96,7 +96,7 @@ def test_a_damaged_part_is_left_out_and_the_rest_shown(store):
     assert any("damaged" in line and part.name in line for line in run.problems)
     assert list(run.prompts[0]["answers"]) == [1]
     part.write_bytes(content[:-10])
-    assert any("torn" in line for line in read_run(store.output_dir).problems)
+    assert any("damaged" in line for line in read_run(store.output_dir).problems)
 
 
 def test_an_unreadable_description_and_missing_numbers_are_said_and_the_rest_shown(store):
