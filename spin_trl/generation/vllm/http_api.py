@@ -241,7 +241,9 @@ class VLLMServer:
                 if among_others:
                     status, text = await self._wait_among_others(attempt)
                 else:
-                    status, text = await asyncio.wait_for(attempt, timeout or self.request_timeout)
+                    # Not `wait_for`: in Python 3.11 it swallows a cancellation that comes with the answer.
+                    async with asyncio.timeout(timeout or self.request_timeout):
+                        status, text = await attempt
                 if status not in retried:
                     return status, text
                 problem = f"HTTP {status}: {_shortened(text)}"
