@@ -3,6 +3,8 @@
 from types import SimpleNamespace
 
 import torch
+from accelerate import Accelerator
+from accelerate.state import is_initialized
 
 from spin_trl import SPINTrainer
 from spin_trl.objectives.own_losses import OwnLosses
@@ -25,6 +27,8 @@ class LossProbe:
             **fields: `space_mu`, `t_spin_alpha`, ...; what is not given has its default.
         """
         trainer = self.trainer
+        if not is_initialized():  # another test's configuration has reset what all accelerators share
+            Accelerator(cpu=True)
         trainer.beta, trainer.label_smoothing = beta, label_smoothing
         weights = loss_weights or [1.0] * len(loss_types)
         own = OwnLosses(loss_types, weights, vars(trainer.args) | fields, trainer.accelerator)

@@ -65,7 +65,8 @@ PREAMBLE = """
 def start(folder: Path, script: str) -> TwoProcesses:
     """Run a script after `PREAMBLE`."""
     path = folder / "script.py"
-    path.write_text(textwrap.dedent(PREAMBLE) + textwrap.dedent(script))
+    ending = "state.destroy_process_group()\n"  # without it gloo may abort a process that ends
+    path.write_text(textwrap.dedent(PREAMBLE) + textwrap.dedent(script) + ending)
     return TwoProcesses(folder, str(path), str(folder))
 
 
