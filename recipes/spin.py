@@ -179,6 +179,7 @@ def main(script_args: SPINScriptArguments, training_args: SPINConfig, model_args
     trainer.accelerator.print(f"Saved the final model to {training_args.output_dir}")
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    trainer.accelerator.end_training()  # without it gloo may abort a process that ends
 
 
 if __name__ == "__main__":

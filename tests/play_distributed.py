@@ -170,3 +170,4 @@ if __name__ == "__main__":
             seen = {"refused": str(error)}
         Path(output_dir).mkdir(exist_ok=True)
         Path(output_dir, f"seen-{config.process_index}.json").write_text(json.dumps(seen))
+    PartialState().destroy_process_group()  # without it gloo may abort a process that ends

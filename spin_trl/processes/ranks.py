@@ -14,7 +14,9 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import count
 from typing import TypeVar
+from weakref import WeakKeyDictionary
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
@@ -166,7 +168,10 @@ def _looks(seconds: float = math.inf) -> Iterator[None]:
         pause = min(2 * pause, _LONGEST_PAUSE)
 
 
-_known: dict[distributed.ProcessGroup, _Peers] = {}  # more than one where a process group was ended and begun again
+# More than one where a process group was ended and begun again. Weak: what keeps a group keeps its threads, and gloo's
+# abort a process that ends while they run.
+_known: WeakKeyDictionary[distributed.ProcessGroup, _Peers] = WeakKeyDictionary()
+_numbers = count()
 
 
 def _peers() -> _Peers | None:
@@ -175,7 +180,7 @@ def _peers() -> _Peers | None:
         return None
     group = distributed.group.WORLD
     if group not in _known:
-        _known[group] = _Peers(group, len(_known))
+        _known[group] = _Peers(group, next(_numbers))
     return _known[group]
 
 
