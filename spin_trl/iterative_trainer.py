@@ -20,7 +20,7 @@ from trl import DPOTrainer
 from .data.batching import epoch_order
 from .data.pair_dataset import PairDataset, pair_lengths
 from .policy.adapters import precisions_of, restore_precisions
-from .policy.optimizer import forget_moments, set_learning_rate
+from .policy.optimizer import set_learning_rate
 from .policy.sizes import weight_sizes
 from .run_directory.checkpoints import Place, saving_checkpoints
 from .run_directory.run import Run
@@ -90,7 +90,7 @@ class IterativeTrainer(DPOTrainer):
             if num_steps_done > 0:
                 self._restore_schedule(rates)
         if self.args.reset_optimizer and iteration > 0 and num_steps_done == 0:
-            forget_moments(self.optimizer)
+            self.optimizer.state.clear()  # sharded or not; the next step creates the moments anew
 
     def set_initial_training_values(self, args: SPINConfig, dataloader) -> tuple:
         # Before the first opponent has answered, the numbers of steps are estimates. `begin_iteration` corrects them.

@@ -3,6 +3,7 @@
 import textwrap
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from .play.game import Game
 from .play.plan import Plan
 from .play.run_ends import begin_run, finish_run, open_sampler
 from .policy.adapters import settle_reference_adapter
-from .policy.finite import OriginCollator, require_finite_loss, take_origins
+from .policy.finite import collate_with_origins, require_finite_loss, take_origins
 from .policy.policy import Policy
 from .policy.quantization import keep_weights_as_quantized
 from .processes.progress import RunProgress
@@ -150,9 +151,9 @@ class SPINTrainer(IterativeTrainer):
             keep_weights_as_quantized(self.model)
         settle_reference_adapter(self.model, is_needed=plan.args.reference_mixture_alpha > 0)
         collator = InitialSideCollator(self.data_collator)
-        self.data_collator = OriginCollator(
-            RemoveColumnsCollator(collator, _PAIR_COLUMNS) if removes_columns else collator
-        )
+        if removes_columns:
+            collator = RemoveColumnsCollator(collator, _PAIR_COLUMNS)
+        self.data_collator = partial(collate_with_origins, collator)
         self.own_losses = OwnLosses(self.loss_types, self.loss_weights, vars(self.args), self.accelerator)
         self.loss_types, self.loss_weights = self.own_losses.trl_loss_types, self.own_losses.trl_loss_weights
         self.store = IterationStore(self.args.output_dir)

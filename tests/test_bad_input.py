@@ -458,7 +458,7 @@ def test_loaded_model_is_refused(given, refusal, play, tiny_model, tokenizer):
 
 
 @table(
-    (("config.json", None), "has no config.json", "`model.save_pretrained(folder)`", "Correct the path"),
+    (("config.json", None), "there is no config.json", "`model.save_pretrained(folder)`", "Correct the path"),
     (("config.json", "{oops"), "configuration", "what `save_pretrained` writes", "Correct `model`"),
     (("config.json", "{}"), "`model_type`", "what `save_pretrained` writes", "Correct `model`"),
     (("tokenizer.json", None), "The tokenizer", "what `save_pretrained` writes", "pass `processing_class`"),

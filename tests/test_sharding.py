@@ -9,7 +9,7 @@ from spin_trl.policy.sharding import Sharding
 @pytest.mark.parametrize(
     ("fields", "environment", "expected"),
     [
-        ({}, {}, None),
+        ({}, {}, Sharding()),
         ({"fsdp": True, "fsdp_config": {"version": 2}}, {}, Sharding("fsdp", 2)),
         ({}, {"ACCELERATE_USE_FSDP": "true"}, Sharding("fsdp", 1)),
         ({}, {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, Sharding("fsdp", 2)),
@@ -23,7 +23,7 @@ def test_what_shards_the_weights_is_known_before_the_model_is_loaded(
         monkeypatch.setenv(name, value)
     sharding = Sharding.of(make_config(**fields))
     assert sharding == expected
-    assert sharding is None or sharding.spreads_weights
+    assert sharding.spreads_weights is (sharding != Sharding())
 
 
 def test_policy_generates_without_dropout_and_trains_on_with_it(tiny_model, train_dataset, make_config):

@@ -25,7 +25,6 @@ from ..policy.inputs import (
     check_generation_metrics,
     check_model,
     check_peft_config,
-    model_config,
     require_type,
 )
 from ..policy.merging import check_can_be_merged, check_can_merge_at_end
@@ -33,7 +32,7 @@ from ..policy.optimizer import check_schedule
 from ..policy.published_form import check_can_take_back
 from ..policy.quantization import check_trains_adapter
 from ..policy.sharding import check_can_generate
-from ..policy.sizes import empty_policy, weight_sizes
+from ..policy.sizes import weight_sizes
 from ..processes.ranks import on_main_process
 from ..run_directory.disk import check_writable
 from ..run_directory.footprint import check_footprint, num_saved_opponents
@@ -139,7 +138,7 @@ def adapter(plan: Plan) -> None:
     if plan.args.reference_mixture_alpha > 0:
         check_initial_reference(plan.peft_config, plan.args.reference_mixture_alpha)
     if plan.args.merge_adapter_at_end:
-        check_can_merge_at_end(plan.model, plan.peft_config, plan.model_name, plan.args)
+        check_can_merge_at_end(plan.adapter, plan.model_name, plan.args)
 
 
 def earlier_opponents(plan: Plan) -> None:
@@ -169,25 +168,6 @@ def same_run(plan: Plan) -> None:
         on_main_process(lambda: check_same_run(store, plan.describe()))
 
 
-def disk(plan: Plan) -> None:
-    """What the run writes fits on the disk."""
-    args, model = plan.args, plan.model
-
-    def look() -> None:
-        try:
-            is_loaded = not isinstance(model, str) and plan.peft_config is None
-            policy = model if is_loaded else empty_policy(model_config(model, args), args, plan.peft_config)
-            sizes = weight_sizes(policy, merged=plan.publication.kind == "merged")
-        except Exception as error:  # a model that cannot be made empty must not keep the run from being played
-            logger.warning(f"How much the run will write is not known: {type(error).__name__}: {error}")
-            return
-        evaluates = plan.data.eval is not None
-        num_opponents = num_saved_opponents(args, plan.reads_checkpoints, plan.base_is_opponent, evaluates)
-        check_footprint(args, sizes, num_opponents, plan.serves_dequantized, PartialState().print, logger.warning)
-
-    on_main_process(look)
-
-
 def trained_weights(plan: Plan, model: PreTrainedModel) -> None:
     check_trainable(model, None)
 
@@ -195,6 +175,15 @@ def trained_weights(plan: Plan, model: PreTrainedModel) -> None:
 def merged_weights(plan: Plan, model: PreTrainedModel) -> None:
     if plan.publication.kind == "merged":
         check_can_be_merged(model)
+
+
+def disk(plan: Plan, model: PreTrainedModel) -> None:
+    """What the run writes fits on the disk."""
+    sizes = weight_sizes(model, merged=plan.publication.kind == "merged")
+    evaluates = plan.data.eval is not None
+    num_opponents = num_saved_opponents(plan.args, plan.reads_checkpoints, plan.base_is_opponent, evaluates)
+    settings = plan.args, sizes, num_opponents, plan.serves_dequantized
+    on_main_process(lambda: check_footprint(*settings, PartialState().print, logger.warning))
 
 
 BEFORE_WEIGHTS = (
@@ -207,6 +196,5 @@ BEFORE_WEIGHTS = (
     earlier_opponents,
     rows,
     same_run,
-    disk,
 )
-OF_THE_MODEL = (trained_weights, merged_weights)
+OF_THE_MODEL = (trained_weights, merged_weights, disk)

@@ -4,6 +4,7 @@ Each part is worked out when it is first asked for, and kept. So the checks (`ch
 """
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
@@ -12,6 +13,7 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.logging import get_logger
 from datasets import Dataset
+from peft import PeftConfig
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from trl.trainer.utils import get_config_model_id
 
@@ -24,7 +26,7 @@ from ..generation.opening import SamplerChoice, SamplerHost, choose_sampler
 from ..generation.sampler import OpponentSampler, SamplingParams
 from ..generation.vllm.serve_command import can_serve
 from ..objectives.settings import depends_on_batch, sampling_caveats
-from ..policy.adapters import describe_adapter, starts_as_base
+from ..policy.adapters import adapter_config, starts_as_base
 from ..policy.inputs import end_token_ids, load_tokenizer, model_config
 from ..policy.published_form import Publication, plan_publication
 from ..policy.quantization import Quantization, find_quantization
@@ -101,7 +103,7 @@ class Plan:
         return getattr(self.config.get_text_config(), "vocab_size", None)
 
     @cached_property
-    def sharding(self) -> Sharding | None:
+    def sharding(self) -> Sharding:
         """What is spread over the processes."""
         return Sharding.of(self.args)
 
@@ -111,9 +113,9 @@ class Plan:
         return find_quantization(self.model, self.args, self.dpo.get("quantization_config"), self.config)
 
     @cached_property
-    def adapter(self) -> dict[str, Any] | None:
-        """Configuration of the adapter that is trained."""
-        return describe_adapter(self.model, self.peft_config)
+    def adapter(self) -> PeftConfig | None:
+        """Configuration of the adapter that is trained, as it is before PEFT fills it in."""
+        return deepcopy(adapter_config(self.model, self.peft_config))
 
     # Who answers
 
@@ -133,21 +135,18 @@ class Plan:
     @cached_property
     def publication(self) -> Publication:
         """In which form opponents are published."""
-        return plan_publication(
-            self.model, self.peft_config, self.reads_checkpoints, self.quantization is not None, self.sharding
-        )
+        return plan_publication(self.adapter, self.reads_checkpoints, self.quantization is not None, self.sharding)
 
     @property
     def base_is_opponent(self) -> bool:
         """Whether the first opponent is the base model as the server has it."""
-        return isinstance(self.model, str) and starts_as_base(self.peft_config)
+        return isinstance(self.model, str) and starts_as_base(self.adapter)
 
     @property
     def serves_dequantized(self) -> bool:
         """Whether the managed server gets the numbers that the policy's 4-bit weights stand for, and plays exactly."""
-        is_whole = self.sharding is None or not self.sharding.spreads_weights
         is_4bit = self.quantization is not None and self.quantization.is_4bit
-        return is_4bit and is_whole and self.choice.mode == "managed"
+        return is_4bit and not self.sharding.spreads_weights and self.choice.mode == "managed"
 
     @property
     def is_quantized_on_its_own(self) -> bool:
@@ -241,11 +240,13 @@ class Plan:
     def describe(self) -> dict[str, Any]:
         """What this run depends on, for `self_play.json`. Called on the main process."""
         args, data = self.args, self.data.describe()
+        adapter = {} if self.adapter is None else self.adapter.to_dict()
         if self.judge is not None:
             data["reward_checksum"] = self.judge.checksum(numbers(self.data.train, "source_row"))
         return {
             "model": self.model_name,
-            "adapter": self.adapter,
+            # Sets in an order that does not change.
+            "adapter": {k: sorted(v) if isinstance(v, set) else v for k, v in adapter.items()} or None,
             "quantization": None if self.quantization is None else self.quantization.settings,
             "reward_functions": None if self.rewards is None else self.rewards.names,
             "sampler": {"mode": self.choice.mode, "reason": self.choice.reason},
@@ -253,7 +254,7 @@ class Plan:
             "changed_settings": changed_settings(args),
             "training": {
                 "total_train_batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-                "sharding": None if self.sharding is None else self.sharding.engine,
+                "sharding": self.sharding.engine,
                 **({"pairs_per_forward": args.pairs_per_forward} if depends_on_batch(args.loss_type) else {}),
             },
             "data": data,

@@ -97,7 +97,7 @@ def _gpu_memory_in_use() -> int:
     return total - free
 
 
-def check_turns(args: SPINConfig, mode: str, sharding: Sharding | None, quantization: Quantization | None) -> None:
+def check_turns(args: SPINConfig, mode: str, sharding: Sharding, quantization: Quantization | None) -> None:
     """Raises `ValueError` if, with a sampler of this mode, something cannot take turns that is to."""
     if args.vllm_sleep and mode != "managed":
         found = "no server generates" if mode == "in-process" else "`vllm_server_base_url` names one that runs already"
@@ -109,7 +109,7 @@ def check_turns(args: SPINConfig, mode: str, sharding: Sharding | None, quantiza
         return
     if mode == "in-process":
         found = "contradicts in-process generation, in which the policy answers. Leave it unset, or use a vLLM server."
-    elif sharding is not None:
+    elif sharding.engine is not None:
         own = "DeepSpeed's own `offload_optimizer`" if sharding.engine == "deepspeed" else "FSDP's own `offload_params`"
         found = f"moves whole tensors, but {sharding} holds shards of its own. Leave it unset, and use {own}."
     elif quantization is not None and not quantization.is_4bit:

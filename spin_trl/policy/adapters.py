@@ -1,25 +1,30 @@
 """What is trained of an adapter, and what the policy is without it. Knows nothing of servers and of publishing."""
 
-from typing import Any
-
 import torch
 from accelerate.utils import is_peft_model
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
-
-from .published_form import adapter_config
 
 
 _NEUTRAL_INITIALISATIONS = (True, "gaussian", "orthogonal")  # of LoRA: they leave the model as it was
 _INITIALISATION_FIELDS = ("init_weights", "init_lora_weights", "init_ia3_weights")
 
 
-def describe_adapter(model: str | PreTrainedModel | PeftModel, peft_config: PeftConfig | None) -> dict[str, Any] | None:
-    """The configuration of the adapter that is trained, in an order that does not change; `None` without one."""
-    config = adapter_config(model, peft_config)
-    if config is None:
-        return None
-    return {name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()}
+def adapter_config(model: str | PreTrainedModel | PeftModel, peft_config: PeftConfig | None) -> PeftConfig | None:
+    """
+    The configuration of the adapter that is trained, whether it is new or the model brings it. Raises `ValueError` if
+    the model's active adapter is not "default", which DPOTrainer trains and saves.
+    """
+    if peft_config is not None or isinstance(model, str) or not is_peft_model(model):
+        return peft_config
+    names, active = list(model.peft_config), list(model.active_adapters)
+    if active != ["default"]:
+        raise ValueError(
+            f"Of the model's adapters {names}, {active} are active, but the one that is trained and published must be "
+            "'default'. Call `model.set_adapter('default')`, or load it with "
+            "`PeftModel.from_pretrained(..., adapter_name='default')`."
+        )
+    return model.peft_config["default"]
 
 
 def check_trainable(model: PreTrainedModel | PeftModel, peft_config: PeftConfig | None) -> None:

@@ -22,26 +22,18 @@ _REMEDY = (
 )
 
 
-class OriginCollator:
-    """
-    A data collator that adds to each batch where its pairs come from.
-
-    Args:
-        collator (`Callable`): Makes the batch itself.
-    """
-
-    def __init__(self, collator: Callable[[list[dict[str, Any]]], dict[str, Any]]):
-        self.collator = collator
-
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        batch = self.collator(examples)
-        if _ORIGIN_COLUMNS[0] in examples[0]:
-            batch[_BATCH_KEY] = torch.tensor([[row[name] for name in _ORIGIN_COLUMNS] for row in examples])
-        return batch
+def collate_with_origins(
+    collator: Callable[[list[dict[str, Any]]], dict[str, Any]], examples: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """The batch that a data collator makes, and where its pairs come from."""
+    batch = collator(examples)
+    if _ORIGIN_COLUMNS[0] in examples[0]:
+        batch[_BATCH_KEY] = torch.tensor([[row[name] for name in _ORIGIN_COLUMNS] for row in examples])
+    return batch
 
 
 def take_origins(batch: dict[str, Any]) -> torch.Tensor | None:
-    """Take out of a batch what `OriginCollator` has added, of shape `(B, 2)`: no model knows it."""
+    """Take out of a batch where its pairs come from, of shape `(B, 2)`: no model knows it."""
     return batch.pop(_BATCH_KEY, None)
 
 
@@ -53,16 +45,13 @@ def require_finite_loss(
     iteration: int | None,
 ) -> None:
     """
-    Asks the device one question. The loss scaler of fp16 plays no part in it: the loss is not scaled yet.
+    Raises `FloatingPointError` if the loss of a batch, which fp16 has not scaled yet, or a log-prob is not finite.
+    Asks the device one question.
 
     Args:
-        loss (`torch.Tensor` without dimensions): Of this batch.
         sides (`dict[str, torch.Tensor]`): The policy's log-probs of "chosen", "rejected" and perhaps "initial", each of
             shape `(B,)`, in nats.
         origins (`torch.Tensor` of shape `(B, 2)`, *optional*): See [`take_origins`].
-
-    Raises:
-        `FloatingPointError`: if the loss or a log-prob is not finite.
     """
     if torch.isfinite(torch.cat([loss.reshape(-1), *sides.values()])).all().item():
         return
@@ -89,20 +78,16 @@ def require_finite(
     what: str, sides: Mapping[str, np.ndarray], rows: Callable[[int], Any] | None, dataset: str = "train_dataset"
 ) -> None:
     """
-    Args:
-        what (`str`): A sentence that begins the error.
-        sides (`dict[str, np.ndarray]`): Log-probs of "chosen", "rejected", ..., each of shape `(B,)`.
-        rows (`Callable[[int], Any]`, *optional*): Gives, for each of the B, the row of the user's data.
-        dataset (`str`): In which the rows are.
+    Raises `FloatingPointError`, which begins with the sentence `what`, if a log-prob is not finite.
 
-    Raises:
-        `FloatingPointError`: if one of them is not finite.
+    Args:
+        sides (`dict[str, np.ndarray]`): Log-probs of "chosen", "rejected", ..., each of shape `(B,)`.
+        rows (`Callable[[int], Any]`, *optional*): Gives, for each of the B, the row of the user's `dataset`.
     """
-    broken = {side: np.flatnonzero(~np.isfinite(logps)) for side, logps in sides.items()}
     found = [
-        f"the {side} side in {len(where)} of {len(sides[side])}, of {_listed(rows, where, dataset)}"
-        for side, where in broken.items()
-        if len(where)
+        f"the {side} side in {len(where)} of {len(logps)}, of {_listed(rows, where, dataset)}"
+        for side, logps in sides.items()
+        if len(where := np.flatnonzero(~np.isfinite(logps)))
     ]
     if found:
         raise FloatingPointError(f"{what} Log-probs that are not finite: {'; '.join(found)}. {_REMEDY}")

@@ -36,16 +36,14 @@ def check_model(model: Any) -> None:
     require_type("model", model, str | nn.Module, "a hub id, a folder (both `str`) or a loaded model", remedy)
     if not isinstance(model, str) or Path(model, "config.json").is_file():
         return
-    remedy = "Correct the path."
-    if Path(model, "adapter_config.json").is_file():
+    path, found, remedy = Path(model), "no config.json", "Correct the path."
+    if (path / "adapter_config.json").is_file():
         found = "an adapter alone"
         remedy = "Pass the adapter loaded: `PeftModel.from_pretrained(base_model, folder, is_trainable=True)`."
-    elif Path(model).exists():
-        found = "a folder that has no config.json" if Path(model).is_dir() else "a file"
-    elif Path(model).is_absolute() or model.startswith((".", "~")) or not 0 < len(Path(model).parts) <= 2:
+    elif not path.exists():
         found = "nothing"
-    else:  # a hub id
-        return
+        if 0 < len(path.parts) <= 2 and not path.is_absolute() and not model.startswith((".", "~")):
+            return  # a hub id
     raise ValueError(
         f"`model` is {model!r}, where there is {found}: expected a folder that `model.save_pretrained(folder)` has "
         f"written, or a hub id such as 'org/name'. {remedy}"
@@ -131,7 +129,7 @@ def end_token_ids(
         except OSError:  # then the model's generation config is made from its own
             config = model_config(model, args).get_text_config()
     else:
-        config = model.generation_config or GenerationConfig()
+        config = model.generation_config
     also = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     return tuple(dict.fromkeys([tokenizer.eos_token_id, *(i for i in also if i is not None)]))
 
@@ -147,9 +145,8 @@ def _explained(part: str, model: str) -> Iterator[None]:
                 f"The {part} of `model` {model!r} is code of its own, which is not run unless it is trusted. Read it, "
                 "and if you do, set `trust_remote_code=True`."
             ) from error
-        kind = "folder here" if Path(model).is_dir() else "hub id: see its spelling, access rights and the network"
         instead = " or pass `processing_class`" if part == "tokenizer" else ""
         raise ValueError(
-            f"The {part} of `model` {model!r} cannot be read; expected is what `save_pretrained` writes. It is a "
-            f"{kind}. Correct `model`{instead}. The library says: {error}"
+            f"The {part} of `model` {model!r} cannot be read; expected is what `save_pretrained` writes. Correct "
+            f"`model` (of a hub id see its spelling, access rights and the network){instead}. The library says: {error}"
         ) from error

@@ -6,6 +6,8 @@ of servers and iterations.
 
 import copy
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from peft import LoraConfig, PeftConfig, PeftModel
@@ -15,20 +17,17 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.integrations import deepspeed
 from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 from trl.trainer.utils import create_model_from_path
 
 from ..spin_config import SPINConfig
 from .inputs import model_config, source_kwargs
-from .published_form import adapter_config, obstacle_to_merging
-from .sizes import of_this_process_alone
+from .published_form import obstacle_to_merging
 
 
-def check_can_merge_at_end(
-    model: str | PreTrainedModel | PeftModel, peft_config: PeftConfig | None, base_model: str, args: SPINConfig
-) -> None:
-    """Raises `ValueError` if there will be no adapter that can be merged, or no saved base to merge it into."""
-    config = adapter_config(model, peft_config)
+def check_can_merge_at_end(config: PeftConfig | None, base_model: str, args: SPINConfig) -> None:
+    """Raises `ValueError` if there is no adapter that can be merged, or no saved base to merge it into."""
     if config is None:
         found = "there is no adapter: all weights are trained, and saved. Leave it unset, or pass a `peft_config`"
     elif (obstacle := obstacle_to_merging(config)) is not None:
@@ -67,7 +66,7 @@ def merge_into_saved(base_model: str, adapter: Path, args: SPINConfig) -> PreTra
     A saved adapter merged into the base model as that was saved, in its own precision: so it makes no difference
     whether the policy is sharded or its base is quantised. One process calls it.
     """
-    with of_this_process_alone():
+    with _of_this_process_alone():
         base = create_model_from_path(base_model, **source_kwargs(args), dtype="auto", device_map=None)
         return PeftModel.from_pretrained(base, adapter).merge_and_unload(safe_merge=True)
 
@@ -107,6 +106,19 @@ def fold_scaling(directory: str) -> None:
     config.alpha_pattern = {key: common * divisor(rank) for key, rank in ranks.items()}
     save_file(weights, weights_path, metadata={"format": "pt"})
     config.save_pretrained(directory)
+
+
+@contextmanager
+def _of_this_process_alone() -> Iterator[None]:
+    """Under ZeRO-3 transformers spreads every model that is made over all processes, and waits for them to make it."""
+    reference = deepspeed._hf_deepspeed_config_weak_ref
+    config = None if reference is None else reference()
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if config is not None:
+            deepspeed.set_hf_deepspeed_config(config)
 
 
 def _copy_in_host_memory(model: PeftModel) -> PeftModel:

@@ -5,6 +5,7 @@ beside them, and breaks the link between tensors that share memory.
 """
 
 import gc
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -29,7 +30,7 @@ class Offloader:
     def __init__(self, find_tensors: Callable[[], Iterable[torch.Tensor]]):
         self.find_tensors = find_tensors
         # Tensors that shared one piece of memory with their places in it, its content, and its device.
-        self._away: list[tuple[list[tuple], torch.Tensor, torch.device]] = []
+        self._away: list[tuple[list[tuple], torch.UntypedStorage, torch.device]] = []
 
     def offload(self) -> int:
         """Move all tensors away, unless they are. Returns the number of bytes that have been freed."""
@@ -38,18 +39,18 @@ class Offloader:
         for tensors in _by_storage(self.find_tensors()):
             places = [(tensor, tensor.storage_offset(), tensor.size(), tensor.stride()) for tensor in tensors]
             # Not pinned: that would come in powers of two, and never be given back.
-            self._away.append((places, _bytes_of(tensors[0]).to("cpu", copy=True), tensors[0].device))
+            self._away.append((places, _copy_to("cpu", tensors[0].untyped_storage()), tensors[0].device))
             for tensor in tensors:
                 tensor.data = tensor.data.new_empty(0)
         gc.collect()
         clear_device_cache()
-        return sum(content.nbytes for _, content, _ in self._away)
+        return sum(content.nbytes() for _, content, _ in self._away)
 
     def reload(self) -> None:
         """Move all tensors back, where any are away."""
         while self._away:
             places, content, device = self._away[-1]
-            storage = content.to(device, copy=True).untyped_storage()
+            storage = _copy_to(device, content)
             for tensor, *place in places:
                 tensor.data = tensor.data.new_empty(0).set_(storage, *place)
             self._away.pop()  # its host memory is free from here on
@@ -67,15 +68,14 @@ def training_tensors(model: nn.Module, optimizer: Optimizer | None, device: torc
                 yield tensor
 
 
-def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
-    """All bytes of the piece of memory that a tensor lies in, without a copy."""
-    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
+def _copy_to(device: torch.device | str, storage: torch.UntypedStorage) -> torch.UntypedStorage:
+    return torch.UntypedStorage(storage.nbytes(), device=device).copy_(storage)
 
 
 def _by_storage(tensors: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
     """The tensors that hold anything, each once, in groups that share memory."""
-    groups: dict[int, dict[int, torch.Tensor]] = {}
+    groups: dict[int, dict[int, torch.Tensor]] = defaultdict(dict)
     for tensor in tensors:
         if tensor.untyped_storage().nbytes() > 0:
-            groups.setdefault(tensor.untyped_storage().data_ptr(), {})[id(tensor)] = tensor
+            groups[tensor.untyped_storage().data_ptr()][id(tensor)] = tensor
     return [list(group.values()) for group in groups.values()]

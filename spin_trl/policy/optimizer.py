@@ -10,10 +10,7 @@ from ..spin_config import SPINConfig
 logger = get_logger(__name__)
 
 # They fill their state when they are constructed, or keep part of it elsewhere: emptying `state` would not reset them.
-_CANNOT_RESET = (
-    *("adagrad", "adalomo", "schedule_free", "galore_adamw_layerwise"),
-    *("deepspeed nvme", "deepspeed onebit", "deepspeed zeroone"),
-)
+_CANNOT_RESET = ("adagrad", "adalomo", "schedule_free", "galore_adamw_layerwise", "onebit", "zeroone")
 
 
 def check_schedule(args: SPINConfig, optimizer: Optimizer | None, scheduler: LRScheduler | None) -> None:
@@ -38,20 +35,19 @@ def check_schedule(args: SPINConfig, optimizer: Optimizer | None, scheduler: LRS
         return
     offload = deepspeed_config.get("zero_optimization", {}).get("offload_optimizer") or {}
     of_deepspeed = deepspeed_config.get("optimizer", {}).get("type")
+    name = of_deepspeed or (args.optim.value if optimizer is None else type(optimizer).__name__)
     if offload.get("device") == "nvme":
-        name, found = "deepspeed nvme", "DeepSpeed's offload of the optimizer to NVMe"
+        found = "DeepSpeed's offload of the optimizer to NVMe"
+    elif not name.lower().startswith(_CANNOT_RESET):
+        return
     elif of_deepspeed:
-        name, found = f"deepspeed {of_deepspeed}", f"the DeepSpeed optimizer {of_deepspeed!r}"
-    elif optimizer is not None:
-        name = type(optimizer).__name__
-        found = f"the `{name}` passed in `optimizers`"
+        found = f"the DeepSpeed optimizer {name!r}"
     else:
-        name, found = args.optim.value, f"`optim={args.optim.value!r}`"
-    if name.lower().startswith(_CANNOT_RESET):
-        raise ValueError(
-            f"`reset_optimizer=True` is not possible with {found}: its moments cannot be emptied between iterations. "
-            "Set `reset_optimizer=False` to carry them over, or choose another optimizer."
-        )
+        found = f"`optim={name!r}`" if optimizer is None else f"the `{name}` passed in `optimizers`"
+    raise ValueError(
+        f"`reset_optimizer=True` is not possible with {found}: its moments cannot be emptied between iterations. "
+        "Set `reset_optimizer=False` to carry them over, or choose another optimizer."
+    )
 
 
 def set_learning_rate(optimizer: Optimizer, rates: list[float]) -> None:
@@ -61,8 +57,3 @@ def set_learning_rate(optimizer: Optimizer, rates: list[float]) -> None:
     defaults = getattr(getattr(optimizer, "optimizer", optimizer), "defaults", {})
     if "lr" in defaults:
         defaults["lr"] = rates[0]  # schedules with an absolute minimum compare it with this
-
-
-def forget_moments(optimizer: Optimizer) -> None:
-    """Empty the optimizer's state, sharded or not; its next step creates it anew."""
-    optimizer.state.clear()

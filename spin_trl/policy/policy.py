@@ -1,18 +1,19 @@
 """`Policy`: everything that self-play asks of the weights in training. Knows nothing of servers and iterations."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset
+from peft import load_peft_weights, set_peft_model_state_dict
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
-from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ..data.batching import scoring_batches
@@ -20,7 +21,7 @@ from ..data.columns import list_lengths, numbers
 from ..data.pair_dataset import PairDataset, pair_lengths
 from ..processes.progress import progress_bar
 from ..processes.ranks import on_every_process, on_main_process
-from ..run_directory.whole_files import remove, temporary_path, write_whole
+from ..run_directory.whole_files import write_whole
 from .finite import require_finite, take_origins
 from .merging import fold_scaling, merge_into_saved, save_base, save_merged
 from .offload import training_tensors
@@ -76,19 +77,15 @@ class Policy:
             [`DiskError`]: if the disk does not take it.
         """
         trainer = self._trainer
-        adapter = temporary_path(directory.with_name(f"{directory.name}-adapter"), shared=True)
 
         def merge() -> None:
             merged = merge_into_saved(base_model, adapter, trainer.args)
             parts, num_bytes = (merged, trainer.processing_class), weight_sizes(merged).saved
             write_whole(directory, lambda folder: [part.save_pretrained(folder) for part in parts], num_bytes)
 
-        on_every_process(lambda: trainer.save_model(str(adapter), _internal_call=True))
-        try:
+        with TemporaryDirectory() as adapter:
+            on_every_process(lambda: trainer.save_model(adapter, _internal_call=True))
             on_main_process(merge)
-        finally:
-            if trainer.is_world_process_zero():
-                remove(adapter)
         quantised = " without its quantisation" if getattr(trainer.model, "is_quantized", False) else ""
         trainer.accelerator.print(f"Saved the adapter merged into {base_model}{quantised} to {directory}")
 
@@ -102,8 +99,6 @@ class Policy:
         if not is_peft_model(self._trainer.model):
             self._trainer._load_from_checkpoint(str(path))
             return
-        from peft import load_peft_weights, set_peft_model_state_dict
-
         # Not `load_adapter`, which Trainer calls: it would change the adapter's precision.
         weights = load_peft_weights(str(path), device="cpu")
         set_peft_model_state_dict(self._trainer.model, weights, adapter_name="default")
@@ -126,10 +121,13 @@ class Policy:
 
     # In memory
 
-    def whole(self) -> AbstractContextManager[PreTrainedModel]:
+    @contextmanager
+    def whole(self) -> Iterator[PreTrainedModel]:
         """The policy, unwrapped and gathered, to generate with."""
         trainer = self._trainer
-        return whole_model(trainer.model_wrapped, trainer.accelerator, trainer.args.gradient_checkpointing_kwargs)
+        gathered = whole_model(trainer.model_wrapped, trainer.accelerator, trainer.args.gradient_checkpointing_kwargs)
+        with self._evaluating(), gathered as model:
+            yield model
 
     def training_tensors(self) -> Iterator[torch.Tensor]:
         """What training keeps on the device."""
@@ -220,17 +218,17 @@ class Policy:
         """Two numbers for each row, in double precision (2, N). The processes share the batches."""
         trainer, args = self._trainer, self._trainer.args
         own = batches[args.process_index :: args.world_size]
-        if len(batches) > len(own) * args.world_size:
-            own.append(batches[-1])  # the last round is not for all, but all of a sharded model go forward together
-        loader = DataLoader(rows, batch_sampler=[batch.tolist() for batch in own], collate_fn=collate)
-        values = torch.zeros(3, len(rows), device=trainer.accelerator.device)  # the third: how often it was computed
+        # The last round is not for all, but all of a sharded model go forward together.
+        rounds = own if len(own) * args.world_size >= len(batches) else [*own, batches[-1]]
+        loader = DataLoader(rows, batch_sampler=[batch.tolist() for batch in rounds], collate_fn=collate)
+        values = torch.zeros(2, len(rows), device=trainer.accelerator.device)
         with self._evaluating():
             shown = progress_bar(loader, desc=description, disable=not trainer.is_world_process_zero())
-            for positions, batch in zip(own, shown, strict=True):
-                values[:2, positions] = torch.stack(compute(batch)).float()
-                values[2, positions] = 1
-        values = trainer.accelerator.reduce(values).cpu().double()
-        return values[:2] / values[2]
+            for number, batch in enumerate(shown):
+                computed = torch.stack(compute(batch)).float()
+                if number < len(own):
+                    values[:, own[number]] = computed
+        return trainer.accelerator.reduce(values).cpu().double()
 
     def _token_logps(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probs (B, T - 1) of each next token, 0 in the prompt, and where they belong to the completion."""
@@ -253,11 +251,9 @@ class Policy:
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
-        trainer = self._trainer
-        was_training = trainer.model.training
-        trainer.model_wrapped.eval()
+        was_training = self._trainer.model.training
+        self._trainer.model_wrapped.eval()
         try:
-            with disable_gradient_checkpointing(trainer.model, trainer.args.gradient_checkpointing_kwargs):
-                yield
+            yield
         finally:
-            trainer.model_wrapped.train(was_training)
+            self._trainer.model_wrapped.train(was_training)

@@ -14,9 +14,7 @@ Merged means that a copy of the policy with the adapter in its weights is publis
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from accelerate.utils import is_peft_model
-from peft import LoraConfig, PeftConfig, PeftModel
-from transformers import PreTrainedModel
+from peft import LoraConfig, PeftConfig
 
 from .sharding import Sharding
 
@@ -63,22 +61,16 @@ class Publication:
         )
 
 
-def plan_publication(
-    model: str | PreTrainedModel | PeftModel,
-    peft_config: PeftConfig | None,
-    served: bool,
-    quantized: bool = False,
-    sharding: Sharding | None = None,
-) -> Publication:
+def plan_publication(config: PeftConfig | None, served: bool, quantized: bool, sharding: Sharding) -> Publication:
     """
     Args:
+        config ([`~peft.PeftConfig`], *optional*): Of the adapter that is trained.
         served (`bool`): Whether a server is to play the opponents. In-process everything that trains can play.
         quantized (`bool`): Whether the base model is.
 
     Raises:
         `ValueError`: if the opponents can be had on a server in no way.
     """
-    config = adapter_config(model, peft_config)
     if config is None:
         return Publication("weights")
     if not served:
@@ -91,7 +83,7 @@ def plan_publication(
     obstacle = obstacle_to_merging(config)
     if obstacle is None and quantized:
         obstacle = "into a quantized base they cannot be merged without loss"
-    elif obstacle is None and sharding is not None and sharding.spreads_weights:
+    elif obstacle is None and sharding.spreads_weights:
         obstacle = f"they are merged only where each process has all weights, which {sharding} spreads"
     if obstacle is not None:
         raise ValueError(
@@ -101,9 +93,9 @@ def plan_publication(
     return Publication("merged", reason=reason)
 
 
-def check_can_take_back(setting: str, remedy: str, publication: Publication, sharding: Sharding | None) -> None:
+def check_can_take_back(setting: str, remedy: str, publication: Publication, sharding: Sharding) -> None:
     """Raises `ValueError`, naming the setting and the remedy, if no saved opponent can be loaded into the policy."""
-    if sharding is not None and sharding.spreads_weights:
+    if sharding.spreads_weights:
         reason = "under ZeRO-3 and FSDP each process holds only shards of it"
     elif publication.kind == "merged":
         reason = f"opponents are saved merged here, because vLLM cannot load adapters with {publication.reason}"
@@ -112,23 +104,6 @@ def check_can_take_back(setting: str, remedy: str, publication: Publication, sha
     else:
         return
     raise ValueError(f"`{setting}` loads the opponent of an earlier iteration into the policy, but {reason}. {remedy}")
-
-
-def adapter_config(model: str | PreTrainedModel | PeftModel, peft_config: PeftConfig | None) -> PeftConfig | None:
-    """
-    The configuration of the adapter that is trained, whether it is new or the model brings it. Raises `ValueError` if
-    the model's active adapter is not "default", which DPOTrainer trains and saves.
-    """
-    if peft_config is not None or isinstance(model, str) or not is_peft_model(model):
-        return peft_config
-    names, active = list(model.peft_config), list(model.active_adapters)
-    if active != ["default"]:
-        raise ValueError(
-            f"Of the model's adapters {names}, {active} are active, but the one that is trained and published must be "
-            "'default'. Call `model.set_adapter('default')`, or load it with "
-            "`PeftModel.from_pretrained(..., adapter_name='default')`."
-        )
-    return model.peft_config["default"]
 
 
 def _not_served(config: PeftConfig) -> dict[str, Any]:

@@ -16,20 +16,16 @@ from ..spin_config import SPINConfig
 
 @dataclass(frozen=True)
 class Quantization:
-    """
-    How the base model is quantized.
+    """How the base model is quantized: the configuration, with transformers' name of the method."""
 
-    Args:
-        method: As transformers names it, such as "bitsandbytes".
-        is_4bit: Whether it is bitsandbytes with 4 bits: a model of the numbers that these stand for computes the same.
-        of_checkpoint: Whether the checkpoint is quantized itself, so that a server loads the same numbers.
-        settings: All of the configuration.
-    """
-
-    method: str
-    is_4bit: bool
-    of_checkpoint: bool
     settings: dict[str, Any]
+    method: str
+    of_checkpoint: bool  # the checkpoint is quantized itself, so that a server loads the same numbers
+
+    @property
+    def is_4bit(self) -> bool:
+        """Whether it is bitsandbytes with 4 bits: a model of the numbers that these stand for computes the same."""
+        return bool(self.settings.get("load_in_4bit") or self.settings.get("_load_in_4bit"))
 
 
 def find_quantization(
@@ -47,21 +43,18 @@ def find_quantization(
     asked = quantization_config or (args.model_init_kwargs or {}).get("quantization_config")
     found = getattr(model_config, "quantization_config", None)
     settings = asked or found
-    if settings is None:
-        return None
-    settings = settings if isinstance(settings, dict) else settings.to_dict()
-    if settings.get("dequantize"):  # as it is loaded
+    if settings is not None and not isinstance(settings, dict):
+        settings = settings.to_dict()
+    if settings is None or settings.get("dequantize"):  # as it is loaded
         return None
     method = settings.get("quant_method") or "bitsandbytes"  # as transformers completes it
-    method = str(getattr(method, "value", method))
     if method == "bitsandbytes" and importlib.util.find_spec("bitsandbytes") is None:
         raise ValueError(
             "The model is to be quantized by bitsandbytes, which is not installed: `pip install spin_trl[qlora]`."
         )
-    is_4bit = bool(settings.get("load_in_4bit") or settings.get("_load_in_4bit"))
     quantizer = getattr(model, "hf_quantizer", None)
     of_checkpoint = found is not None if quantizer is None else quantizer.pre_quantized
-    return Quantization(method, is_4bit, of_checkpoint, settings)
+    return Quantization(settings, method, of_checkpoint)
 
 
 def check_trains_adapter(quantization: Quantization | None, has_adapter: bool) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from accelerate import Accelerator
-from accelerate.utils import fsdp2_prepare_model, release_memory, str_to_bool
+from accelerate.utils import fsdp2_prepare_model, parse_flag_from_env, release_memory
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
@@ -23,10 +23,10 @@ from ..spin_config import SPINConfig
 
 @dataclass(frozen=True)
 class Sharding:
-    """What spreads the training over the processes, and how far: DeepSpeed's ZeRO stage, or FSDP's version."""
+    """What spreads the training over the processes, if anything, and how far: the ZeRO stage, or FSDP's version."""
 
-    engine: Literal["deepspeed", "fsdp"]
-    level: int
+    engine: Literal["deepspeed", "fsdp"] | None = None
+    level: int = 0
 
     def __str__(self) -> str:
         return "FSDP" if self.engine == "fsdp" else f"DeepSpeed ZeRO-{self.level}"
@@ -37,18 +37,18 @@ class Sharding:
         return self.engine == "fsdp" or self.level == 3
 
     @classmethod
-    def of(cls, args: SPINConfig) -> "Sharding | None":
-        """As the arguments or the launcher say; `None` if nothing is spread. Needs no accelerator yet."""
+    def of(cls, args: SPINConfig) -> "Sharding":
+        """As the arguments or the launcher say. Needs no accelerator yet."""
         if args.deepspeed_plugin is not None:
             return cls("deepspeed", args.deepspeed_plugin.zero_stage)
         if args.fsdp_plugin_args is not None:
             return cls("fsdp", args.fsdp_plugin_args["fsdp_version"])
-        if str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false")):
+        if parse_flag_from_env("ACCELERATE_USE_FSDP"):
             return cls("fsdp", int(os.environ.get("FSDP_VERSION", "1")))
-        return None
+        return cls()
 
 
-def check_can_generate(sharding: Sharding | None) -> None:
+def check_can_generate(sharding: Sharding) -> None:
     """Raises `ValueError` if the policy will be sharded such that it cannot generate in-process."""
     if sharding == Sharding("fsdp", 1):
         raise ValueError(
@@ -62,28 +62,24 @@ def whole_model(
     wrapped: nn.Module, accelerator: Accelerator, gradient_checkpointing_kwargs: dict[str, Any] | None
 ) -> Iterator[PreTrainedModel]:
     """
-    A model in training, unwrapped and in evaluation mode, with all its weights on every process. Inside, processes may
-    generate different numbers of batches: no forward pass communicates.
+    A model in training, unwrapped, with all its weights on every process. Inside, processes may generate different
+    numbers of batches: no forward pass communicates.
     """
     with unwrap_model_for_generation(
         wrapped, accelerator, gradient_checkpointing_kwargs=gradient_checkpointing_kwargs
     ) as model:
-        was_training = model.training
-        model.eval()
         shards = [module for module in model.modules() if isinstance(module, FSDPModule)]  # of version 2
-        if shards:
-            model.set_reshard_after_forward(False)
         for module in shards:
+            module.set_reshard_after_forward(False, recurse=False)
             module.unshard()
         try:
             yield model
         finally:
             for module in shards:
                 module.reshard()
-            if shards:
-                model.set_reshard_after_forward(accelerator.state.fsdp_plugin.reshard_after_forward)
-                model.set_reshard_after_forward(False, recurse=False)  # the root's weights are needed again at once
-            model.train(was_training)
+                # The root's weights are needed again at once.
+                reshards = module is not model and accelerator.state.fsdp_plugin.reshard_after_forward
+                module.set_reshard_after_forward(reshards, recurse=False)
 
 
 @contextmanager
@@ -104,7 +100,7 @@ def initial_model(
     model = create_model_from_path(path, **init_kwargs).eval()
     add_fused_lm_head(model)
     sharding = Sharding.of(args)
-    if sharding is None or not sharding.spreads_weights:
+    if not sharding.spreads_weights:
         model = model.to(accelerator.device)
     elif sharding.engine == "deepspeed":
         model = prepare_deepspeed(model, accelerator)
