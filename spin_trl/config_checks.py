@@ -138,7 +138,7 @@ def one_or_several_addresses(name: str, value: Any) -> str | list[str] | None:
     The address of a server, also if it is the only one of a list, as the command line gives it; else the list.
 
     Raises:
-        `ValueError`: if it is neither, or the list is empty, names no addresses, or one of them twice.
+        `ValueError`: if it is neither, or the list is empty or names one twice.
     """
     if value is None or isinstance(value, str):
         return value
@@ -149,12 +149,6 @@ def one_or_several_addresses(name: str, value: Any) -> str | list[str] | None:
         )
     if len(value) == 1:
         return value[0]
-    for url in value:
-        if not url.startswith(("http://", "https://")):
-            raise ValueError(
-                f"`{name}` has {url!r}, which is no address of a server: it must begin with 'http://' or 'https://'. "
-                "Write each such as 'http://localhost:8000'."
-            )
     servers = [url.rstrip("/").removesuffix("/v1") for url in value]
     twice = sorted({server for server in servers if servers.count(server) > 1})
     if twice:

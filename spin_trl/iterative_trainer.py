@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
@@ -33,10 +34,8 @@ class IterativeTrainer(DPOTrainer):
     many, with the schedule and the optimizer begun anew.
 
     Args:
-        args ([`SPINConfig`]): Has the schedules.
         num_new_pairs (`int`): About how many pairs each iteration adds.
         num_other_pairs (`int`): How many pairs join in every iteration.
-        optimizers (`tuple`): As for [`~trl.DPOTrainer`].
         *other, **more: As for [`~trl.DPOTrainer`].
     """
 
@@ -58,16 +57,26 @@ class IterativeTrainer(DPOTrainer):
         super().__init__(*other, args=args, optimizers=optimizers, **more)
         self._precisions = precisions_of(self.model)
 
+    # DPOTrainer tokenises the dataset and scores its pairs at the start. Here there are no pairs before an iteration.
+
+    def _prepare_dataset(self, dataset: Dataset, *args, **kwargs) -> Dataset:
+        return dataset
+
+    def _precompute_ref_logps(self, dataset: Dataset, *args, **kwargs) -> Dataset:
+        return dataset
+
+    def log_beside_steps(self, metrics: dict[str, float]) -> None:
+        """Log values of an iteration, without those of training steps that have not been logged yet."""
+        is_step_to_log = self.control.should_log
+        super(DPOTrainer, self).log(dict(metrics))
+        self.control.should_log = is_step_to_log  # any log would count as that of the step
+
     # Iterations of different lengths
 
     def begin_iteration(self, iteration: int, pairs: PairDataset) -> None:
         """
         Train on these pairs from now on, with the schedule and the optimizer begun anew, or, where a resumed run
-        stopped within this iteration, as they stood.
-
-        Args:
-            iteration (`int`): Number of the iteration.
-            pairs ([`PairDataset`]): Its training set, scored by its opponent.
+        stopped within this iteration, as they stood. The pairs are scored by the iteration's opponent.
         """
         start = self.run.start
         num_steps_done = start.num_steps if iteration == start.iteration else 0

@@ -20,10 +20,7 @@ class SelfPlayCallback(TrainerCallback):
     Before the first epoch of every iteration it has the pairs made that the policy is to be trained on. At the end of
     the run the final policy is evaluated as one more opponent, if there is an evaluation dataset.
 
-    Args:
-        game ([`Game`]): Plays an iteration.
-        stop_signal ([`StopOnSigterm`]): May end the run between steps.
-        begin_iteration (`Callable[[int, PairDataset], None]`): Has the trainer train on an iteration's pairs.
+    `begin_iteration` has the trainer train on an iteration's pairs.
     """
 
     def __init__(self, game: Game, stop_signal: StopOnSigterm, begin_iteration: Callable[[int, PairDataset], None]):

@@ -56,22 +56,25 @@ _NUMBERS = {
     "max_grad_norm": not_negative(optional=True),
 }
 
+# What is not possible in self-play: of a field that is set to this, what is said.
+_IMPOSSIBLE = {
+    ("ignore_data_skip", True): "would train a resumed iteration's first pairs twice. Skipping them takes no time here",
+    ("enable_jit_checkpoint", True): "would save at different steps on different processes. SIGTERM saves a "
+    "checkpoint and ends the run anyway",
+    ("precompute_ref_log_probs", False): "is not possible in self-play: the reference is the opponent, whose weights "
+    "are gone after the policy's first step",
+    ("sync_ref_model", True): "is not possible in self-play: the reference moves to the newest opponent in each "
+    "iteration anyway",
+    ("eval_on_start", True): "comes before the opponent has answered the evaluation prompts. With an `eval_dataset` "
+    "the start is evaluated as iteration 0's opponent",
+}
+
 # What cannot be, once every number is one: when it is so, and what is said of it, of the configuration `c`.
 _REFUSALS: tuple[tuple[Callable[["SPINConfig"], bool], str], ...] = (
     (
         lambda c: c.output_dir is not None and not str(c.output_dir).strip(),
         "`output_dir` must be the path of a directory, got {c.output_dir!r}. Name the one that the run is to be "
         "written to.",
-    ),
-    (
-        lambda c: c.ignore_data_skip,
-        "`ignore_data_skip=True` would train a resumed iteration's first pairs twice. Leave it unset: skipping them "
-        "takes no time here.",
-    ),
-    (
-        lambda c: c.enable_jit_checkpoint,
-        "`enable_jit_checkpoint=True` would save at different steps on different processes. Leave it unset: SIGTERM "
-        "saves a checkpoint and ends the run anyway.",
     ),
     (
         lambda c: c.hub_iteration_revisions and not c.push_to_hub,
@@ -112,21 +115,6 @@ _REFUSALS: tuple[tuple[Callable[["SPINConfig"], bool], str], ...] = (
         lambda c: c.num_train_epochs is not None,
         "`num_train_epochs` is set to {c.num_train_epochs}, but it follows from `num_iterations` ({c.num_iterations}) "
         "times `epochs_per_iteration` ({c.epochs_per_iteration}). Set those two instead.",
-    ),
-    (
-        lambda c: not c.precompute_ref_log_probs,
-        "`precompute_ref_log_probs=False` is not possible in self-play: the reference is the opponent, whose weights "
-        "are gone after the policy's first step. Leave it unset.",
-    ),
-    (
-        lambda c: c.sync_ref_model,
-        "`sync_ref_model=True` is not possible in self-play: the reference moves to the newest opponent in each "
-        "iteration anyway. Leave it unset.",
-    ),
-    (
-        lambda c: c.eval_on_start,
-        "`eval_on_start=True` comes before the opponent has answered the evaluation prompts. Leave it unset: with an "
-        "`eval_dataset` the start is evaluated as iteration 0's opponent.",
     ),
     (
         lambda c: c.pairing == "reward_ranked" and c.num_generations < 2,
@@ -469,6 +457,9 @@ class SPINConfig(DPOConfig):
         check_weights("reward_weights", self.reward_weights, "Leave out the functions that should not count.")
         check_arguments("vllm_server_args", self.vllm_server_args, _SERVER_FLAGS)
         self.vllm_server_base_url = one_or_several_addresses("vllm_server_base_url", self.vllm_server_base_url)
+        for (name, value), message in _IMPOSSIBLE.items():
+            if bool(getattr(self, name)) is value:
+                raise ValueError(f"`{name}={value}` {message}. Leave it unset.")
         for is_so, message in _REFUSALS:
             if is_so(self):
                 raise ValueError(message.format(c=self))

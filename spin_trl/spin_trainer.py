@@ -10,8 +10,7 @@ from typing import Any
 from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, ProgressCallback
-from transformers.trainer_utils import RemoveColumnsCollator, TrainOutput
-from trl import DPOTrainer
+from transformers.trainer_utils import TrainOutput
 
 from .data.rewards.functions import RewardFunction
 from .evaluation.held_out import GenerationMetrics
@@ -19,7 +18,7 @@ from .generation.sampler import OpponentSampler
 from .iterative_trainer import IterativeTrainer
 from .objectives import LogProbs
 from .objectives.own_losses import OwnLosses
-from .objectives.third_side import INITIAL_IDS, ForwardOfSides, InitialSideCollator
+from .objectives.third_side import ForwardOfSides, InitialSideCollator
 from .play.checks import BEFORE_WEIGHTS, OF_THE_MODEL, refuse
 from .play.game import Game
 from .play.plan import Plan
@@ -40,10 +39,6 @@ from .run_directory.disk import writing
 from .run_directory.store import IterationStore
 from .self_play import SelfPlayCallback
 from .spin_config import SPINConfig
-
-
-# What a data collator of DPOTrainer's is shown.
-_PAIR_COLUMNS = ["prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen_logps", "ref_rejected_logps", INITIAL_IDS]
 
 
 class SPINTrainer(IterativeTrainer):
@@ -136,8 +131,7 @@ class SPINTrainer(IterativeTrainer):
         )
         refuse(BEFORE_WEIGHTS, plan)
         plan.announce()
-        removes_columns = plan.args.remove_unused_columns
-        plan.args.remove_unused_columns = False  # the collator below does it: errors name rows, which need more columns
+        plan.args.remove_unused_columns = False  # errors name rows, which need more columns than the model does
         super().__init__(
             model=model,
             args=plan.args,
@@ -150,10 +144,7 @@ class SPINTrainer(IterativeTrainer):
         if plan.quantization is not None:
             keep_weights_as_quantized(self.model)
         settle_reference_adapter(self.model, is_needed=plan.args.reference_mixture_alpha > 0)
-        collator = InitialSideCollator(self.data_collator)
-        if removes_columns:
-            collator = RemoveColumnsCollator(collator, _PAIR_COLUMNS)
-        self.data_collator = partial(collate_with_origins, collator)
+        self.data_collator = partial(collate_with_origins, InitialSideCollator(self.data_collator))
         self.own_losses = OwnLosses(self.loss_types, self.loss_weights, vars(self.args), self.accelerator)
         self.loss_types, self.loss_weights = self.own_losses.trl_loss_types, self.own_losses.trl_loss_weights
         self.store = IterationStore(self.args.output_dir)
@@ -164,8 +155,7 @@ class SPINTrainer(IterativeTrainer):
         plan, args, store = self.plan, self.args, self.store
         pad_token_id, vocab_size = plan.tokenizer.pad_token_id, plan.vocab_size
         self.sampler = plan.sampler or plan.sampler_host.build(self.policy.whole, pad_token_id, vocab_size)
-        log, state = self._log_self_play, lambda: self.state
-        self.game = Game(plan, self.policy, self.sampler, store, self.run, log, state)
+        self.game = Game(plan, self.policy, self.sampler, store, self.run, self.log_beside_steps, lambda: self.state)
         self.stop_signal = StopOnSigterm()
         self_play = SelfPlayCallback(self.game, self.stop_signal, self.begin_iteration)
         # First of all, so that trackers and the progress bar are still open when the final policy is evaluated.
@@ -181,14 +171,6 @@ class SPINTrainer(IterativeTrainer):
         for callback in (*shown, MarkCheckpoint(place, args.save_total_limit), self.stop_signal):
             self.add_callback(callback)
 
-    # DPOTrainer tokenises the dataset and scores its pairs at the start. Here there are no pairs before an iteration.
-
-    def _prepare_dataset(self, dataset: Dataset, *args, **kwargs) -> Dataset:
-        return dataset
-
-    def _precompute_ref_logps(self, dataset: Dataset, *args, **kwargs) -> Dataset:
-        return dataset
-
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """
         DPOTrainer's losses and all its metrics, and the losses that it lacks from the same forward pass. In training a
@@ -202,18 +184,11 @@ class SPINTrainer(IterativeTrainer):
         loss = loss + self.own_losses(logps, self.beta)
         mode = "train" if self.model.training else "eval"
         if "initial" in sides:
-            self._metrics[mode]["logps/initial"].append(
-                self.accelerator.gather(sides["initial"].detach()).mean().item()
-            )
+            initial = self.accelerator.gather(sides["initial"].detach())
+            self._metrics[mode]["logps/initial"].append(initial.mean().item())
         if mode == "train":
             require_finite_loss(loss.detach(), sides, origins, self.state.global_step + 1, self.run.iteration)
         return (loss, *outputs) if return_outputs else loss
-
-    def _log_self_play(self, metrics: dict[str, float]) -> None:
-        """Log an iteration's metrics, without those of training steps that have not been logged yet."""
-        is_step_to_log = self.control.should_log
-        super(DPOTrainer, self).log(dict(metrics))
-        self.control.should_log = is_step_to_log  # any log would count as that of the step
 
     @failing_together()
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs) -> TrainOutput:

@@ -145,7 +145,6 @@ def test_whole_number_that_is_too_small_is_refused(field, least, make_config):
     ({**SERVER, "use_vllm": False}, f"`vllm_server_base_url='{UNUSED}'`", "contradicts", "Leave `use_vllm` unset"),
     ({**SERVER, "vllm_server_base_url": []}, "`vllm_server_base_url` must be the address", "got []", "leave it unset"),
     ({**SERVER, "vllm_server_base_url": [URL, 8001]}, "list of at least one", "8001", f"such as '{URL}'"),
-    ({**SERVER, "vllm_server_base_url": [URL, "host:8001"]}, "has 'host:8001', which is no address", "Write each such"),
     ({**SERVER, "vllm_server_base_url": [URL, f"{URL}/v1/"]}, "more than once", "Name every server once"),
     ({**MANAGED, "vllm_server_args": "--max-num-seqs 64 --host 0.0.0.0"}, "'--host'", "Unix socket", "Leave it out"),
     ({**MANAGED, "vllm_server_args": "--api_key=sk-123"}, "has '--api_key", "It needs none", "Leave it out"),
@@ -527,6 +526,7 @@ def test_server_is_refused(given, refusal, play):
 @table(
     ("localhost:8000", "'localhost:8000'", "must begin with 'http://'", "Set `vllm_server_base_url`"),
     ("", "''", "must begin with 'http://'", "Set `vllm_server_base_url`"),
+    (["host:8001", UNUSED], "'host:8001'", "must begin with 'http://'", "Set `vllm_server_base_url`"),
     (UNUSED, "Cannot connect to host 127.0.0.1:9", "`vllm_server_timeout`", "Start it with `python"),
 )
 def test_address_is_refused(given, refusal, play):

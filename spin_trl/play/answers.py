@@ -25,13 +25,10 @@ class GenerationJob:
     Completions of every prompt of a dataset, those that are missing on disk.
 
     Args:
-        store ([`IterationStore`]): Where completed parts are, and go.
-        iteration (`int`): Number of the iteration.
         kind (`str`): "generations" or "evaluation".
-        params ([`SamplingParams`]): How to sample.
         num_samples (`int`): Completions per prompt.
         part_size (`int`): Prompts per part; fewer if there would be less than one part for each process.
-        seed (`int`): The run's seed, from which each completion's own is derived.
+        seed (`int`): The run's, from which each completion's own is derived.
         draw ([`OpponentDraw`], *optional*): Who answers which prompt. By default the newest opponent all of them.
     """
 

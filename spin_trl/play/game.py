@@ -44,14 +44,7 @@ class Game:
     """
     Plays the policy against its own previous iterate. Every process calls the methods together.
 
-    Args:
-        plan ([`Plan`]): What the run has settled: settings, data, how opponents answer.
-        policy ([`Policy`]): The policy.
-        sampler ([`OpponentSampler`]): Answers prompts as an opponent.
-        store ([`IterationStore`]): The run directory.
-        run ([`Run`]): How the run stands.
-        log (`Callable[[dict[str, float]], None]`): Hands an iteration's numbers to the loggers.
-        state (`Callable[[], TrainerState]`): The trainer's.
+    `log` hands an iteration's numbers to the loggers, `state` gives the trainer's.
     """
 
     def __init__(

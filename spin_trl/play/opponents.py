@@ -22,16 +22,9 @@ from .turns import Turns
 
 class Opponents:
     """
-    A run's opponents, each named by the number of its iteration.
+    A run's opponents, each named by the number of its iteration. The policy is the newest, as it stands.
 
-    Args:
-        args ([`SPINConfig`]): Says how many play.
-        policy ([`Policy`]): The newest opponent, as it stands.
-        sampler ([`OpponentSampler`]): Plays them.
-        store ([`IterationStore`]): The run directory, where they are saved.
-        turns ([`Turns`]): Gives the GPU to the server.
-        base_is_opponent (`bool`): Whether the first one is the base model as the sampler already has it.
-        base_model (`str`): Hub id or folder of the base model.
+    `base_is_opponent` says whether the first one is the base model as the sampler already has it.
     """
 
     def __init__(

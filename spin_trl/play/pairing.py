@@ -34,15 +34,9 @@ _MANY = 0.5  # ground truths that a model which has not been trained yet beats
 class Pairing:
     """
     Makes the pairs of an iteration from what is on disk: the ground truths, its opponent's answers, and older pairs.
-    Every process calls the methods together.
+    Every process calls the methods together. The policy is the opponent, before the iteration's first step.
 
-    Args:
-        args ([`SPINConfig`]): The settings.
-        policy ([`Policy`]): The opponent, before the iteration's first step.
-        store ([`IterationStore`]): The run directory.
-        records ([`Records`]): Keeps what is found.
-        rewards ([`AnswerRewards`], *optional*): Judges ground truths and generations.
-        state (`Callable[[], TrainerState]`): What reward functions are shown of the trainer.
+    `rewards` judge ground truths and generations, and are shown the trainer's `state`.
     """
 
     def __init__(
@@ -65,9 +59,6 @@ class Pairing:
         """
         The pairs to train on: those of the iteration's answers, without what cannot be learned from, those of the
         iterations before it, and the user's preferences.
-
-        Args:
-            dataset ([`~datasets.Dataset`]): The run's data.
 
         Raises:
             [`Converged`]: if that is asked for and there is nothing left to learn.

@@ -23,12 +23,7 @@ class Records:
     What was logged travels with the checkpoints, in `state.log_history`. So a resumed run knows which values its
     loggers have had, and takes the others from the disk: none is logged twice or lost.
 
-    Every process calls the methods together.
-
-    Args:
-        store ([`IterationStore`]): The run directory.
-        log (`Callable[[dict[str, float]], None]`): Hands values to the loggers.
-        log_history (`Callable[[], list[dict]]`): What was logged so far.
+    Every process calls the methods together. `log` hands values to the loggers.
     """
 
     def __init__(
