@@ -6,9 +6,10 @@ import types
 import pytest
 from small_run import ANSWERS, GAMES, write_run
 from tiny_tokenizers import byte_tokenizer
+from transformers import TrainerControl, TrainerState
 
 from spin_trl import SPINTrainer
-from spin_trl.report.completion_table import log_completions
+from spin_trl.report.completion_table import ShowCompletions
 
 
 @pytest.fixture
@@ -26,51 +27,45 @@ def tracker(monkeypatch):
 
 
 @pytest.fixture
-def log(tmp_path):
+def show(tmp_path, make_config):
     """A factory of tables of one small run."""
 
-    def log(iteration: int, report_to: list[str] = (), seed: int = 0, games: list = GAMES, answers: dict = ANSWERS):
-        store = write_run(tmp_path / "run", games, answers)
-        log_completions(store, byte_tokenizer(), iteration, 8, report_to, seed)
+    def show(iteration: int, games: list = GAMES, answers: dict = ANSWERS, **settings):
+        callback = ShowCompletions(write_run(tmp_path / "run", games, answers), byte_tokenizer())
+        state = TrainerState(epoch=float(iteration), global_step=8, is_world_process_zero=True)
+        callback.on_epoch_begin(make_config(**settings), state, TrainerControl())
 
-    return log
+    return show
 
 
-def test_the_table_has_every_opponents_answer_so_far_as_it_is(log, capsys, monkeypatch):
+def test_the_table_has_every_opponents_answer_so_far_as_it_is(show, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
-    log(1, games=[("2 + 2?", "It is [bold]4[/bold].")], answers={0: ["[red]5[/red]"], 1: ["4"], 2: ["later"]})
+    show(1, games=[("2 + 2?", "It is [bold]4[/bold].")], answers={0: ["[red]5[/red]"], 1: ["4"], 2: ["later"]})
     shown = capsys.readouterr().out
     assert "Step 8" in shown and "Ground truth" in shown and "Iteration 1" in shown and "later" not in shown
     assert "It is [bold]4[/bold]." in shown and "[red]5[/red]" in shown  # no markup of rich's
 
 
-def test_it_is_logged_to_the_trackers_that_the_run_reports_to(log, tracker):
+def test_it_is_logged_to_the_trackers_that_the_run_reports_to(show, tracker):
     wandb, trackio = tracker("wandb"), tracker("trackio")
-    log(1, report_to=["tensorboard", "trackio"])
+    show(1, report_to=["tensorboard", "trackio"])
     assert wandb.logged == []
     (frame,) = (entry["completions"] for entry in trackio.logged)
-    assert frame.to_dict("records") == [
-        {
-            "Iteration": 1,
-            "Prompt": prompt,
-            "Ground truth": truth,
-            "Iteration 0": ANSWERS[0][row],
-            "Iteration 1": ANSWERS[1][row],
-        }
-        for row, (prompt, truth) in enumerate(GAMES)
-    ]
-    log(0, report_to=["wandb"])
+    columns = ["Iteration", "Prompt", "Ground truth", "Iteration 0", "Iteration 1"]
+    rows = [(1, *game, ANSWERS[0][row], ANSWERS[1][row]) for row, game in enumerate(GAMES)]
+    assert frame.to_dict("records") == [dict(zip(columns, row, strict=True)) for row in rows]
+    show(0, report_to=["wandb"])
     assert list(wandb.logged[0]["completions"]["Iteration 0"]) == ANSWERS[0]
     not_begun = tracker("wandb", run=None)  # as on other processes
-    log(0, report_to=["wandb"])
+    show(0, report_to=["wandb"])
     assert not_begun.logged == []
 
 
-def test_the_prompts_are_the_same_in_each_iteration_and_follow_the_seed(log, tracker):
+def test_the_prompts_are_the_same_in_each_iteration_and_follow_the_seed(show, tracker):
     trackio = tracker("trackio")
     games = [(f"{number}?", "yes") for number in range(40)]
     for iteration, seed in ((0, 1), (1, 1), (1, 2)):
-        log(iteration, ["trackio"], seed, games, {i: ["no"] * 40 for i in (0, 1)})
+        show(iteration, games, {i: ["no"] * 40 for i in (0, 1)}, seed=seed, report_to=["trackio"])
     first, second, other = (list(entry["completions"]["Prompt"]) for entry in trackio.logged)
     assert len(set(first)) == 5 and first == second != other
 

@@ -251,13 +251,6 @@ def test_completed_rows_are_those_of_whole_parts_of_this_kind_and_iteration(stor
     assert completed_rows(store) == [0, 5] and completed_rows(store, kind="evaluation") == []
 
 
-def test_share_of_cut_off_completions_is_over_all_parts(store):
-    assert store.completions(0, "generations").cut_off_share() == 0.0
-    write_completions(store, 0, 1, finish_reason=["stop", "length"])
-    write_completions(store, 2, 3)
-    assert store.completions(0, "generations").cut_off_share() == 0.25
-
-
 def test_pairs_come_back_with_the_columns_of_the_data_and_scores_but_hold_only_their_own(store):
     store.write_data(run_data(2, 3, 4))
     store.write_pairs(2, answers(4, 2), {"ref_rejected_logps": np.array([-1.5, -0.25], np.float32)})

@@ -6,7 +6,7 @@ import pytest
 from datasets import Dataset
 
 from spin_trl.data.pair_dataset import PairDataset
-from spin_trl.data.pair_metrics import describe_generations, describe_scores, distinct, empty_share, generation_rates
+from spin_trl.data.pair_metrics import answer_shares, describe_generations, describe_scores, distinct, generation_rates
 from spin_trl.run_directory.completion_parts import COMPLETION_SCHEMA
 
 
@@ -43,7 +43,7 @@ def test_distinct_counts_different_ngrams_within_texts(texts, n, expected):
 
 def test_answers_that_say_nothing_are_empty_and_one_word_that_was_cut_off_is_not():
     table = completions(([2], "stop"), ([], "length"), ([5], "length"), ([5, 2], "stop"))
-    assert empty_share(table) == 2 / 4
+    assert answer_shares(table) == {"empty_share": 2 / 4, "cut_off_share": 2 / 4}
 
 
 def test_rates_count_what_was_sampled_in_this_time_alone():
@@ -65,6 +65,7 @@ def test_generations_are_described_beside_the_ground_truths():
     table = completions(([4, 4, 4, 4, 2], "stop"), ([2], "stop"), ([2], "stop"))
     assert describe_generations(pairs, table, seed=0) == {
         "empty_share": 2 / 3,
+        "cut_off_share": 0.0,
         "distinct_1": 2 / 7,
         "distinct_2": 2 / 4,
         "chosen_distinct_1": 3 / 6,

@@ -14,9 +14,10 @@ from tiny_tokenizers import byte_tokenizer
 from spin_trl.report import write_report
 from spin_trl.report.charts import Axes, Series, bar_chart, format_number, line_chart, nice_ticks
 from spin_trl.report.page import render
-from spin_trl.report.run_data import NotARunError, read_run
+from spin_trl.report.run_data import read_run
 from spin_trl.report.sections import iteration_starts
 from spin_trl.report.summary import remarks_of, scores_of, state_of, tiles_of
+from spin_trl.run_directory.run_paths import RunDirectoryError
 
 
 @pytest.fixture
@@ -55,9 +56,8 @@ def test_prompts_are_shown_as_the_run_keeps_them(store):
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Capital of France?"}]
     row = {"row": 0, "prompt": messages, "prompt_ids": [1], "chosen_ids": tokenizer("Paris")["input_ids"]}
     store.write_data(Dataset.from_list([row]))
-    first, second = read_run(store.output_dir).prompts
-    assert first["prompt"] == [("system", "Be brief."), ("user", "Capital of France?")] and first["truth"] == "Paris"
-    assert second["truth"] is None
+    (prompt,) = read_run(store.output_dir).prompts
+    assert prompt["prompt"] == [("system", "Be brief."), ("user", "Capital of France?")] and prompt["truth"] == "Paris"
 
 
 def test_a_sample_is_bounded_and_repeatable(tmp_path):
@@ -69,21 +69,13 @@ def test_a_sample_is_bounded_and_repeatable(tmp_path):
     assert "7 of 50 prompts, drawn at random with seed 3" in render(read_run(store.output_dir, 7, 3), 3)
 
 
-def test_answers_whose_prompts_are_not_in_the_data_are_shown(tmp_path):
-    store = write_run(tmp_path / "run")
-    store.write_data(store.read_data().select([0]))
-    run = read_run(store.output_dir)
-    assert [prompt["truth"] for prompt in run.prompts] == ["It is Paris.", None]
-    assert any("1 of the prompts" in line for line in run.problems)
-
-
 # What is missing or damaged
 
 
 def test_a_directory_that_holds_no_run_is_refused(tmp_path):
-    with pytest.raises(NotARunError, match=r"holds no self-play run: neither self_play.json nor iteration-0"):
+    with pytest.raises(RunDirectoryError, match=r"holds no self-play run: neither self_play.json nor iteration-0"):
         read_run(tmp_path)
-    with pytest.raises(NotARunError, match="is no directory"):
+    with pytest.raises(RunDirectoryError, match="is no directory"):
         read_run(tmp_path / "none")
 
 
@@ -103,8 +95,8 @@ def test_an_unreadable_description_and_missing_numbers_are_said_and_the_rest_sho
     (store.output_dir / "self_play.json").write_text('{"model": ')
     (store.output_dir / "iteration-1" / "metrics.json").unlink()
     run = read_run(store.output_dir)
-    assert any(line.startswith("self_play.json is left out: it cannot be read") for line in run.problems)
-    assert any(line.startswith("iteration-1/metrics.json is left out: it is not there") for line in run.problems)
+    assert any(line.startswith("self_play.json is left out") for line in run.problems)
+    assert any(line.startswith("iteration-1/metrics.json is left out") for line in run.problems)
     assert run.metrics[0] and run.prompts[0]["answers"][1]
     assert "an unknown model" in render(run)
 
@@ -241,7 +233,7 @@ def test_the_command_says_what_is_wrong(tmp_path, capsys):
 
 
 def test_pictures_without_matplotlib_are_refused_if_asked_for(store, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"pip install 'spin_trl\[report\]'"):
         write_report(store.output_dir, pictures=True)
     write_report(store.output_dir)

@@ -6,102 +6,98 @@ import os
 import shutil
 import signal
 import threading
+from functools import cache
 from pathlib import Path
 
 import pytest
-import torch
-from conftest import read_rows
+from conftest import TINY_RUN, read_rows
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import TrainerCallback
+from stopping import AtStep, assert_same_weights, fail, stop_after, train_until_stopped, weights
 
-from spin_trl import SPINTrainer
+from spin_trl import SPINConfig, SPINTrainer
 from spin_trl.run_directory.checkpoints import Place
-from spin_trl.run_directory.store import RunDirectoryError
+from spin_trl.run_directory.store import IterationStore, RunDirectoryError
 
 
-DEFAULT = object()
+SETTINGS = {"num_iterations": 2, "save_strategy": "steps", "save_steps": 4, "resume": "auto", "temperature": 0}
 
 
-class At(TrainerCallback):
-    """Calls a function at the end of a step."""
-
-    def __init__(self, step: int, function):
-        self.step, self.function = step, function
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            self.function()
-
-
-def fail():
-    raise ZeroDivisionError("stopped by the test")
-
-
-def terminate():
-    os.kill(os.getpid(), signal.SIGTERM)
+def build(model: str, output_dir: Path, *callbacks, rows=slice(48), adapter=4, eval_dataset=None, **overrides):
+    """48 rows in batches of 8: six steps in iteration 0, then with history twelve in each. `adapter` is its rank."""
+    return SPINTrainer(
+        model,
+        SPINConfig(**{**TINY_RUN, **SETTINGS, "output_dir": str(output_dir), **overrides}),
+        train_dataset=Dataset.from_list(read_rows("accent_train.jsonl", 49)[rows]),
+        eval_dataset=eval_dataset,
+        callbacks=list(callbacks),
+        peft_config=LoraConfig(r=adapter) if adapter else None,
+    )
 
 
 @pytest.fixture
-def make_trainer(tiny_model, train_dataset, make_config):
-    """48 rows in batches of 8: six steps in iteration 0, then with history twelve in each."""
-
-    def make(*callbacks, dataset=train_dataset, eval_dataset=None, adapter=DEFAULT, **overrides) -> SPINTrainer:
-        settings = {"num_iterations": 2, "save_strategy": "steps", "save_steps": 4, "resume": "auto", "temperature": 0}
-        config = make_config(**{**settings, **overrides})
-        adapter = LoraConfig(r=4) if adapter is DEFAULT else adapter
-        datasets = {"train_dataset": dataset, "eval_dataset": eval_dataset}
-        return SPINTrainer(tiny_model, config, **datasets, callbacks=list(callbacks), peft_config=adapter)
+def make_trainer(tiny_model, tmp_path):
+    def make(*callbacks, output_dir=tmp_path / "run", **overrides) -> SPINTrainer:
+        return build(tiny_model, output_dir, *callbacks, **overrides)
 
     return make
 
 
-def stop_after(make_trainer, step: int, **overrides) -> SPINTrainer:
-    trainer = make_trainer(At(step, fail), **overrides)
-    with pytest.raises(ZeroDivisionError):
-        trainer.train()
-    return trainer
+@pytest.fixture(scope="module")
+def played(tiny_model, tmp_path_factory):
+    """A function that gives directory and weights of a run that was stopped at a step, or, without one, is complete."""
+
+    @cache
+    def play(step: int | None = None) -> tuple[Path, dict]:
+        folder = tmp_path_factory.mktemp("played") / "run"
+        trainer = build(tiny_model, folder, *([] if step is None else [AtStep(step)]))
+        _ = trainer.train() if step is None else train_until_stopped(trainer)
+        return folder, weights(trainer)
+
+    return play
 
 
-def weights(trainer: SPINTrainer) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+@pytest.fixture
+def expected(played) -> dict:
+    """The weights that a run comes to."""
+    return played()[1]
 
 
-def assert_same_weights(trainer: SPINTrainer, expected: dict[str, torch.Tensor]) -> None:
-    found = weights(trainer)
-    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+@pytest.fixture
+def lies_there(played, tmp_path):
+    """A function that puts such a run where `make_trainer`'s trainers run."""
+    return lambda step=None: IterationStore(shutil.copytree(played(step)[0], tmp_path / "run"))
 
 
-def play_undisturbed(make_trainer, tmp_path, **overrides) -> dict[str, torch.Tensor]:
-    trainer = make_trainer(output_dir=str(tmp_path / "undisturbed"), **overrides)
-    trainer.train()
-    return weights(trainer)
+def times_of(directory: Path) -> dict[Path, int]:
+    """When each part of the answers was written."""
+    return {path: path.stat().st_mtime_ns for path in directory.rglob("*.parquet")}
 
 
 # Going on
 
 
-@pytest.mark.parametrize("ask", [{"resume": "auto"}, {"resume": "never", "argument": True}, {"argument": "true"}])
-def test_stopped_run_goes_on_however_it_is_asked_to(make_trainer, tmp_path, ask):
-    ask = dict(ask)
-    argument = ask.pop("argument", None)
-    expected = play_undisturbed(make_trainer, tmp_path)
-    stop_after(make_trainer, 11)
-    trainer = make_trainer(**ask)
+@pytest.mark.parametrize(
+    ("resume", "argument"), [("auto", None), ("never", True), ("auto", "true")], ids=["setting", "argument", "text"]
+)
+def test_stopped_run_goes_on_however_it_is_asked_to(make_trainer, lies_there, expected, resume, argument):
+    lies_there(11)
+    trainer = make_trainer(resume=resume)
     trainer.train(resume_from_checkpoint=argument)
     assert_same_weights(trainer, expected)
     assert trainer.state.global_step == 18
     assert [start["from"] for start in trainer.store.read_run()["starts"]] == ["the initial model", "checkpoint-8"]
 
 
-@pytest.mark.parametrize(("step", "alpha"), [(4, 0.0), (6, 1.0), (11, 1.0)])
+@pytest.mark.parametrize(("step", "alpha"), [(4, 0.0), (11, 1.0)])
 def test_full_fine_tuning_goes_on_too(make_trainer, tmp_path, step, alpha):
     settings = {"adapter": None, "reference_mixture_alpha": alpha, "learning_rate": 1e-4}
-    expected = play_undisturbed(make_trainer, tmp_path, **settings)
+    undisturbed = make_trainer(output_dir=str(tmp_path / "undisturbed"), **settings)
+    undisturbed.train()
     stop_after(make_trainer, step, **settings)
     trainer = make_trainer(**settings)
     trainer.train()
-    assert_same_weights(trainer, expected)
+    assert_same_weights(trainer, weights(undisturbed))
 
 
 def test_every_iteration_ends_in_a_checkpoint_that_is_whole(make_trainer):
@@ -131,28 +127,25 @@ def test_learning_rates_go_on_where_they_stood(make_trainer):
     assert rates[18] < rates[14] < rates[11]
 
 
-def test_finished_run_is_not_played_again_but_its_policy_is_there(make_trainer, capsys):
-    first = make_trainer()
-    first.train()
-    before = {path: path.stat().st_mtime_ns for path in first.store.output_dir.rglob("*.parquet")}
-    again = make_trainer(At(1, fail))
+def test_finished_run_is_not_played_again_but_its_policy_is_there(make_trainer, lies_there, expected, capsys):
+    before = times_of(lies_there().output_dir)
+    again = make_trainer(AtStep(1))
     again.train()
-    assert_same_weights(again, weights(first))
-    assert {path: path.stat().st_mtime_ns for path in first.store.output_dir.rglob("*.parquet")} == before
+    assert_same_weights(again, expected)
+    assert times_of(again.store.output_dir) == before
     assert "The run in `output_dir` is complete" in capsys.readouterr().out
 
 
-def test_finished_run_is_played_on_when_iterations_are_added(make_trainer, tmp_path):
-    expected = play_undisturbed(make_trainer, tmp_path, num_iterations=2)
+def test_finished_run_is_played_on_when_iterations_are_added(make_trainer, expected):
     make_trainer(num_iterations=1).train()
-    trainer = make_trainer(num_iterations=2)
+    trainer = make_trainer()
     trainer.train()
     assert_same_weights(trainer, expected)
 
 
 def test_run_capped_by_max_steps_is_complete_there(make_trainer):
     make_trainer(max_steps=9).train()
-    again = make_trainer(At(10, fail), max_steps=9)
+    again = make_trainer(AtStep(10), max_steps=9)
     again.train()
     assert again.state.global_step == 9
 
@@ -160,8 +153,7 @@ def test_run_capped_by_max_steps_is_complete_there(make_trainer):
 def test_evaluation_that_is_missing_at_the_end_is_made_up_for(make_trainer, eval_dataset, at_forward, tmp_path, capsys):
     settings = {"num_iterations": 1, "eval_dataset": eval_dataset}
     at_forward(fail, lambda: (tmp_path / "run" / "iteration-1").exists())
-    with pytest.raises(ZeroDivisionError):
-        make_trainer(**settings).train()
+    train_until_stopped(make_trainer(**settings))
     second = make_trainer(**settings)
     second.train()
     assert "evaluation" in second.store.read_metrics(1) and second.store.read_run()["finished"]
@@ -170,41 +162,39 @@ def test_evaluation_that_is_missing_at_the_end_is_made_up_for(make_trainer, eval
     assert rows.count("start ") == 2 and rows.count("iteration 0  ") == 1
 
 
-def test_checkpoint_that_is_asked_for_takes_the_run_back_there(make_trainer, tmp_path):
-    expected = play_undisturbed(make_trainer, tmp_path)
-    first = make_trainer()
-    first.train()
-    made = {path: path.stat().st_mtime_ns for path in first.store.path(1).rglob("*.parquet")}
+def test_checkpoint_that_is_asked_for_takes_the_run_back_there(make_trainer, lies_there, expected):
+    store = lies_there()
+    made = times_of(store.path(1))
     trainer = make_trainer()
-    trainer.train(resume_from_checkpoint=str(first.store.output_dir / "checkpoint-4"))
+    trainer.train(resume_from_checkpoint=str(store.output_dir / "checkpoint-4"))
     assert_same_weights(trainer, expected)
-    assert {path: path.stat().st_mtime_ns for path in trainer.store.path(1).rglob("*.parquet")} != made
+    assert times_of(store.path(1)) != made
 
 
 def test_run_without_checkpoints_goes_on_from_its_first_generations(make_trainer):
     """They are the initial model's, which is always there; everything later is lost, and said to be."""
     first = stop_after(make_trainer, 11, save_strategy="no")
-    made = {path: path.stat().st_mtime_ns for path in first.store.path(0).rglob("*.parquet")}
+    made = times_of(first.store.path(0))
     assert made and first.store.iterations() == [0, 1]
+    with pytest.raises(RunDirectoryError, match="Make a new trainer"):  # this one's policy is no longer the initial one
+        first.train()
     trainer = make_trainer(save_strategy="no")
     trainer.train()
     assert trainer.state.global_step == 18
-    assert {path: path.stat().st_mtime_ns for path in first.store.path(0).rglob("*.parquet")} == made
+    assert times_of(first.store.path(0)) == made
 
 
 def test_seconds_of_a_phase_add_up_over_stops(make_trainer, at_forward, tmp_path):
     at_forward(fail, lambda: any((tmp_path / "run" / "iteration-0" / "generations").glob("part-*")))
-    first = make_trainer()
-    with pytest.raises(ZeroDivisionError):
-        first.train()
+    first = train_until_stopped(make_trainer())
     first.store.write_metrics(0, {"seconds_generate": 1000.0})
-    second = make_trainer()
+    second = make_trainer(num_iterations=2)
     second.train()
     assert 1000.0 < second.store.read_metrics(0)["seconds_generate"] < 1100.0
 
 
-def test_batches_may_be_divided_otherwise_as_long_as_they_are_as_large(make_trainer):
-    stop_after(make_trainer, 5)
+def test_batches_may_be_divided_otherwise_as_long_as_they_are_as_large(make_trainer, lies_there):
+    lies_there(5)
     trainer = make_trainer(per_device_train_batch_size=4, gradient_accumulation_steps=2, logging_steps=3)
     trainer.train()
     assert trainer.state.global_step == 18
@@ -225,10 +215,9 @@ def test_batches_may_be_divided_otherwise_as_long_as_they_are_as_large(make_trai
     ],
 )
 def test_run_is_neither_resumed_nor_deleted_where_that_is_not_clear(
-    make_trainer, tmp_path, settings, argument, error, message
+    make_trainer, lies_there, tmp_path, settings, argument, error, message
 ):
-    trainer = stop_after(make_trainer, 5)
-    shutil.copytree(trainer.store.output_dir / "checkpoint-4", tmp_path / "checkpoint-4")
+    shutil.copytree(lies_there(5).output_dir / "checkpoint-4", tmp_path / "checkpoint-4")
     place = {name: value.format(tmp_path) if name == "output_dir" else value for name, value in settings.items()}
     argument = argument.format(tmp_path) if isinstance(argument, str) else argument
     with pytest.raises(error, match=message):
@@ -237,12 +226,11 @@ def test_run_is_neither_resumed_nor_deleted_where_that_is_not_clear(
 
 def test_second_run_on_the_same_directory_is_refused(make_trainer):
     with pytest.raises(RunDirectoryError, match="Another process is running"):
-        make_trainer(At(2, lambda: make_trainer().train())).train()
+        make_trainer(AtStep(2, lambda: make_trainer().train())).train()
 
 
-def test_iterations_without_a_description_are_refused(make_trainer):
-    trainer = stop_after(make_trainer, 5)
-    (trainer.store.output_dir / "self_play.json").unlink()
+def test_iterations_without_a_description_are_refused(make_trainer, lies_there):
+    (lies_there(5).output_dir / "self_play.json").unlink()
     with pytest.raises(RunDirectoryError, match=r"holds iterations \[0\], but no self_play.json"):
         make_trainer().train()
 
@@ -252,26 +240,21 @@ def test_iterations_without_a_description_are_refused(make_trainer):
     [
         ({"beta": 0.2}, r"`beta`: 0\.1 there, 0\.2 now"),
         ({"per_device_train_batch_size": 4}, r"`training\.total_train_batch_size`: 8 there, 4 now"),
-        ({"adapter": LoraConfig(r=8)}, "`adapter`: .*'r': 4.* there, .*'r': 8.* now"),
-        ({"dataset": Dataset.from_list(read_rows("accent_train.jsonl", 49)[1:])}, r"`data\.train_checksum`"),
+        ({"adapter": 8}, "`adapter`: .*'r': 4.* there, .*'r': 8.* now"),
+        ({"rows": slice(1, 49)}, r"`data\.train_checksum`"),
     ],
 )
-def test_run_of_another_kind_is_refused_with_what_differs(make_trainer, change, field):
-    stop_after(make_trainer, 5)
+def test_run_of_another_kind_is_refused_with_what_differs(make_trainer, lies_there, change, field):
+    lies_there(5)
     with pytest.raises(RunDirectoryError, match=rf"another configuration or other data(.|\n)*{field}"):
         make_trainer(**change)
 
 
-def test_complete_run_that_left_no_checkpoint_is_left_alone(make_trainer):
-    make_trainer(save_strategy="no").train()
+def test_complete_run_that_left_no_checkpoint_is_left_alone(make_trainer, lies_there):
+    for checkpoint in lies_there().checkpoints():
+        shutil.rmtree(checkpoint)
     with pytest.raises(RunDirectoryError, match="complete, but left no checkpoint"):
-        make_trainer(save_strategy="no").train()
-
-
-def test_trainer_that_has_trained_does_not_pass_for_the_initial_model(make_trainer):
-    trainer = stop_after(make_trainer, 11, save_strategy="no")
-    with pytest.raises(RunDirectoryError, match="Make a new trainer"):
-        trainer.train()
+        make_trainer().train()
 
 
 # Checkpoints that do not fit
@@ -303,11 +286,9 @@ def cut_off(path: Path) -> None:
 
 
 @pytest.mark.parametrize("spoil", SPOILED.values(), ids=SPOILED)
-def test_newest_checkpoint_that_fits_is_taken(make_trainer, tmp_path, spoil):
+def test_newest_checkpoint_that_fits_is_taken(make_trainer, lies_there, expected, spoil):
     """Of checkpoint-8, within iteration 1, and checkpoint-6, at the end of iteration 0."""
-    expected = play_undisturbed(make_trainer, tmp_path)
-    first = stop_after(make_trainer, 9)
-    spoil(first.store.output_dir / "checkpoint-8")
+    spoil(lies_there(9).output_dir / "checkpoint-8")
     trainer = make_trainer()
     trainer.train()
     assert trainer.store.read_run()["starts"][-1]["from"] == "checkpoint-6"
@@ -316,22 +297,19 @@ def test_newest_checkpoint_that_fits_is_taken(make_trainer, tmp_path, spoil):
 
 def test_pairs_of_the_history_cannot_be_made_again(make_trainer, at_forward, tmp_path):
     at_forward(fail, lambda: (tmp_path / "run" / "iteration-1").exists())
-    first = make_trainer()
-    with pytest.raises(ZeroDivisionError):
-        first.train()
+    first = train_until_stopped(make_trainer())
     next(first.store.path(0, "pairs").glob("*.arrow")).unlink()
     with pytest.raises(RunDirectoryError, match="iteration-0/pairs is damaged or missing.*num_history_iterations"):
         make_trainer().train()
 
 
-def test_what_lies_behind_the_checkpoint_that_a_run_goes_on_from_is_deleted(make_trainer):
+def test_what_lies_behind_the_checkpoint_that_a_run_goes_on_from_is_deleted(make_trainer, lies_there):
     """A whole one, and one whose save was cut short; what was there before the run stays."""
-    first = stop_after(make_trainer, 9)
-    output_dir = first.store.output_dir
+    output_dir = lies_there(9).output_dir
     (output_dir / "checkpoint-20").mkdir()
     os.utime(output_dir / "checkpoint-20", (0, 0))
     (output_dir / "checkpoint-9").mkdir()
-    trainer = make_trainer(At(7, fail), save_steps=1000)
+    trainer = make_trainer(AtStep(7), save_steps=1000)
     with pytest.raises(ZeroDivisionError):
         trainer.train(resume_from_checkpoint=str(output_dir / "checkpoint-4"))
     found = sorted(path.name for path in output_dir.glob("checkpoint-*"))
@@ -341,10 +319,13 @@ def test_what_lies_behind_the_checkpoint_that_a_run_goes_on_from_is_deleted(make
 # SIGTERM
 
 
-def test_sigterm_in_training_leaves_a_checkpoint_of_that_step(make_trainer, tmp_path):
-    expected = play_undisturbed(make_trainer, tmp_path)
+def terminate():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_sigterm_in_training_leaves_a_checkpoint_of_that_step(make_trainer, expected):
     before = signal.getsignal(signal.SIGTERM)
-    trainer = make_trainer(At(9, terminate), save_steps=1000)
+    trainer = make_trainer(AtStep(9, terminate), save_steps=1000)
     with pytest.raises(SystemExit) as caught:
         trainer.train()
     assert caught.value.code == 143 and trainer.state.global_step in (9, 10)
@@ -371,7 +352,7 @@ def test_sigterm_while_generating_ends_at_once(make_trainer, at_forward):
 
 
 def test_second_sigterm_does_not_wait_for_the_step(make_trainer):
-    trainer = make_trainer(At(2, lambda: (terminate(), terminate())), save_steps=1000)
+    trainer = make_trainer(AtStep(2, lambda: (terminate(), terminate())), save_steps=1000)
     with pytest.raises(SystemExit):
         trainer.train()
     assert trainer.store.checkpoints() == []

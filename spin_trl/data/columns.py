@@ -43,11 +43,6 @@ def equal_lists(tables: Iterable[pa.Table], left: str, right: str) -> np.ndarray
     return np.fromiter((one.equals(other) for one, other in pairs), bool)
 
 
-def num_bytes_of(dataset: Dataset) -> int:
-    """About the bytes of a dataset in an Arrow file; of a selection of rows, their share."""
-    return round(dataset.data.nbytes * len(dataset) / max(1, dataset.data.num_rows))
-
-
 def positions_of(wanted: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     Where in `values`, all of which differ, the wanted ones are.

@@ -51,10 +51,11 @@ def describe_generations(
         seed (`int`): Of the sample over which distinct-n is taken. The same pairs are looked at in every iteration.
 
     Returns:
-        `dict`: `empty_share`; `distinct_1`, `distinct_2` of the answers and `chosen_distinct_1`, `chosen_distinct_2` of
-        the ground truths; `chosen_lengths` and `rejected_lengths`, each a dict of percentiles, in tokens.
+        `dict`: `empty_share` and `cut_off_share` of the answers; `distinct_1`, `distinct_2` of them, too, and
+        `chosen_distinct_1`, `chosen_distinct_2` of the ground truths; `chosen_lengths` and `rejected_lengths`, each a
+        dict of percentiles, in tokens.
     """
-    described = {"empty_share": empty_share(completions)}
+    described: dict = answer_shares(completions)
     size = min(len(pairs), _NUM_DISTINCT_SAMPLED)
     sampled = pairs.select(np.sort(np.random.default_rng(seed).choice(len(pairs), size=size, replace=False)))
     for side, prefix in (("rejected", ""), ("chosen", "chosen_")):
@@ -126,14 +127,15 @@ def generation_rates(
     return {"completions_per_second": num_completions / seconds, "tokens_per_second": num_tokens / seconds}
 
 
-def empty_share(completions: Iterable[pa.Table]) -> float:
-    """Share of answers that say nothing: no token at all, or an end token alone."""
-    num_completions = num_empty = 0
+def answer_shares(completions: Iterable[pa.Table]) -> dict[str, float]:
+    """Shares of answers that say nothing, no token or an end token alone, and that the length limit cut off."""
+    num_completions = num_empty = num_cut_off = 0
     for batch in completions:
         ended = pc.equal(batch["finish_reason"], "stop").to_numpy()
         num_completions += len(batch)
         num_empty += int(np.sum(lengths_of(batch["completion_ids"]) <= ended))  # True is one token
-    return num_empty / num_completions
+        num_cut_off += pc.sum(pc.equal(batch["finish_reason"], "length")).as_py()
+    return {"empty_share": num_empty / num_completions, "cut_off_share": num_cut_off / num_completions}
 
 
 def distinct(token_ids: pa.ListArray, n: int) -> float:

@@ -69,7 +69,7 @@ class HeldOutEvaluation:
         table = pa.concat_tables(pairs.batches())
         for name, logps in scores.items():
             table = table.append_column(name, pa.array(logps))
-        on_main_process(lambda: self.store.evaluation_pairs(iteration).write([table], table.schema, table.nbytes))
+        on_main_process(lambda: self.store.evaluation_pairs(iteration).write([table]))
 
     def _rewards(self, iteration: int) -> dict[str, float]:
         """What an iteration has taught the policy about its opponent's answers. Nothing, if they were not kept."""

@@ -10,8 +10,6 @@ from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
 
-from accelerate import PartialState
-from accelerate.logging import get_logger
 from transformers import PreTrainedModel
 from trl import DPOTrainer
 
@@ -35,15 +33,13 @@ from ..policy.sharding import check_can_generate
 from ..policy.sizes import weight_sizes
 from ..processes.ranks import on_main_process
 from ..run_directory.disk import check_writable
-from ..run_directory.footprint import check_footprint, num_saved_opponents
+from ..run_directory.footprint import check_footprint
 from ..run_directory.resume import check_same_run
 from ..run_directory.store import IterationStore
 from ..spin_config import SPINConfig
+from .opponents import is_saved
 from .plan import Plan
 from .turns import check_turns
-
-
-logger = get_logger(__name__)
 
 
 def refuse(checks: Sequence[Callable[..., None]], *of: object) -> None:
@@ -179,11 +175,10 @@ def merged_weights(plan: Plan, model: PreTrainedModel) -> None:
 
 def disk(plan: Plan, model: PreTrainedModel) -> None:
     """What the run writes fits on the disk."""
-    sizes = weight_sizes(model, merged=plan.publication.kind == "merged")
-    evaluates = plan.data.eval is not None
-    num_opponents = num_saved_opponents(plan.args, plan.reads_checkpoints, plan.base_is_opponent, evaluates)
-    settings = plan.args, sizes, num_opponents, plan.serves_dequantized
-    on_main_process(lambda: check_footprint(*settings, PartialState().print, logger.warning))
+    args, sizes = plan.args, weight_sizes(model, merged=plan.publication.kind == "merged")
+    iterations = range(args.num_iterations + (plan.data.eval is not None))  # the final policy is evaluated as one more
+    num_opponents = sum(is_saved(i, args, plan.reads_checkpoints, plan.base_is_opponent) for i in iterations)
+    on_main_process(lambda: check_footprint(args, sizes, num_opponents, plan.serves_dequantized))
 
 
 BEFORE_WEIGHTS = (

@@ -161,12 +161,15 @@ class Opponents:
 
     def _save_if_needed(self, iteration: int) -> Path | None:
         """Save the policy if anybody will load it. Returns what is published."""
-        args = self.args
-        is_base = iteration == 0 and self.base_is_opponent
-        is_reference = iteration == 0 and args.reference_mixture_alpha > 0
-        plays_again = args.num_opponents > 1 and not self.sampler.reads_checkpoints
-        is_needed = (self.sampler.reads_checkpoints or is_reference) and not is_base
-        if not (is_needed or plays_again or args.takes_back_policies):
-            return None
-        saved = self.save(iteration)
-        return saved if is_needed else None
+        if is_saved(iteration, self.args, self.sampler.reads_checkpoints, self.base_is_opponent):
+            self.save(iteration)
+        return self._path(iteration) if self.sampler.reads_checkpoints else None
+
+
+def is_saved(iteration: int, args: SPINConfig, reads_checkpoints: bool, base_is_opponent: bool) -> bool:
+    """Whether an iteration's opponent is saved: to be read by a sampler, or to score, answer or be the policy again."""
+    is_base = iteration == 0 and base_is_opponent
+    is_reference = iteration == 0 and args.reference_mixture_alpha > 0
+    plays_again = args.num_opponents > 1 and not reads_checkpoints
+    is_loaded = (reads_checkpoints or is_reference) and not is_base
+    return is_loaded or plays_again or bool(args.takes_back_policies)

@@ -71,7 +71,7 @@ class Pairing:
         pairs = PairDataset.join(dataset, self.store.answers(iteration).read())
         is_identical = find_identical_pairs(pairs)
         parts = self.store.completions(iteration, "generations")
-        described = describe_pairs(pairs, is_identical, args.max_length) | {"cut_off_share": parts.cut_off_share()}
+        described = describe_pairs(pairs, is_identical, args.max_length)
         self.records.record(iteration, described | describe_generations(pairs, parts.batches(), args.seed))
         check_identical_share(iteration, described["identical_share"], args)
         if args.pairing != "ground_truth":
@@ -109,15 +109,14 @@ class Pairing:
     def _write_answers(self, iteration: int, dataset: Dataset) -> None:
         """Ground truth against each generation, with their rewards where there are any."""
         parts = self.store.completions(iteration, "generations")
-        num_bytes = 2 * parts.num_bytes()  # they are compressed
         if self.rewards is None:
             answers = make_answers(dataset, parts.batches(), iteration)
-            self.store.answers(iteration).write(answers, None, num_bytes)
+            self.store.answers(iteration).write(answers)
             return
         total = len(dataset) * self.args.num_generations
         answers = make_answers(dataset, parts.batches(self.rewards.batch_size), iteration)
         rewarded = self.rewards.add(dataset, answers, self.state(), iteration, total)
-        self.store.answers(iteration).write(rewarded, None, num_bytes)
+        self.store.answers(iteration).write(rewarded)
         described = describe_rewards(self.store.answers(iteration).read())
         self.store.write_metrics(iteration, described | self.rewards.take_metrics())
         self._warn_of_rewards(iteration, described)
@@ -130,8 +129,7 @@ class Pairing:
             ranks = rank_answers(answers, args.pairing)
             described = ranks.describe()
             if described["num_pairs"]:
-                num_bytes = 2 * self.store.completions(iteration, "generations").num_bytes()
-                self.store.answers(iteration, "ranked").write(ranked_pairs(answers, ranks), None, 2 * num_bytes)
+                self.store.answers(iteration, "ranked").write(ranked_pairs(answers, ranks))
             self.store.write_metrics(iteration, described)
             return described["no_pair_share"]
 

@@ -5,12 +5,7 @@ the page: `run_data` (everything that it shows), `decoding` (token ids -> text),
 `charts` (numbers -> SVG), `page` (all of it -> HTML), `pictures` (PNG files). Beside it: logs, model card and hub.
 """
 
-from pathlib import Path
-from typing import Any
+from .page import write_report
 
 
-def write_report(run_directory: str | Path, output: str | Path | None = None, **options: Any) -> Path:
-    """Write the report of a run; see [`report.page.write_report`]."""
-    from .page import write_report  # on first use: a page needs Arrow, which takes its time to load
-
-    return write_report(run_directory, output, **options)
+__all__ = ["write_report"]

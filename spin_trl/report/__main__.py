@@ -3,7 +3,8 @@
 import argparse
 import sys
 
-from . import write_report
+from ..run_directory.run_paths import RunDirectoryError
+from .page import write_report
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -22,7 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = vars(parser.parse_args(arguments))
     try:
         print(write_report(**options))
-    except (ValueError, OSError, ImportError) as error:
+    except (RunDirectoryError, OSError, ImportError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 1
     return 0

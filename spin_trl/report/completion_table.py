@@ -5,7 +5,6 @@ The same prompts each time, so that one sees the answers change. Knows nothing o
 
 import random
 import sys
-from collections.abc import Collection
 from importlib import import_module
 
 import pandas
@@ -23,7 +22,10 @@ _NUM_PROMPTS = 5
 
 
 class ShowCompletions(TrainerCallback):
-    """A callback that shows the table when the pairs of an iteration have been made."""
+    """
+    A callback that prints the table when the pairs of an iteration have been made, and logs it to trackio and Weights &
+    Biases where the run reports to them. The run's seed chooses the prompts.
+    """
 
     def __init__(self, store: IterationStore, tokenizer: PreTrainedTokenizerBase):
         self.store = store
@@ -31,47 +33,31 @@ class ShowCompletions(TrainerCallback):
 
     def on_epoch_begin(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
         iteration, epoch = divmod(int(state.epoch + 1e-6), args.epochs_per_iteration)
-        if state.is_world_process_zero and epoch == 0 and not control.should_training_stop:
-            log_completions(self.store, self.tokenizer, iteration, state.global_step, args.report_to, args.seed)
+        if not state.is_world_process_zero or epoch > 0 or control.should_training_stop:
+            return
+        dataset = self.store.read_data()
+        chosen = random.Random(args.seed).sample(range(len(dataset)), min(_NUM_PROMPTS, len(dataset)))
+        rows = dataset[sorted(chosen)]
+        prompts = self.tokenizer.batch_decode(rows["prompt_ids"])
+        truths = self.tokenizer.batch_decode(rows["chosen_ids"], skip_special_tokens=True)
+        answers = {f"Iteration {i}": self._first_answers(i, rows["row"]) for i in range(iteration + 1)}
+        *_, newest = answers.values()
+        columns = {"Ground truth": truths, **answers}
+        with tqdm.external_write_mode(file=sys.stdout):
+            print_prompt_completions_sample(prompts, newest, {}, None, state.global_step, extra=columns)
+        frame = pandas.DataFrame({"Iteration": iteration, "Prompt": prompts, **columns})
+        for name in {"wandb", "trackio"}.intersection(args.report_to):
+            tracker = import_module(name)
+            if name == "trackio" or tracker.run is not None:
+                tracker.log({"completions": tracker.Table(dataframe=frame)})
 
-
-def log_completions(
-    store: IterationStore,
-    tokenizer: PreTrainedTokenizerBase,
-    iteration: int,
-    step: int,
-    report_to: Collection[str],
-    seed: int,
-) -> None:
-    """
-    Print the table up to `iteration`, and log it to trackio and Weights & Biases where the run reports to them. `seed`
-    chooses the prompts. Called on the main process.
-    """
-    dataset = store.read_data()
-    chosen = random.Random(seed).sample(range(len(dataset)), min(_NUM_PROMPTS, len(dataset)))
-    rows = dataset[sorted(chosen)]
-    prompts = tokenizer.batch_decode(rows["prompt_ids"])
-    truths = tokenizer.batch_decode(rows["chosen_ids"], skip_special_tokens=True)
-    answers = {f"Iteration {i}": _first_answers(store, i, rows["row"], tokenizer) for i in range(iteration + 1)}
-    *_, newest = answers.values()
-    with tqdm.external_write_mode(file=sys.stdout):
-        print_prompt_completions_sample(prompts, newest, {}, None, step, extra={"Ground truth": truths, **answers})
-    frame = pandas.DataFrame({"Iteration": iteration, "Prompt": prompts, "Ground truth": truths, **answers})
-    for name in {"wandb", "trackio"}.intersection(report_to):
-        tracker = import_module(name)
-        if name == "trackio" or tracker.run is not None:
-            tracker.log({"completions": tracker.Table(dataframe=frame)})
-
-
-def _first_answers(
-    store: IterationStore, iteration: int, rows: list[int], tokenizer: PreTrainedTokenizerBase
-) -> list[str]:
-    """The text of the first answer to each of these rows."""
-    texts = {}
-    parts = store.completions(iteration, "generations")
-    for path in parts.paths():
-        table = parts.read(path, ["row", "sample", "completion_ids"])
-        wanted = pc.and_(pc.is_in(table["row"], pa.array(rows)), pc.equal(table["sample"], 0))
-        for answer in table.filter(wanted).to_pylist():
-            texts[answer["row"]] = tokenizer.decode(answer["completion_ids"], skip_special_tokens=True)
-    return [texts.get(row, "") for row in rows]
+    def _first_answers(self, iteration: int, rows: list[int]) -> list[str]:
+        """The text of the first answer to each of these rows."""
+        texts = {}
+        parts = self.store.completions(iteration, "generations")
+        for path in parts.paths():
+            table = parts.read(path, ["row", "sample", "completion_ids"])
+            wanted = pc.and_(pc.is_in(table["row"], pa.array(rows)), pc.equal(table["sample"], 0))
+            for answer in table.filter(wanted).to_pylist():
+                texts[answer["row"]] = self.tokenizer.decode(answer["completion_ids"], skip_special_tokens=True)
+        return [texts[row] for row in rows]

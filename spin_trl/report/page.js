@@ -64,7 +64,7 @@ function shownText(text) {
 }
 
 function markedText(truth, answer) {
-  const runs = truth === null ? null : differences(truth, answer);
+  const runs = differences(truth, answer);
   if (runs === null) return shownText(answer);
   const shown = shownText("");
   for (const [kind, text] of runs) shown.append(kind === "same" ? text : element(kind, "", text));
@@ -79,7 +79,7 @@ function side(title, className, shown, note) {
 
 function noteOf(truth, answer) {
   const notes = [];
-  if (truth !== null && answer.text === truth) notes.push("equal");
+  if (answer.text === truth) notes.push("equal");
   if (answer.cut_off) notes.push("cut off");
   if (!answer.text) notes.push("empty");
   return notes.length ? "(" + notes.join(", ") + ")" : "";
@@ -93,7 +93,7 @@ function promptCard(prompt, iterations) {
     card.append(shownText(text));
   }
   const sides = element("div", "sides");
-  if (prompt.truth !== null) sides.append(side("Ground truth", "truth", shownText(prompt.truth), ""));
+  sides.append(side("Ground truth", "truth", shownText(prompt.truth), ""));
   for (const iteration of iterations)
     (prompt.answers[iteration] ?? []).forEach((answer, number, all) => {
       const title = `Iteration ${iteration}` + (all.length > 1 ? `, answer ${number + 1}` : "");
@@ -124,7 +124,7 @@ function matching(iterations) {
     const answers = iterations.flatMap((iteration) => prompt.answers[iteration] ?? []);
     if (!kind(answers, prompt.truth)) return false;
     if (!query) return true;
-    const texts = [prompt.truth ?? "", ...prompt.prompt.map((part) => part[1]), ...answers.map((answer) => answer.text)];
+    const texts = [prompt.truth, ...prompt.prompt.map((part) => part[1]), ...answers.map((answer) => answer.text)];
     return texts.some((text) => text.toLowerCase().includes(query));
   });
 }

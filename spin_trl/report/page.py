@@ -46,7 +46,7 @@ def write_report(
             page, which needs matplotlib. By default where that is installed.
 
     Raises:
-        [`run_data.NotARunError`]: if there is no run.
+        [`RunDirectoryError`]: if there is no run.
         `ImportError`: if pictures are asked for and matplotlib is missing.
     """
     run = read_run(run_directory, max_completions, seed)
@@ -133,8 +133,6 @@ def _text_of(value: Any) -> str:
 
 
 def _settings(run: RunData) -> tuple[str, Markup]:
-    """The settings that differ from the defaults, where the run says which do; else all."""
-    changed = run.description.get("changed_settings")
-    names = sorted(run.config) if changed is None else [name for name in changed if name in run.config]
-    title = "All settings" if changed is None else f"{len(names)} settings that differ from the defaults"
-    return title, table(["setting", "value"], [[name, _text_of(run.config[name])] for name in names])
+    names = run.description.get("changed_settings", [])
+    title = f"{len(names)} settings that differ from the defaults"
+    return title, table(["setting", "value"], [[name, _text_of(run.config.get(name))] for name in names])

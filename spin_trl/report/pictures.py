@@ -1,6 +1,5 @@
 """The main charts of a run as PNG files, for a model card. Needs matplotlib, the extra `report`."""
 
-import importlib.util
 from pathlib import Path
 
 from ..evaluation.metric_names import label
@@ -21,13 +20,14 @@ def write_pictures(run: RunData, folder: Path, wanted: bool | None = None) -> li
     Raises:
         `ImportError`: if they are wanted and matplotlib is missing.
     """
-    is_installed = importlib.util.find_spec("matplotlib") is not None
-    if wanted and not is_installed:
-        raise ImportError("Pictures need matplotlib, which is not installed: pip install 'spin_trl[report]'.")
-    if wanted is False or not is_installed:
+    if wanted is False:
         return []
-    from matplotlib.figure import Figure  # without pyplot: no window, no state
-
+    try:
+        from matplotlib.figure import Figure  # without pyplot: no window, no state
+    except ImportError:
+        if wanted is None:
+            return []
+        raise ImportError("Pictures need matplotlib, which is not installed: pip install 'spin_trl[report]'.") from None
     written = []
     for name, draw in (("scores", _scores), ("rewards", _rewards), ("lengths", _lengths)):
         figure = Figure(layout="constrained", dpi=144)
@@ -58,9 +58,8 @@ def _rewards(run: RunData, figure) -> bool:
 
 
 def _lengths(run: RunData, figure) -> bool:
-    for axes, (iteration, rejected) in zip(
-        _row(figure, len(run.rejected_lengths)), run.rejected_lengths.items(), strict=True
-    ):
+    all_axes = _row(figure, len(run.rejected_lengths))
+    for axes, (iteration, rejected) in zip(all_axes, run.rejected_lengths.items(), strict=True):
         axes.stairs(run.chosen_lengths[iteration], color=_CHOSEN, label="chosen")
         axes.stairs(rejected, color=_REJECTED, label="rejected", linestyle="--")
         axes.set(title=f"iteration {iteration}", xlabel="tokens", ylabel="answers")

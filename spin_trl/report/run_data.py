@@ -16,13 +16,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ..data.columns import joined, lengths_of
 from ..run_directory.completion_parts import CompletionParts
 from ..run_directory.run_paths import RunDirectoryError, numbered
 from .decoding import Decode, find_decoder, messages_of
-
-
-class NotARunError(ValueError):
-    """There is no self-play run in a directory: the message says what was expected."""
 
 
 @dataclass
@@ -52,13 +49,11 @@ class RunData:
 
     @property
     def config(self) -> dict[str, Any]:
-        config = self.description.get("config")
-        return config if isinstance(config, dict) else {}
+        return self.description.get("config", {})
 
     @property
     def num_iterations(self) -> int | None:
-        number = self.config.get("num_iterations")
-        return number if isinstance(number, int) else None
+        return self.config.get("num_iterations")
 
     def leave_out(self, name: str | Path, reason: str) -> None:
         line = f"{name} is left out: {reason}"
@@ -71,14 +66,14 @@ def read_run(directory: str | Path, max_prompts: int = 2000, seed: int = 0) -> R
     Read a run, with `max_prompts` of its prompts, which `seed` chooses, to be looked at.
 
     Raises:
-        [`NotARunError`]: if there is no run.
+        [`RunDirectoryError`]: if there is no run.
     """
     run = RunData(Path(directory))
     if not run.directory.is_dir():
-        raise NotARunError(f"{directory} is no directory. Give the `output_dir` of a self-play run.")
+        raise RunDirectoryError(f"{directory} is no directory. Give the `output_dir` of a self-play run.")
     iterations = list(numbered(run.directory, "iteration"))
     if not (run.directory / "self_play.json").exists() and not iterations:
-        raise NotARunError(
+        raise RunDirectoryError(
             f"{directory} holds no self-play run: neither self_play.json nor iteration-0. Give the `output_dir` of one."
         )
     run.description = _read_object(run, "self_play.json")
@@ -91,16 +86,10 @@ def read_run(directory: str | Path, max_prompts: int = 2000, seed: int = 0) -> R
 
 def _read_object(run: RunData, name: str) -> dict[str, Any]:
     try:
-        value = json.loads((run.directory / name).read_text())
-    except FileNotFoundError:
-        run.leave_out(name, "it is not there (yet).")
-    except (OSError, ValueError) as error:
-        run.leave_out(name, f"it cannot be read ({error}).")
-    else:
-        if isinstance(value, dict):
-            return value
-        run.leave_out(name, "it holds no JSON object.")
-    return {}
+        return dict(json.loads((run.directory / name).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        run.leave_out(name, f"it cannot be read, or not yet ({error}).")
+        return {}
 
 
 def is_number(value: Any) -> bool:
@@ -118,11 +107,12 @@ def _numbers(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, fl
 
 
 def _read_log(run: RunData) -> list[dict[str, Any]]:
-    path = run.directory / "log.jsonl"
-    if not path.exists():
-        run.leave_out(path.name, "it is not there (yet).")
+    try:
+        lines = (run.directory / "log.jsonl").read_text(errors="replace").splitlines()
+    except OSError as error:
+        run.leave_out("log.jsonl", f"it cannot be read, or not yet ({error}).")
         return []
-    entries, lines = [], path.read_text(errors="replace").splitlines()
+    entries = []
     for line in lines:
         with suppress(ValueError, TypeError):
             entries.append(dict(json.loads(line)))
@@ -141,38 +131,14 @@ def _read_rows(run: RunData, decode: Decode | None, max_prompts: int, seed: int)
             "No tokenizer.json is found in the run directory, nor that of the model without a network: token ids are "
             "shown."
         )
-    truth_lengths = {
-        row: length
-        for table in _truths(run, ["row", "chosen_ids"])
-        for row, length in zip(
-            table["row"].to_pylist(), pc.list_value_length(table["chosen_ids"]).to_pylist(), strict=True
-        )
-    }
-    answered = {
-        i: {row for table in _answers(run, i, ["row"]) for row in table["row"].to_pylist()} for i in run.metrics
-    }
-    rows = np.array(sorted(set(truth_lengths).union(*answered.values())), np.int64)
-    run.num_prompts = len(rows)
+    truth_lengths = {}
+    for table in _truths(run, ["row", "chosen_ids"]):
+        truth_lengths |= zip(table["row"].to_pylist(), lengths_of(table["chosen_ids"]).tolist(), strict=True)
+    run.num_prompts = len(truth_lengths)
+    rows = np.array(sorted(truth_lengths), np.int64)
     if len(rows) > max_prompts:
         rows = np.sort(np.random.default_rng(seed).choice(rows, max_prompts, replace=False))
-    shown = {row: {"row": row, "prompt": [], "truth": None, "answers": {}} for row in rows.tolist()}
-    _read_prompts(run, decode, shown)
-    for iteration, found in answered.items():
-        if found:
-            known = [truth_lengths[row] for row in found if row in truth_lengths]
-            run.chosen_lengths[iteration] = np.bincount(known, minlength=1)
-            run.rejected_lengths[iteration] = _read_answers(run, decode, iteration, shown)
-        elif run.num_iterations is None or iteration < run.num_iterations:
-            run.problems.append(f"Iteration {iteration} has no completions (yet).")
-    run.prompts = list(shown.values())
-    if num_unknown := sum(prompt["truth"] is None for prompt in run.prompts):
-        run.problems.append(
-            f"{num_unknown} of the prompts shown are not among the run's data (`train_data/`): their ground truth is "
-            "missing."
-        )
-
-
-def _read_prompts(run: RunData, decode: Decode, shown: dict[int, dict[str, Any]]) -> None:
+    shown = {row: {"row": row, "answers": {}} for row in rows.tolist()}
     for table in _truths(run, ["row", "source_row", "prompt", "prompt_ids", "chosen_ids"]):
         for row in _only(table, shown):
             shown[row["row"]] |= {
@@ -180,17 +146,28 @@ def _read_prompts(run: RunData, decode: Decode, shown: dict[int, dict[str, Any]]
                 "prompt": messages_of(row["prompt"]) if row.get("prompt") else [("", decode(row["prompt_ids"], False))],
                 "truth": decode(row["chosen_ids"], True),
             }
+    run.prompts = list(shown.values())
+    for iteration in run.metrics:
+        _read_answers(run, decode, iteration, shown, truth_lengths)
 
 
-def _read_answers(run: RunData, decode: Decode, iteration: int, shown: dict[int, dict[str, Any]]) -> np.ndarray:
-    """Add an iteration's answers to the prompts that are shown. Returns how many of all answers have each length."""
-    lengths = [np.empty(0, np.int64)]
-    for table in _answers(run, iteration, ["row", "sample", "completion_ids", "finish_reason"]):
-        lengths.append(pc.list_value_length(table["completion_ids"]).to_numpy())
+def _read_answers(
+    run: RunData, decode: Decode, iteration: int, shown: dict[int, dict[str, Any]], truth_lengths: dict[int, int]
+) -> None:
+    """Count how many sides of an iteration have each length, and add its answers to the prompts that are shown."""
+    answered, lengths = set(), []
+    for table in _answers(run, iteration):
+        answered.update(table["row"].to_pylist())
+        lengths.append(lengths_of(table["completion_ids"]))
         for row in _only(table.sort_by("sample"), shown):
             answer = {"text": decode(row["completion_ids"], True), "cut_off": row["finish_reason"] == "length"}
             shown[row["row"]]["answers"].setdefault(iteration, []).append(answer)
-    return np.bincount(np.concatenate(lengths), minlength=1)
+    if lengths:
+        known = [truth_lengths[row] for row in answered if row in truth_lengths]
+        run.chosen_lengths[iteration] = np.bincount(known, minlength=1)
+        run.rejected_lengths[iteration] = np.bincount(joined(lengths), minlength=1)
+    elif run.num_iterations is None or iteration < run.num_iterations:
+        run.problems.append(f"Iteration {iteration} has no completions (yet).")
 
 
 def _truths(run: RunData, columns: list[str]) -> Iterator[pa.Table]:
@@ -205,12 +182,12 @@ def _truths(run: RunData, columns: list[str]) -> Iterator[pa.Table]:
             run.leave_out(path.relative_to(run.directory), str(error))
 
 
-def _answers(run: RunData, iteration: int, columns: list[str]) -> Iterator[pa.Table]:
+def _answers(run: RunData, iteration: int) -> Iterator[pa.Table]:
     """The opponent's completions, part by part."""
     parts = CompletionParts(run.directory / f"iteration-{iteration}" / "generations", origin={})
     for path in parts.paths():
         try:
-            yield parts.read(path, columns)
+            yield parts.read(path, ["row", "sample", "completion_ids", "finish_reason"])
         except (OSError, ValueError, RunDirectoryError, pa.ArrowException) as error:
             run.leave_out(path.relative_to(run.directory), str(error))
 

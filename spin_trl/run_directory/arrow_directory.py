@@ -34,13 +34,12 @@ class ArrowDirectory:
     def exists(self) -> bool:
         return self.path.is_dir()
 
-    def write(self, tables: Iterable[pa.Table], schema: pa.Schema | None, num_bytes: int) -> None:
+    def write(self, tables: Iterable[pa.Table], schema: pa.Schema | None = None) -> None:
         """
         Write the rows, in place of what is there.
 
         Args:
             schema (`pyarrow.Schema`, *optional*): Theirs. By default the first table's, and no origin is kept.
-            num_bytes (`int`): About what they take, for the error.
 
         Raises:
             [`DiskError`]: if the disk does not take them. Nothing is left of them then.
@@ -54,7 +53,7 @@ class ArrowDirectory:
             write_rows(temporary / _ROWS_FILE, tables, schema)
             (temporary / _CHECKSUM_FILE).write_text(checksum(temporary / _ROWS_FILE))
 
-        write_whole(self.path, write, num_bytes)
+        write_whole(self.path, write)
 
     def read(self) -> Dataset:
         """

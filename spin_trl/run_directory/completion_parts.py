@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..data.draw import OPPONENT_FIELD
@@ -93,19 +92,6 @@ class CompletionParts:
             tables = [self.read(paths[part]) for part in parts]
             starts_here = np.cumsum([0, *map(len, tables)])
             yield pa.concat_tables(tables).take(wanted - starts[part_of] + starts_here[number])
-
-    def cut_off_share(self) -> float:
-        """Share of the completions that ran into the length limit; 0 where there are none."""
-        num_cut_off = num_completions = 0
-        for path in self.paths():
-            reasons = self.read(path, ["finish_reason"])["finish_reason"]
-            num_cut_off += pc.sum(pc.equal(reasons, "length")).as_py() or 0
-            num_completions += len(reasons)
-        return num_cut_off / max(1, num_completions)
-
-    def num_bytes(self) -> int:
-        """Bytes of all parts, compressed as they are."""
-        return sum(path.stat().st_size for path in self.paths())
 
     def paths(self) -> list[Path]:
         """The parts, in the order of their rows."""

@@ -12,17 +12,25 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tqdm import tqdm
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-_CLOSED = (errno.EROFS, errno.EACCES, errno.EPERM)
-_ABSENT = (errno.ENOTDIR, errno.EIO, errno.ESTALE, errno.EFBIG)
 
+_REMEDIES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "Free space there, or raise the quota"),
+    **dict.fromkeys(
+        (errno.EROFS, errno.EACCES, errno.EPERM),
+        "Make it writable again (permissions, a file system mounted read-only)",
+    ),
+    **dict.fromkeys(
+        (errno.ENOTDIR, errno.EIO, errno.ESTALE, errno.EFBIG), "See that its directory is there and its disk is sound"
+    ),
+}
 _NUMBER_IN_TEXT = re.compile(r"\((?:os error|errno) (\d+)\)|\[(?:E|e)rrno (\d+)\]")
 _TORCH_WRITER = re.compile(r"PytorchStreamWriter failed|inline_container\.cc.*(unexpected pos|file (write )?failed)")
 
 
 class DiskError(OSError):
-    """Something cannot be written: the message says what, how much is needed and free, and what to do."""
+    """Something cannot be written: the message says what, how much is free there, and what to do."""
 
 
 @contextmanager
@@ -45,8 +53,13 @@ def writing(path: Path, num_bytes: int | Callable[[], int] | None = None) -> Ite
         number = _number_of(error)
         if number is None:
             raise
-        num_bytes = num_bytes() if callable(num_bytes) else num_bytes
-        raise DiskError(number, _explanation(path, number, num_bytes)) from error
+        size = num_bytes() if callable(num_bytes) else num_bytes
+        needed = "" if size is None else f"It needs {readable(size)}. "
+        raise DiskError(
+            number,
+            f"{os.strerror(number)}: {path} could not be written. {needed}{_free(path)}. {_REMEDIES[number]}, and "
+            "start the same command again: with `resume='auto'` it goes on from what is complete.",
+        ) from error
 
 
 def check_writable(directory: Path) -> None:
@@ -76,12 +89,8 @@ def free_bytes(path: Path) -> int:
 
 
 def readable(num_bytes: float) -> str:
-    """A number of bytes as one says it: "1.5 GB"."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:.0f} {unit}" if unit == "bytes" else f"{num_bytes:.1f} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:.1f} TB"
+    """A number of bytes as one says it: "1.50MB"."""
+    return tqdm.format_sizeof(num_bytes, "B")
 
 
 def _nearest_existing(path: Path) -> Path:
@@ -90,34 +99,17 @@ def _nearest_existing(path: Path) -> Path:
 
 def _number_of(error: Exception) -> int | None:
     """The operating system's number of a failed write; `None` if the error is of another kind."""
-    if isinstance(error, OSError) and error.errno is not None:
-        return error.errno if error.errno in (*_FULL, *_CLOSED, *_ABSENT) else None
-    found = _NUMBER_IN_TEXT.search(str(error))
-    if found is not None:
+    number = getattr(error, "errno", None)
+    if number is None and (found := _NUMBER_IN_TEXT.search(str(error))):
         number = int(found[1] or found[2])
-        return number if number in (*_FULL, *_CLOSED, *_ABSENT) else None
-    if isinstance(error, RuntimeError) and _TORCH_WRITER.search(str(error)):
-        said = (number for number in (*_CLOSED, *_ABSENT) if os.strerror(number) in str(error))
-        return next(said, errno.ENOSPC)  # where it does not say, its write fell short, as on a full disk
-    return None
-
-
-def _explanation(path: Path, number: int, num_bytes: int | None) -> str:
-    needed = "an amount that is not known" if num_bytes is None else readable(num_bytes)
-    if number in _FULL:
-        remedy = "Free space there, or raise the quota"
-    elif number in _CLOSED:
-        remedy = "Make it writable again (permissions, a file system mounted read-only)"
-    else:
-        remedy = "See that its directory is there and its disk is sound"
-    return (
-        f"{os.strerror(number)}: {path} could not be written. It needs {needed}, and {_free(path)} free there. "
-        f"{remedy}, and start the same command again: with `resume='auto'` it goes on from what is complete."
-    )
+    elif number is None and isinstance(error, RuntimeError) and _TORCH_WRITER.search(str(error)):
+        said = (number for number in _REMEDIES if os.strerror(number) in str(error))
+        number = next(said, errno.ENOSPC)  # where it does not say, its write fell short, as on a full disk
+    return number if number in _REMEDIES else None
 
 
 def _free(path: Path) -> str:
     try:
-        return f"{readable(free_bytes(path))} are"
+        return f"{readable(free_bytes(path))} are free there"
     except OSError as error:
-        return f"it is not known how much is ({error})"
+        return f"How much is free there is not known ({error})"

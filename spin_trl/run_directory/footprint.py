@@ -5,16 +5,18 @@ optimizer for each number that is trained (AdamW's). Completions and pairs, a fe
 """
 
 import errno
-from collections.abc import Callable
+import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from tqdm import tqdm
 from transformers.trainer_utils import SaveStrategy
 
 from ..spin_config import SPINConfig
 from .disk import DiskError, free_bytes, readable
 
+
+logger = logging.getLogger(__name__)
 
 _CLOSE = 0.9  # of the free space
 
@@ -41,44 +43,20 @@ class WeightSizes:
         return self.saved + (0 if save_only_model else 2 * self.trained)
 
 
-def num_saved_opponents(args: SPINConfig, saves_opponents: bool, base_is_opponent: bool, evaluates: bool) -> int:
-    """
-    Args:
-        saves_opponents (`bool`): Whether the sampler reads opponents from disk.
-        base_is_opponent (`bool`): Whether the first opponent need not be saved.
-        evaluates (`bool`): Whether the final policy is evaluated as one more opponent.
-    """
-    if args.takes_back_policies:
-        return args.num_iterations + 1
-    if saves_opponents:
-        return args.num_iterations + evaluates - base_is_opponent
-    if args.num_opponents > 1:  # for the policy to play them again
-        return args.num_iterations + evaluates
-    return int(args.reference_mixture_alpha > 0 and not base_is_opponent)
-
-
-def check_footprint(
-    args: SPINConfig,
-    sizes: WeightSizes,
-    num_opponents: int,
-    writes_base: bool,
-    log: Callable[[str], Any],
-    warn: Callable[[str], Any],
-) -> None:
+def check_footprint(args: SPINConfig, sizes: WeightSizes, num_opponents: int, writes_base: bool) -> None:
     """
     Log what a run will write beside what is free, and warn if that is close.
 
     Args:
         num_opponents (`int`): How many are saved.
         writes_base (`bool`): Whether a base model is written for the server.
-        log, warn (`Callable[[str], None]`): Where to say so.
 
     Raises:
         [`DiskError`]: if even the weights alone, without moments, do not fit.
     """
     directory = Path(args.output_dir).absolute()
     num_checkpoints = 0 if args.save_strategy == SaveStrategy.NO else args.num_iterations  # each ends in one
-    if args.save_total_limit is not None and args.save_total_limit > 0:
+    if (args.save_total_limit or 0) > 0:
         num_checkpoints = min(num_checkpoints, args.save_total_limit + 1)  # a new one is whole before an old one goes
     opponents = num_opponents * sizes.opponent + (sizes.base if writes_base else 0)
     weights = opponents + num_checkpoints * sizes.saved
@@ -95,9 +73,9 @@ def check_footprint(
     if weights - present > free and args.max_steps <= 0:
         raise DiskError(errno.ENOSPC, f"{message} Without moments it needs {readable(weights)}. {remedy}")
     if weights + moments - present > _CLOSE * free:
-        warn(f"{message} That may not be enough. {remedy}")
+        logger.warning(f"{message} That may not be enough. {remedy}")
     else:
-        log(message)
+        tqdm.write(message)
 
 
 def _size_of_run(directory: Path) -> int:

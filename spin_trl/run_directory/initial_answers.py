@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import ArrayLike
 
-from ..data.columns import joined, numbers, positions_of
+from ..data.columns import numbers, positions_of
 from ..data.pair_dataset import PairDataset
 from ..objectives.third_side import INITIAL_IDS
 from .arrow_directory import ArrowDirectory
@@ -35,27 +35,28 @@ class InitialAnswers:
     def keep(self) -> None:
         """Write them, in place of what an earlier start wrote."""
         batches = (batch.select(["row", "sample", "completion_ids"]) for batch in self.parts.batches())
-        tables = (batch.rename_columns(_SCHEMA.names) for batch in batches)
-        self.rows.write(tables, _SCHEMA, num_bytes=2 * self.parts.num_bytes())  # they are compressed
+        self.rows.write((batch.rename_columns(_SCHEMA.names) for batch in batches), _SCHEMA)
 
-    def restore(self, num_answers: int) -> None:
+    def restore(self, num_rows: int) -> None:
         """
         Make sure that they are there, in a run that goes on: from what the first opponent generated, if they are not.
 
         Args:
-            num_answers (`int`): How many there have to be.
+            num_rows (`int`): How many prompts were answered.
 
         Raises:
             [`RunDirectoryError`]: if that is not there either. The policy that gave them is gone.
         """
         if self.rows.is_whole():
             return
-        try:
-            found = len(np.unique(joined(_keys(batch["row"], batch["sample"]) for batch in self.parts.batches())))
-        except RunDirectoryError as error:
-            raise self._lost(str(error)) from error
-        if found != num_answers:
-            raise self._lost(f"{self.parts.directory} has {found} of the {num_answers} answers.")
+        found = len(self.parts.completed_rows())
+        if found < num_rows:
+            raise RunDirectoryError(
+                f"`loss_type` compares with what the initial policy answered, but {self.rows.path} is missing or "
+                f"damaged, and {self.parts.directory}, from which it is made, has whole answers to {found} of the "
+                f"{num_rows} prompts. The policy that gave them is gone. Bring back one of the two directories, or "
+                "play the run again with `overwrite_output_dir=True`."
+            )
         self.keep()
 
     def join(self, pairs: PairDataset) -> PairDataset:
@@ -75,13 +76,6 @@ class InitialAnswers:
                 "of: the two are not of the same run. Play it again with `overwrite_output_dir=True`."
             )
         return PairDataset(pairs.truths, pairs.answers, answers.select_columns([INITIAL_IDS]).select(positions))
-
-    def _lost(self, problem: str) -> RunDirectoryError:
-        return RunDirectoryError(
-            f"`loss_type` compares with what the initial policy answered, but {self.rows.path} is missing or damaged, "
-            f"and so is what it is made from: {problem} The policy that gave these answers is gone. Bring back one of "
-            "the two directories, or play the run again with `overwrite_output_dir=True`."
-        )
 
 
 def _keys(rows: ArrayLike, samples: ArrayLike) -> np.ndarray:

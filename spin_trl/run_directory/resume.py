@@ -118,8 +118,8 @@ def _resume(
         remove(pairs.path)
     _require_history(store, args, start)
     if needs_initial_answers(args.loss_type, vars(args)) and store.has_pairs(0) and not start.is_trained:
-        num_answers = stored["data"]["num_train_rows"] * args.num_generations
-        IterationStore(store.output_dir, stored["run"]).initial_answers.restore(num_answers)
+        initial_answers = IterationStore(store.output_dir, stored["run"]).initial_answers
+        initial_answers.restore(stored["data"]["num_train_rows"])
     starts = [*stored.get("starts", []), _now(start.checkpoint.name if start.checkpoint else "the initial model")]
     store.write_run({**description, "run": stored["run"], "starts": starts})
     return start

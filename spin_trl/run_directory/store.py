@@ -14,7 +14,7 @@ import pyarrow as pa
 from datasets import Dataset, concatenate_datasets
 from filelock import FileLock, Timeout
 
-from ..data.columns import BATCH_SIZE, batches, num_bytes_of
+from ..data.columns import BATCH_SIZE, batches
 from ..data.pair_dataset import TRUTH_COLUMNS, PairDataset
 from .arrow_directory import ArrowDirectory
 from .checkpoints import PLACE_FILE
@@ -178,7 +178,7 @@ class IterationStore:
                     f"{kept.path} is where a run keeps the data that it trains on, but what lies there is of no run. "
                     "Move it away, or choose another `output_dir`."
                 )
-            kept.write(batches(rows, rows.column_names), rows.features.arrow_schema, num_bytes_of(rows))
+            kept.write(batches(rows, rows.column_names), rows.features.arrow_schema)
         self._data = None
 
     def read_data(self) -> Dataset:
@@ -276,8 +276,7 @@ class IterationStore:
         schema = answers.features.arrow_schema.remove_metadata()
         for name, values in scores.items():
             schema = schema.append(pa.field(name, pa.from_numpy_dtype(values.dtype)))
-        num_bytes = num_bytes_of(answers) + sum(values.nbytes for values in scores.values())
-        pairs.write(_with_columns(answers, scores), schema, num_bytes)
+        pairs.write(_with_columns(answers, scores), schema)
 
     def read_pairs(self, iteration: int) -> PairDataset:
         """

@@ -60,7 +60,7 @@ def write_whole(
         return
     with writing(path, num_bytes):
         make_directory(path.parent)
-        _remove_if_there(temporary)
+        remove(temporary)
         try:
             write(temporary)
             flush(temporary)
@@ -72,7 +72,7 @@ def write_whole(
             else:
                 temporary.rename(path)
         finally:
-            _remove_if_there(temporary)
+            remove(temporary)
         _sync(path.parent)
 
 
@@ -111,13 +111,8 @@ def remove(path: Path) -> None:
     """Delete a file, a directory or a link (never what it points to). Nothing happens where there is none."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _remove_if_there(temporary: Path) -> None:
-    if os.path.lexists(temporary):  # on a disk that went read-only the error to show is the write's
-        remove(temporary)
+    elif os.path.lexists(path):  # to unlink what is not there is an error on a disk that went read-only
+        path.unlink()
 
 
 def _sync(path: Path) -> None:
