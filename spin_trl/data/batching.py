@@ -19,9 +19,7 @@ def epoch_order(
 ) -> np.ndarray:
     """
     The order in which an epoch takes the pairs, as whole batches, so that it does not depend on how a batch is divided
-    into micro-batches and over processes.
-
-    The last batch is filled with pairs from the beginning, as accelerate does with several processes.
+    into micro-batches and over processes. The last one is filled with pairs from the beginning, as accelerate does.
 
     Args:
         batch_size (`int`): Pairs of one optimizer step, over all processes.

@@ -29,7 +29,7 @@ class ChatTemplate:
     where the template writes none (GLM-4: the one that opens the next turn, the user's or the tool's).
 
     Raises:
-        `ValueError`: if the template leaves out what the messages say.
+        `ValueError`: if the tokenizer has no template, or one that leaves out what the messages say.
     """
 
     def __init__(
@@ -38,19 +38,23 @@ class ChatTemplate:
         end_token_ids: Collection[int],
         template_kwargs: dict[str, Any] | None = None,
     ):
+        if tokenizer.chat_template is None:
+            raise ValueError(
+                "The dataset is conversational, but the tokenizer has no chat template. Set `tokenizer.chat_template` "
+                "to the model's own and pass the tokenizer as `processing_class`; for a base model give the prompts "
+                "and ground truths as text, or add a template with `trl.clone_chat_template`."
+            )
         self.tokenizer = tokenizer
         self.end_token_ids = tuple(end_token_ids)
         self.template_kwargs = template_kwargs or {}
-        self._find_whether_it_wants_parts()
+        self.wants_parts = self._wants_parts()
         self.answer_end = self._find_opening_of([_QUESTION, _ANSWER], _QUESTION)
         self.call_end = self._find_opening_of([_QUESTION, _CALL], _RESULT)
 
     def render(self, game: Game, /, **template_kwargs) -> tuple[list[int], list[int]]:
         """
         Prompt and ground truth of a game of messages as token ids; the ground truth ends in exactly one end token.
-
-        Args:
-            template_kwargs: Arguments of the template for this conversation. They win over those for every one.
+        `template_kwargs` are for this conversation and win over those for every one.
 
         Raises:
             `InvalidRowError`: if the template refuses the messages, renders the prompt differently from the beginning
@@ -64,7 +68,14 @@ class ChatTemplate:
         elif whole.startswith(prompt):  # tokens merge across the boundary; the sampler goes on from the prompt's
             completion_ids = self._ids(whole[len(prompt) :])
         else:
-            raise InvalidRowError(_difference(prompt, whole, game.prompt_name))
+            common = len(os.path.commonprefix([prompt, whole]))
+            raise InvalidRowError(
+                f"the chat template renders {game.prompt_name} differently from the beginning of the whole "
+                f"conversation. Alone it ends in {prompt[common:]!r}, the conversation goes on with "
+                f"{whole[common : common + 20]!r}. The policy would be trained on a context that the opponent never "
+                "saw. Set `chat_template_kwargs`, in the config or as a column, such that the two agree (for example "
+                "{'enable_thinking': False}), or use another chat template."
+            )
         chosen_ids = self._end_turn(completion_ids, bool(game.completion[0].get("tool_calls")))
         if not self.tokenizer.decode(chosen_ids[:-1]).strip():
             raise InvalidRowError(
@@ -83,13 +94,13 @@ class ChatTemplate:
             ) from error
 
     def _apply(self, messages: list[dict], /, **template_kwargs) -> str:
-        # Arrow fills what other messages have and this one has not with None, which templates take for something:
-        # they loop over it, or write "None".
+        # Arrow fills what this message has not, and others have, with None. Templates loop over it, or write "None".
         messages = [{"content": "", **remove_none_values(message)} for message in messages]
         if self.wants_parts:
             messages = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
-        kwargs = {**self.template_kwargs, **template_kwargs}
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
+        return self.tokenizer.apply_chat_template(
+            messages, tokenize=False, **{**self.template_kwargs, **template_kwargs}
+        )
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -112,18 +123,18 @@ class ChatTemplate:
 
     # What the template wants
 
-    def _find_whether_it_wants_parts(self) -> None:
+    def _wants_parts(self) -> bool:
         said, texts = [_QUESTION["content"], _ANSWER["content"]], []
         for self.wants_parts in (False, True):
             texts.append(self._try([_QUESTION, _ANSWER]))
             if texts[-1] is not None and all(content in texts[-1] for content in said):
-                return
-        self.wants_parts = False
-        if texts != [None, None]:  # if it refuses both, the rows will show what it takes
-            raise ValueError(
-                f"The tokenizer's chat template renders a conversation without what its messages say ({said}). Set "
-                "`tokenizer.chat_template` to the model's own, and pass the tokenizer as `processing_class`."
-            )
+                return self.wants_parts
+        if texts == [None, None]:  # the rows will show what it takes
+            return False
+        raise ValueError(
+            f"The tokenizer's chat template renders a conversation without what its messages say ({said}). Set "
+            "`tokenizer.chat_template` to the model's own, and pass the tokenizer as `processing_class`."
+        )
 
     def _find_opening_of(self, conversation: list[dict], next_message: dict) -> int | None:
         """The token that the template puts before the next message, if it is one at which the model stops."""
@@ -131,8 +142,8 @@ class ChatTemplate:
         if None in texts:
             return None
         before, after = map(self._ids, texts)
-        is_open = after[: len(before)] == before and len(after) > len(before)
-        return after[len(before)] if is_open and after[len(before)] in self.end_token_ids else None
+        opening = after[len(before) : len(before) + 1] if after[: len(before)] == before else []
+        return opening[0] if opening and opening[0] in self.end_token_ids else None
 
     def _try(self, messages: list[dict]) -> str | None:
         try:
@@ -141,24 +152,12 @@ class ChatTemplate:
             return None
 
 
-def _difference(prompt: str, whole: str, prompt_name: str) -> str:
-    common = len(os.path.commonprefix([prompt, whole]))
-    return (
-        f"the chat template renders {prompt_name} differently from the beginning of the whole conversation. Alone it "
-        f"ends in {prompt[common:]!r}, the conversation goes on with {whole[common : common + 20]!r}. The policy would "
-        "be trained on a context that the opponent never saw. Set `chat_template_kwargs`, in the config or as a "
-        "column, such that the two agree (for example {'enable_thinking': False}), or use another chat template."
-    )
-
-
 def end_after_first(completion_ids: list[int], end_token_ids: Collection[int]) -> list[int]:
     """
-    Cut a ground truth after its first end token, or add one: a sampler emits exactly one, and nothing after it.
-
-    Most chat templates write something behind the end token (a newline in Qwen's and Gemma's). Left there, the policy
-    would learn to tell ground truth from generation by punctuation.
+    Cut a ground truth after its first end token, or add one: a sampler emits exactly one, and nothing after it. From
+    what templates write behind it, such as a newline, the policy would learn to tell ground truth from generation.
     """
     for position, token_id in enumerate(completion_ids):
         if token_id in end_token_ids:
             return completion_ids[: position + 1]
-    return completion_ids + [next(iter(end_token_ids))]
+    return [*completion_ids, next(iter(end_token_ids))]

@@ -37,18 +37,10 @@ def lengths_of(lists: pa.ChunkedArray) -> np.ndarray:
     return pc.list_value_length(lists).to_numpy()
 
 
-def equal_lists(tables: Iterable[pa.Table], left: str, right: str) -> np.ndarray:
-    """Where two columns hold the same list of numbers: a mask of the shape `(rows of all tables,)`."""
-    pairs = chain.from_iterable(zip(table[left], table[right], strict=True) for table in tables)
-    return np.fromiter((one.equals(other) for one, other in pairs), bool)
-
-
 def positions_of(wanted: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
-    Where in `values`, all of which differ, the wanted ones are.
-
-    Returns:
-        The positions of those that are there, and which these are, a mask of the shape of `wanted`.
+    Where in `values`, all of which differ, the wanted ones are: the positions of those that are there, and which these
+    are, a mask of the shape of `wanted`.
     """
     found = pc.index_in(pa.array(wanted), value_set=pa.array(values))
     return found.drop_null().to_numpy(), found.is_valid().to_numpy(zero_copy_only=False)

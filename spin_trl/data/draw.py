@@ -21,9 +21,7 @@ class OpponentDraw:
     """
     Who answers which prompt of an iteration: uniform, independent of all other rows, and the same whenever it is asked.
 
-    Args:
-        iteration (`int`): Number of the iteration. Its own opponent is the newest.
-        num_opponents (`int`): How many of the last opponents take part, itself included, as soon as there are so many.
+    The iteration's own opponent is the newest of the `num_opponents` that take part, as soon as there are so many.
     """
 
     iteration: int
@@ -32,11 +30,11 @@ class OpponentDraw:
 
     @property
     def opponents(self) -> range:
-        """Those that take part, by the numbers of their iterations."""
+        """Numbers of the iterations whose opponents take part."""
         return range(max(0, self.iteration - self.num_opponents + 1), self.iteration + 1)
 
     def of_row(self, row: int) -> int:
-        """Number of the iteration whose opponent answers a row."""
+        """Whose opponent answers a row."""
         source = repr((self.seed, self.iteration, OPPONENT, int(row))).encode()
         number = int.from_bytes(hashlib.blake2b(source, digest_size=8).digest())
         return self.opponents[number % len(self.opponents)]

@@ -60,35 +60,31 @@ def detect_format(
     return None
 
 
-def check_dataset(
-    dataset: Any, name: str, prompt_column: str | None = None, completion_column: str | None = None
-) -> None:
-    """
-    Refuse a dataset that cannot be played on, by its type, size and columns alone.
-
-    Raises:
-        `TypeError`: not a map-style dataset.
-        `ValueError`: empty, a vision dataset, or none of the accepted formats.
-    """
-    if isinstance(dataset, IterableDataset):
-        raise TypeError(
-            f"`{name}` is an `IterableDataset`, but every iteration answers all prompts anew and needs to know how "
-            "many there are. Load it without `streaming=True`, or materialise it with "
-            "`Dataset.from_generator(lambda: iter(dataset))`."
-        )
+def check_is_dataset(dataset: Any, name: str) -> None:
+    """`TypeError` if it is no map-style dataset, `ValueError` if it is empty."""
     if not isinstance(dataset, Dataset):
         remedy = "Load one, such as `datasets.load_dataset('json', data_files=path, split='train')`."
-        if isinstance(dataset, dict):  # a `DatasetDict` is one
+        if isinstance(dataset, IterableDataset):
+            remedy = "Every iteration answers all prompts anew: load it without `streaming=True`."
+        elif isinstance(dataset, dict):  # a `DatasetDict` is one
             remedy = f"Pass one of its splits: {sorted(dataset)}."
         elif isinstance(dataset, list):
             remedy = "Make one with `Dataset.from_list(rows)`."
-        raise TypeError(
-            f"`{name}` must be a `datasets.Dataset` of prompts and ground truths, got `{type(dataset).__name__}`. "
-            f"{remedy}"
+        raise TypeError(f"`{name}` must be a `datasets.Dataset`, got `{type(dataset).__name__}`. {remedy}")
+    if len(dataset) == 0:
+        raise ValueError(
+            f"`{name}` is empty: at least one row is needed. See whether the file or the split is the right one, and "
+            "what was filtered out of it."
         )
+
+
+def check_dataset(
+    dataset: Any, name: str, prompt_column: str | None = None, completion_column: str | None = None
+) -> None:
+    """As [`check_is_dataset`], and `ValueError` if it is a vision dataset, or in none of the accepted formats."""
+    check_is_dataset(dataset, name)
     columns = dataset.column_names
-    media = sorted(_MEDIA_COLUMNS & set(columns))
-    if media:
+    if media := sorted(_MEDIA_COLUMNS & set(columns)):
         raise ValueError(
             f"`{name}` has the column(s) {media}: vision datasets are not supported, since prompts go to the opponent "
             "as token ids. Use a text dataset, or remove the column(s)."
@@ -105,11 +101,6 @@ def check_dataset(
             f"`{name}` has the columns {columns}, which is none of the accepted formats:\n{ACCEPTED_FORMATS}\nName "
             "them with `prompt_column` and `completion_column`, or rename them with "
             f"`dataset.rename_columns({{...}})`.{_similar(known, columns)}"
-        )
-    if len(dataset) == 0:
-        raise ValueError(
-            f"`{name}` is empty: at least one row with a prompt and its ground truth is needed. See whether the file "
-            "or the split is the right one, and what was filtered out of it."
         )
 
 

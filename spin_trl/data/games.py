@@ -22,24 +22,22 @@ def split_row(row: dict[str, Any], data_format: DataFormat, train_on_turns: str 
     """
     The games of one row: one, or with `train_on_turns="all"` one for every assistant turn of a whole conversation:
     `messages`, `real`, or a `chosen` that holds its prompt. A turn that opens a conversation answers nothing.
-
-    Raises:
-        `InvalidRowError`: if the prompt or the ground truth is missing, empty, not text or of mixed kinds.
+    [`InvalidRowError`] if the prompt or the ground truth is missing, empty, not text or of mixed kinds.
     """
+    column = data_format.completion_column
     if data_format.name in ("named", "prompt_completion"):
-        games = [_separate_columns(row, data_format)]
+        games = [_separate_columns(row, data_format.prompt_columns, column)]
     elif data_format.name == "preference":
         games = _preference(row, train_on_turns)
     else:
-        games = _conversation(row[data_format.completion_column], data_format.completion_column, train_on_turns)
+        games = _conversation(row[column], column, train_on_turns)
     for game in games:
         _check_game(game)
     return games
 
 
-def _separate_columns(row: dict[str, Any], data_format: DataFormat) -> Game:
+def _separate_columns(row: dict[str, Any], columns: tuple[str, ...], completion: str) -> Game:
     """Several prompt columns are joined by a blank line; empty ones, such as Alpaca's `input`, are left out."""
-    columns, completion = data_format.prompt_columns, data_format.completion_column
     prompt = row[columns[0]]
     if len(columns) > 1:
         for column in columns:
@@ -78,17 +76,17 @@ def _conversation(messages: Any, column: str, train_on_turns: str) -> list[Game]
             "'assistant' if that is what it means."
         )
     turns = [turn for turn in range(1, last) if train_on_turns == "all" and messages[turn]["role"] == "assistant"]
-    games = []
-    for turn in (*turns, last):
-        place = f"`{column}`" if turn == last else f"`{column}[{turn}]`"
-        games.append(Game(messages[:turn], [messages[turn]], f"the prompt of {place}", f"the ground truth of {place}"))
-    return games
+    places = {**{turn: f"`{column}[{turn}]`" for turn in turns}, last: f"`{column}`"}
+    return [
+        Game(messages[:turn], [messages[turn]], f"the prompt of {place}", f"the ground truth of {place}")
+        for turn, place in places.items()
+    ]
 
 
 def _check_game(game: Game) -> None:
     prompt, completion, prompt_name, completion_name = game
-    for value, name in ((prompt, prompt_name), (completion, completion_name)):
-        _check_side(value, name)
+    _check_side(prompt, prompt_name)
+    _check_side(completion, completion_name)
     if isinstance(prompt, list) != isinstance(completion, list):
         raise InvalidRowError(
             f"mixed formats: {prompt_name} is {_kind(prompt)} and {completion_name} is {_kind(completion)}. Make both "
@@ -153,7 +151,7 @@ def _is_message(value: Any) -> bool:
 
 
 def _is_messages(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(map(_is_message, value))
+    return isinstance(value, list) and value != [] and all(map(_is_message, value))
 
 
 def _unfit(expected: str, value: Any) -> InvalidRowError:
@@ -172,8 +170,8 @@ def _kind(value: Any) -> str:
         return "an empty list"
     if not isinstance(value, list):
         return f"`{type(value).__name__}`"
-    if _is_messages(value):
+    odd = next((item for item in value if not _is_message(item)), None)
+    if odd is None:
         return "a list of messages"
-    odd = next(item for item in value if not _is_message(item))
     keys = f" with the keys {sorted(odd)}" if isinstance(odd, dict) else ""
-    return f"a list of `{type(value[0]).__name__}`{keys}"
+    return f"a list of `{type(odd).__name__}`{keys}"

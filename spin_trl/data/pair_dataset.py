@@ -3,7 +3,8 @@
 Knows nothing of files and models.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections import ChainMap
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,9 +39,7 @@ class PairDataset(torch.utils.data.Dataset):
     def join(cls, data: Dataset, answers: Dataset) -> "PairDataset":
         """
         Give every answer the `prompt_ids` and `chosen_ids` of its `row`. Answers that bring their own keep them.
-
-        Raises:
-            `LookupError`: if the data lack a row.
+        `LookupError` if the data lack a row.
         """
         rows = numbers(answers, "row")
         positions, found = positions_of(rows, numbers(data, "row"))
@@ -64,10 +63,11 @@ class PairDataset(torch.utils.data.Dataset):
         """A row, the columns of several rows, or a column, as [`~datasets.Dataset`] has it."""
         if isinstance(key, str):
             return self.holder_of(key)[key]
-        return _merged(holder[key] for holder in self.holders)
+        return dict(ChainMap(*(holder[key] for holder in self.holders)))
 
     def __getitems__(self, keys: list[int]) -> list[dict[str, Any]]:
-        return [_merged(parts) for parts in zip(*(holder.__getitems__(keys) for holder in self.holders), strict=True)]
+        parts = zip(*(holder.__getitems__(keys) for holder in self.holders), strict=True)
+        return [dict(ChainMap(*maps)) for maps in parts]
 
     def select(self, indices: Sequence[int] | np.ndarray) -> "PairDataset":
         """The pairs at these positions, in this order."""
@@ -90,19 +90,10 @@ def column_lengths(pairs: Dataset | PairDataset, column: str) -> np.ndarray:
 
 def pair_lengths(pairs: Dataset | PairDataset, max_length: int | None = None) -> np.ndarray:
     """
-    Tokens of the longest of a pair's sequences, two or three: what each of them is padded to.
-
-    Args:
-        max_length (`int`, *optional*): Length at which DPOTrainer's collator truncates a sequence.
-
-    Returns:
-        `np.ndarray` of shape `(len(pairs),)` and integer type: prompt and longest side together.
+    Tokens of the longest of a pair's sequences, two or three, of shape `(len(pairs),)`: what each of them is padded to,
+    after DPOTrainer's collator has truncated it to `max_length`.
     """
     sides = [name for name in ("chosen_ids", "rejected_ids", INITIAL_IDS) if name in pairs.column_names]
     longest = np.maximum.reduce([column_lengths(pairs, name) for name in sides])
     lengths = column_lengths(pairs, "prompt_ids") + longest
     return lengths if max_length is None else np.minimum(lengths, max_length)
-
-
-def _merged(parts: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    return {name: value for part in parts for name, value in part.items()}

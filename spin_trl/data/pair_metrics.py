@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from .columns import lengths_of, numbers
+from .columns import joined, lengths_of, numbers
 from .pair_dataset import PREFERENCE, TRUTH, PairDataset, column_lengths
 
 
@@ -33,29 +33,24 @@ def describe_pairs(pairs: PairDataset, is_identical: np.ndarray, max_length: int
     return described
 
 
-def preference_share(pairs: PairDataset) -> dict[str, float]:
-    """Which share of an iteration's training set are preference pairs, if any are."""
-    is_preference = numbers(pairs.answers, "iteration") == PREFERENCE
-    return {"preference_share": float(is_preference.mean())} if is_preference.any() else {}
-
-
 def describe_generations(
     pairs: PairDataset, completions: Iterable[pa.Table], seed: int
 ) -> dict[str, float | dict[str, float]]:
     """
-    What the opponent said, beside what the data says.
-
-    Args:
-        pairs ([`PairDataset`]): As made, the identical ones included.
-        completions (`Iterable[pyarrow.Table]`): The opponent's, with `completion_ids` and `finish_reason`.
-        seed (`int`): Of the sample over which distinct-n is taken. The same pairs are looked at in every iteration.
+    What the opponent said, beside what the data says: of the pairs as made, identical ones included, and of its
+    completions. The `seed` is of the sample over which distinct-n is taken: the same pairs in every iteration.
 
     Returns:
-        `dict`: `empty_share` and `cut_off_share` of the answers; `distinct_1`, `distinct_2` of them, too, and
-        `chosen_distinct_1`, `chosen_distinct_2` of the ground truths; `chosen_lengths` and `rejected_lengths`, each a
-        dict of percentiles, in tokens.
+        `dict`: `empty_share`, of answers that say nothing (no token at all, or an end token alone); `cut_off_share`, of
+        those that ran into the length limit; `distinct_1`, `distinct_2` of the answers and `chosen_distinct_1`,
+        `chosen_distinct_2` of the ground truths; `chosen_lengths` and `rejected_lengths`, percentiles in tokens.
     """
-    described: dict = answer_shares(completions)
+    is_empty, is_cut_off = [], []
+    for batch in completions:
+        has_end_token = pc.equal(batch["finish_reason"], "stop").to_numpy()
+        is_empty.append(lengths_of(batch["completion_ids"]) <= has_end_token)  # True is one token
+        is_cut_off.append(pc.equal(batch["finish_reason"], "length").to_numpy())
+    described = {"empty_share": joined(is_empty).mean().item(), "cut_off_share": joined(is_cut_off).mean().item()}
     size = min(len(pairs), _NUM_DISTINCT_SAMPLED)
     sampled = pairs.select(np.sort(np.random.default_rng(seed).choice(len(pairs), size=size, replace=False)))
     for side, prefix in (("rejected", ""), ("chosen", "chosen_")):
@@ -75,8 +70,8 @@ def describe_scores(
     truncation_mode: str,
 ) -> dict[str, float]:
     """
-    What the reference, which is the opponent, thinks of both sides of the pairs that were made in this iteration of a
-    ground truth and a generation, whichever of the two is chosen.
+    What the opponent thinks of both sides of the pairs that were made in this iteration of a ground truth and a
+    generation, whichever of the two is chosen.
 
     Args:
         scores (`Mapping[str, np.ndarray]`): `ref_chosen_logps` and `ref_rejected_logps`, each of shape `(len(pairs),)`.
@@ -86,26 +81,29 @@ def describe_scores(
     Returns:
         `dict`: `logps_gap`, the mean of `log p(y)/|y| - log p(y')/|y'|`, and `opponent_nll`, the mean of `-log p(y)`
         over all tokens of the ground truths `y`. Both in nats per token. A side of no tokens has no mean: such a pair
-        does not count in the gap.
+        does not count in the gap. Also `preference_share`, of the user's pairs in all, if there are such.
     """
-    is_truth = [np.ones(len(pairs), bool), np.zeros(len(pairs), bool)]
+    iterations = numbers(pairs.answers, "iteration")
+    is_truth = np.array([[True], [False]]).repeat(len(pairs), axis=1)  # (2, N), as all below: chosen, rejected
     if "chosen_sample" in pairs.column_names:  # rewards chose
-        is_truth = [numbers(pairs.answers, name) == TRUTH for name in ("chosen_sample", "sample")]
-    counts = (numbers(pairs.answers, "iteration") == iteration) & (is_truth[0] | is_truth[1])
-    prompts = column_lengths(pairs, "prompt_ids")
-    lengths = [
-        _scored_lengths(prompts, column_lengths(pairs, f"{side}_ids"), max_length, truncation_mode) for side in _SIDES
-    ]
-    logps = [np.asarray(scores[f"ref_{side}_logps"], np.float64) for side in _SIDES]
-    # (num_counted,) each: the ground truth's, then the answer's
-    truth, answer = (np.where(is_truth[1], *sides)[counts] for sides in (lengths[::-1], lengths))
-    truth_logps, answer_logps = (np.where(is_truth[1], *sides)[counts] for sides in (logps[::-1], logps))
-    both = (truth > 0) & (answer > 0)
-    gap = np.sum(truth_logps[both] / truth[both] - answer_logps[both] / answer[both])
-    num_gaps = num_identical_dropped + int(both.sum())
-    described = {"logps_gap": float(gap / num_gaps)} if num_gaps > 0 else {}
-    if truth.sum() > 0:
-        described["opponent_nll"] = float(-truth_logps.sum() / truth.sum())
+        is_truth = np.stack([numbers(pairs.answers, name) == TRUTH for name in ("chosen_sample", "sample")])
+    lengths = np.stack([column_lengths(pairs, f"{side}_ids") for side in _SIDES])
+    if max_length is not None:  # as far as they have log-probs, the first token of a sequence having none
+        room = np.maximum(0, max_length - column_lengths(pairs, "prompt_ids"))
+        lengths = np.minimum(lengths, max_length - 1 if truncation_mode == "keep_end" else room)
+    logps = np.stack([scores[f"ref_{side}_logps"] for side in _SIDES]).astype(np.float64)
+    # From here on the ground truth comes first, then the answer.
+    counts = (iterations == iteration) & is_truth.any(axis=0)
+    lengths, logps = (np.where(is_truth[1], sides[::-1], sides)[:, counts] for sides in (lengths, logps))
+    both = (lengths > 0).all(axis=0)
+    truth_mean, answer_mean = logps[:, both] / lengths[:, both]
+    described = {}
+    if (num_gaps := num_identical_dropped + int(both.sum())) > 0:
+        described["logps_gap"] = float(np.sum(truth_mean - answer_mean) / num_gaps)
+    if (num_tokens := lengths[0].sum()) > 0:
+        described["opponent_nll"] = float(-logps[0].sum() / num_tokens)
+    if (is_preference := iterations == PREFERENCE).any():
+        described["preference_share"] = float(is_preference.mean())
     return described
 
 
@@ -117,25 +115,11 @@ def generation_rates(
     iteration on disk already.
     """
     sampled_rows = pa.array(sampled_rows, pa.int64())
-    num_completions = num_tokens = 0
-    for batch in completions:
-        sampled = batch.filter(pc.is_in(batch["row"], sampled_rows))
-        num_completions += len(sampled)
-        num_tokens += int(lengths_of(sampled["completion_ids"]).sum())
-    if num_completions == 0:
+    sampled = (batch.filter(pc.is_in(batch["row"], sampled_rows)) for batch in completions)
+    lengths = joined(lengths_of(batch["completion_ids"]) for batch in sampled)
+    if not len(lengths):
         return {}
-    return {"completions_per_second": num_completions / seconds, "tokens_per_second": num_tokens / seconds}
-
-
-def answer_shares(completions: Iterable[pa.Table]) -> dict[str, float]:
-    """Shares of answers that say nothing, no token or an end token alone, and that the length limit cut off."""
-    num_completions = num_empty = num_cut_off = 0
-    for batch in completions:
-        ended = pc.equal(batch["finish_reason"], "stop").to_numpy()
-        num_completions += len(batch)
-        num_empty += int(np.sum(lengths_of(batch["completion_ids"]) <= ended))  # True is one token
-        num_cut_off += pc.sum(pc.equal(batch["finish_reason"], "length")).as_py()
-    return {"empty_share": num_empty / num_completions, "cut_off_share": num_cut_off / num_completions}
+    return {"completions_per_second": len(lengths) / seconds, "tokens_per_second": float(lengths.sum()) / seconds}
 
 
 def distinct(token_ids: pa.ListArray, n: int) -> float:
@@ -146,12 +130,3 @@ def distinct(token_ids: pa.ListArray, n: int) -> float:
         within = text[1:] == text[:-1]
         tokens = (tokens[:-1] << 32 | tokens[1:])[within]
     return len(np.unique(tokens)) / len(tokens) if len(tokens) else 0.0
-
-
-def _scored_lengths(prompts: np.ndarray, sides: np.ndarray, max_length: int | None, truncation_mode: str) -> np.ndarray:
-    """How many tokens of each side have a log-prob after the collator has truncated prompt and side together."""
-    if max_length is None:
-        return sides
-    if truncation_mode == "keep_end":
-        return np.minimum(sides, max_length - 1)  # the first token of a sequence has none
-    return np.clip(max_length - prompts, 0, sides)

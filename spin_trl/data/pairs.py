@@ -5,12 +5,13 @@ through it in batches, or it gives a view of them.
 """
 
 from collections.abc import Iterable, Iterator
+from itertools import chain
 
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset, concatenate_datasets
 
-from .columns import equal_lists, numbers, positions_of
+from .columns import batches, numbers, positions_of
 from .draw import OPPONENT, OPPONENT_FIELD
 from .pair_dataset import PairDataset
 
@@ -36,13 +37,8 @@ class NoPairsError(RuntimeError):
 def make_answers(data: Dataset, completions: Iterable[pa.Table], iteration: int) -> Iterator[pa.Table]:
     """
     The opponent's side of every pair, batch by batch, of `ANSWER_SCHEMA`. Completions of rows that the data lack are
-    left out.
-
-    Args:
-        data ([`~datasets.Dataset`]): With the columns `row` and `source_row`.
-        completions (`Iterable[pyarrow.Table]`): With the columns `row`, `sample` and `completion_ids`, perhaps with
-            `opponent`.
-        iteration (`int`): The iteration in which they were made.
+    left out. The data have the columns `row` and `source_row`, completions `row`, `sample`, `completion_ids`, and
+    `opponent` where several take part.
     """
     rows, source_rows = numbers(data, "row"), numbers(data, "source_row")
     for batch in completions:
@@ -54,61 +50,48 @@ def make_answers(data: Dataset, completions: Iterable[pa.Table], iteration: int)
         yield batch.select(schema.names).cast(schema)
 
 
-def find_identical_pairs(pairs: PairDataset) -> np.ndarray:
+def find_identical_pairs(pairs: Dataset | PairDataset) -> np.ndarray:
     """Which pairs have two equal sides, a mask of shape `(len(pairs),)`."""
-    return equal_lists(pairs.batches(_SIDES), *_SIDES)
+    tables = pairs.batches(_SIDES) if isinstance(pairs, PairDataset) else batches(pairs, _SIDES)
+    sides = chain.from_iterable(zip(*(table[name] for name in _SIDES), strict=True) for table in tables)
+    return np.fromiter((chosen.equals(rejected) for chosen, rejected in sides), bool)
 
 
 def drop_identical_pairs(pairs: PairDataset, is_identical: np.ndarray) -> PairDataset:
-    """
-    Leave out the pairs whose two sides are equal, as [`find_identical_pairs`] has found them.
-
-    Raises:
-        `NoPairsError`: if no pair is left.
-    """
+    """Leave out the pairs that [`find_identical_pairs`] has found. `NoPairsError` if none is left."""
     if not is_identical.all():
         return pairs.select(np.flatnonzero(~is_identical)) if is_identical.any() else pairs
-    if "chosen_sample" in pairs.column_names:  # chosen by rewards
-        raise NoPairsError(
-            f"Both sides of all {len(pairs)} pairs of this iteration are the same, token by token, although their "
-            "rewards differ: there is nothing to tell apart. See whether the reward functions give one text two "
-            "rewards, raise `temperature`, or set `identical_pairs='keep'`."
-        )
-    raise NoPairsError(
+    found = (
         f"The opponent reproduces the ground truth in all {len(pairs)} pairs of this iteration, so self-play has "
-        "converged: there is nothing left to tell apart. The policy is the last iteration's. To go on, use more "
-        "or other data, raise `temperature`, or set `identical_pairs='keep'`."
+        "converged. The policy is the last iteration's. To go on, use more or other data"
     )
-
-
-def add_history(pairs: PairDataset, previous: list[tuple[int, PairDataset]]) -> PairDataset:
-    """
-    Join the pairs that older opponents made to the new ones. They are to be scored anew, so their scores are left out.
-
-    Args:
-        pairs ([`PairDataset`]): The new ones.
-        previous (`list[tuple[int, PairDataset]]`): Iteration number and training set of each older iteration to join.
-            Of each only the pairs that its own opponent made are taken.
-    """
-    own = [older.select(np.flatnonzero(numbers(older.answers, "iteration") == number)) for number, older in previous]
-    return _concatenate(pairs, own)
-
-
-def add_preferences(pairs: PairDataset, preferences: Dataset | None) -> PairDataset:
-    """Join the user's preference pairs, if any, to an iteration's with its history. They have no rewards."""
-    return _concatenate(pairs, [] if preferences is None else [PairDataset(preferences, preferences)])
-
-
-def _concatenate(pairs: PairDataset, others: list[PairDataset]) -> PairDataset:
-    """The others behind the pairs, with the same columns: nulls where they lack one."""
-
-    def joined(own: Dataset, *further: Dataset) -> Dataset:
-        shared = [[name for name in other.column_names if name in own.column_names] for other in further]
-        return concatenate_datasets(
-            [own, *(other.select_columns(names) for other, names in zip(further, shared, strict=True))]
+    if "chosen_sample" in pairs.column_names:  # chosen by rewards
+        found = (
+            f"Both sides of all {len(pairs)} pairs of this iteration are the same, although their rewards differ. See "
+            "whether the reward functions give one text two rewards"
         )
+    raise NoPairsError(f"{found}, raise `temperature`, or set `identical_pairs='keep'`.")
 
+
+def add_older_pairs(
+    pairs: PairDataset, previous: Iterable[tuple[int, PairDataset]], preferences: Dataset | None = None
+) -> PairDataset:
+    """
+    Join older pairs to an iteration's new ones, with the same columns, null where they have none. All are to be scored
+    anew, so scores are left out. Of each older iteration, given by its number and training set, only the pairs that its
+    own opponent made are taken. The `preferences` are the user's pairs.
+    """
+    others = [older.select(np.flatnonzero(numbers(older.answers, "iteration") == number)) for number, older in previous]
+    if preferences is not None:
+        others.append(PairDataset(preferences, preferences))
     if not others:
         return pairs
-    truths = joined(pairs.truths, *(other.truths for other in others))
-    return PairDataset(truths, joined(pairs.answers, *(other.answers for other in others)))
+
+    def join(own: Dataset, *further: Dataset) -> Dataset:
+        known = set(own.column_names)
+        return concatenate_datasets(
+            [own, *(one.select_columns([name for name in one.column_names if name in known]) for one in further)]
+        )
+
+    truths = join(pairs.truths, *(other.truths for other in others))
+    return PairDataset(truths, join(pairs.answers, *(other.answers for other in others)))

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from ..processes.ranks import main_process_first
 from ..spin_config import SPINConfig
 from .formats import detect_format
-from .preferences import PREFERENCE_IDS, noting, prepare_preferences
+from .preferences import PREFERENCE_IDS, prepare_preferences
 from .rendering import tokenize_dataset
 from .token_rows import dataset_checksum, drop_duplicates, drop_long_prompts, percentile_length
 
@@ -25,41 +25,25 @@ logger = get_logger(__name__)
 
 @dataclass
 class RunData:
-    """
-    The rows that a run plays on, as token ids.
+    """The rows that a run plays on, as token ids."""
 
-    Args:
-        train, eval ([`~datasets.Dataset`]): Prompts and ground truths, see [`rendering.TokenizedData`].
-        preferences ([`~datasets.Dataset`], *optional*): The user's preference pairs, see [`prepare_preferences`].
-        report (`dict[str, Any]`): Format and row counts, for `self_play.json`.
-        invalid_rows (`list[dict]`): Dataset, row number and reason of every row left out as invalid.
-        num_dropped (`int`): How many rows were left out because their prompt leaves no room for an answer.
-    """
-
-    train: Dataset
+    train: Dataset  # prompts and ground truths, see `rendering.TokenizedData`
     eval: Dataset | None
-    preferences: Dataset | None
-    report: dict[str, Any]
-    invalid_rows: list[dict[str, Any]]
-    num_dropped: int = 0
+    preferences: Dataset | None  # the user's pairs, see `prepare_preferences`
+    report: dict[str, Any]  # format and row counts, for `self_play.json`
+    invalid_rows: list[dict[str, Any]]  # dataset, row number and reason of every row left out as invalid
+    num_dropped: int = 0  # rows left out because their prompt leaves no room for an answer
 
     def fit_to(self, max_length: int, source: str) -> None:
         """Drop prompts that leave no room for a token in `max_length`, which `source` sets. Every process calls it."""
-
-        def drop() -> int:
-            self.train, num_dropped = drop_long_prompts(self.train, max_length, source)
-            if self.eval is not None:
-                self.eval, num_dropped_eval = drop_long_prompts(self.eval, max_length, source)
-                num_dropped += num_dropped_eval
-            return num_dropped
-
-        num_dropped = main_process_first(drop)
+        given = [part for part in (self.train, self.eval) if part is not None]
+        kept = main_process_first(lambda: [drop_long_prompts(part, max_length, source) for part in given])
+        self.train, self.eval = kept[0], kept[-1] if self.eval is not None else None
+        num_dropped = sum(map(len, given)) - sum(map(len, kept))
         self.num_dropped += num_dropped
         if num_dropped > 0:
-            logger.warning(
-                f"Dropped {num_dropped} row(s) whose prompt leaves no room for an answer in {source} ({max_length} "
-                "tokens)."
-            )
+            what = "row(s) whose prompt leaves no room for an answer in"
+            logger.warning(f"Dropped {num_dropped} {what} {source} ({max_length} tokens).")
 
     def prompt_length(self, percentile: float) -> int:
         """A percentile of the prompts' lengths, in tokens: 0 is the shortest of all, 100 the longest."""
@@ -92,11 +76,8 @@ def prepare_data(
     context_length: int | None = None,
 ) -> RunData:
     """
-    Render all datasets. Duplicates are dropped from the training data alone: every evaluation row counts.
-
-    Args:
-        context_length (`int`, *optional*): Tokens that the model can hold, for the preferences. The others are fitted
-            to it by [`RunData.fit_to`], when the server's is known too.
+    Render all datasets. Duplicates are dropped from the training data alone: every evaluation row counts. Preferences
+    are fitted to the model's `context_length`, in tokens, the others by [`RunData.fit_to`], when the server's is known.
 
     Raises:
         `ValueError`: see [`rendering.tokenize_dataset`]; the message names the dataset.
@@ -115,15 +96,18 @@ def prepare_data(
     for name, dataset in given.items():
         if dataset is None:
             continue
-        with noting(f"In `{name}`."):
+        try:
             if name == "preference_dataset":
                 limit = context_length if args.max_length is None else min(args.max_length, context_length)
-                rendered = prepare_preferences(tokenize, dataset, limit, args.skip_invalid_rows)
+                prepared[name], invalid = prepare_preferences(tokenize, dataset, limit)
             else:
-                rendered = tokenize(dataset, train_on_turns=args.train_on_turns, **columns)
-        prepared[name] = rendered.dataset
-        invalid_rows += [{"dataset": name, "row": row, "reason": why} for row, why in rendered.invalid_rows]
-    train, num_duplicates = drop_duplicates(prepared["train_dataset"])
+                prepared[name], invalid = tokenize(dataset, train_on_turns=args.train_on_turns, **columns)
+        except ValueError as error:
+            error.add_note(f"In `{name}`.")
+            raise
+        invalid_rows += [{"dataset": name, "row": row, "reason": reason} for row, reason in invalid]
+    train = drop_duplicates(prepared["train_dataset"])
+    num_duplicates = len(prepared["train_dataset"]) - len(train)
     if num_duplicates:
         logger.warning(f"Dropped {num_duplicates} row(s) of `train_dataset` that repeat an earlier one.")
     if invalid_rows:

@@ -30,23 +30,20 @@ _FEATURES = {
     "prompt": Value("string"),
     "prompt_ids": List(Value("int32")),
     "chosen_ids": List(Value("int32")),
+    "rejected_ids": List(Value("int32")),
     "invalid": Value("string"),
 }
 
 
 class TokenizedData(NamedTuple):
     """
-    A rendered dataset.
-
-    Args:
-        dataset ([`~datasets.Dataset`]): One row per game, with the columns `row` (`int`, its number here), `source_row`
-            (`int`, its number in the user's dataset), `prompt` (text or messages), `prompt_ids` and `chosen_ids`
-            (`list[int]`, ending in one end token).
-        invalid_rows (`list[tuple[int, str]]`): Of every row left out its number in the user's dataset, and why.
+    One row per game, with the columns `row` (its number here), `source_row` (its number in the user's dataset),
+    `prompt` (text or messages), `prompt_ids` and `chosen_ids` (ending in one end token); `rejected_ids` too where both
+    sides were asked for.
     """
 
     dataset: Dataset
-    invalid_rows: list[tuple[int, str]]
+    invalid_rows: list[tuple[int, str]]  # of every row left out its number in the user's dataset, and why
 
 
 def tokenize_dataset(
@@ -59,13 +56,14 @@ def tokenize_dataset(
     chat_template_kwargs: dict[str, Any] | None = None,
     skip_invalid_rows: bool = False,
     num_proc: int | None = None,
+    both_sides: bool = False,
 ) -> TokenizedData:
     """
-    Render every row of an SFT dataset into token ids.
+    Render every row of a dataset, in one of `formats.ACCEPTED_FORMATS`, into token ids.
 
     Args:
-        dataset ([`~datasets.Dataset`]): Rows in one of the accepted formats (see `formats.ACCEPTED_FORMATS`).
         end_token_ids (`Collection[int]`): Token ids at which the model stops; the first is appended to plain text.
+        both_sides (`bool`): Whether the rows have a `rejected` side, which is to be rendered as the `chosen` one is.
 
     Raises:
         [`InvalidRowError`]: naming the row, if it cannot be played and `skip_invalid_rows` is not set.
@@ -78,15 +76,15 @@ def tokenize_dataset(
         raise InvalidRowError(_refusal(*unreadable[0]))
     readable = np.setdiff1d(np.arange(len(dataset)), [number for number, _ in unreadable])
     end_token_ids, chat_template = tuple(end_token_ids), None
-    settings = (data_format, train_on_turns, end_token_ids, chat_template_kwargs, skip_invalid_rows, str(features))
-    fingerprint = _fingerprint(dataset, tokenizer, settings)
-    if features["prompt"] != Value("string") and tokenizer.chat_template is not None:
+    settings = data_format, train_on_turns, end_token_ids, chat_template_kwargs, skip_invalid_rows, both_sides
+    fingerprint = _fingerprint(dataset, tokenizer, (*settings, str(features)))
+    if features["prompt"] != Value("string"):
         chat_template = ChatTemplate(tokenizer, end_token_ids, chat_template_kwargs)
     renderer = _Renderer(
-        data_format, train_on_turns, tokenizer, end_token_ids, chat_template, readable, skip_invalid_rows
+        data_format, train_on_turns, tokenizer, end_token_ids, chat_template, readable, skip_invalid_rows, both_sides
     )
-    cache_file = None  # beside the dataset's own files
-    if not dataset.cache_files:  # it is in memory: a file that is gone when the process ends, not memory too
+    cache_file = None  # beside the dataset's own files; of one in memory, a file that is gone when the process ends
+    if not dataset.cache_files:
         cache_file = os.path.join(get_temporary_cache_files_directory(), f"cache-{fingerprint}.arrow")
     rendered = (dataset.select(readable) if unreadable else dataset).map(
         renderer.render_batch,
@@ -99,6 +97,8 @@ def tokenize_dataset(
         cache_file_name=cache_file,
         desc="Tokenizing prompts and truths",
     )
+    if not both_sides:
+        rendered = rendered.remove_columns("rejected_ids")
     return _without_invalid_rows(rendered, len(dataset), unreadable)
 
 
@@ -112,12 +112,14 @@ class _Renderer(NamedTuple):
     chat_template: ChatTemplate | None
     row_numbers: np.ndarray
     skip_invalid_rows: bool
+    both_sides: bool
 
     def render_batch(self, batch: dict[str, list], positions: list[int]) -> dict[str, list]:
         games = []
         for place, number in enumerate(self.row_numbers[positions].tolist()):
+            row = {name: values[place] for name, values in batch.items()}
             try:
-                rendered = self._render({name: values[place] for name, values in batch.items()})
+                rendered = [self._render_both_sides(row)] if self.both_sides else self._render(row)
             except InvalidRowError as error:
                 if not self.skip_invalid_rows:
                     raise InvalidRowError(_refusal(number, str(error))) from error
@@ -129,19 +131,23 @@ class _Renderer(NamedTuple):
         template_kwargs = {"tools": _structure(row, "tools"), **(_structure(row, "chat_template_kwargs") or {})}
         games = []
         for game in split_row(row, self.data_format, self.train_on_turns):
-            if isinstance(game.prompt, str):
-                ids = self._render_text(game)
-            elif self.chat_template is not None:
-                ids = self.chat_template.render(game, **template_kwargs)
-            else:
-                raise ValueError(
-                    f"The dataset is conversational ({game.completion_name} is a message), but the tokenizer has no "
-                    "chat template. Set `tokenizer.chat_template` to the model's own and pass the tokenizer as "
-                    "`processing_class`; for a base model give the prompts and ground truths as text, or add a "
-                    "template with `trl.clone_chat_template`."
-                )
+            is_text = isinstance(game.prompt, str)
+            ids = self._render_text(game) if is_text else self.chat_template.render(game, **template_kwargs)
             games.append({"prompt": game.prompt, "prompt_ids": ids[0], "chosen_ids": ids[1]})
         return games
+
+    def _render_both_sides(self, row: dict[str, Any]) -> dict[str, Any]:
+        (chosen,) = self._render(row)
+        try:
+            (rejected,) = self._render({**row, "chosen": row["rejected"]})
+        except InvalidRowError as error:
+            raise InvalidRowError(f"its `rejected`, read as a `chosen`: {error}") from error
+        if chosen["prompt_ids"] != rejected["prompt_ids"]:
+            raise InvalidRowError(
+                "`chosen` and `rejected` answer different prompts (in conversations, all messages but the last). Cut "
+                "both after the first answer in which they differ."
+            )
+        return {**chosen, "rejected_ids": rejected["chosen_ids"]}
 
     def _render_text(self, game: Game) -> tuple[list[int], list[int]]:
         prompt_ids = self.tokenizer(game.prompt)["input_ids"]
@@ -184,16 +190,14 @@ def _unreadable_rows(dataset: Dataset) -> list[tuple[int, str]]:
         dataset.data.validate(full=True)
         return []
     except pa.ArrowInvalid:
-        pass
-    reasons: dict[int, str] = {}
+        reasons: dict[int, str] = {}
     for column in dataset.column_names:
         cells = dataset.select_columns(column)
         for number in range(len(dataset)):
             try:
                 cells[number]
             except UnicodeDecodeError as error:
-                reason = f"`{column}` is not valid Unicode: {error}. Load the file in its own encoding."
-                reasons.setdefault(number, reason)
+                reasons[number] = f"`{column}` is not valid Unicode: {error}. Load the file in its own encoding."
     return sorted(reasons.items())
 
 
@@ -213,8 +217,8 @@ def _structure(row: dict[str, Any], column: str) -> Any:
 
 def _fingerprint(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, settings: tuple) -> str:
     """
-    What rendered rows depend on. The library's own would hash the function that renders, and with it objects whose
-    pickles differ from process to process; of our classes it would see the names alone, not what a newer version does.
+    What rendered rows depend on. The library's own would hash objects whose pickles differ from process to process, and
+    of our classes the names alone, not what a newer version does.
     """
     code = [inspect.getsource(inspect.getmodule(part)) for part in (tokenize_dataset, ChatTemplate, split_row)]
     packages = [version(name) for name in ("trl", "transformers", "tokenizers", "jinja2")]
@@ -223,10 +227,9 @@ def _fingerprint(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, settings:
 
 def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> Any:
     """All that token ids depend on. Padding and truncation are left by whoever called the tokenizer last."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
+    if not tokenizer.is_fast:
         return tokenizer
-    state = json.loads(backend.to_str()) | {"padding": None, "truncation": None}
+    state = json.loads(tokenizer.backend_tokenizer.to_str()) | {"padding": None, "truncation": None}
     options = {name: value for name, value in tokenizer.init_kwargs.items() if name != "name_or_path"}
     name = type(tokenizer).__qualname__
     return json.dumps([name, state, options, tokenizer.special_tokens_map, tokenizer.chat_template], default=str)

@@ -4,11 +4,10 @@ import hashlib
 from collections.abc import Sequence
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 
-from .columns import batches, joined, lengths_of, list_lengths
+from .columns import batches, lengths_of, list_lengths
 
 
 _TRUTHS = ("prompt_ids", "chosen_ids")
@@ -24,18 +23,14 @@ def dataset_checksum(dataset: Dataset, columns: Sequence[str] = _TRUTHS) -> str:
     return digest.hexdigest()
 
 
-def drop_duplicates(dataset: Dataset) -> tuple[Dataset, int]:
-    """Keep the first of all rows with the same prompt and ground truth, in tokens; and how many were dropped."""
-    digests = joined(_row_digests(batch) for batch in batches(dataset, _TRUTHS))
-    _, first = np.unique(digests, return_index=True)
-    return _select(dataset, np.sort(first))
-
-
-def _row_digests(batch: pa.Table) -> np.ndarray:
-    """Sixteen bytes for each row, as two numbers."""
-    rows = zip(*(batch[name].to_pylist() for name in _TRUTHS), strict=True)
-    digests = b"".join(hashlib.blake2b(repr(row).encode(), digest_size=16).digest() for row in rows)
-    return np.frombuffer(digests, dtype=[("first", np.uint64), ("second", np.uint64)])
+def drop_duplicates(dataset: Dataset) -> Dataset:
+    """Keep the first of all rows with the same prompt and ground truth, in tokens."""
+    digests = bytearray()  # 16 bytes for each row
+    for batch in batches(dataset, _TRUTHS):
+        for row in zip(*(batch[name].to_pylist() for name in _TRUTHS), strict=True):
+            digests += hashlib.blake2b(repr(row).encode(), digest_size=16).digest()
+    _, first = np.unique(np.frombuffer(digests, "S16"), return_index=True)
+    return dataset.select(np.sort(first))
 
 
 def percentile_length(dataset: Dataset, column: str, percentile: float) -> int:
@@ -43,23 +38,12 @@ def percentile_length(dataset: Dataset, column: str, percentile: float) -> int:
     return int(np.ceil(np.percentile(list_lengths(dataset, column), percentile)))
 
 
-def drop_long_prompts(dataset: Dataset, max_length: int, source: str) -> tuple[Dataset, int]:
-    """
-    Drop the rows whose prompt leaves no room for a token in `max_length`, which `source` sets; and how many these are.
-
-    Raises:
-        `ValueError`: if no row is left.
-    """
+def drop_long_prompts(dataset: Dataset, max_length: int, source: str) -> Dataset:
+    """Drop rows whose prompt leaves no room for a token in `max_length`, set by `source`. `ValueError` if all do."""
     lengths = list_lengths(dataset, "prompt_ids")
-    kept = np.flatnonzero(lengths < max_length)
-    if len(kept) == 0:
+    if lengths.min() >= max_length:
         raise ValueError(
             f"All {len(dataset)} prompts are too long: the shortest has {lengths.min()} tokens, and {source} "
             f"({max_length} tokens) leaves room for at most {max_length - 1}. Raise that limit or shorten the prompts."
         )
-    return _select(dataset, kept)
-
-
-def _select(dataset: Dataset, kept: np.ndarray) -> tuple[Dataset, int]:
-    num_dropped = len(dataset) - len(kept)
-    return (dataset.select(kept) if num_dropped else dataset), num_dropped
+    return dataset.select(np.flatnonzero(lengths < max_length))

@@ -20,45 +20,29 @@ class BestIteration:
     metric: str
     values: dict[str, float]
 
-    @property
-    def label(self) -> str:
-        return label(self.opponent)
-
     def __str__(self) -> str:
         shown = ", ".join(f"{name} {value:.4f}" for name, value in self.values.items())
-        what = "The start" if self.opponent == 0 else f"The policy after {self.label}"
+        what = "The start" if self.opponent == 0 else f"The policy after {label(self.opponent)}"
         return f"{what} is the best by `{self.metric}`: {shown}."
 
     def describe(self) -> dict[str, Any]:
         """For `self_play.json`."""
-        return {**asdict(self), "after": self.label}
+        return {**asdict(self), "after": label(self.opponent)}
 
 
 def check_best_iteration(args: SPINConfig, has_eval_dataset: bool, has_generation_metrics: bool) -> None:
-    """
-    Raises:
-        `ValueError`: if nothing is evaluated, or no such metric can come.
-    """
-    metric = args.metric_for_best_model
-    if metric is None:
-        return
-    if not has_eval_dataset:
+    """`ValueError` if iterations are to be compared, and nothing is evaluated or no such metric can come."""
+    if args.metric_for_best_model is not None and not has_eval_dataset:
         raise ValueError(
-            f"`metric_for_best_model={metric!r}` compares evaluations, but `eval_dataset` is None. Pass an "
-            "`eval_dataset`, or leave the metric and `load_best_model_at_end` unset."
+            f"`metric_for_best_model={args.metric_for_best_model!r}` compares evaluations, but `eval_dataset` is None. "
+            "Pass an `eval_dataset`, or leave the metric and `load_best_model_at_end` unset."
         )
-    if not has_generation_metrics and _plain(metric) not in EVALUATION_METRICS:
-        raise ValueError(
-            f"`metric_for_best_model={metric!r}` is none of the run's metrics: {list(EVALUATION_METRICS)}. Name one of "
-            "them, or pass a `compute_generation_metrics` that returns it."
-        )
+    if not has_generation_metrics:
+        check_is_evaluated(args, {})
 
 
 def check_is_evaluated(args: SPINConfig, scores: Mapping[str, float]) -> None:
-    """
-    Raises:
-        `ValueError`: if the metric that iterations are to be compared by is not among those of an evaluation.
-    """
+    """`ValueError` if the metric that iterations are to be compared by is none of an evaluation's, these among them."""
     metric = args.metric_for_best_model
     known = list({**scores, **EVALUATION_METRICS})
     if metric is not None and _plain(metric) not in known:
@@ -70,26 +54,19 @@ def check_is_evaluated(args: SPINConfig, scores: Mapping[str, float]) -> None:
 
 def find_best(metrics: Iterable[tuple[int, dict[str, Any]]], args: SPINConfig) -> BestIteration | None:
     """
-    The best of all policies of a run, the earlier one where two are equal; `None` if no value can be compared.
-
-    Args:
-        metrics: Each opponent's number and its iteration's metrics.
+    The best of all policies of a run, by each opponent's number and its iteration's metrics: the earlier one where two
+    are equal; `None` if no value can be compared.
     """
     metric = _plain(args.metric_for_best_model)
-    values = {number: found.get(EVALUATION, {}).get(metric) for number, found in metrics}
-    values = {number: value for number, value in values.items() if value is not None and math.isfinite(value)}
+    values = {number: found.get(EVALUATION, {}).get(metric, math.nan) for number, found in metrics}
+    values = {number: value for number, value in values.items() if math.isfinite(value)}
     if not values:
         return None
-    choose = max if is_greater_better(metric, args.greater_is_better) else min
-    best = choose(values, key=values.get)
+    is_greater_better = args.greater_is_better
+    if is_greater_better is None:  # as known here, or, as transformers, by the name
+        is_greater_better = EVALUATION_METRICS.get(metric, not metric.endswith(("loss", "nll")))
+    best = (max if is_greater_better else min)(values, key=values.get)
     return BestIteration(best, metric, {label(number): value for number, value in values.items()})
-
-
-def is_greater_better(metric: str, given: bool | None = None) -> bool:
-    """Whether the greater value is the better one: as given, as known here, or, as transformers, by the name."""
-    if given is not None:
-        return bool(given)
-    return EVALUATION_METRICS.get(metric, not metric.endswith(("loss", "nll")))
 
 
 def _plain(metric: str) -> str:

@@ -63,9 +63,8 @@ def sign_within(
     Whether the ground truths' log-probs sank within an iteration while the margins grew.
 
     Args:
-        steps (`Sequence[Mapping[str, float]]`): What was logged in the iteration's training, in order, with
-            DPOTrainer's `rewards/chosen`, `rewards/rejected` and `rewards/margins`.
-        beta (`float`): The iteration's.
+        steps (`Sequence[Mapping[str, float]]`): What was logged in the iteration's training, in order. Entries without
+            DPOTrainer's `rewards/` are left out.
         mean_length (`float`): Mean number of tokens of the ground truths.
         starts_at_zero (`bool`): Whether the reference is the policy that the iteration began with. Where it is another,
             rewards begin with what lies between the two, and the first step's are taken for the start.
@@ -74,7 +73,8 @@ def sign_within(
     if not steps or beta <= 0:
         return None
     start = dict.fromkeys(_REWARDS, 0.0) if starts_at_zero else {name: steps[0][name] for name in _REWARDS}
-    quarters = [start, *map(_means, np.array_split(steps, min(4, len(steps))))]  # a single step may be an outlier
+    parts = np.array_split(steps, min(4, len(steps)))  # a single step may be an outlier
+    quarters = [start, *({name: fmean(step[name] for step in part) for name in _REWARDS} for part in parts)]
     best, last = max(quarters, key=lambda quarter: quarter["rewards/chosen"]), quarters[-1]
     # Rewards are `beta` times the change of the log-prob since the iteration began.
     fall = (best["rewards/chosen"] - last["rewards/chosen"]) / beta / mean_length
@@ -89,19 +89,12 @@ def sign_within(
     )
 
 
-def _means(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    return {name: fmean(step[name] for step in steps) for name in _REWARDS}
-
-
 def signs_between(
     first: Mapping[str, float], previous: Mapping[str, float], current: Mapping[str, float]
 ) -> list[CollapseSign]:
     """
-    What an iteration's opponent shows, next to the one before and the first.
-
-    Args:
-        first, previous, current (`Mapping[str, float]`): Metrics of iteration 0, of the iteration before, and of this
-            one: `logps_gap`, `opponent_nll`, `rejected_length`, `distinct_2`. What is missing is not judged.
+    What an iteration's opponent shows, next to the one before and the first, by the metrics `logps_gap`,
+    `opponent_nll`, `rejected_length` and `distinct_2` of these iterations. What is missing is not judged.
     """
     signs = []
 
@@ -110,22 +103,19 @@ def signs_between(
 
     before, now = numbers("logps_gap", previous)
     if now < 0 and before - now > _MAX_FALL:
-        found = (
-            "The policy prefers its own answers to the ground truths, and more so than before: `logps_gap` sank from "
-        )
-        signs.append(CollapseSign("negative_gap", f"{found}{before:.2f} to {now:.2f} nats a token."))
+        found = "The policy prefers its own answers to the ground truths, and more so than before: `logps_gap` sank "
+        signs.append(CollapseSign("negative_gap", f"{found}from {before:.2f} to {now:.2f} nats a token."))
     before, now = numbers("opponent_nll", previous)
     if now > before * (1 + _MAX_NLL_GROWTH):
-        found = f"`opponent_nll` rose from {before:.3f} to {now:.3f} nats a token."
-        signs.append(CollapseSign("unlikely_truths", f"An iteration made the ground truths less likely: {found}"))
+        found = "An iteration made the ground truths less likely: `opponent_nll` rose "
+        signs.append(CollapseSign("unlikely_truths", f"{found}from {before:.3f} to {now:.3f} nats a token."))
     before, now = numbers("rejected_length", first)
     if before > 0 and (now < before / _MAX_FACTOR or now > before * _MAX_FACTOR):
         found = f"The answers' mean length, {now:.1f} tokens, is far from iteration 0's {before:.1f}."
         signs.append(CollapseSign("length", found, _LENGTH_TELLS))
     before, now = numbers("distinct_2", first)
     if now < before / _MAX_FACTOR:
-        found = "The answers repeat themselves: the share of distinct bigrams sank from "
-        found += f"{before:.3f} in iteration 0 to {now:.3f}."
+        found = f"The answers repeat themselves: of distinct bigrams there are {now:.3f}, {before:.3f} in iteration 0."
         signs.append(CollapseSign("variety", found, f"a cooled sampler, or that {_TOO_FAST}"))
     return signs
 
@@ -139,8 +129,9 @@ class Collapsed(RunEnd):
 @dataclass
 class CollapseGuard:
     """
-    Every process calls its methods. What it finds is kept in `metrics.json` of the iteration whose opponent is judged,
-    under `collapse_signs`, and counted for the loggers; but not of a final policy that is not evaluated.
+    Every process calls its methods, which raise [`Collapsed`] if there is a sign of collapse and the run is to end.
+    What it finds is kept in `metrics.json` of the iteration whose opponent is judged, under `collapse_signs`, and
+    counted for the loggers; but not of a final policy that is not evaluated.
 
     `log_history` gives what the trainer has logged so far.
     """
@@ -150,35 +141,20 @@ class CollapseGuard:
     log_history: Callable[[], list[dict[str, Any]]]
 
     def look_at_training(self, opponent: int) -> None:
-        """
-        Judge the training that has made the opponent of an iteration, when it is over.
-
-        Raises:
-            [`Collapsed`]: if there is a sign of collapse and the run is to end.
-        """
+        """Judge the training that has made the opponent of an iteration, when it is over."""
         iteration = opponent - 1
         if iteration < 0:
             return
         args = self.args
         begin, end = (number * args.epochs_per_iteration for number in (iteration, opponent))
-        log = self.log_history()
-        steps = [entry for entry in log if "rewards/margins" in entry and begin < entry["epoch"] <= end]
+        steps = [entry for entry in self.log_history() if begin < entry.get("epoch", 0) <= end]
         starts_at_zero = iteration == 0 or args.reference_mixture_alpha == 0
-
-        def look() -> list[CollapseSign]:
-            mean_length = self.store.read_metrics(iteration).get("chosen_length")
-            sign = sign_within(steps, args.beta_at(iteration), mean_length, starts_at_zero) if mean_length else None
-            return [] if sign is None else [sign]
-
-        self._act(opponent, on_main_process(look))
+        mean_length = on_main_process(lambda: self.store.read_metrics(iteration)["chosen_length"])
+        sign = sign_within(steps, args.beta_at(iteration), mean_length, starts_at_zero)
+        self._act(opponent, [] if sign is None else [sign])
 
     def look_at_opponent(self, opponent: int) -> None:
-        """
-        Judge what the opponent of an iteration has answered, once its pairs are scored.
-
-        Raises:
-            [`Collapsed`]: if there is a sign of collapse and the run is to end.
-        """
+        """Judge what the opponent of an iteration has answered, once its pairs are scored."""
         numbers = (0, opponent - 1, opponent) if opponent > 0 else ()
         metrics = on_main_process(lambda: [self.store.read_metrics(number) for number in numbers])
         if self.args.pairing != "ground_truth":  # then these are of other prompts in every iteration

@@ -1,7 +1,9 @@
 """When self-play is over: opponent and data, or the rewards where they choose, no longer differ.
 
 SPIN (arXiv 2401.01335), theorem 5.2: where the opponent is the data's distribution, it is the best reply to itself, so
-that no further iteration moves it. Knows nothing of how the numbers come about.
+that no further iteration moves it. Here it ends the run, if `stop_when_converged` is set.
+
+Knows nothing of how the numbers come about.
 """
 
 from collections.abc import Mapping
@@ -24,11 +26,7 @@ class Converged(RunEnd):
 
 
 def check_evaluation(iteration: int, scores: Mapping[str, float], args: SPINConfig) -> None:
-    """
-    Raises:
-        [`Converged`]: if that is asked for and what an iteration has taught the policy no longer tells held-out ground
-            truths from its opponent's answers.
-    """
+    """[`Converged`] if, with what an iteration has taught it, the policy cannot tell held-out truths from answers."""
     accuracy = scores.get("rewards/accuracies")
     if _judges_truths(args) and accuracy is not None and abs(accuracy - 0.5) <= _TOLERANCE:
         reason = (
@@ -39,20 +37,14 @@ def check_evaluation(iteration: int, scores: Mapping[str, float], args: SPINConf
 
 
 def check_identical_share(iteration: int, share: float, args: SPINConfig) -> None:
-    """
-    Raises:
-        [`Converged`]: if that is asked for and nearly all of the opponent's answers equal the ground truth.
-    """
+    """[`Converged`] if nearly all of the opponent's answers equal the ground truth."""
     if _judges_truths(args) and share >= 1 - _TOLERANCE:
         reason = f"its opponent reproduces the ground truth in {share:.1%} of the pairs, at least {1 - _TOLERANCE:.1%}."
         raise Converged(iteration, "identical pairs", reason, identical_share=share, tolerance=_TOLERANCE)
 
 
 def check_no_pair_share(iteration: int, share: float, args: SPINConfig) -> None:
-    """
-    Raises:
-        [`Converged`]: if that is asked for, rewards choose, and they find hardly any prompt's answers to differ.
-    """
+    """[`Converged`] if rewards choose, and find hardly any prompt's answers to differ."""
     if args.stop_when_converged and share >= 1 - _TOLERANCE:
         reason = f"with `pairing={args.pairing!r}`, {share:.1%} of the prompts make no pair, at least "
         reason += f"{1 - _TOLERANCE:.1%}."

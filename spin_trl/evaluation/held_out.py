@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data.columns import batches, numbers
 from ..data.pair_dataset import PairDataset
-from ..data.pairs import make_answers
+from ..data.pairs import find_identical_pairs, make_answers
 from ..policy.policy import Policy
 from ..processes.ranks import on_main_process
 from ..run_directory.store import IterationStore
@@ -33,9 +33,8 @@ GenerationMetrics = Callable[[list, list[str], list[str]], dict[str, float]]
 @dataclass
 class HeldOutEvaluation:
     """
-    Evaluates the policy at the start of each iteration, where it is the opponent, and at the end of the run.
-
-    The store has the answers to the evaluation prompts; `compute` gives the user's metrics.
+    Evaluates the policy at the start of each iteration, where it is the opponent, and at the end of the run, by its
+    answers to the evaluation prompts, which the store has. `compute` gives the user's metrics.
     """
 
     policy: Policy
@@ -46,14 +45,9 @@ class HeldOutEvaluation:
 
     def scores(self, iteration: int, dataset: Dataset) -> dict[str, float]:
         """
-        Metrics of the opponent of `iteration`, which the policy is and whose answers are on disk. Every process calls.
-
-        Args:
-            dataset ([`~datasets.Dataset`]): The run's `eval_dataset`, with `prompt` and token ids.
-
-        Returns:
-            `dict[str, float]`: `nll`, the user's, and, except for the first opponent, DPOTrainer's `rewards/` of the
-            iteration that has made it.
+        Metrics of the opponent of `iteration`, which the policy is and whose answers are on disk: `nll`, the user's,
+        and, except for the first opponent, DPOTrainer's `rewards/` of the iteration that has made it. Every process
+        calls it, with the run's evaluation data.
         """
         rewards = self._rewards(iteration - 1) if iteration > 0 else {}
         self._keep_pairs(iteration, dataset)
@@ -65,9 +59,8 @@ class HeldOutEvaluation:
         completions = self.store.completions(iteration, "evaluation").batches()
         answers = Dataset(pa.concat_tables(make_answers(dataset, completions, iteration)))
         pairs = PairDataset.join(dataset, answers)
-        scores = self.policy.score(pairs)
         table = pa.concat_tables(pairs.batches())
-        for name, logps in scores.items():
+        for name, logps in self.policy.score(pairs).items():
             table = table.append_column(name, pa.array(logps))
         on_main_process(lambda: self.store.evaluation_pairs(iteration).write([table]))
 
@@ -78,12 +71,8 @@ class HeldOutEvaluation:
             logger.warning(f"Iteration {iteration} has no evaluation pairs on disk, so its rewards are not known.")
             return {}
         pairs = kept.read()
-        logps = self.policy.score(pairs)
-        logratios = {
-            side: logps[f"ref_{side}_logps"] - numbers(pairs, f"ref_{side}_logps") for side in ("chosen", "rejected")
-        }
-        identical = np.array([a == b for a, b in zip(pairs["chosen_ids"], pairs["rejected_ids"], strict=True)])
-        return reward_metrics(logratios["chosen"], logratios["rejected"], identical, self.args.beta_at(iteration))
+        chosen, rejected = (logps - numbers(pairs, name) for name, logps in self.policy.score(pairs).items())
+        return reward_metrics(chosen, rejected, find_identical_pairs(pairs), self.args.beta_at(iteration))
 
     def _users_metrics(self, iteration: int, dataset: Dataset) -> dict[str, float]:
         if self.compute is None:
@@ -109,9 +98,8 @@ def reward_metrics(
 
     Args:
         chosen_logratios, rejected_logratios (`np.ndarray` of shape `(N,)`): `log p - log p_t` of each side, in nats.
-        identical (`np.ndarray` of shape `(N,)`): Which pairs have equal sides. Nobody can tell these apart, so they
-            count half in the accuracy, as does any other tie.
-        beta (`float`): The iteration's.
+        identical (`np.ndarray` of shape `(N,)`): Which pairs have equal sides. They count half in the accuracy, as does
+            any other tie.
     """
     chosen, rejected = beta * chosen_logratios.astype(np.float64), beta * rejected_logratios.astype(np.float64)
     tied = identical | (chosen == rejected)
@@ -130,15 +118,8 @@ def generation_metrics(
     The user's metrics over the answers to the evaluation prompts, which have to fit into memory.
 
     References and generations are both decoded from token ids, without special tokens, so that equal ids give equal
-    text. Prompts are passed as they are in the dataset.
-
-    Args:
-        dataset ([`~datasets.Dataset`]): With the columns `row`, `prompt` and `chosen_ids`.
-        completions (`Iterable[pyarrow.Table]`): The answers, sorted by row.
-
-    Raises:
-        `TypeError`: if `compute` returns anything but a dict of numbers.
-        `ValueError`: if one of them has the name of a metric of the run's own.
+    text. Prompts are passed as they are in the dataset. The completions are sorted by row. `TypeError` if `compute`
+    returns anything but a dict of numbers, `ValueError` if one of them has the name of a metric of the run's own.
     """
     rows = dataset.select(np.argsort(numbers(dataset, "row"), kind="stable"))
 
@@ -161,20 +142,18 @@ def generation_metrics(
 
 
 class ScoreTable:
-    """A table that is printed row by row, as its rows become known."""
+    """A table that is printed row by row, as its rows become known, and before the first one its header."""
 
     def __init__(self, print_line: Callable[[str], None] = print):
         self.print_line = print_line
-        self.columns: list[str] = []
+        self.widths: dict[str, int] = {}
 
     def add(self, label: str, scores: dict[str, float]) -> None:
-        """Print one row, and before the first one the header."""
-        if not self.columns:
-            self.columns = list(scores)
-            self._print("after", self.columns)
-        self._print(label, [f"{scores[name]:.4f}" if name in scores else "" for name in self.columns])
+        if not self.widths:
+            self.widths = {name: max(len(name), len("-10000.0000")) for name in scores}
+            self._print("after", {name: name for name in scores})
+        self._print(label, {name: f"{score:.4f}" for name, score in scores.items()})
 
-    def _print(self, label: str, cells: list[str]) -> None:
-        widths = (max(len(name), len("-10000.0000")) for name in self.columns)
-        padded = (cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
+    def _print(self, label: str, cells: dict[str, str]) -> None:
+        padded = [cells.get(name, "").rjust(width) for name, width in self.widths.items()]
         self.print_line("  ".join([label.ljust(len("iteration 100")), *padded]))

@@ -1,6 +1,6 @@
 """What a loss is to the rest of the package: a formula and its traits, in one table. Knows no formula itself."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -86,12 +86,7 @@ OBJECTIVES: dict[str, Objective] = {}
 
 
 def register(objective: Objective) -> None:
-    """
-    Make a loss known, before a configuration names it.
-
-    Raises:
-        `ValueError`: if there is one of this name.
-    """
+    """Make a loss known, before a configuration names it. `ValueError` if there is one of this name."""
     if objective.name in OBJECTIVES:
         raise ValueError(
             f"A loss named '{objective.name}' is registered already. Give yours another name, and register it once."
@@ -99,14 +94,8 @@ def register(objective: Objective) -> None:
     OBJECTIVES[objective.name] = objective
 
 
-def objectives_of(loss_types: Iterable[str]) -> list[Objective]:
-    """
-    The losses of these names.
-
-    Raises:
-        `ValueError`: if a name is unknown.
-    """
-    loss_types = list(loss_types)
+def objectives_of(loss_types: Sequence[str]) -> list[Objective]:
+    """The losses of these names. `ValueError` if one is unknown."""
     if unknown := [name for name in loss_types if name not in OBJECTIVES]:
         raise ValueError(
             f"`loss_type` has the unknown value(s) {unknown}. Use one or several of {sorted(OBJECTIVES)}, or register "

@@ -18,13 +18,7 @@ def mix_scores(
     opponent: Mapping[str, np.ndarray], initial: Mapping[str, np.ndarray], alpha: float
 ) -> dict[str, np.ndarray]:
     """
-    The mixture's log-probs, but for the normaliser.
-
-    Args:
-        opponent, initial (`Mapping[str, np.ndarray]`): Log-probs of the same answers, in nats, under the same names.
-        alpha (`float`): Share of the initial policy. At 1 exactly its log-probs.
+    The mixture's log-probs, but for the normaliser, of answers whose log-probs under both policies are given, in nats,
+    under the same names. `alpha` is the share of the initial policy: at 1 they are exactly its own.
     """
-    return {
-        name: ((1 - alpha) * logps.astype(np.float64) + alpha * initial[name].astype(np.float64)).astype(logps.dtype)
-        for name, logps in opponent.items()
-    }
+    return {name: (1 - alpha) * logps + alpha * initial[name] for name, logps in opponent.items()}

@@ -3,20 +3,11 @@
 Settings come as mappings of names to values.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ..config_checks import NumberRule, check_weights
 from .objective import OBJECTIVES, objectives_of
-
-
-class _Conflict(NamedTuple):
-    """A setting that goes with no loss of a trait."""
-
-    trait: str
-    field: str
-    is_set: Callable[[Any], bool]
-    reason: str
 
 
 _ONE_REFERENCE = "it needs answers that were sampled from the reference, which then is the opponent alone"
@@ -29,18 +20,19 @@ _PASS_CHANGES = "its value depends on how many pairs a forward pass holds, which
 _NORMALISER = "it does not see the difference of the two sides alone, in which the mixture's normaliser cancels"
 _NOT_DEFINED = "the two are not defined together"
 
+# A trait, a setting that goes with no loss that has it, when it does so, and why.
 _CONFLICTS = (
-    _Conflict("needs_samples_of_reference", "reference_mixture_alpha", lambda alpha: alpha > 0, _ONE_REFERENCE),
-    _Conflict("needs_samples_of_reference", "num_opponents", lambda number: number > 1, _ONE_REFERENCE),
-    _Conflict("needs_samples_of_reference", "identical_pairs", lambda name: name == "drop", _ONE_BY_ONE),
-    _Conflict("needs_data_and_opponent", "pairing", lambda name: name != "ground_truth", _OTHER_PAIRS),
-    _Conflict("needs_data_and_opponent", "preference_dataset", bool, _OTHER_PAIRS),
-    _Conflict("is_of_batch", "train_sampling_strategy", lambda name: name == "group_by_length", _ONE_LENGTH),
-    _Conflict("is_of_batch", "auto_find_batch_size", bool, _PASS_CHANGES),
-    _Conflict("needs_normaliser", "reference_mixture_alpha", lambda alpha: 0 < alpha < 1, _NORMALISER),
-    _Conflict("is_own", "ld_alpha", lambda alpha: alpha is not None, _NOT_DEFINED),
-    _Conflict("is_own", "use_weighting", bool, _NOT_DEFINED),
-    _Conflict("is_own", "f_divergence_type", lambda name: name != "reverse_kl", _NOT_DEFINED),
+    ("needs_samples_of_reference", "reference_mixture_alpha", lambda alpha: alpha > 0, _ONE_REFERENCE),
+    ("needs_samples_of_reference", "num_opponents", lambda number: number > 1, _ONE_REFERENCE),
+    ("needs_samples_of_reference", "identical_pairs", lambda name: name == "drop", _ONE_BY_ONE),
+    ("needs_data_and_opponent", "pairing", lambda name: name != "ground_truth", _OTHER_PAIRS),
+    ("needs_data_and_opponent", "preference_dataset", bool, _OTHER_PAIRS),
+    ("is_of_batch", "train_sampling_strategy", lambda name: name == "group_by_length", _ONE_LENGTH),
+    ("is_of_batch", "auto_find_batch_size", bool, _PASS_CHANGES),
+    ("needs_normaliser", "reference_mixture_alpha", lambda alpha: 0 < alpha < 1, _NORMALISER),
+    ("is_own", "ld_alpha", lambda alpha: alpha is not None, _NOT_DEFINED),
+    ("is_own", "use_weighting", bool, _NOT_DEFINED),
+    ("is_own", "f_divergence_type", lambda name: name != "reverse_kl", _NOT_DEFINED),
 )
 
 # Answers that were sampled with these values are samples of the opponent as it is, and of the newest one alone.
@@ -56,12 +48,8 @@ _PLAIN_SAMPLING = {
 
 def check_losses(loss_types: Sequence[str], loss_weights: Any, changed: Mapping[str, Any]) -> None:
     """
-    Args:
-        changed (`Mapping[str, Any]`): The settings that are not at their defaults.
-
-    Raises:
-        `ValueError`: if no loss is named, or one that is unknown; if the weights are not theirs; or if one of the
-            settings is read by another loss alone.
+    `ValueError` if no loss is named, or one that is unknown; if the weights are not theirs; or if one of the `changed`
+    settings, which are not at their defaults, is read by another loss alone.
     """
     if not loss_types:
         raise ValueError("`loss_type` is empty: at least one loss is needed. Leave it unset for SPIN's, 'sigmoid'.")
@@ -82,18 +70,11 @@ def check_losses(loss_types: Sequence[str], loss_weights: Any, changed: Mapping[
 
 
 def check_settings(loss_types: Sequence[str], settings: Mapping[str, Any]) -> None:
-    """
-    Args:
-        settings (`Mapping[str, Any]`): Those that are to be held against the losses.
-
-    Raises:
-        `ValueError`: if one of them contradicts a loss, or has no effect on any.
-    """
+    """`ValueError` if one of the settings contradicts a loss, or has no effect on any."""
     losses = objectives_of(loss_types)
     for loss in losses:
         for trait, field, is_set, reason in _CONFLICTS:
-            if field in settings and getattr(loss, trait) and is_set(settings[field]):
-                value = settings[field]
+            if field in settings and getattr(loss, trait) and is_set(value := settings[field]):
                 shown = f"{field}={value!r}" if isinstance(value, str | int | float) else field
                 others = [other.name for other in OBJECTIVES.values() if not getattr(other, trait)]
                 raise ValueError(
@@ -109,13 +90,7 @@ def check_settings(loss_types: Sequence[str], settings: Mapping[str, Any]) -> No
 
 
 def check_pairs_per_forward(loss_types: Sequence[str], num_pairs: int) -> None:
-    """
-    Args:
-        num_pairs (`int`): Pairs of one forward pass, on all processes.
-
-    Raises:
-        `ValueError`: if they are too few for a loss of a whole batch.
-    """
+    """`ValueError` if the pairs of one forward pass, on all processes, are too few for a loss of a whole batch."""
     if depends_on_batch(loss_types) and num_pairs < 2:
         name = next(loss.name for loss in objectives_of(loss_types) if loss.is_of_batch)
         raise ValueError(
@@ -164,12 +139,7 @@ def needs_initial_answers(loss_types: Sequence[str], settings: Mapping[str, Any]
 
 
 def keeps_identical_pairs(identical_pairs: str | None, loss_types: Sequence[str]) -> bool:
-    """
-    Whether pairs whose two sides are equal are trained on.
-
-    Args:
-        identical_pairs (`str`, *optional*): "keep", "drop", or `None` for what the losses can use.
-    """
+    """Whether pairs of equal sides are trained on: by "keep", by "drop", or, if `None`, by what the losses can use."""
     if identical_pairs is not None:
         return identical_pairs == "keep"
     return any(loss.learns_from_identical_pairs for loss in objectives_of(loss_types))

@@ -17,12 +17,9 @@ _SEQUENCES = ("input_ids", "attention_mask", "completion_mask")
 
 class InitialSideCollator:
     """
-    A data collator that, where pairs have `initial_ids`, adds prompt and initial answer to the batch as `initial`: a
-    `dict` of `input_ids`, `attention_mask` and `labels`, each of shape `(B, T)`. They are truncated as the other sides
-    are, and all three are padded to the same length.
-
-    Args:
-        collator (`Callable`): Makes a batch of two sides, such as [`~trl.trainer.DataCollatorForPreference`].
+    A data collator that, where pairs have `initial_ids`, adds prompt and initial answer to the batch that `collator`
+    makes of two sides, as `initial`: a `dict` of `input_ids`, `attention_mask` and `labels`, each of shape `(B, T)`.
+    They are truncated as the other sides are, and all three are padded to the same length.
     """
 
     def __init__(self, collator: Callable[[list[dict[str, Any]]], dict[str, Any]]):
@@ -46,12 +43,8 @@ class InitialSideCollator:
 
 class ForwardOfSides:
     """
-    A model as DPOTrainer calls it, which keeps the log-probs of the forward pass that computes the loss, and puts the
-    third side into it.
-
-    Args:
-        model (`Callable`): The policy, as the trainer has it.
-        batch (`dict[str, Any]`): Of the collator. The third side is taken out of it: no model knows it.
+    A model as DPOTrainer calls it, which keeps the log-probs of the forward pass that computes the loss, and puts into
+    it the third side, taken out of the collator's batch: no model knows it.
     """
 
     def __init__(self, model: Callable[..., Any], batch: dict[str, Any]):
@@ -70,8 +63,8 @@ class ForwardOfSides:
         self.log_probs = outputs.log_probs
         if self.initial is None:
             return outputs
-        first = {name: value[:num_rows] if _has_rows(value) else value for name, value in vars(outputs).items()}
-        return SimpleNamespace(**first)
+        has_rows = {name: isinstance(value, torch.Tensor) and value.dim() > 0 for name, value in vars(outputs).items()}
+        return SimpleNamespace(**{k: v[:num_rows] if has_rows[k] else v for k, v in vars(outputs).items()})
 
     def sides(self) -> dict[str, torch.Tensor]:
         """Log-probs of `chosen`, `rejected` and, where there is a third side, `initial`, of shape `(B,)` each."""
@@ -79,7 +72,3 @@ class ForwardOfSides:
         # Prompt-learning PEFT puts virtual tokens before the real ones.
         logps = self.log_probs[:, -self.num_tokens :].sum(dim=1)
         return dict(zip(names, logps.chunk(len(names)), strict=True))
-
-
-def _has_rows(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.dim() > 0

@@ -10,8 +10,8 @@ from transformers import TrainerState
 
 from ..data.columns import numbers
 from ..data.pair_dataset import PairDataset
-from ..data.pair_metrics import describe_generations, describe_pairs, describe_scores, preference_share
-from ..data.pairs import add_history, add_preferences, drop_identical_pairs, find_identical_pairs, make_answers
+from ..data.pair_metrics import describe_generations, describe_pairs, describe_scores
+from ..data.pairs import add_older_pairs, drop_identical_pairs, find_identical_pairs, make_answers
 from ..data.rewards.judged_answers import AnswerRewards, describe_rewards
 from ..data.rewards.ranked_pairs import no_pairs, rank_answers, ranked_pairs
 from ..evaluation.endings import check_identical_share, check_no_pair_share
@@ -80,8 +80,8 @@ class Pairing:
         if not keeps_identical_pairs(args.identical_pairs, args.loss_type):
             pairs = drop_identical_pairs(pairs, is_identical)
         first = max(0, iteration - args.num_history_iterations)
-        pairs = add_history(pairs, [(number, self.store.read_pairs(number)) for number in range(first, iteration)])
-        return add_preferences(pairs, self.store.read_preferences())
+        previous = [(number, self.store.read_pairs(number)) for number in range(first, iteration)]
+        return add_older_pairs(pairs, previous, self.store.read_preferences())
 
     def score(self, iteration: int, pairs: PairDataset) -> dict[str, np.ndarray]:
         """The opponent's log-probs of both sides of every pair, as [`Policy.score`] gives them."""
@@ -113,9 +113,8 @@ class Pairing:
             answers = make_answers(dataset, parts.batches(), iteration)
             self.store.answers(iteration).write(answers)
             return
-        total = len(dataset) * self.args.num_generations
         answers = make_answers(dataset, parts.batches(self.rewards.batch_size), iteration)
-        rewarded = self.rewards.add(dataset, answers, self.state(), iteration, total)
+        rewarded = self.rewards.add(dataset, answers, self.state(), iteration)
         self.store.answers(iteration).write(rewarded)
         described = describe_rewards(self.store.answers(iteration).read())
         self.store.write_metrics(iteration, described | self.rewards.take_metrics())
@@ -127,11 +126,11 @@ class Pairing:
 
         def write() -> float:
             ranks = rank_answers(answers, args.pairing)
-            described = ranks.describe()
-            if described["num_pairs"]:
+            if ranks.no_pair_share < 1:
                 self.store.answers(iteration, "ranked").write(ranked_pairs(answers, ranks))
+            described = {"num_pairs": len(ranks.owners), "no_pair_share": ranks.no_pair_share}
             self.store.write_metrics(iteration, described)
-            return described["no_pair_share"]
+            return ranks.no_pair_share
 
         no_pair_share = on_main_process(write)
         check_no_pair_share(iteration, no_pair_share, args)
@@ -146,7 +145,7 @@ class Pairing:
         if args.pairing == "reward_ranked":
             num_dropped = 0  # they were not of a ground truth and a generation
         opinion = describe_scores(pairs, scores, iteration, num_dropped, args.max_length, args.truncation_mode)
-        self.records.record(iteration, {"num_training_pairs": len(pairs), **opinion, **preference_share(pairs)})
+        self.records.record(iteration, {"num_training_pairs": len(pairs), **opinion})
 
     def _warn_of_rewards(self, iteration: int, described: dict[str, float]) -> None:
         if described["unjudged_share"] > 0:

@@ -9,11 +9,12 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from inspect import isawaitable
 from numbers import Real
 from typing import Any
 
 import numpy as np
-from trl.trainer.utils import get_callable_name, is_async_callable, start_event_loop_in_daemon
+from trl.trainer.utils import get_callable_name, start_event_loop_in_daemon
 
 
 # (prompts, completions, completion_ids=..., **columns) -> one reward each; asynchronous functions too
@@ -28,12 +29,8 @@ _REMEDY = "Correct the function and start the same command again: completions th
 class RewardFunctions:
     """
     The reward functions of a run. A completion's reward is the weighted sum of what the functions say of it; one that
-    says `None` of it does not count, as in GRPO. One of which all say so has no reward.
-
-    Args:
-        functions (`Sequence[RewardFunction]`): At least one. One that is there twice has a number behind its name in
-            `names`.
-        weights (`Sequence[float]`, *optional*): One for each function. By default each counts 1.0.
+    says `None` of it does not count, as in GRPO. One of which all say so has no reward. By default each function weighs
+    1.0. One that is there twice has a number behind its name in `names`.
     """
 
     def __init__(self, functions: Sequence[RewardFunction], weights: Sequence[float] | None = None):
@@ -48,10 +45,8 @@ class RewardFunctions:
         self, prompts: list, completions: list, completion_ids: list[list[int]], **columns: Any
     ) -> tuple[np.ndarray, np.ndarray]:
         """
-        Have all functions judge these completions, which with their prompts are text or lists of messages.
-
-        Args:
-            **columns: Further keyword arguments of the functions.
+        Have all functions judge these completions, which with their prompts are text or lists of messages. `columns`
+        are further keyword arguments of the functions.
 
         Returns:
             The rewards, of shape `(len(prompts),)`, not-a-number where there is none, and what each function said, of
@@ -70,8 +65,8 @@ class RewardFunctions:
             "log_metric": lambda name, value: self._logged[name].append(float(value)),
             **columns,
         }
-        named = zip(self._call_all(arguments), self.names, strict=True)
-        each = np.stack([_checked(values, name, len(prompts)) for values, name in named], axis=1)
+        said = zip(self._call_all(arguments), self.names, strict=True)
+        each = np.stack([_checked(values, name, len(prompts)) for values, name in said], axis=1)
         rewards = np.where(np.isnan(each).all(axis=1), np.nan, np.nansum(each * self.weights, axis=1))
         if np.isinf(rewards).any():
             raise ValueError(
@@ -89,24 +84,21 @@ class RewardFunctions:
     def _call_all(self, arguments: dict[str, Any]) -> list[Any]:
         """One function after the other; asynchronous ones wait for their answers together."""
 
-        async def answer(function: RewardFunction, name: str) -> Any:
+        values = []
+        for function, name in zip(self.functions, self.names, strict=True):
             with _naming(name):
-                return await function(**arguments)
+                values.append(function(**arguments))
 
-        async def answer_all(calls: Sequence[tuple[RewardFunction, str]]) -> list[Any]:
-            return await asyncio.gather(*(answer(*call) for call in calls))
-
-        values, waiting = {}, {}
-        for i, (function, name) in enumerate(zip(self.functions, self.names, strict=True)):
-            if is_async_callable(function):
-                waiting[i] = function, name
-                continue
+        async def wait(value: Any, name: str) -> Any:
             with _naming(name):
-                values[i] = function(**arguments)
-        if waiting:
-            answers = asyncio.run_coroutine_threadsafe(answer_all(waiting.values()), self._event_loop).result()
-            values |= zip(waiting, answers, strict=True)
-        return [values[i] for i in range(len(self.functions))]
+                return await value if isawaitable(value) else value
+
+        async def wait_for_all() -> list[Any]:
+            return await asyncio.gather(*map(wait, values, self.names))
+
+        if any(map(isawaitable, values)):
+            values = asyncio.run_coroutine_threadsafe(wait_for_all(), self._event_loop).result()
+        return values
 
     @cached_property
     def _event_loop(self) -> asyncio.AbstractEventLoop:
@@ -118,14 +110,12 @@ class RewardFunctions:
 
 def check_rewards(reward_funcs: Any, pairing: str, weights: list[float] | None) -> RewardFunctions | None:
     """
-    The reward functions that the user has passed, if any. `weights` are `reward_weights` of [`SPINConfig`].
-
-    Raises:
-        `TypeError`: if one of them is no function.
-        `ValueError`: if the pairing needs some and there are none, or there are not as many as weights.
+    The reward functions that the user has passed, if any. `TypeError` if one of them is no function, `ValueError` if
+    the pairing needs some and there are none, or there are not as many as weights.
     """
-    functions = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
-    functions = [] if reward_funcs is None else functions
+    functions = [reward_funcs] if reward_funcs is not None else []
+    if isinstance(reward_funcs, list | tuple):
+        functions = list(reward_funcs)
     for function in functions:
         is_model = isinstance(function, str) or hasattr(function, "parameters")
         if is_model or isinstance(function, type) or not callable(function):

@@ -32,11 +32,7 @@ class AnswerRewards:
     Functions see the ground truths first, then the generations, each as GRPOTrainer shows completions: text for a text
     prompt, otherwise a list of one assistant message, decoded without special tokens. Keyword arguments are the columns
     of the user's dataset, `completion_ids`, `trainer_state`, and `ground_truth`, the text of each row's ground truth
-    (unless a column has that name).
-
-    Args:
-        source ([`~datasets.Dataset`]): The user's, whose rows are numbered by `source_row`.
-        num_generations (`int`): Of each prompt.
+    (unless a column has that name). The `source` is the user's dataset, whose rows are numbered by `source_row`.
     """
 
     def __init__(
@@ -46,22 +42,19 @@ class AnswerRewards:
         self.tokenizer = tokenizer
         columns = [name for name in source.column_names if name not in _NOT_PASSED]
         self.source = source.with_format(None).select_columns(columns)
+        self.num_generations = num_generations
         self.batch_size = max(1, _BATCH_SIZE // num_generations) * num_generations
 
     def add(
-        self, data: Dataset, answers: Iterable[pa.Table], state: TrainerState, iteration: int, total: int
+        self, data: Dataset, answers: Iterable[pa.Table], state: TrainerState, iteration: int
     ) -> Iterator[pa.Table]:
         """
-        Answers with `REWARD_COLUMNS`.
-
-        Args:
-            data ([`~datasets.Dataset`]): The run's, with the prompts and ground truths.
-            answers (`Iterable[pyarrow.Table]`): See [`pairs.make_answers`], sorted by row.
-            state ([`~transformers.TrainerState`]): What functions are shown of the trainer.
-            iteration (`int`), total (`int`): Its number, and about how many answers there are, to show.
+        Answers as [`pairs.make_answers`] gives them, sorted by row, with `REWARD_COLUMNS`. Functions are shown the
+        `state` of the trainer.
         """
         rows = numbers(data, "row")
         self._reset()
+        total = len(data) * self.num_generations
         with progress_bar(total=total, desc=f"Iteration {iteration}: rewards", unit=" completions") as bar:
             for batch in answers:
                 started = time.monotonic()
@@ -71,10 +64,7 @@ class AnswerRewards:
                 yield rewarded
 
     def try_on(self, data: Dataset) -> None:
-        """
-        Have the first ground truths judged, so that what a function cannot take, or returns, is known before anything
-        is generated. Raises what [`RewardFunctions`] does.
-        """
+        """Have the first ground truths judged, to know of what a function cannot take before anything is generated."""
         self._reset()
         self._judge_truths(data.select(range(min(_NUM_TRIED, len(data))))[:], TrainerState())
         self.functions.take_logged()
@@ -90,11 +80,10 @@ class AnswerRewards:
     def take_metrics(self) -> dict[str, float]:
         """What the functions said of all that was judged since `add` was called, each on its own, and how long."""
         metrics = {"seconds_rewards": self._seconds, **self.functions.take_logged()}
-        if len(self.functions.names) > 1:
-            for kind, batches_said in self._said.items():
-                for name, said in zip(self.functions.names, np.concatenate(batches_said).T, strict=True):
-                    if not np.isnan(said).all():
-                        metrics[f"rewards/{name}/{kind}"] = float(np.nanmean(said))
+        for kind, batches_said in self._said.items() if len(self.functions.names) > 1 else ():
+            for name, said in zip(self.functions.names, np.concatenate(batches_said).T, strict=True):
+                if not np.isnan(said).all():
+                    metrics[f"rewards/{name}/{kind}"] = float(np.nanmean(said))
         return metrics
 
     def _judge(self, data: Dataset, rows: np.ndarray, batch: pa.Table, state: TrainerState) -> pa.Table:
@@ -103,31 +92,25 @@ class AnswerRewards:
         truth_rewards, columns = self._judge_truths(truths, state)
         prompts = [truths["prompt"][i] for i in of_row]
         columns = {name: [values[i] for i in of_row] for name, values in columns.items()}
-        ids = batch["rejected_ids"].to_pylist()
-        answer_rewards = self._ask("generations", prompts, self._decode(ids), ids, columns, state)
+        answer_rewards = self._ask("generations", prompts, batch["rejected_ids"].to_pylist(), columns, state)
         for name, rewards in zip(REWARD_COLUMNS, (truth_rewards[of_row], answer_rewards), strict=True):
             batch = batch.append_column(name, pa.array(rewards, from_pandas=True))  # null where there is none
         return batch
 
     def _judge_truths(self, truths: dict[str, list], state: TrainerState) -> tuple[np.ndarray, dict[str, list]]:
         """Rewards of shape `(num_truths,)`, and the columns that functions are given."""
-        texts = self._decode(truths["chosen_ids"])
+        texts = self.tokenizer.batch_decode(truths["chosen_ids"], skip_special_tokens=True)
         columns = {"ground_truth": texts, **self.source.select(truths["source_row"])[:]}
-        return self._ask("truths", truths["prompt"], texts, truths["chosen_ids"], columns, state), columns
+        return self._ask("truths", truths["prompt"], truths["chosen_ids"], columns, state), columns
 
-    def _ask(
-        self, kind: str, prompts: list, texts: list[str], ids: list, columns: dict[str, list], state: TrainerState
-    ) -> np.ndarray:
+    def _ask(self, kind: str, prompts: list, ids: list, columns: dict[str, list], state: TrainerState) -> np.ndarray:
         completions: list[Any] = [
             text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-            for prompt, text in zip(prompts, texts, strict=True)
+            for prompt, text in zip(prompts, self.tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True)
         ]
         rewards, each = self.functions(list(prompts), completions, list(ids), trainer_state=state, **columns)
         self._said[kind].append(each)
         return rewards
-
-    def _decode(self, ids: list[list[int]]) -> list[str]:
-        return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
 
     def _reset(self) -> None:
         self._said: dict[str, list[np.ndarray]] = defaultdict(list)  # (completions, functions) each
@@ -136,11 +119,9 @@ class AnswerRewards:
 
 def describe_rewards(answers: Dataset) -> dict[str, float]:
     """
-    Rewards of the ground truths beside those of the generations, of answers that are sorted by row.
-
-    Returns:
-        `dict`: means over prompts and over generations, as far as there are rewards; the shares of prompts whose best
-        generation beats the ground truth, or comes to the same; and the share of both kinds that has no reward.
+    Rewards of the ground truths beside those of the generations, of answers that are sorted by row: means over prompts
+    and over generations, as far as there are rewards; the shares of prompts whose best generation beats the ground
+    truth, or comes to the same; and the share of both kinds that has no reward.
     """
     truth, generation = (numbers(answers, name) for name in REWARD_COLUMNS)
     starts = group_starts(numbers(answers, "row"))

@@ -14,7 +14,7 @@ does what has no reward (not-a-number here): a generation takes no part, a groun
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -27,30 +27,19 @@ from ..pairs import NoPairsError
 from .judged_answers import REWARD_COLUMNS, exceeds, group_starts
 
 
-@dataclass(frozen=True)
-class Ranks:
+class Ranks(NamedTuple):
     """Which side of each pair is which. A side is the position of an answer, `TRUTH` for the ground truth."""
 
-    num_prompts: int  # that were answered
-    num_paired: int  # that make a pair
+    no_pair_share: float  # of the prompts
     owners: np.ndarray  # (num_pairs,): position of an answer to its prompt
     chosen: np.ndarray  # (num_pairs,)
     rejected: np.ndarray  # (num_pairs,)
-    truth: np.ndarray  # (num_answers,): its ground truth's reward
-    reward: np.ndarray  # (num_answers,): its own
-
-    def describe(self) -> dict[str, float]:
-        """How many pairs there are, and which share of the prompts makes none."""
-        return {"num_pairs": len(self.owners), "no_pair_share": 1 - self.num_paired / self.num_prompts}
 
 
 def rank_answers(answers: PairDataset, pairing: str) -> Ranks:
     """
-    Choose the sides of the pairs that rewards make of ground truths and generations.
-
-    Args:
-        answers ([`PairDataset`]): Every generation beside its ground truth, sorted by row, with `REWARD_COLUMNS`.
-        pairing (`str`): "best_of" or "reward_ranked".
+    Choose the sides of the pairs that rewards make, by "best_of" or "reward_ranked". The answers are every generation
+    beside its ground truth, sorted by row, with `REWARD_COLUMNS`.
     """
     rows, truth, reward = (numbers(answers.answers, name) for name in ("row", *REWARD_COLUMNS))
     starts = group_starts(rows)
@@ -70,7 +59,7 @@ def rank_answers(answers: PairDataset, pairing: str) -> Ranks:
         differ = exceeds(best, worst)
         owners = chosen = winner[differ]
         rejected = _first_of_each(known & ~exceeds(reward, worst[prompt]), prompt, len(starts))[differ]
-    return Ranks(len(starts), len(np.unique(rows[owners])), owners, chosen, rejected, truth, reward)
+    return Ranks(1 - len(np.unique(rows[owners])) / len(starts), owners, chosen, rejected)
 
 
 def _first_of_each(mask: np.ndarray, group: np.ndarray, num_groups: int) -> np.ndarray:
@@ -90,9 +79,9 @@ def no_pairs(pairing: str) -> NoPairsError:
         found = "all generations of each prompt have the same reward"
         remedy += ", or use `pairing='best_of'`, which has the ground truths too"
     return NoPairsError(
-        f"No prompt of this iteration makes a pair: {found}, so there is nothing left to learn from these rewards. The "
-        "policy is the last iteration's. Start the same command with `stop_when_converged=True` to end the run here as "
-        f"it should end. If that is too soon, see what the reward functions return, and in a new run {remedy}."
+        f"No prompt of this iteration makes a pair: {found}. The policy is the last iteration's. To end the run here, "
+        "start the same command with `stop_when_converged=True`. If that is too soon, see what the reward functions "
+        f"return, and in a new run {remedy}."
     )
 
 
@@ -104,7 +93,7 @@ def ranked_pairs(answers: PairDataset, ranks: Ranks) -> Iterator[pa.Table]:
     side is the ground truth. Their rewards are in `REWARD_COLUMNS`.
     """
     owners = ranks.owners
-    samples = numbers(answers.answers, "sample")
+    samples, truth, reward = (numbers(answers.answers, name) for name in ("sample", *REWARD_COLUMNS))
     truths = answers.truths.select_columns(["chosen_ids"]).rename_column("chosen_ids", "ids")
     generations = answers.answers.select_columns(["rejected_ids"]).rename_column("rejected_ids", "ids")
     sides = concatenate_datasets([truths, generations])
@@ -112,7 +101,7 @@ def ranked_pairs(answers: PairDataset, ranks: Ranks) -> Iterator[pa.Table]:
     for side, name, prefix in ((ranks.chosen, "chosen_sample", "chosen"), (ranks.rejected, "sample", "rejected")):
         is_truth = side == TRUTH
         values[name] = np.where(is_truth, TRUTH, samples[side]).astype(np.int32)
-        values[f"{prefix}_reward"] = np.where(is_truth, ranks.truth[owners], ranks.reward[side])
+        values[f"{prefix}_reward"] = np.where(is_truth, truth[owners], reward[side])
         ids[f"{prefix}_ids"] = batches(sides.select(np.where(is_truth, owners, len(truths) + side)), ["ids"])
     keys = [name for name in ("iteration", "row", "source_row", OPPONENT) if name in answers.column_names]
     start = 0
