@@ -18,6 +18,7 @@ import torch
 from datasets import Dataset, disable_progress_bars
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
+from spin_trl.run_directory.completion_parts import COMPLETION_SCHEMA
 from spin_trl.run_directory.store import IterationStore
 
 
@@ -59,6 +60,21 @@ def read_rows(name: str, num_rows: int) -> list[dict]:
 def all_completions(store: IterationStore, iteration: int, kind: str = "generations") -> pa.Table:
     """What the parts of an iteration hold, by row and sample."""
     return pa.concat_tables(store.completions(iteration, kind).batches())
+
+
+def logp(model, prompt_ids: list[int], completion_ids: list[int]) -> float:
+    """Of the completion, computed without padding and without any trainer."""
+    ids = torch.tensor([prompt_ids + completion_ids])
+    with torch.no_grad():
+        logps = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])
+    return logps[len(prompt_ids) - 1 :].sum().item()
+
+
+def completion_table(keys: list[tuple[int, int]], ids: list[list[int]], reasons: list[str] | None = None) -> pa.Table:
+    """Completions by row and sample, as they come from disk."""
+    rows, samples = ([key[i] for key in keys] for i in (0, 1))
+    columns = {"row": rows, "sample": samples, "completion_ids": ids, "finish_reason": reasons or ["stop"] * len(ids)}
+    return pa.table(columns, schema=COMPLETION_SCHEMA)
 
 
 @pytest.fixture(scope="session")

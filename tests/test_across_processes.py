@@ -9,9 +9,9 @@ from play_distributed import play, settings
 from test_distributed import TRAIN_FILE, launch, slow
 
 from spin_trl import SPINConfig
-from spin_trl.objectives.gather import join_log_probs
 from spin_trl.objectives.losses.iris import iris
 from spin_trl.objectives.objective import LogProbs
+from spin_trl.objectives.own_losses import join_log_probs
 from spin_trl.objectives.settings import depends_on_batch
 from spin_trl.run_directory.description import differences
 

@@ -295,7 +295,7 @@ def for_other_data(completions, answer, **kwargs):
     ({"config": {"max_length": 3}}, "the shortest has 4 tokens", "leaves room for at most 2", "Raise that limit"),
     ({"preference_dataset": [GOOD]}, TypeError, "`preference_dataset` must be a `datasets.Dataset`", "got `list`"),
     ({"preference_dataset": rows(GOOD)}, "['prompt', 'completion'], but lacks ['chosen', 'rejected']", "Rename them"),
-    ({"preference_dataset": PREFERENCES.select([])}, "`preference_dataset` is empty", "Leave it out"),
+    ({"preference_dataset": PREFERENCES.select([])}, "`preference_dataset` is empty", "See whether the file"),
     (
         {"preference_dataset": PREFERENCES, "config": {"loss_type": ["sft", "space"]}},
         *("`loss_type='space'` contradicts `preference_dataset`", "Leave `preference_dataset` unset"),
@@ -343,7 +343,7 @@ def for_other_data(completions, answer, **kwargs):
     ({"config": {"metric_for_best_model": "nll"}}, "compares evaluations, but `eval_dataset` is None"),
     (
         {"config": {"metric_for_best_model": "accuracy"}, "eval_dataset": rows(GOOD)},
-        *("'accuracy'` is none of the run's metrics: ['nll', 'rewards/chosen'",),
+        *("'accuracy'` is none of the evaluation's metrics: ['nll', 'rewards/chosen'",),
     ),
     # what could not become the policy again
     *(

@@ -18,15 +18,9 @@ SINGLE = [{"role": "user", "content": "Hi there"}, {"role": "assistant", "conten
 MULTI = [*SINGLE, {"role": "user", "content": "Bye"}, {"role": "assistant", "content": "Good bye\nand so on"}]
 CONVERSATIONS = {"single": SINGLE, "multi": MULTI}
 
-THINKS = "its prompt ends in '<think>\\n', where the conversation has no thinking"
-
-# Templates that are refused, and why. No setting makes their prompt a prefix of a conversation without thinking.
-REFUSED = {
-    "deepseek_r1_distill": THINKS,
-    "deepseek_r1_distill_training": THINKS,
-    "deepseekv3": THINKS,
-    "deepseekv3_training": THINKS,
-}
+# Templates that are refused: their prompt ends in '<think>\\n', and nothing makes it a prefix of a conversation
+# without thinking.
+REFUSED = {name + suffix for name in ("deepseek_r1_distill", "deepseekv3") for suffix in ("", "_training")}
 
 # Templates that are refused as they are, and what `chat_template_kwargs` makes them play.
 NEEDS_KWARGS = {
@@ -58,10 +52,7 @@ class Case:
         self.kwargs = NEEDS_KWARGS.get(name, {})
         self.tokenizer = byte_tokenizer("<tokenizers_own_end>", name, special_tokens(source))
         self.end_token = END_TOKENS.get(name) or self._first_special_token_after_the_answer()
-        self.end_token_ids = (
-            self.tokenizer.eos_token_id,
-            self.tokenizer.convert_tokens_to_ids(self.end_token),
-        )
+        self.end_token_ids = tuple(self.tokenizer.convert_tokens_to_ids(["<tokenizers_own_end>", self.end_token]))
 
     def text(self, messages: list[dict], **kwargs) -> str:
         messages = in_parts(messages) if self.name in WANTS_PARTS else messages

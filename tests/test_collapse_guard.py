@@ -37,10 +37,6 @@ def play(tiny_model, train_dataset, eval_dataset, make_config):
     return play
 
 
-# What is seen in the training's own log, and, where that has nothing, in what the opponent answers.
-LOOKS = [pytest.param(1, "displacement", id="training"), pytest.param(1000, "unlikely_truths", id="opponent")]
-
-
 def assert_is(trainer: SPINTrainer, folder: Path) -> None:
     saved = {name: value for file in folder.glob("*.safetensors") for name, value in load_file(file).items()}
     model = trainer.model
@@ -49,8 +45,12 @@ def assert_is(trainer: SPINTrainer, folder: Path) -> None:
     assert all(torch.equal(weights[name], value) for name, value in saved.items())
 
 
-@pytest.mark.parametrize(("logging_steps", "sign"), LOOKS)
+@pytest.mark.parametrize(
+    ("logging_steps", "sign"),
+    [pytest.param(1, "displacement", id="training"), pytest.param(1000, "unlikely_truths", id="opponent")],
+)
 def test_a_warning_names_sign_cause_and_remedy_and_the_run_goes_on(logging_steps, sign, play, caplog):
+    """It is seen in the training's own log, or, where that has nothing, in what the opponent answers."""
     trainer = play(0, num_iterations=2, logging_steps=logging_steps)
     assert trainer.run.iteration == 1 and "collapsed" not in trainer.store.read_run()
     warnings = [record.message for record in caplog.records if "Sign of collapse after iteration 0: " in record.message]
@@ -96,16 +96,27 @@ def test_training_is_judged_by_its_own_steps_beta_and_reference(make_config, tmp
         guard.look_at_training(2)
 
 
-@pytest.mark.parametrize(("logging_steps", "sign"), LOOKS)
-def test_stop_ends_the_run_with_the_policy_as_it_is_and_a_second_start_leaves_it_so(logging_steps, sign, play, capsys):
-    trainer = play(1, on_collapse="stop", logging_steps=logging_steps)
+@pytest.mark.parametrize(
+    ("pairing", "signs"), [("best_of", set()), ("ground_truth", {"negative_gap", "unlikely_truths"})]
+)
+def test_ground_truths_of_other_prompts_are_no_sign_of_collapse(make_config, tmp_path, pairing, signs):
+    """Where rewards choose, `opponent_nll` and `logps_gap` are of the prompts that make a pair, not always the same."""
+    store = IterationStore(tmp_path / "run")
+    for iteration, change in ((0, 0.0), (1, 9.0)):
+        store.write_metrics(iteration, {"opponent_nll": 1.0 + change, "logps_gap": -change})
+    CollapseGuard(make_config(pairing=pairing), store, list).look_at_opponent(1)
+    assert store.read_metrics(1).get("collapse_signs", {}).keys() == signs
+
+
+def test_stop_ends_the_run_with_the_policy_as_it_is_and_a_second_start_leaves_it_so(play, capsys):
+    trainer = play(1, on_collapse="stop")
     assert trainer.run.iteration == 1 and not trainer.store.has_pairs(2)
     found = trainer.store.read_run()
     assert found["finished"] and found["collapsed"]["iteration"] == 2 and "returned_to" not in found["collapsed"]
-    assert sign in found["collapsed"]["rule"]
+    assert "displacement" in found["collapsed"]["rule"]
     assert "Self-play ends before iteration 2 (`on_collapse='stop'`). Sign of" in capsys.readouterr().out
 
-    again = play(1, on_collapse="stop", logging_steps=logging_steps)
+    again = play(1, on_collapse="stop")
     assert again.state.global_step == 4
     assert "To play on all the same, set `on_collapse='warn'`." in capsys.readouterr().out
     assert_is(again, trainer.store.checkpoints()[0])
@@ -113,12 +124,7 @@ def test_stop_ends_the_run_with_the_policy_as_it_is_and_a_second_start_leaves_it
 
 
 @pytest.mark.parametrize(
-    ("bad", "adapter", "evaluates"),
-    [
-        pytest.param(1, False, False, id="full"),
-        pytest.param(1, True, True, id="lora, with an evaluation"),
-        pytest.param(2, True, False, id="lora, in the last iteration"),
-    ],
+    ("bad", "adapter", "evaluates"), [(1, False, True), (2, True, False)], ids=["full", "lora, in the last iteration"]
 )
 def test_rollback_leaves_the_policy_of_before_the_sign(bad, adapter, evaluates, play, capsys):
     trainer = play(bad, adapter, evaluates, on_collapse="rollback")

@@ -77,8 +77,7 @@ def completed_keys(store: IterationStore) -> list[tuple[int, int]]:
 # Every row exactly once
 
 
-@pytest.mark.parametrize("num_rows", [1, 3, 7, 40])
-@pytest.mark.parametrize("num_ranks", [1, 2, 5])
+@pytest.mark.parametrize(("num_rows", "num_ranks"), [(1, 5), (7, 1), (7, 2), (40, 5)])
 def test_every_sample_of_every_row_is_completed_once_over_all_ranks(store, num_ranks, num_rows):
     samplers = run_on_every_rank(job(store, part_size=4, num_samples=2), prompts(*range(num_rows)), num_ranks)
     assert completed_keys(store) == [(row, sample) for row in range(num_rows) for sample in (0, 1)]
@@ -103,7 +102,7 @@ def test_completions_that_arrive_in_any_order_land_in_their_parts(store):
 # Interruptions
 
 
-@pytest.mark.parametrize("num_answers", [0, 1, 4, 9, 11])
+@pytest.mark.parametrize("num_answers", [0, 9])
 def test_interrupted_run_goes_on_with_what_is_missing(store, num_answers):
     """Parts of 4: after 9 answers two parts are whole, the ninth answer is lost."""
     dataset = prompts(*range(12))
@@ -134,21 +133,12 @@ def test_interrupted_run_ends_with_the_completions_of_an_uninterrupted_one(tmp_p
 # Requests
 
 
-def seeds(store: IterationStore, **overrides) -> dict[tuple[int, int], int]:
-    sampler = FakeSampler()
-    run(job(store, **overrides), sampler, prompts(0, 1))
-    return {request.key: request.seed for request in sampler.requests}
-
-
 def test_seed_of_a_completion_repeats_and_depends_on_run_iteration_kind_row_and_sample(tmp_path):
-    variants = [{}, {"seed": 1}, {"iteration": 1}, {"kind": "evaluation"}]
-    found = [
-        seed
-        for number, variant in enumerate(variants)
-        for seed in seeds(IterationStore(tmp_path / str(number)), num_samples=2, **variant).values()
-    ]
-    assert len(found) == 4 * 2 * 2
-    assert len(set(found)) == len(found)
+    sampler = FakeSampler()
+    for number, variant in enumerate([{}, {"seed": 1}, {"iteration": 1}, {"kind": "evaluation"}]):
+        run(job(IterationStore(tmp_path / str(number)), num_samples=2, **variant), sampler, prompts(0, 1))
+    found = [request.seed for request in sampler.requests]
+    assert len(set(found)) == len(found) == 4 * 2 * 2
     shared = run_on_every_rank(job(IterationStore(tmp_path / "shared"), num_samples=2), prompts(0, 1), 2)
     assert [request.seed for sampler in shared for request in sampler.requests] == found[:4]
 
@@ -156,9 +146,5 @@ def test_seed_of_a_completion_repeats_and_depends_on_run_iteration_kind_row_and_
 def test_request_carries_the_prompt_of_its_row(store):
     sampler = FakeSampler()
     run(job(store, num_samples=2), sampler, prompts(7, 3))
-    assert [(request.key, request.prompt_ids) for request in sampler.requests] == [
-        ((7, 0), [107]),
-        ((7, 1), [107]),
-        ((3, 0), [103]),
-        ((3, 1), [103]),
-    ]
+    asked = [(request.key, request.prompt_ids) for request in sampler.requests]
+    assert asked == [((7, 0), [107]), ((7, 1), [107]), ((3, 0), [103]), ((3, 1), [103])]

@@ -17,7 +17,7 @@ from peft import LoraConfig, PeftModel
 from play_distributed import play, settings
 from test_distributed import launch
 from test_kill_and_resume import assert_ends_the_same, start
-from test_opponent_reference import ScoreAtIterationOne, changed_model
+from test_reference_mixture import ScoreAtIterationOne, changed_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from spin_trl import SPINConfig, SPINTrainer, load_pairs

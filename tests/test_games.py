@@ -94,20 +94,10 @@ def test_separate_prompt_is_one_game_whatever_turns_it_holds():
     assert sides(row, "all") == [(row["prompt"], row["completion"])]
 
 
-@pytest.mark.parametrize(
-    ("row", "expected"),
-    [
-        ({"prompt": "Hi", "chosen": "Hello."}, ("Hi", "Hello.")),
-        ({"prompt": [USER], "chosen": [ASSISTANT]}, ([USER], [ASSISTANT])),
-        ({"prompt": [USER], "chosen": [USER, ASSISTANT]}, ([USER], [ASSISTANT])),
-        ({"prompt": "Hi", "chosen": [USER, ASSISTANT]}, ([USER], [ASSISTANT])),
-        ({"chosen": [USER, ASSISTANT, USER, ASSISTANT]}, ([USER, ASSISTANT, USER], [ASSISTANT])),
-        ({"prompt": [{**USER, "name": None}], "chosen": [USER, ASSISTANT]}, ([USER], [ASSISTANT])),
-    ],
-    ids=["text", "answer alone", "whole", "whole beside text", "no prompt", "empty keys of Arrow"],
-)
-def test_chosen_side_of_preference_data_is_the_ground_truth_with_or_without_its_prompt(row, expected):
-    assert sides({**row, "rejected": "whatever"}) == [expected]
+def test_chosen_conversation_may_begin_with_its_prompt():
+    """The prompt's empty keys are Arrow's."""
+    for prompt in ([USER], [{**USER, "name": None}]):
+        assert sides({"prompt": prompt, "chosen": [USER, ASSISTANT], "rejected": "x"}) == [([USER], [ASSISTANT])]
 
 
 def test_several_prompt_columns_are_joined_by_a_blank_line_and_empty_ones_left_out():

@@ -5,12 +5,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import read_rows
+from conftest import completion_table, logp, read_rows
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
 from spin_trl import SPINTrainer
-from spin_trl.evaluation.held_out import reward_metrics
+from spin_trl.evaluation.held_out import ScoreTable, generation_metrics, reward_metrics
 from spin_trl.evaluation.metric_names import EVALUATION_METRICS
 
 
@@ -29,13 +29,6 @@ def test_rewards_by_hand():
             "rewards/margins": -1.5 / 4,
         }
     )
-
-
-def logp(model, prompt_ids: list[int], completion_ids: list[int]) -> float:
-    ids = torch.tensor([prompt_ids + completion_ids])
-    with torch.no_grad():
-        logps = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])
-    return logps[len(prompt_ids) - 1 :].sum().item()
 
 
 def greedy(model, prompt_ids: list[int], end: int) -> list[int]:
@@ -83,38 +76,11 @@ def broken_after(calls: int, error: Exception):
     return compute
 
 
-def test_metrics_function_that_fails_ends_the_run_with_its_error_and_what_to_do(
-    tiny_model, train_dataset, eval_dataset, make_config
-):
-    trainer = SPINTrainer(
-        tiny_model,
-        make_config(num_iterations=1),
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        compute_generation_metrics=broken_after(0, KeyError("answer")),
-    )
-    with pytest.raises(KeyError, match="answer") as failure:
-        trainer.train()
-    (note,) = failure.value.__notes__
-    assert "`compute_generation_metrics`, for the opponent of iteration 0" in note and "resume the run" in note
-
-
-def test_users_metric_may_not_take_the_name_of_one_of_the_runs(tiny_model, train_dataset, eval_dataset, make_config):
-    trainer = SPINTrainer(
-        tiny_model,
-        make_config(num_iterations=1),
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        compute_generation_metrics=lambda *_: {"nll": 1.0, "right": 0.5},
-    )
-    with pytest.raises(ValueError, match=r"returned \['nll'\], which are names of the run's own metrics"):
-        trainer.train()
-
-
-def test_run_that_failed_in_the_users_metrics_goes_on_from_there(
+def test_run_that_failed_in_the_users_metrics_says_what_to_do_and_goes_on_from_there(
     tiny_model, train_dataset, eval_dataset, make_config, tmp_path
 ):
     """It failed at the start of iteration 1, whose opponent is judged by the log-probs of the one before: on disk."""
+    train_dataset = train_dataset.select(range(16))
 
     def play(folder: str, compute) -> SPINTrainer:
         config = make_config(
@@ -130,8 +96,10 @@ def test_run_that_failed_in_the_users_metrics_goes_on_from_there(
         trainer.train()
         return trainer
 
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(ZeroDivisionError) as failure:
         play("stopped", broken_after(1, ZeroDivisionError()))
+    (note,) = failure.value.__notes__
+    assert "`compute_generation_metrics`, for the opponent of iteration 1" in note and "resume the run" in note
     undisturbed, again = (play(folder, lambda *_: {"right": 0.5}) for folder in ("undisturbed", "stopped"))
     for iteration in (1, 2):
         found, expected = (run.store.read_metrics(iteration)["evaluation"] for run in (again, undisturbed))
@@ -140,8 +108,65 @@ def test_run_that_failed_in_the_users_metrics_goes_on_from_there(
 
 def test_evaluation_data_of_one_row_is_enough(tiny_model, train_dataset, make_config):
     rows = read_rows("accent_test.jsonl", 1)
-    trainer = SPINTrainer(
-        tiny_model, make_config(num_iterations=1), train_dataset=train_dataset, eval_dataset=Dataset.from_list(rows)
-    )
+    config = make_config(num_iterations=1, max_steps=1)
+    trainer = SPINTrainer(tiny_model, config, train_dataset=train_dataset, eval_dataset=Dataset.from_list(rows))
     trainer.train()
     assert json.dumps(trainer.store.read_metrics(1)["evaluation"])
+
+
+# The user's metrics, and the table that shows them
+
+
+def evaluate(tokenizer, compute, truths: dict[int, str], answers: dict[int, str]) -> dict[str, float]:
+    """The metrics of texts by their rows, each encoded with an end token."""
+
+    def encode(texts: dict[int, str]) -> list[list[int]]:
+        return [
+            tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] for text in texts.values()
+        ]
+
+    prompts = [f"prompt {row}" for row in truths]
+    dataset = Dataset.from_dict({"row": list(truths), "prompt": prompts, "chosen_ids": encode(truths)})
+    completions = completion_table([(row, 0) for row in answers], encode(answers))
+    return generation_metrics(compute, dataset, [completions], tokenizer)
+
+
+def test_metrics_get_prompts_references_and_generations_of_the_same_row_without_special_tokens(tokenizer):
+    """The dataset may be in another order than the completions, which come sorted by row. Numbers become floats."""
+    seen = []
+
+    def compute(prompts, references, generations):
+        seen.append((prompts, references, generations))
+        return {"count": 2, "share": np.float32(0.5)}
+
+    found = evaluate(tokenizer, compute, {3: "AA", 1: "B", 2: "CH D"}, {1: "B", 2: "D", 3: "EH"})
+    assert found == {"count": 2.0, "share": 0.5} and {type(value) for value in found.values()} == {float}
+    assert seen == [(["prompt 1", "prompt 2", "prompt 3"], ["B", "CH D", "AA"], ["B", "D", "EH"])]
+
+
+@pytest.mark.parametrize("returned", [None, 0.5, {"accuracy": "0.5"}, {"accuracy": [0.5]}], ids=str)
+def test_anything_but_a_dict_of_numbers_is_refused(tokenizer, returned):
+    with pytest.raises(TypeError, match="`compute_generation_metrics` must return a dict of numbers") as refusal:
+        evaluate(tokenizer, lambda *_: returned, {0: "B"}, {0: "B"})
+    assert repr(returned) in str(refusal.value)
+
+
+def test_users_metric_may_not_take_the_name_of_one_of_the_runs(tokenizer):
+    with pytest.raises(ValueError, match=r"returned \['nll'\], which are names of the run's own metrics"):
+        evaluate(tokenizer, lambda *_: {"nll": 1.0, "right": 0.5}, {0: "B"}, {0: "B"})
+
+
+def test_table_grows_by_one_aligned_line_as_each_opponent_is_evaluated():
+    """A score that is missing leaves its cell empty."""
+    lines = []
+    table = ScoreTable(lines.append)
+    table.add("start", {"nll": 2.0, "a_rather_long_name": 41.5})
+    assert len(lines) == 2
+    table.add("iteration 10", {"nll": 1.5, "a_rather_long_name": 1234.25})
+    table.add("iteration 11", {"a_rather_long_name": 0.5})
+    assert lines == [
+        "after                  nll  a_rather_long_name",
+        "start               2.0000             41.5000",
+        "iteration 10        1.5000           1234.2500",
+        "iteration 11                            0.5000",
+    ]

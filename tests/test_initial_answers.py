@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from conftest import completion_table
 from datasets import Dataset
 
 from spin_trl import load_pairs
@@ -22,13 +23,8 @@ def answer(iteration: int, row: int, sample: int) -> list[int]:
 
 
 def write_generations(store: IterationStore, iteration: int, keys: list[tuple[int, int]], part: int = 0) -> None:
-    columns = {
-        "row": [row for row, _ in keys],
-        "sample": [sample for _, sample in keys],
-        "completion_ids": [answer(iteration, *key) for key in keys],
-        "finish_reason": ["stop"] * len(keys),
-    }
-    store.completions(iteration, "generations").write(part, columns)
+    table = completion_table(keys, [answer(iteration, *key) for key in keys])
+    store.completions(iteration, "generations").write(part, table.to_pydict())
 
 
 def write_pairs(store: IterationStore, iteration: int, keys: list[tuple[int, int, int]]) -> None:

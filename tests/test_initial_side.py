@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from conftest import read_rows
-from datasets import Dataset
+from conftest import logp
 from transformers import AutoModelForCausalLM
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from spin_trl import SPINConfig, SPINTrainer
+from spin_trl import SPINTrainer
 from spin_trl.objectives.third_side import ForwardOfSides, InitialSideCollator
 
 
@@ -51,13 +50,6 @@ def test_pairs_without_one_make_the_batch_that_they_always_made():
     assert batch.keys() == expected.keys() and all(torch.equal(batch[name], expected[name]) for name in batch)
 
 
-@pytest.fixture(scope="module")
-def trainer(tiny_model, tmp_path_factory) -> SPINTrainer:
-    settings = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "use_vllm": False, "report_to": "none"}
-    config = SPINConfig(output_dir=str(tmp_path_factory.mktemp("run")), loss_type=["t_spin", "sft"], **settings)
-    return SPINTrainer(tiny_model, config, train_dataset=Dataset.from_list(read_rows("accent_train.jsonl", 4)))
-
-
 def compute(trainer: SPINTrainer, pairs: list[dict]) -> tuple[float, dict, list[tuple]]:
     """Loss, metrics, and the shape of the model's input in every forward pass."""
     shapes = []
@@ -71,28 +63,22 @@ def compute(trainer: SPINTrainer, pairs: list[dict]) -> tuple[float, dict, list[
     return loss, {name: v for name, v in trainer._metrics["train"].items() if name != "num_tokens"}, shapes
 
 
-def test_metrics_are_those_of_the_two_sides_from_one_forward_pass(trainer):
-    _, metrics, shapes = compute(trainer, PAIRS)
+def test_loss_is_of_three_sides_and_metrics_of_two_from_one_forward_pass(tiny_model, train_dataset, make_config):
+    """The loss by hand, of log-probs that each sequence has by itself: a = 1, b = 0.1, and SFT's mean over tokens."""
+    trainer = SPINTrainer(tiny_model, make_config(loss_type=["t_spin", "sft"]), train_dataset=train_dataset)
+    loss, metrics, shapes = compute(trainer, PAIRS)
     _, expected, shapes_without = compute(trainer, WITHOUT)
     assert metrics.keys() - {"logps/initial"} == expected.keys() >= {"rewards/chosen", "logps/rejected", "entropy"}
     for name in expected:
         assert metrics[name] == pytest.approx(expected[name], abs=1e-5), name
     assert shapes == [(6, 6)] and shapes_without == [(4, 4)]
 
-
-def test_loss_is_of_the_log_probs_that_each_sequence_has_by_itself(trainer, tiny_model):
-    """a = 1, b = 0.1, and SFT's mean over the tokens of the ground truths."""
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
-
-    def logp(pair: dict, side: str) -> torch.Tensor:
-        ids = torch.tensor([pair["prompt_ids"] + pair[f"{side}_ids"]])
-        with torch.no_grad():
-            logps = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])
-        return logps[len(pair["prompt_ids"]) - 1 :].sum()
-
-    chosen, rejected, initial = (torch.stack([logp(p, s) for p in PAIRS]) for s in ("chosen", "rejected", "initial"))
+    chosen, rejected, initial = (
+        torch.tensor([logp(model, pair["prompt_ids"], pair[f"{side}_ids"]) for pair in PAIRS])
+        for side in ("chosen", "rejected", "initial")
+    )
     logsigmoid = torch.nn.functional.logsigmoid
     expected = -(logsigmoid(chosen - rejected) + 0.1 * logsigmoid(rejected - initial)).mean() - chosen.sum() / 5
-    loss, metrics, _ = compute(trainer, PAIRS)
     assert loss == pytest.approx(expected.item(), abs=1e-4)
     assert metrics["logps/initial"] == pytest.approx([initial.mean().item()], abs=1e-4)

@@ -47,12 +47,6 @@ def test_value_by_hand(loss, name):
     assert loss([name], logps, ref_logps).item() == pytest.approx(elsewhere, abs=1e-5)
 
 
-def test_space_with_mu_1_is_bco_pair_at_beta_1_whatever_its_own_beta(loss):
-    logps, ref_logps = random_logps(2), random_logps(3)
-    expected = loss(["bco_pair"], logps, ref_logps, beta=1.0)
-    assert loss(["space"], logps, ref_logps, beta=0.1).item() == pytest.approx(expected.item(), rel=1e-6)
-
-
 def test_space_of_several_answers_to_a_prompt_is_the_objective_with_its_expectation_over_them(loss):
     """mu = 3 with r(y) = 2 and three answers of r(y') = -1, 0, 1: each makes a pair with the same ground truth."""
     ratios = torch.tensor([2.0, 2.0, 2.0]), torch.tensor([-1.0, 0.0, 1.0])
@@ -106,20 +100,14 @@ def random_logps(seed: int, count: int = 16) -> tuple[torch.Tensor, torch.Tensor
     return tuple(-20 * torch.rand(2, count, generator=generator))
 
 
-def uclaml_spin_loss(policy_real, policy_generated, opponent_real, opponent_generated, beta, loss_type):
-    """As published with the paper (github.com/uclaml/SPIN), from its description."""
-    logits = (policy_real - policy_generated) - (opponent_real - opponent_generated)
-    if loss_type == "sigmoid":
-        return -torch.nn.functional.logsigmoid(beta * logits).mean()
-    return torch.relu(1 - beta * logits).mean()
-
-
 @pytest.mark.parametrize("beta", [0.1, 5.0])
-@pytest.mark.parametrize("name", ["sigmoid", "hinge"])
-def test_agrees_with_the_papers_own_code_on_random_log_probs(loss, name, beta):
-    logps, ref_logps = random_logps(0), random_logps(1)
-    expected = uclaml_spin_loss(*logps, *ref_logps, beta, name)
-    assert loss([name], logps, ref_logps, beta=beta).item() == pytest.approx(expected.item(), rel=1e-6)
+def test_agrees_with_the_papers_own_code_on_random_log_probs(loss, beta):
+    """As published with it (github.com/uclaml/SPIN), from its description."""
+    (real, generated), (opponent_real, opponent_generated) = logps, ref_logps = random_logps(0), random_logps(1)
+    logits = beta * ((real - generated) - (opponent_real - opponent_generated))
+    expected = {"sigmoid": -torch.nn.functional.logsigmoid(logits), "hinge": torch.relu(1 - logits)}
+    for name, values in expected.items():
+        assert loss([name], logps, ref_logps, beta=beta).item() == pytest.approx(values.mean().item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("name", list(OBJECTIVES))
@@ -130,10 +118,7 @@ def test_every_loss_type_has_a_gradient_where_policy_and_opponent_differ(loss, n
     assert logps[0].grad.isfinite().all() and logps[0].grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize(
-    "names",
-    [["sigmoid", "sft"], ["space", "sft"], ["iris", "sft"], ["t_spin", "sft"], ["space", "correlation", "sigmoid"]],
-)
+@pytest.mark.parametrize("names", [["sigmoid", "sft"], ["t_spin", "iris", "sft"], ["space", "correlation", "sigmoid"]])
 def test_mix_is_the_weighted_sum_from_one_forward(loss, names):
     logps, ref_logps = random_logps(6), random_logps(7)
     if "t_spin" in names:
@@ -165,29 +150,26 @@ def test_trl_losses_are_those_that_dpo_trainer_computes():
 @pytest.mark.parametrize(
     ("fields", "first_loss"),
     [
-        ({"loss_type": "exponential"}, 1.0),
-        ({"loss_type": "correlation"}, 1.0),
+        ({"loss_type": ["exponential", "correlation"], "loss_weights": [0.5, 1.0]}, 1.5),
         ({"loss_type": "iris"}, 0.0),
         ({"loss_type": "space", "space_mu": 3.0, "num_generations": 3}, 2.2493),
-        ({"loss_type": ["space", "sft"], "loss_weights": [1.0, 0.1]}, None),
     ],
-    ids=lambda value: str(value.get("loss_type")) if isinstance(value, dict) else None,
+    ids=["two", "iris", "space"],
 )
 def test_whole_run_with_a_loss_that_trl_lacks(tiny_model, train_dataset, make_config, fields, first_loss):
     """
     At the first step of each iteration rewards are 0, and the loss is what it is where the policy is the opponent. 48
     pairs are six steps; in iteration 1 the older ones join them, for `space` and `iris` on demand alone.
     """
-    config = make_config(num_iterations=2, num_history_iterations=1, learning_rate=1e-4, **fields)
+    config = make_config(num_iterations=2, num_history_iterations=1, learning_rate=1e-4, max_steps=7, **fields)
     dataset = train_dataset.select(range(48 // config.num_generations))
     trainer = SPINTrainer(tiny_model, config, train_dataset=dataset)
     trainer.train()
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]
-    assert len(steps) == 18
+    assert len(steps) == 7
     for first in (steps[0], steps[6]):
         assert first["rewards/margins"] == pytest.approx(0, abs=1e-6)
-        if first_loss is not None:
-            assert first["loss"] == pytest.approx(first_loss, abs=1e-4)
+        assert first["loss"] == pytest.approx(first_loss, abs=1e-4)
     assert steps[5]["rewards/margins"] > 0
 
 
@@ -214,11 +196,11 @@ def test_loss_from_outside_has_its_value_and_gradient_by_hand(loss, loss_from_ou
 def test_run_trains_with_a_loss_from_outside_and_settings_are_held_against_its_traits(
     tiny_model, train_dataset, make_config, loss_from_outside
 ):
-    config = make_config(num_iterations=2, loss_type=[loss_from_outside, "sft"], loss_weights=[1.0, 0.0])
+    config = make_config(num_iterations=1, loss_type=[loss_from_outside, "sft"], loss_weights=[1.0, 0.0])
     trainer = SPINTrainer(tiny_model, config, train_dataset=train_dataset)
     trainer.train()
     steps = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert len(steps) == 18 and steps[0] == pytest.approx(4.0, abs=1e-4) and steps[-1] < 3.9
+    assert len(steps) == 6 and steps[0] == pytest.approx(4.0, abs=1e-4) and steps[-1] < 3.99
     assert make_config(loss_type=loss_from_outside, reference_mixture_alpha=0.5).loss_type == [loss_from_outside]
     with pytest.raises(ValueError, match=f"`loss_type='{loss_from_outside}'` contradicts `ld_alpha=0.5`"):
         make_config(loss_type=loss_from_outside, ld_alpha=0.5)
@@ -230,7 +212,7 @@ def test_name_is_registered_once(loss_from_outside):
             register(Objective(name, squared))
 
 
-@pytest.mark.parametrize(("loss_type", "max_steps"), [("t_spin", 12), ("iris", 1)])
+@pytest.mark.parametrize(("loss_type", "max_steps"), [("t_spin", 8), ("iris", 1)])
 def test_gradients_of_micro_batches_add_up_to_that_of_the_whole(
     tiny_model, train_dataset, make_config, tmp_path, loss_type, max_steps
 ):

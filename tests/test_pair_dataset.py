@@ -56,12 +56,20 @@ def test_data_loader_shuffles_and_batches_them(pairs):
 # A run's
 
 
-def test_pairs_of_a_run_are_loaded_with_all_columns_from_its_directory_alone(tiny_model, train_dataset, make_config):
-    trainer = SPINTrainer(tiny_model, make_config(num_iterations=2), train_dataset=train_dataset)
-    trainer.train()
+def test_pairs_are_loaded_from_a_runs_directory_whose_torn_data_are_written_again(
+    tiny_model, train_dataset, make_config
+):
+    def play(num_iterations: int) -> SPINTrainer:
+        config = make_config(num_iterations=num_iterations, save_strategy="epoch", resume="auto")
+        trainer = SPINTrainer(tiny_model, config, train_dataset=train_dataset.select(range(16)))
+        trainer.train()
+        return trainer
+
+    trainer = play(num_iterations=2)
     loaded = load_pairs(trainer.args.output_dir, 1)
-    assert isinstance(loaded, Dataset) and len(loaded) == 96
-    assert loaded.to_list() == list(trainer.store.read_pairs(1))
+    assert isinstance(loaded, Dataset) and len(loaded) == 32
+    before = loaded.to_list()
+    assert before == list(trainer.store.read_pairs(1))
     assert {*loaded.column_names} == {
         *("iteration", "row", "source_row", "sample", "prompt_ids", "chosen_ids", "rejected_ids"),
         *("ref_chosen_logps", "ref_rejected_logps"),
@@ -71,19 +79,8 @@ def test_pairs_of_a_run_are_loaded_with_all_columns_from_its_directory_alone(tin
     (trainer.store.output_dir / "train_data" / "rows.arrow").write_bytes(b"torn")
     with pytest.raises(RunDirectoryError, match="`train_data` in .* missing or damaged. Resume the run"):
         load_pairs(trainer.args.output_dir, 1)
-
-
-def test_torn_data_are_written_again_when_a_run_is_resumed(tiny_model, train_dataset, make_config):
-    settings = {"save_strategy": "epoch", "resume": "auto"}
-    first = SPINTrainer(tiny_model, make_config(**settings, num_iterations=1), train_dataset=train_dataset)
-    first.train()
-    before = load_pairs(first.args.output_dir, 0).to_list()
-    (first.store.output_dir / "train_data" / "rows.arrow").write_bytes(b"torn")
-    again = SPINTrainer(tiny_model, make_config(**settings, num_iterations=2), train_dataset=train_dataset)
-    again.train()
-    assert again.run.start.is_resumed and again.store.has_whole_data()
-    assert load_pairs(first.args.output_dir, 0).to_list() == before
-    assert len(again.store.read_pairs(1)) == 96
+    assert play(num_iterations=3).run.start.is_resumed
+    assert load_pairs(trainer.args.output_dir, 1).to_list() == before
 
 
 class CountMappedFiles(TrainerCallback):
@@ -98,9 +95,9 @@ class CountMappedFiles(TrainerCallback):
 
 
 def test_files_of_older_iterations_do_not_stay_mapped(tiny_model, train_dataset, make_config):
-    """While an iteration is trained, its own pairs, those of the one before, and the data: 6 steps, then 12 each."""
+    """While an iteration is trained, its own pairs, those of the one before, and the data: 1 step, then 2 each."""
     config = make_config(num_iterations=5, num_history_iterations=1)
     count = CountMappedFiles()
-    SPINTrainer(tiny_model, config, train_dataset=train_dataset, callbacks=[count]).train()
-    assert len(count.counts) == 6 + 4 * 12
-    assert count.counts[18] == count.counts[30] == count.counts[42] <= 4
+    SPINTrainer(tiny_model, config, train_dataset=train_dataset.select(range(8)), callbacks=[count]).train()
+    assert len(count.counts) == 1 + 4 * 2
+    assert count.counts[3] == count.counts[5] == count.counts[7] <= 4

@@ -3,26 +3,22 @@
 import numpy as np
 import pyarrow as pa
 import pytest
+from conftest import completion_table
 from datasets import Dataset
 
 from spin_trl.data.pair_dataset import PairDataset
-from spin_trl.data.pair_metrics import answer_shares, describe_generations, describe_scores, distinct, generation_rates
-from spin_trl.run_directory.completion_parts import COMPLETION_SCHEMA
-
-
-def lists(*values: list[int]) -> pa.ListArray:
-    return pa.array(values, pa.list_(pa.int32()))
+from spin_trl.data.pair_metrics import (
+    describe_generations,
+    describe_pairs,
+    describe_scores,
+    distinct,
+    generation_rates,
+)
 
 
 def completions(*answers: tuple[list[int], str]) -> list[pa.Table]:
-    """In batches of two."""
-    columns = {
-        "row": list(range(len(answers))),
-        "sample": [0] * len(answers),
-        "completion_ids": [ids for ids, _ in answers],
-        "finish_reason": [reason for _, reason in answers],
-    }
-    table = pa.table(columns, schema=COMPLETION_SCHEMA)
+    """Ids and finish reasons, in batches of two."""
+    table = completion_table([(row, 0) for row in range(len(answers))], *map(list, zip(*answers, strict=True)))
     return [table.slice(start, 2) for start in range(0, len(table), 2)]
 
 
@@ -31,19 +27,13 @@ def completions(*answers: tuple[list[int], str]) -> list[pa.Table]:
     [
         ([[1, 2, 1], [1]], 1, 2 / 4),
         ([[1, 2, 1], [2, 1]], 2, 2 / 3),  # (1, 2), (2, 1) and (2, 1); no (1, 2) from one text to the next
-        ([[7, 7, 7, 7]], 2, 1 / 3),
         ([[1], [], [2]], 2, 0.0),
-        ([[], []], 1, 0.0),
         ([[300_000, 1], [1, 300_000]], 2, 1.0),
     ],
 )
 def test_distinct_counts_different_ngrams_within_texts(texts, n, expected):
-    assert distinct(lists([9, 9], *texts).slice(1), n) == pytest.approx(expected)
-
-
-def test_answers_that_say_nothing_are_empty_and_one_word_that_was_cut_off_is_not():
-    table = completions(([2], "stop"), ([], "length"), ([5], "length"), ([5, 2], "stop"))
-    assert answer_shares(table) == {"empty_share": 2 / 4, "cut_off_share": 2 / 4}
+    lists = pa.array([[9, 9], *texts], pa.list_(pa.int32()))
+    assert distinct(lists.slice(1), n) == pytest.approx(expected)
 
 
 def test_rates_count_what_was_sampled_in_this_time_alone():
@@ -59,13 +49,30 @@ def pairs_of(*sides: tuple[list[int], list[int]], **columns: list) -> PairDatase
     return PairDataset(truths, Dataset.from_dict({"rejected_ids": rejected, **columns}))
 
 
+def test_description_of_pairs_by_hand():
+    """
+    Lengths 2, 1, 3, 2 against 2, 3, 1, 4. With a prompt of 2, four tokens hold all chosen sides but the third, and all
+    rejected ones but the second and fourth.
+    """
+    pairs = pairs_of(([1, 2], [1, 2]), ([2], [1, 1, 2]), ([1, 1, 2], [2]), ([3, 2], [3, 2, 2, 2]))
+    is_identical = np.array([True, False, False, False])
+    shares = {"identical_share": 0.25, "chosen_truncated_share": 0.25, "rejected_truncated_share": 0.5}
+    described = {"num_pairs": 4, "chosen_length": 2.0, "rejected_length": 2.5, **shares}
+    assert describe_pairs(pairs, is_identical, max_length=4) == described
+    untruncated = {"chosen_truncated_share": 0.0, "rejected_truncated_share": 0.0}
+    assert describe_pairs(pairs, is_identical) == described | untruncated
+
+
 def test_generations_are_described_beside_the_ground_truths():
-    """Lengths 1, 2, 3 and 5, 1, 1: percentiles between neighbours are linear."""
+    """
+    Lengths 1, 2, 3 and 5, 1, 1: percentiles between neighbours are linear. Of the completions the first and the last
+    say nothing; one word that was cut off is not nothing.
+    """
     pairs = pairs_of(([1], [4, 4, 4, 4, 2]), ([1, 2], [2]), ([1, 2, 3], [2]))
-    table = completions(([4, 4, 4, 4, 2], "stop"), ([2], "stop"), ([2], "stop"))
+    table = completions(([2], "stop"), ([5], "length"), ([5, 2], "stop"), ([5], "length"), ([], "length"))
     assert describe_generations(pairs, table, seed=0) == {
-        "empty_share": 2 / 3,
-        "cut_off_share": 0.0,
+        "empty_share": 2 / 5,
+        "cut_off_share": 3 / 5,
         "distinct_1": 2 / 7,
         "distinct_2": 2 / 4,
         "chosen_distinct_1": 3 / 6,

@@ -33,6 +33,9 @@ def message(role: str, content: str) -> list[dict]:
     return [{"role": role, "content": content}]
 
 
+CHAT = message("user", "A") + message("assistant", "x")
+
+
 def test_text_is_rendered_on_both_sides_as_ground_truths_are():
     prepared = prepare(
         [{"prompt": "2+2=", "chosen": "4", "rejected": "5"}, {"prompt": "1+", "chosen": "1", "rejected": "?"}]
@@ -49,13 +52,12 @@ def test_conversations_with_a_prompt_and_whole_ones_come_to_the_same():
     prompt, yes, no = message("user", "Hi?"), message("assistant", "Yes."), message("assistant", "No.")
     explicit = prepare([{"prompt": prompt, "chosen": yes, "rejected": no}])
     whole = prepare([{"chosen": prompt + yes, "rejected": prompt + no}])
-    assert texts(explicit) == texts(whole)
-    rendered, chosen, rejected = texts(explicit)[0]
+    ((rendered, *sides),) = texts(explicit)
     assert rendered.endswith("<|im_start|>user\nHi?<|im_end|>\n<|im_start|>assistant\n")
-    assert (chosen, rejected) == ("Yes.<|im_end|>", "No.<|im_end|>")
-    checksums = [data.describe()["preference_checksum"] for data in (explicit, whole)]
-    other = prepare([{"prompt": prompt, "chosen": yes, "rejected": message("assistant", "Nah.")}])
-    assert checksums[0] == checksums[1] != other.describe()["preference_checksum"]
+    assert sides == ["Yes.<|im_end|>", "No.<|im_end|>"]
+    turned = prepare([{"prompt": prompt, "chosen": no, "rejected": yes}])
+    checksums = [data.describe()["preference_checksum"] for data in (explicit, whole, turned)]
+    assert texts(explicit) == texts(whole) and checksums[0] == checksums[1] != checksums[2]
 
 
 def test_rows_that_say_nothing_or_do_not_fit_are_left_out_and_counted():
@@ -72,41 +74,28 @@ def test_rows_that_say_nothing_or_do_not_fit_are_left_out_and_counted():
 
 
 @pytest.mark.parametrize(
-    ("row", "found", "notes"),
+    ("row", "found"),
     [
-        ({"chosen": "", "rejected": "y"}, "`chosen` is empty", []),
-        ({"chosen": "x", "rejected": ""}, "`chosen` is empty", ["In its `rejected`, read as a `chosen`."]),
-        ({"prompt": None, "chosen": "x", "rejected": "y"}, "`chosen` is text without a `prompt`", []),
+        ({"prompt": "a", "chosen": "", "rejected": "y"}, "`chosen` is empty"),
+        ({"prompt": "a", "chosen": "x", "rejected": ""}, "its `rejected`, read as a `chosen`: `chosen` is empty"),
+        ({"prompt": None, "chosen": "x", "rejected": "y"}, "`chosen` is text without a `prompt`"),
+        ({"chosen": CHAT, "rejected": message("user", "B") + CHAT[1:]}, "`chosen` and `rejected` answer different pro"),
     ],
 )
-def test_row_that_cannot_be_rendered_is_named_or_left_out(row, found, notes):
-    rows = [{"prompt": "a", "chosen": "x", "rejected": "y"}, {"prompt": "a", **row}]
+def test_row_that_cannot_be_rendered_is_named_or_left_out(row, found):
+    good = {"chosen": CHAT, "rejected": CHAT[:1] + message("assistant", "y")}
+    rows = [good if row["chosen"] == CHAT else {"prompt": "a", "chosen": "x", "rejected": "y"}, row]
     with pytest.raises(ValueError, match=f"Row 1: {found}") as error:
         prepare(rows)
-    assert error.value.__notes__ == [*notes, "In `preference_dataset`."]
+    assert error.value.__notes__ == ["In `preference_dataset`."]
     prepared = prepare(rows, skip_invalid_rows=True)
     assert prepared.preferences["source_row"][:] == [0]
-    assert [(row["dataset"], row["row"]) for row in prepared.invalid_rows] == [("preference_dataset", 1)]
-
-
-def test_sides_that_answer_different_prompts_are_refused():
-    rows = [
-        {
-            "chosen": message("user", "a") + message("assistant", "x"),
-            "rejected": message("user", b) + message("assistant", "y"),
-        }
-        for b in ("a", "b")
-    ]
-    with pytest.raises(ValueError, match="Row 1: .* answer different prompts"):
-        prepare(rows)
-    prepared = prepare(rows, skip_invalid_rows=True)
-    assert prepared.preferences["source_row"][:] == [0] and "different prompts" in prepared.invalid_rows[0]["reason"]
+    (left_out,) = prepared.invalid_rows
+    assert (left_out["dataset"], left_out["row"]) == ("preference_dataset", 1) and found in left_out["reason"]
 
 
 def test_dataset_without_any_pair_is_refused():
-    with pytest.raises(
-        ValueError, match="No row of `preference_dataset` is left: of 1, 0 are invalid and 1 have equal"
-    ):
+    with pytest.raises(ValueError, match="No row of .* is left: of 1, 0 are invalid and 1 have equal"):
         prepare([{"prompt": "a", "chosen": "x", "rejected": "x"}])
 
 
@@ -206,10 +195,6 @@ def test_resumed_run_needs_the_same_preferences_and_writes_them_again_if_they_ar
     again = make_trainer(preferences)
     again.train()
     assert again.run.start.is_resumed and len(load_pairs(again.args.output_dir, 1)) == 44
-
-
-def test_another_run_in_the_same_place_has_no_preferences_of_the_first(make_trainer, preferences):
-    make_trainer(preferences, num_iterations=1).train()
-    trainer = make_trainer(None, num_iterations=1, resume="never", overwrite_output_dir=True)
-    trainer.train()
-    assert trainer.store.read_preferences() is None and len(load_pairs(trainer.args.output_dir, 0)) == 16
+    another = make_trainer(None, num_iterations=1, resume="never", overwrite_output_dir=True)
+    another.train()  # in the same place
+    assert another.store.read_preferences() is None and len(load_pairs(another.args.output_dir, 0)) == 16

@@ -1,14 +1,17 @@
 """
-That prompt and ground truth become the ids which a sampler would have seen and said, and what is refused.
+That prompt and ground truth become the ids which a sampler would have seen and said, once, and what is refused.
 
 Each chat template that TRL ships is in test_chat_templates.py.
 """
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from datasets import Dataset, load_dataset
-from tiny_tokenizers import TEMPLATES, byte_tokenizer, letter_tokenizer, special_tokens
+from tiny_tokenizers import TEMPLATES, CountingTokenizer, byte_tokenizer, letter_tokenizer, special_tokens
 from transformers import PreTrainedTokenizerFast
 
 from spin_trl.data.rendering import tokenize_dataset
@@ -40,10 +43,7 @@ def test_prompt_that_is_no_prefix_of_its_conversation_is_refused_by_row_with_the
     rows = [{"messages": MESSAGES[:2], "chat_template_kwargs": {"enable_thinking": thinks}} for thinks in (False, True)]
     tokenizer = byte_tokenizer("<|im_end|>", "nemotron_3_nano")
     assert len(render(rows[:1], tokenizer)) == 1
-    found = (
-        r"Row 1: the chat template renders the prompt of `messages` differently.*goes on with.*`chat_template_kwargs`"
-    )
-    with pytest.raises(ValueError, match=found):
+    with pytest.raises(ValueError, match="Row 1: .* the prompt of `messages` differently.*goes on with.*_kwargs`"):
         render(rows, tokenizer)
 
 
@@ -70,10 +70,9 @@ def test_tools_column_reaches_the_prompt(encode):
 def test_template_that_refuses_the_roles_is_named_by_row_field_and_roles():
     system = [{"role": "system", "content": "Be brief."}, *MESSAGES]
     tokenizer = byte_tokenizer("<end_of_turn>", "gemma")
-    message = (
-        r"Row 1: the chat template refuses the prompt of `messages`.*\['system', 'user', .*System role not supported"
-    )
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(
+        ValueError, match=r"Row 1: .* refuses the prompt of `messages`.*\['system', 'user', .*System role"
+    ):
         render([{"messages": MESSAGES}, {"messages": system}], tokenizer)
 
 
@@ -97,8 +96,7 @@ def test_template_that_does_not_write_what_the_messages_say_is_refused():
 def test_missing_content_beside_a_tool_call_is_written_as_nothing(template, end):
     source = (TEMPLATES / f"{template}.jinja").read_text()
     tokenizer = byte_tokenizer("<end>", template, special_tokens(source))
-    ends = ("<end>", "<|im_end|>", "<|eot_id|>", "<|user|>", "<|observation|>")
-    end_token_ids = tuple(i for i in tokenizer.convert_tokens_to_ids(list(ends)) if i is not None)
+    end_token_ids = tuple(tokenizer.convert_tokens_to_ids(["<end>", end]))
     missing, empty = render([{"messages": calling(None)}, {"messages": calling("")}], tokenizer, end_token_ids)
     assert missing["chosen_ids"] == empty["chosen_ids"]
     assert tokenizer.decode(missing["chosen_ids"][-1]) == end
@@ -133,22 +131,13 @@ def test_text_is_what_a_sampler_that_repeats_it_would_say(template, merges):
 # Rows
 
 
-def test_rows_keep_number_and_prompt_and_lose_the_other_columns():
-    rows = [{"prompt": prompt, "completion": "c", "source": "x"} for prompt in ("a", "ab")]
-    first, second = render(rows, letter_tokenizer())
-    assert set(first) == {"row", "source_row", "prompt", "prompt_ids", "chosen_ids"}
-    assert [(row["row"], row["source_row"], row["prompt"]) for row in (first, second)] == [(0, 0, "a"), (1, 1, "ab")]
-
-
 def test_every_assistant_turn_is_a_row_of_its_own_with_the_turns_before_it_as_prompt():
     tokenizer = byte_tokenizer("<|im_end|>", "qwen2_5")
-    rows = render([{"messages": MESSAGES}, {"messages": MESSAGES[:2]}], tokenizer, train_on_turns="all")
+    given = [{"messages": MESSAGES, "source": "x"}, {"messages": MESSAGES[:2], "source": "y"}]
+    rows = render(given, tokenizer, train_on_turns="all")
+    assert set(rows[0]) == {"row", "source_row", "prompt", "prompt_ids", "chosen_ids"}
     assert [(row["row"], row["source_row"]) for row in rows] == [(0, 0), (1, 0), (2, 1)]
-    assert [tokenizer.decode(row["chosen_ids"]) for row in rows] == [
-        "Yes?<|im_end|>",
-        "Good  bye.<|im_end|>",
-        "Yes?<|im_end|>",
-    ]
+    assert [tokenizer.decode(row["chosen_ids"][:-1]) for row in rows] == ["Yes?", "Good  bye.", "Yes?"]
     for row, messages in zip(rows, (MESSAGES[:1], MESSAGES[:3], MESSAGES[:1]), strict=True):
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         assert tokenizer.decode(row["prompt_ids"]) == text
@@ -198,25 +187,74 @@ def test_unknown_token_at_the_end_of_a_turn_is_refused_by_name_and_not_followed_
     tokenizer = byte_tokenizer("<eos>", "gemma", extra_special_tokens=("<end_of_turn>", "<start_of_turn>"))
     row = {"messages": MESSAGES}
     end_of_turn = tokenizer.convert_tokens_to_ids("<end_of_turn>")
-    message = (
-        rf"Row 0: the chat template ends .*'<end_of_turn>'.*end tokens are \['<eos>'\].*{end_of_turn}.*eos_token_id"
-    )
-    with pytest.raises(ValueError, match=message):
+    found = rf"Row 0: .* '<end_of_turn>'.*end tokens are \['<eos>'\].*{end_of_turn}.*eos_token_id"
+    with pytest.raises(ValueError, match=found):
         render([row], tokenizer)
     (rendered,) = render([row], tokenizer, (tokenizer.eos_token_id, end_of_turn))
     assert tokenizer.decode(rendered["chosen_ids"]) == "Good  bye.<end_of_turn>"
 
 
-PLAIN_TEMPLATE = (
-    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-
-
 @pytest.mark.parametrize(("also", "expected"), [((), "</s>"), (("<|user|>",), "<|user|>")])
 def test_turn_without_an_end_token_ends_in_the_next_turns_first_if_the_model_stops_there(also, expected):
     """As GLM-4, whose template writes no end token, and whose model stops by opening the user's turn."""
-    tokenizer = byte_tokenizer(chat_template=PLAIN_TEMPLATE, extra_special_tokens=("<|user|>", "<|assistant|>"))
+    template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
+    template += "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    tokenizer = byte_tokenizer(chat_template=template, extra_special_tokens=("<|user|>", "<|assistant|>"))
     end_token_ids = (tokenizer.eos_token_id, *(tokenizer.convert_tokens_to_ids(token) for token in also))
     (row,) = render([{"messages": MESSAGES}], tokenizer, end_token_ids)
     assert tokenizer.decode(row["chosen_ids"]) == "Good  bye." + expected
+
+
+# Rendered once
+
+SCRIPT = """
+import sys
+from datasets import load_dataset
+from tiny_tokenizers import CountingTokenizer, letter_tokenizer
+from spin_trl.data.rendering import tokenize_dataset
+
+tokenizer = letter_tokenizer(kind=CountingTokenizer)
+tokenizer.pad_token = tokenizer.eos_token
+tokenizer(["a", "aaa"], padding=True, truncation=True, max_length=2)  # changes its state, but not what it renders
+dataset = load_dataset("json", data_files=sys.argv[1], split="train", cache_dir=sys.argv[2])
+chosen_ids = tokenize_dataset(dataset, tokenizer, (1,)).dataset["chosen_ids"][:]
+print(tokenizer.num_calls, chosen_ids)
+"""
+
+
+def test_another_process_does_not_tokenise_again(tmp_path):
+    rows, cache = str(tmp_path / "rows.jsonl"), str(tmp_path / "cache")
+    Dataset.from_list([{"prompt": f"{letter}a", "completion": "b"} for letter in "abc"]).to_json(rows)
+    tokenizer = letter_tokenizer(kind=CountingTokenizer)
+    tokenizer.pad_token = tokenizer.eos_token
+    dataset = load_dataset("json", data_files=rows, split="train", cache_dir=cache)
+    chosen_ids = tokenize_dataset(dataset, tokenizer, (1,)).dataset["chosen_ids"][:]
+    command = [sys.executable, "-c", SCRIPT, rows, cache]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == f"1 {chosen_ids}"
+
+
+def num_rendered(**settings) -> int:
+    """Calls of the tokenizer, two a row, when rows of letters are tokenised."""
+    tokenizer = settings.setdefault("tokenizer", letter_tokenizer(kind=CountingTokenizer))
+    settings.setdefault("dataset", Dataset.from_list([{"prompt": "ab", "completion": "c"}] * 2))
+    tokenized = tokenize_dataset(**{"end_token_ids": (1,), **settings}).dataset
+    assert tokenized.cache_files  # they lie in a file, not in memory
+    return tokenizer.num_calls // 2
+
+
+def test_same_rows_are_tokenised_once_in_a_process_even_in_memory():
+    assert [num_rendered(prompt_column="prompt", completion_column="completion") for _ in range(3)] == [2, 0, 0]
+
+
+def test_rows_are_tokenised_again_where_they_could_come_out_otherwise():
+    num_rendered()
+    for change in (
+        {"dataset": Dataset.from_list([{"prompt": "ab", "completion": "d"}] * 2)},
+        {"end_token_ids": (2,)},
+        {"tokenizer": letter_tokenizer(kind=CountingTokenizer, chat_template="{{ messages }}")},
+        {"skip_invalid_rows": True},
+        {"prompt_column": "completion", "completion_column": "prompt"},
+    ):
+        assert (num_rendered(), num_rendered(**change)) == (0, 2), change

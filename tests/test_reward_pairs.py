@@ -7,7 +7,7 @@ from datasets import Dataset, Features, List, Value
 
 from spin_trl.data.pair_dataset import TRUTH, PairDataset
 from spin_trl.data.pair_metrics import describe_scores
-from spin_trl.data.pairs import ANSWER_SCHEMA, NoPairsError, add_history, drop_identical_pairs, find_identical_pairs
+from spin_trl.data.pairs import ANSWER_SCHEMA, NoPairsError, add_older_pairs, drop_identical_pairs, find_identical_pairs
 from spin_trl.data.rewards.judged_answers import REWARD_COLUMNS, describe_rewards
 from spin_trl.data.rewards.ranked_pairs import rank_answers, ranked_pairs
 
@@ -70,7 +70,7 @@ def test_ground_truth_that_no_generation_beats_is_chosen_over_every_lower_one():
 def test_equal_rewards_make_no_pairs(pairing, truths):
     """Of the ground truth and its generations, or of the generations alone."""
     answered = answers((truths[0], [0.5, 0.5]), (truths[1], [1.0, 1.0]))
-    assert rank_answers(answered, pairing).describe() == {"num_pairs": 0, "no_pair_share": 1.0}
+    assert rank_answers(answered, pairing).no_pair_share == 1
 
 
 def test_best_generation_is_chosen_over_the_ground_truth_and_all_lower_ones():
@@ -87,19 +87,15 @@ def test_best_generation_is_ranked_over_the_worst_without_the_ground_truth():
     assert sides(pairs) == [(5, 2, 1, 1.0, 0.0), (7, 1, 0, 3.0, 2.0)]
 
 
-@pytest.mark.parametrize("pairing", ["best_of", "reward_ranked"])
-def test_pairs_of_many_batches_keep_their_tokens_and_rewards(pairing):
+def test_pairs_of_many_batches_keep_their_tokens_and_rewards():
     """Of 1,500 prompts every other's first generation beats the truth and the second generation."""
-    prompts = [(0.5, [float(row % 2), 0.25]) for row in range(5, 1505)]
     expected = []
     for row in range(5, 1505):
-        if pairing == "reward_ranked":
-            expected.append((row, 0, 1, 1.0, 0.25) if row % 2 else (row, 1, 0, 0.25, 0.0))
-        elif row % 2:
+        if row % 2:
             expected += [(row, 0, TRUTH, 1.0, 0.5), (row, 0, 1, 1.0, 0.25)]
         else:
             expected += [(row, TRUTH, 0, 0.5, 0.0), (row, TRUTH, 1, 0.5, 0.25)]
-    assert sides(rank(pairing, *prompts)) == expected
+    assert sides(rank("best_of", *((0.5, [float(row % 2), 0.25]) for row in range(5, 1505)))) == expected
 
 
 SUM, SAME_SUM = 0.1 + 0.2 + 0.3, 0.3 + 0.2 + 0.1
@@ -108,12 +104,12 @@ SUM, SAME_SUM = 0.1 + 0.2 + 0.3, 0.3 + 0.2 + 0.1
 def test_rewards_that_only_rounding_makes_differ_are_equal():
     """By their size: 100 is nothing beside 1e9."""
     assert SUM > SAME_SUM
-    assert rank_answers(answers((SAME_SUM, [SUM]), (SUM, [SAME_SUM])), "best_of").num_paired == 0
-    assert rank_answers(answers((0.0, [SUM, SAME_SUM])), "reward_ranked").num_paired == 0
+    assert rank_answers(answers((SAME_SUM, [SUM]), (SUM, [SAME_SUM])), "best_of").no_pair_share == 1
+    assert rank_answers(answers((0.0, [SUM, SAME_SUM])), "reward_ranked").no_pair_share == 1
     assert sides(rank("best_of", (0.0, [SAME_SUM, SUM]))) == [(5, 0, TRUTH, SAME_SUM, 0.0)]  # the first of two equals
     assert describe_rewards(answers((SAME_SUM, [SUM])).answers)["tied_truths_share"] == 1.0
-    assert rank_answers(answers((1e9, [1e9 + 100])), "best_of").num_paired == 0
-    assert rank_answers(answers((1e9, [1e9 + 10_000])), "best_of").num_paired == 1
+    assert rank_answers(answers((1e9, [1e9 + 100])), "best_of").no_pair_share == 1
+    assert rank_answers(answers((1e9, [1e9 + 10_000])), "best_of").no_pair_share == 0
 
 
 def test_what_nobody_judges_makes_no_pair():
@@ -150,7 +146,7 @@ def test_metrics_of_rewards_by_hand():
         }
     )
     ranks = rank_answers(answers(*prompts), "reward_ranked")
-    assert ranks.describe() == {"num_pairs": 2, "no_pair_share": 1 - 2 / 3}
+    assert (len(ranks.owners), ranks.no_pair_share) == (2, 1 - 2 / 3)
 
 
 def test_log_probs_of_ground_truths_are_found_on_either_side():
@@ -174,7 +170,7 @@ def test_log_probs_of_ground_truths_are_found_on_either_side():
 def test_history_keeps_the_chosen_sides_that_rewards_chose():
     older = rank("best_of", (0.0, [1.0]), (1.0, [0.0]))
     scored = PairDataset(older.truths, older.answers.add_column("ref_chosen_logps", [-1.0, -2.0]))
-    joined = add_history(rank("best_of", (1.0, [0.0]), (1.0, [0.0]), iteration=1), [(0, scored)])
+    joined = add_older_pairs(rank("best_of", (1.0, [0.0]), (1.0, [0.0]), iteration=1), [(0, scored)])
     assert joined.column_names == [*older.answers.column_names, "prompt_ids"]
     assert joined["iteration"][:] == [1, 1, 0, 0]
     assert [pair[:3] for pair in sides(joined)] == [(5, TRUTH, 0), (6, TRUTH, 0), (5, 0, TRUTH), (6, TRUTH, 0)]

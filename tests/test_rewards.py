@@ -44,13 +44,10 @@ def test_reward_is_the_weighted_sum_and_none_does_not_count():
     assert np.isnan(of_nobody) and of_one == 10.0
 
 
-@pytest.mark.parametrize(
-    "values",
-    [[True, False], (1, 0), np.array([1.0, 0.0]), torch.tensor([1, 0]), [np.float32(1), torch.tensor(0.0)]],
-    ids=["booleans", "whole numbers", "array", "tensor", "numbers of arrays"],
-)
-def test_whatever_holds_one_number_a_completion_is_taken(values):
-    assert ask(lambda **kwargs: values) == [1.0, 0.0]
+def test_whatever_holds_one_number_a_completion_is_taken():
+    numbers_of_arrays = [np.float32(1), torch.tensor(0.0)]
+    for values in ([True, False], (1, 0), np.array([1.0, 0.0]), torch.tensor([1, 0]), numbers_of_arrays):
+        assert ask(lambda values=values, **kwargs: values) == [1.0, 0.0]
 
 
 def test_asynchronous_functions_wait_together_and_always_in_one_loop():
@@ -81,12 +78,9 @@ def test_asynchronous_functions_wait_together_and_always_in_one_loop():
     ("function", "found"),
     [
         (constant(float("nan")), "returned nan for completion 0 of its list"),
-        (constant(float("inf")), "returned inf for completion 0"),
         (constant("good"), "returned 'good' for completion 0"),
-        (constant([1.0]), r"returned \[1.0\] for completion 0"),
         (lambda **kwargs: [1.0], "`<lambda>` returned 1 rewards for 2 completions"),
         (lambda **kwargs: 1.0, r"`<lambda>` returned 1.0 \(`float`\), but expected is a list"),
-        (lambda **kwargs: None, r"`<lambda>` returned None \(`NoneType`\)"),
     ],
 )
 def test_what_is_no_reward_is_refused_with_the_functions_name_and_what_it_returned(function, found):
@@ -148,7 +142,7 @@ def judged(prompts: list, source: Dataset, function) -> tuple[list[dict], list[d
         return function(**kwargs)
 
     rewards = AnswerRewards(RewardFunctions([recording]), tokenizer, source, num_generations=2)
-    tables = list(rewards.add(data, [answers], TrainerState(global_step=4), 0, 4))
+    tables = list(rewards.add(data, [answers], TrainerState(global_step=4), 0))
     assert all(table.column_names == [*ANSWER_SCHEMA.names, *REWARD_COLUMNS] for table in tables)
     return calls, pa.concat_tables(tables).to_pylist()
 
@@ -193,5 +187,5 @@ def test_ground_truths_that_are_judged_to_see_whether_a_function_can_count_nowhe
     ids = [tokenizer(f"truth {row}")["input_ids"] for row in range(3)]
     rewards.try_on(Dataset.from_dict({"source_row": [3, 1, 0], "prompt": ["p"] * 3, "chosen_ids": ids}))
     assert seen == [(["truth 0", "truth 1"], [13, 11])]
-    list(rewards.add(Dataset.from_dict({"row": [0]}), [], TrainerState(), 0, 0))
+    list(rewards.add(Dataset.from_dict({"row": [0]}), [], TrainerState(), 0))
     assert set(rewards.take_metrics()) == {"seconds_rewards"}

