@@ -53,7 +53,7 @@ def unused_address() -> str:
 
 # A request that fails
 
-MODELS = {"data": [{"id": "m"}]}
+MODELS = {"data": [{"id": "m", "max_model_len": 64}]}
 FAILURES = {
     "503": (503, "warming up"),
     "500": (500, "engine died"),
@@ -69,7 +69,7 @@ FAILURES = {
 @pytest.mark.parametrize("failure", FAILURES.values(), ids=FAILURES)
 def test_failure_that_may_pass_is_tried_again(faulty, ask, failure):
     faulty.answer = in_turn(failure, failure, (200, MODELS))
-    assert ask(models) == [{"id": "m"}]
+    assert ask(models) == MODELS["data"]
     assert faulty.paths() == ["/v1/models"] * 3
 
 
@@ -89,7 +89,9 @@ def test_answer_that_is_no_text_is_an_error_like_any_other(faulty, ask):
         ask(models)
 
 
-@pytest.mark.parametrize("content", ["<html>A dashboard</html>", [], {"data": None}, {"data": [{"name": "m"}]}])
+@pytest.mark.parametrize(
+    "content", ["<html>A dashboard</html>", [], {"data": None}, {"data": [{"name": "m"}]}, {"data": [{"id": "m"}]}]
+)
 def test_list_of_models_that_is_none_is_refused_with_the_address(faulty, ask, content):
     faulty.answer = lambda path, body: (200, content)
     with pytest.raises(SamplerError, match=f"What answers at {faulty.url} is no vLLM server"):

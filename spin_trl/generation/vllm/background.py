@@ -2,8 +2,8 @@
 
 import asyncio
 import threading
-from collections.abc import Callable, Coroutine, Iterable
-from concurrent.futures import Future
+from collections.abc import Callable, Coroutine, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 
@@ -18,22 +18,32 @@ class Background:
         self._thread = threading.Thread(target=self._loop.run_forever, name="spin_trl-sampler", daemon=True)
         self._thread.start()
 
-    def start(self, coroutine: Coroutine[Any, Any, T]) -> "Future[T]":
-        """Have it run on its own."""
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-
-    def call(self, function: Callable[[], Any]) -> None:
+    def call(self, function: Callable[..., Any], *args: Any) -> None:
         """Have the loop call it soon."""
-        self._loop.call_soon_threadsafe(function)
+        self._loop.call_soon_threadsafe(function, *args)
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run it and wait for it. If the waiting is interrupted, it is cancelled."""
-        future = self.start(coroutine)
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
             return future.result()
         except BaseException:
             future.cancel()
             raise
+
+    @contextmanager
+    def running(self, coroutine: Coroutine[Any, Any, Any]) -> Iterator[None]:
+        """Have it run beside the block, and end with it."""
+
+        async def begin() -> asyncio.Task:
+            return asyncio.create_task(coroutine)
+
+        task = self.run(begin())
+        try:
+            yield
+        finally:
+            if not task.done():
+                self.run(cancel([task]))
 
     def close(self, last: Coroutine[Any, Any, Any]) -> None:
         """Cancel whatever runs, then run this, and end the thread."""

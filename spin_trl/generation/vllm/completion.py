@@ -9,10 +9,6 @@ from typing import Any
 from ..sampler import Completion, CompletionRequest, SamplerError, SamplingParams
 
 
-# Parameters of the user's own after which an answer may end elsewhere than at an end token.
-_STOP_PARAMETERS = ("stop", "stop_token_ids")
-
-
 def completion_body(
     name: str, request: CompletionRequest, params: SamplingParams, context_length: int, logprobs: bool
 ) -> dict[str, Any]:
@@ -49,56 +45,49 @@ def read_completion(
     Raises:
         `SamplerError`: if it is none, with what came back, what was expected and what to do.
     """
-    wrong = _problem(choice, params, max_tokens, vocab_size, logprobs)
-    if wrong is not None:
-        (row, sample), (found, remedy) = request.key, wrong
-        raise SamplerError(
+    token_ids, finish_reason = choice.get("token_ids"), choice.get("finish_reason")
+    values = (choice.get("logprobs") or {}).get("token_logprobs") if logprobs else None
+
+    def wrong(found: str, remedy: str) -> SamplerError:
+        row, sample = request.key
+        return SamplerError(
             f"The server's answer to row {row} (sample {sample}, prompt of {len(request.prompt_ids)} tokens) is no "
             f"completion: it holds {found[:500]}. {remedy}"
         )
-    found_logprobs = choice["logprobs"]["token_logprobs"] if logprobs else None
-    return Completion(request.key, choice["token_ids"], choice["finish_reason"], found_logprobs)
 
-
-def _problem(
-    choice: dict[str, Any], params: SamplingParams, max_tokens: int, vocab_size: int | None, logprobs: bool
-) -> tuple[str, str] | None:
-    """What was found, against what was expected; and what to do."""
-    token_ids, finish_reason = choice.get("token_ids"), choice.get("finish_reason")
     if not isinstance(token_ids, list) or not token_ids:
-        return (
+        raise wrong(
             f"`token_ids` {token_ids!r} instead of the ids sampled, at least one",
             "The server must heed `return_token_ids`, as vLLM from 0.22 on does: update it.",
         )
     for token_id in token_ids:
-        if not isinstance(token_id, int) or token_id < 0 or (vocab_size is not None and token_id >= vocab_size):
-            return (
+        if not isinstance(token_id, int) or not 0 <= token_id < (vocab_size or math.inf):
+            raise wrong(
                 f"the token id {token_id!r}, but the model has a vocabulary of {vocab_size}",
                 "The server must serve the very model that is trained, with the same vocabulary.",
             )
     if len(token_ids) > max_tokens:
-        return (
+        raise wrong(
             f"{len(token_ids)} tokens, but at most {max_tokens} were asked for",
             "See whether something between here and the server changes requests.",
         )
     if finish_reason not in ("stop", "length"):
-        return (
+        raise wrong(
             f"`finish_reason` {finish_reason!r} instead of 'stop' or 'length'",
             "See the server's log, and what `generation_kwargs` asks of it.",
         )
-    stops_elsewhere = any(name in params.extra for name in _STOP_PARAMETERS)
+    stops_elsewhere = {"stop", "stop_token_ids"} & params.extra.keys()  # where the user says
     if finish_reason == "stop" and token_ids[-1] not in params.end_token_ids and not stops_elsewhere:
-        return (
+        raise wrong(
             f"an answer that stopped at token {token_ids[-1]}, but the end tokens are {list(params.end_token_ids)}",
             "If the model does stop there, name the token in `eos_token_id` of its generation_config.json, as a list.",
         )
-    values = (choice.get("logprobs") or {}).get("token_logprobs") if logprobs else None
     if logprobs and not _is_finite(values, len(token_ids)):
-        return (
+        raise wrong(
             f"the log-probs {values!r} instead of a finite number for each of {len(token_ids)} tokens",
             "The server must heed `logprobs`, as vLLM does; without them set `publish_check_tolerance=None`.",
         )
-    return None
+    return Completion(request.key, token_ids, finish_reason, values)
 
 
 def _is_finite(values: Any, length: int) -> bool:

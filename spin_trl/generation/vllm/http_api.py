@@ -7,7 +7,8 @@ import asyncio
 import json
 import random
 import time
-from collections.abc import Awaitable, Collection
+from collections.abc import Awaitable, Callable, Collection
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +65,6 @@ class VLLMServer:
         delay: float = 0.5,
     ):
         self.base_url = base_url.rstrip("/").removesuffix("/v1")
-        if not base_url.startswith(("http://", "https://", "unix:")):
-            raise self._no_address("it must begin with 'http://' or 'https://'")
         self.server_timeout = server_timeout
         self.request_timeout = request_timeout
         self.delay = delay
@@ -78,7 +77,6 @@ class VLLMServer:
     async def close(self) -> None:
         if self._session is not None:
             await self._session.close()
-            self._session = None
 
     # What the server is
 
@@ -87,21 +85,21 @@ class VLLMServer:
         await self._call("GET", "/health", timeout=self._prompt)
 
     async def served_models(self) -> list[dict[str, Any]]:
-        """The models served: `id`, and for a base model also `root` (where it came from) and `max_model_len`."""
-        text = await self._call("GET", "/v1/models", timeout=self._prompt)
-        try:
-            models = json.loads(text)["data"]
-            if all(isinstance(model["id"], str) for model in models):
-                return models
-        except (ValueError, KeyError, TypeError):
-            pass
-        raise self._no_vllm("/v1/models", text, "a list of models with their `id`")
+        """The models served: `id`; of a base model also `root` (where it came from) and `max_model_len` (in tokens)."""
+
+        def is_model(model: dict) -> bool:
+            is_adapter = model.get("parent") is not None
+            return isinstance(model["id"], str) and (is_adapter or isinstance(model["max_model_len"], int))
+
+        expected = "a list of models with `id` and `max_model_len`"
+        answer = await self._look("/v1/models", lambda answer: all(map(is_model, answer["data"])), expected)
+        return answer["data"]
 
     async def adapter_refusal(self) -> str | None:
         """Why the server cannot load LoRA adapters at run time, or `None` if it can."""
         # An adapter that does not exist tells a server that would load it from one that would not.
         body = {"lora_name": "spin-trl-probe", "lora_path": "/nonexistent/spin-trl-probe"}
-        status, answer = await self._send("POST", "/v1/load_lora_adapter", body, retried=(), timeout=self._prompt)
+        status, answer = await self._send("POST", "/v1/load_lora_adapter", body, _BUSY_STATUS, self._prompt)
         if "LoRA is not enabled" in answer:
             return "it was started without `--enable-lora`"
         if status == 404 and "spin-trl-probe" not in answer:
@@ -111,7 +109,7 @@ class VLLMServer:
     async def reload_refusal(self) -> str | None:
         """Why the server cannot reload its weights at run time, or `None` if it can."""
         # Without a method to call, the endpoint answers 400 where it exists.
-        status, _ = await self._send("POST", "/collective_rpc", {}, retried=(), timeout=self._prompt)
+        status, _ = await self._send("POST", "/collective_rpc", {}, _BUSY_STATUS, self._prompt)
         if status == 404:
             return "it was started without the environment variable `VLLM_SERVER_DEV_MODE=1`"
         status, _ = await self._send("GET", "/weight_info", timeout=self._prompt)
@@ -135,11 +133,8 @@ class VLLMServer:
 
     async def unload_adapter(self, name: str) -> None:
         """Free an adapter, if the server is there to do so: one that is gone has freed it."""
-        body = {"lora_name": name}
-        try:
-            await self._send("POST", "/v1/unload_lora_adapter", body, retried=(), timeout=_SHORTLY, patience=0)
-        except UnreachableError:
-            pass
+        with suppress(UnreachableError):
+            await self._send("POST", "/v1/unload_lora_adapter", {"lora_name": name}, timeout=_SHORTLY, patience=0)
 
     async def reload_weights(self, path: str) -> None:
         """Replace the weights by those in the folder `path` on the server's disk, and forget cached prefixes."""
@@ -153,21 +148,18 @@ class VLLMServer:
 
     async def weight_version(self) -> str:
         """What was last said to be the version of the weights: "default" if nothing was since the server started."""
-        text = await self._call("GET", "/weight_info", timeout=self._prompt)
-        try:
-            version = json.loads(text)["weight_version"]
-            if isinstance(version, str):
-                return version
-        except (ValueError, KeyError, TypeError):
-            pass
-        raise self._no_vllm("/weight_info", text, "a `weight_version`")
+        expected = "a `weight_version`"
+        answer = await self._look("/weight_info", lambda answer: isinstance(answer["weight_version"], str), expected)
+        return answer["weight_version"]
 
     async def set_weight_version(self, version: str) -> None:
         """Say what the weights are from now on, in a single attempt: by the next the server may be another one."""
         await self._call("POST", "/update_weight_version", {"new_version": version}, patience=0)
 
     async def sleep(self, level: int) -> None:
-        """Free the GPU's memory: level 1 keeps the weights in host memory, level 2 keeps nothing."""
+        """Free the GPU's memory: level 1 keeps the weights in host memory, level 2 keeps nothing, nor their version."""
+        if level == 2:
+            await self.set_weight_version("discarded")
         await self._call("POST", f"/sleep?level={level}", patience=_SHORTLY)
 
     async def wake_up(self) -> None:
@@ -183,22 +175,21 @@ class VLLMServer:
         Raises:
             [`UnknownModelError`]: if the server does not have the model.
         """
-        path = "/v1/completions"
         give_up_at = time.monotonic() + self.patience
         while True:
-            text = await self._call("POST", path, body, among_others=True)
+            text = await self._call("POST", "/v1/completions", body, among_others=True)
             try:
                 choice = json.loads(text)["choices"][0]
                 is_given_up = choice.get("finish_reason") == "abort"
-            except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+            except (ValueError, LookupError, TypeError, AttributeError):
                 raise SamplerError(
-                    f"The vLLM server at {self.base_url} answered POST {path} with no completion where one was asked "
-                    f"for: {_shortened(text)}. See its log, and what `generation_kwargs` asks of it."
+                    f"The vLLM server at {self.base_url} answered POST /v1/completions with no completion where one "
+                    f"was asked for: {_shortened(text)}. See its log, and what `generation_kwargs` asks of it."
                 ) from None
             if not is_given_up:
                 return choice
             if time.monotonic() >= give_up_at:
-                raise self._unreachable("POST", path, "`finish_reason` 'abort': the server gave the request up")
+                raise self._unreachable("POST", "/v1/completions", "`finish_reason` 'abort': it gave the request up")
             await asyncio.sleep(self.delay)
 
     # HTTP
@@ -206,6 +197,17 @@ class VLLMServer:
     @property
     def _prompt(self) -> float:
         return min(_PROMPT_ANSWER, self.server_timeout)
+
+    async def _look(self, path: str, is_right: Callable[[Any], bool], expected: str) -> Any:
+        """What a healthy server answers at once."""
+        text = await self._call("GET", path, timeout=self._prompt)
+        with suppress(ValueError, KeyError, TypeError, AttributeError):
+            if is_right(answer := json.loads(text)):
+                return answer
+        raise SamplerError(
+            f"What answers at {self.base_url} is no vLLM server: GET {path} gave {_shortened(text)!r}, expected "
+            f"{expected}. Correct `vllm_server_base_url`."
+        )
 
     async def _call(self, method: str, path: str, body: dict | None = None, **options: Any) -> str:
         """As [`_send`], for what must be answered with 200. Returns the text."""
@@ -251,8 +253,11 @@ class VLLMServer:
                 if timeout is None:
                     raise self._no_answer(method, path) from None
                 problem = f"no answer within {timeout:g} s"
-            except aiohttp.InvalidURL as error:
-                raise self._no_address(str(error)) from None
+            except (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError):
+                raise SamplerError(
+                    f"{self.base_url!r} is no address of a server. Set `vllm_server_base_url` to one such as "
+                    "'http://localhost:8000'."
+                ) from None
             except (aiohttp.ClientError, OSError) as error:
                 problem = f"{type(error).__name__}: {error}"
             if self._socket is not None and (notice := death_notice(self._socket)).exists():
@@ -269,13 +274,12 @@ class VLLMServer:
     async def _attempt(self, method: str, path: str, body: dict | None) -> tuple[int, str]:
         if self._session is None:
             # No limit of its own: a question about the server must not queue behind the completions.
-            if self._socket is None:
-                connector = aiohttp.TCPConnector(limit=0)
-            else:
-                connector = aiohttp.UnixConnector(str(self._socket), limit=0)
-            self._session = aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None))
+            unix, tcp = aiohttp.UnixConnector, aiohttp.TCPConnector
+            connector = tcp(limit=0) if self._socket is None else unix(str(self._socket), limit=0)
+            no_limit = aiohttp.ClientTimeout(total=None)
+            self._session = aiohttp.ClientSession(connector=connector, timeout=no_limit, headers=self._headers)
         url = (self.base_url if self._socket is None else "http://localhost") + path
-        async with self._session.request(method, url, json=body, headers=self._headers) as response:
+        async with self._session.request(method, url, json=body) as response:
             return response.status, await response.text(errors="replace")
 
     async def _wait_among_others(self, attempt: Awaitable[tuple[int, str]]) -> tuple[int, str]:
@@ -294,18 +298,6 @@ class VLLMServer:
             task.cancel()
 
     # What went wrong, in words
-
-    def _no_address(self, reason: str) -> SamplerError:
-        return SamplerError(
-            f"{self.base_url!r} is no address of a server: {reason}. Set `vllm_server_base_url` to one such as "
-            "'http://localhost:8000'."
-        )
-
-    def _no_vllm(self, path: str, text: str, expected: str) -> SamplerError:
-        return SamplerError(
-            f"What answers at {self.base_url} is no vLLM server: GET {path} gave {_shortened(text)!r}, expected "
-            f"{expected}. Correct `vllm_server_base_url`."
-        )
 
     def _refusal(self, method: str, path: str, status: int, text: str) -> SamplerError:
         remedy = ""

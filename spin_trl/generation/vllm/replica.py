@@ -8,6 +8,7 @@ import logging
 import secrets
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ class OpponentLostError(Exception):
     """The server may not be playing the opponent any more: it was restarted, or somebody else loaded other weights."""
 
 
+@dataclass
 class Replica:
     """
     A server, and what of the run is on it.
@@ -39,21 +41,14 @@ class Replica:
         lora_rank (`int`, *optional*): Rank of the adapters to come.
     """
 
-    def __init__(
-        self,
-        server: VLLMServer,
-        run_name: str,
-        model: str,
-        served_model: str | None,
-        vocab_size: int | None,
-        lora_rank: int | None,
-    ):
-        self.server = server
-        self.run_name = run_name
-        self.model = model
-        self.served_model = served_model
-        self.vocab_size = vocab_size
-        self.lora_rank = lora_rank
+    server: VLLMServer
+    run_name: str
+    model: str
+    served_model: str | None
+    vocab_size: int | None
+    lora_rank: int | None
+
+    def __post_init__(self):
         self.num_losses = 0  # of the opponent, since the last completion
         self.problem: str | None = None  # why the server is not there
         self._gone_since = 0.0
@@ -78,14 +73,7 @@ class Replica:
         Raises:
             `SamplerError`: no answer, another model, too short a context, or no way to publish an opponent.
         """
-        await self.server.wait_until_ready()
-        self._base = await self._find_base_model()
-        if not isinstance(self._base.get("max_model_len"), int):
-            raise SamplerError(
-                f"The server at {self.address} serves {self._base['id']!r} without saying how long its context is, as "
-                f"a vLLM server does in `max_model_len`. Start one with `python -m spin_trl.serve {self.model}`, or "
-                "correct `vllm_server_base_url`."
-            )
+        await self._find_base_model()
         if self.context_length < min_context_length:
             raise SamplerError(
                 f"The vLLM server at {self.address} has a context of {self.context_length} tokens, but at least "
@@ -96,8 +84,7 @@ class Replica:
 
     async def ensure(self, opponents: Opponents) -> None:
         """Have the server play these opponents, and load what it does not have: after a restart it has none."""
-        await self.server.wait_until_ready()
-        self._base = await self._find_base_model()
+        await self._find_base_model()
         await self._load(opponents)
 
     async def complete(
@@ -121,10 +108,6 @@ class Replica:
 
     async def withdraw(self) -> None:
         """Free what is left on the server, if that is easy."""
-
-    async def sleep(self, level: int) -> None:
-        """Have the server free its memory, see [`VLLMServer.sleep`]."""
-        await self.server.sleep(level)
 
     # Whether it can be counted on
 
@@ -168,12 +151,14 @@ class Replica:
             "shows them)."
         )
 
-    async def _find_base_model(self) -> dict[str, Any]:
+    async def _find_base_model(self) -> None:
+        await self.server.wait_until_ready()
         wanted = self.served_model or self.model
         bases = [model for model in await self.server.served_models() if model.get("parent") is None]
         for base in bases:
             if _same_model(wanted, base["id"]) or _same_model(wanted, base.get("root") or ""):
-                return base
+                self._base = base
+                return
         raise SamplerError(
             f"The vLLM server at {self.address} serves {[base['id'] for base in bases]}, not {wanted!r}. Start it with "
             f"`python -m spin_trl.serve {self.model}`; if it is the same model under another name, set "
@@ -220,18 +205,12 @@ class WeightsReplica(Replica):
     load them at once, the last to begin ends it, and the others wait for that.
     """
 
-    def __init__(self, *args):
-        super().__init__(*args)
+    def __post_init__(self):
+        super().__post_init__()
         self._version: str | None = None
         self._token = secrets.token_hex(8)  # this process's
-        self._num_loads = 0
         self._looking = asyncio.Lock()
         self._looked_at = 0.0
-
-    async def sleep(self, level: int) -> None:
-        if level == 2:  # which discards the weights
-            await self.server.set_weight_version("discarded")
-        await super().sleep(level)
 
     async def _confirm(self) -> None:
         called_at = time.monotonic()
@@ -249,14 +228,13 @@ class WeightsReplica(Replica):
     async def _load(self, opponents: Opponents) -> None:
         iteration, checkpoint = list(opponents.items())[-1]
         loading, loaded = (f"{self.run_name}-iteration-{iteration}:{state}:" for state in ("loading", "loaded"))
-        self._num_loads += 1
-        own = f"{self._token}.{self._num_loads}"
         waits_until = time.monotonic() + self.server.request_timeout
         while (version := await self.server.weight_version()).startswith(loading) and time.monotonic() < waits_until:
             if version.startswith(loading + self._token):  # an attempt of its own that failed
                 break
             await asyncio.sleep(self.server.delay)
         if not version.startswith(loaded):
+            own = self._token + secrets.token_hex(8)
             version = loaded + own
             await self._replace(str(checkpoint or self._base["root"]), loading + own, version)
         self._version = version

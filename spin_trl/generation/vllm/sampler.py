@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from ..sampler import Completion, CompletionRequest, OpponentSampler, SamplerError, SamplingParams
-from .background import Background, all_of, cancel
+from .background import Background, all_of
 from .http_api import UnreachableError, VLLMServer
 from .replica import AdapterReplica, OpponentLostError, Opponents, Replica, WeightsReplica
 
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 _MAX_NUM_LOSSES = 5  # in a row, without one completion in between
 # How long one of several servers is asked again before its prompts go to the others, in times of its first delay.
 _PATIENCE_AMONG_SEVERAL = 10
-_NUM_AHEAD_PER_SLOT = 4  # prompts that are read, but not yet answered or not yet taken by the consumer
+_NUM_PROMPTS_PER_SLOT = 5  # that are read, and whose answers the consumer has not taken yet
 
 
 class VLLMSampler(OpponentSampler):
@@ -105,18 +105,25 @@ class VLLMSampler(OpponentSampler):
     def sample(
         self, requests: Iterable[CompletionRequest], params: SamplingParams, logprobs: bool = False
     ) -> Iterator[Completion]:
-        room = asyncio.Semaphore((1 + _NUM_AHEAD_PER_SLOT) * self.max_concurrent_requests * len(self.replicas))
-        answers = queue.SimpleQueue()
-        background = self._background
-        playing = background.start(self._play(requests, params, logprobs, room, answers.put))
-        playing.add_done_callback(answers.put)
-        try:
-            while (answer := answers.get()) is not playing:
-                background.call(room.release)
-                yield answer
-            playing.result()
-        finally:
-            playing.cancel()
+        prompts, answers = asyncio.Queue(), queue.SimpleQueue()
+
+        def take() -> Completion:
+            answer = answers.get()
+            if isinstance(answer, BaseException):
+                raise answer
+            return answer
+
+        room = _NUM_PROMPTS_PER_SLOT * self.max_concurrent_requests * len(self.replicas)
+        num_open = 0
+        with self._background.running(self._play(prompts, answers.put, params, logprobs)):
+            for request in requests:
+                if num_open == room:
+                    yield take()
+                    num_open -= 1
+                self._background.call(prompts.put_nowait, request)
+                num_open += 1
+            for _ in range(num_open):
+                yield take()
 
     def sample_each(
         self, requests: list[CompletionRequest], params: SamplingParams, logprobs: bool = False
@@ -131,7 +138,7 @@ class VLLMSampler(OpponentSampler):
 
     def sleep(self, level: int) -> None:
         """Have the one server free its memory, see [`VLLMServer.sleep`]."""
-        self._background.run(self.replicas[0].sleep(level))
+        self._background.run(self.replicas[0].server.sleep(level))
 
     def wake_up(self) -> None:
         self._background.run(self.replicas[0].server.wake_up())
@@ -164,21 +171,12 @@ class VLLMSampler(OpponentSampler):
 
     async def _play(
         self,
-        requests: Iterable[CompletionRequest],
+        prompts: asyncio.Queue[CompletionRequest],
+        answer: Callable[[Completion | BaseException], None],
         params: SamplingParams,
         logprobs: bool,
-        room: asyncio.Semaphore,
-        answer: Callable[[Completion], None],
     ) -> None:
-        """Have all servers play until everything is answered. `room` is released where the consumer takes an answer."""
-        prompts: asyncio.Queue[CompletionRequest] = asyncio.Queue()
-
-        async def read_prompts() -> None:
-            for request in requests:
-                await room.acquire()
-                prompts.put_nowait(request)
-                await asyncio.sleep(0)
-            await prompts.join()  # until all are answered
+        """Have all servers play, until it fails or is cancelled: that is the last answer."""
 
         async def ask(replica: Replica) -> None:
             while True:
@@ -189,8 +187,6 @@ class VLLMSampler(OpponentSampler):
                 except BaseException:
                     prompts.put_nowait(request)  # for whoever is there
                     raise
-                finally:
-                    prompts.task_done()
 
         async def play(replica: Replica) -> None:
             while True:
@@ -200,13 +196,10 @@ class VLLMSampler(OpponentSampler):
                 except (UnreachableError, OpponentLostError) as error:
                     await self._bear(replica, error)
 
-        tasks = [asyncio.create_task(coroutine) for coroutine in (read_prompts(), *map(play, self.replicas))]
         try:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                task.result()
-        finally:
-            await cancel(tasks)
+            await all_of(play(replica) for replica in self.replicas)
+        except BaseException as error:
+            answer(error)
 
     async def _bear(self, replica: Replica, error: UnreachableError | OpponentLostError) -> None:
         """
