@@ -10,7 +10,7 @@ import json
 import os
 import signal
 import sys
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from itertools import groupby
 from pathlib import Path
 
@@ -60,12 +60,11 @@ class Record(TrainerCallback):
 
 @dataclass
 class Play:
-    """What is played: what is trained, which process gets SIGTERM in which step, and whether the trainer is refused."""
+    """What is played: what is trained, and which process gets SIGTERM in which step."""
 
     adapter: str = "full"
     sigterm_to: int = -1
     sigterm_at: int = -1
-    is_refused: bool = False
 
 
 class Terminate(TrainerCallback):
@@ -135,6 +134,7 @@ def play(model: str, data: str, config: SPINConfig, adapter: str = "full", sigte
     return {
         "num_processes": config.world_size,
         "wrapper": type(trainer.model_wrapped).__name__,
+        "sharding": [*astuple(trainer.plan.sharding)],
         "loss": [entry["loss"] for entry in steps],
         "learning_rate": [entry["learning_rate"] for entry in steps],
         "beta": trainer.beta,
@@ -164,10 +164,8 @@ if __name__ == "__main__":
         is_terminated = options.sigterm_to == config.process_index
         try:
             seen = play(model, data, config, options.adapter, options.sigterm_at if is_terminated else None)
-        except ValueError as error:
-            if not options.is_refused:
-                raise
-            seen = {"refused": str(error)}
-        Path(output_dir).mkdir(exist_ok=True)
-        Path(output_dir, f"seen-{config.process_index}.json").write_text(json.dumps(seen))
+        except SystemExit as end:  # after SIGTERM
+            print(f"Would end with status {end.code}", flush=True)
+        else:
+            Path(output_dir, f"seen-{config.process_index}.json").write_text(json.dumps(seen))
     PartialState().destroy_process_group()  # without it gloo may abort a process that ends

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,8 +21,6 @@ from play_distributed import play, settings
 from transformers import AutoModelForCausalLM
 
 from spin_trl import SPINConfig, load_pairs
-from spin_trl.run_directory.resume import Place
-from spin_trl.run_directory.store import IterationStore
 
 
 ACCELERATE = RECIPES / "accelerate"
@@ -31,22 +30,19 @@ slow = pytest.mark.slow
 BEST = ["--metric_for_best_model", "nll", "--load_best_model_at_end", "true"]
 STOPPABLE = ["--resume", "auto", "--save_strategy", "steps", "--save_steps", "100"]
 
-# What else a launch plays: with what a trainer refuses, or takes back, or until SIGTERM to one process stops both in
-# step 7 of twelve or, if the signal comes late, in the one after.
-OTHERS = {
-    "refused": ["--is_refused", "true", *BEST],
-    "best": BEST,
-    "stopped": [*STOPPABLE, "--sigterm_to", "1", "--sigterm_at", "6"],
-}
+# What else a launch plays, each in a folder and with further fields: with the best policy taken back, or until SIGTERM
+# to one process stops both in step 7 of twelve or, if the signal comes late, in the one after; and again from there.
+BEST_TAKEN_BACK = [("best", BEST)]
+STOPPED = [("resumed", [*STOPPABLE, "--sigterm_to", "1", "--sigterm_at", "6"]), ("resumed", STOPPABLE)]
 # The accelerate configuration, what is trained with which reference_mixture_alpha, and others.
 LAUNCHES = {
-    "ddp": ("ddp", [("full", "0")], ["stopped"]),
-    "zero3": ("zero3", [("full", "1")], ["refused"]),
-    "fsdp2": ("fsdp2", [("lora", "0")], ["refused"]),
-    "slow-ddp": ("ddp", [("lora", "0")], ["best"]),
-    "slow-zero2": ("zero2", [("full", "1"), ("lora", "0")], ["stopped"]),
-    "slow-zero3": ("zero3", [("full", "0"), ("lora", "0")], ["stopped"]),
-    "slow-fsdp2": ("fsdp2", [("full", "0"), ("full", "1")], ["stopped"]),
+    "ddp": ("ddp", [("full", "0")], STOPPED),
+    "zero3": ("zero3", [("full", "1")], []),
+    "fsdp2": ("fsdp2", [("lora", "0")], []),
+    "slow-ddp": ("ddp", [("lora", "0")], BEST_TAKEN_BACK),
+    "slow-zero2": ("zero2", [("full", "1"), ("lora", "0")], STOPPED),
+    "slow-zero3": ("zero3", [("full", "0"), ("lora", "0")], STOPPED),
+    "slow-fsdp2": ("fsdp2", [("full", "0"), ("full", "1")], STOPPED),
     "slow-single": ("single", [("full", "0"), ("lora", "0")], []),
 }
 WRAPPERS = {
@@ -56,6 +52,7 @@ WRAPPERS = {
     "fsdp2": {"full": "FSDPLlamaForCausalLM", "lora": "FSDPPeftModel"},
     "single": {"full": "LlamaForCausalLM", "lora": "PeftModel"},
 }
+SHARDINGS = {"zero2": ["deepspeed", 2], "zero3": ["deepspeed", 3], "fsdp2": ["fsdp", 2]}
 
 
 def marked(launch_id: str, *more: str):
@@ -70,13 +67,13 @@ RUNS += [marked(launch_id, *played) for launch_id, (_, plays, _) in LAUNCHES.ite
 
 @dataclass(frozen=True)
 class Run:
-    """What every process of a run saw, and what it left."""
+    """What every process of a run saw, and what it left. `launcher` is the accelerate configuration, if any."""
 
     seen: list[dict]
     output_dir: Path
     adapter: str
     reference: str
-    wrapper: str
+    launcher: str
 
 
 def launch(name: str, folder: Path, arguments: list[str]) -> subprocess.CompletedProcess:
@@ -101,41 +98,25 @@ def seen_in(output_dir: Path, count: int = 2) -> list[dict]:
     return [json.loads((output_dir / f"seen-{rank}.json").read_text()) for rank in range(count)]
 
 
-@dataclass(frozen=True)
-class Launched:
-    """All plays of one launch, in the folder of which each has its own."""
-
-    folder: Path
-    done: subprocess.CompletedProcess
-
-
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory, tiny_model):
-    """Plays all of a launch, once."""
+    """Plays all of a launch, once. Returns the folder in which each play has its own, and the output."""
 
     @cache
-    def play_all(launch_id: str) -> Launched:
+    def play_all(launch_id: str) -> tuple[Path, str]:
         name, plays, others = LAUNCHES[launch_id]
         folder = tmp_path_factory.mktemp(launch_id)
-        arguments = [
-            [f"{adapter}-{reference}", "--adapter", adapter, "--reference_mixture_alpha", reference]
-            for adapter, reference in plays
-        ]
-        arguments += [[other, "--reference_mixture_alpha", plays[0][1], *OTHERS[other]] for other in others]
-        done = launch(name, folder, words_of(name, folder, arguments, tiny_model))
-        is_whole = (done.returncode == 0) is ("stopped" not in others)
-        assert is_whole, f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
-        return Launched(folder, done)
+        played = [(f"{adapter}-{reference}", ["--adapter", adapter], reference) for adapter, reference in plays]
+        played += [(output_dir, fields, plays[0][1]) for output_dir, fields in others]
+        words = [tiny_model, str(TRAIN_FILE)]
+        for number, (output_dir, fields, reference) in enumerate(played):
+            words += ["--"] * (number > 0) + [str(folder / output_dir), *fields, "--reference_mixture_alpha", reference]
+            words += ["--use_cpu", "false"] * (name == "fsdp2")  # see `let_fsdp_run_on_cpu`
+        done = launch(name, folder, words)
+        assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
+        return folder, done.stdout
 
     return play_all
-
-
-def words_of(name: str, folder: Path, plays: list[list[str]], model: str) -> list[str]:
-    words = [model, str(TRAIN_FILE)]
-    for number, (output_dir, *fields) in enumerate(plays):
-        words += ["--"] * (number > 0) + [str(folder / output_dir), *fields]
-        words += ["--use_cpu", "false"] * (name == "fsdp2")  # see `let_fsdp_run_on_cpu`
-    return words
 
 
 @pytest.fixture(scope="module")
@@ -146,8 +127,7 @@ def alone(tmp_path_factory, tiny_model):
     def play_alone(adapter: str, reference: str) -> Run:
         output_dir = tmp_path_factory.mktemp("alone")
         config = SPINConfig(**settings(str(output_dir), reference_mixture_alpha=float(reference)))
-        seen = play(tiny_model, str(TRAIN_FILE), config, adapter)
-        return Run([seen], output_dir, adapter, reference, seen["wrapper"])
+        return Run([play(tiny_model, str(TRAIN_FILE), config, adapter)], output_dir, adapter, reference, "single")
 
     return play_alone
 
@@ -157,19 +137,23 @@ def run(request, alone, launched) -> Run:
     launch_id, adapter, reference = request.param
     if launch_id == "plain":
         return alone(adapter, reference)
-    name, done = LAUNCHES[launch_id][0], launched(launch_id)
-    output_dir = done.folder / f"{adapter}-{reference}"
+    name, output_dir = LAUNCHES[launch_id][0], launched(launch_id)[0] / f"{adapter}-{reference}"
     num_processes = 1 if name == "single" else 2
-    assert (output_dir / "seen-0.json").exists(), f"{done.done.stdout[-2000:]}\n{done.done.stderr[-6000:]}"
     seen = seen_in(output_dir, num_processes)
     assert [process["num_processes"] for process in seen] == [num_processes] * num_processes
-    return Run(seen, output_dir, adapter, reference, WRAPPERS[name][adapter])
+    return Run(seen, output_dir, adapter, reference, name)
 
 
 def expected_rates(peak: float, num_steps: int) -> list[float]:
     """Linear warm-up over a quarter of the steps, then linear decay to 0: k/w up to step w, (n-k)/(n-w) from there."""
     warmup = num_steps / 4
     return [peak * min(k / warmup, (num_steps - k) / (num_steps - warmup)) for k in range(num_steps)]
+
+
+def test_run_is_sharded_as_the_launcher_says_which_is_known_beforehand(run):
+    for seen in run.seen:
+        assert seen["wrapper"] == WRAPPERS[run.launcher][run.adapter]
+        assert seen["sharding"] == SHARDINGS.get(run.launcher, [None, 0])
 
 
 def test_every_step_has_the_learning_rate_of_its_iterations_own_curve(run):
@@ -179,11 +163,11 @@ def test_every_step_has_the_learning_rate_of_its_iterations_own_curve(run):
         assert seen["learning_rate"] == pytest.approx(expected)
         for number, step in enumerate(seen["begins"]):
             assert step["rates"] == pytest.approx([expected[number]] * len(step["rates"])), number
+        assert seen["beta"] == 0.5  # the last iteration's
 
 
 def test_moments_are_fresh_at_the_first_step_of_every_iteration(run):
     for seen in run.seen:
-        assert seen["wrapper"] == run.wrapper
         assert [seen["begins"][step]["moment"] for step in (0, 4)] == [0, 0]
         assert min(step["moment"] for step in seen["ends"][1:4] + seen["ends"][5:]) > 0
         assert [step["adam_step"] for step in seen["ends"]] == [1, 2, 3, 4, 1, 2, 3, 4, 5, 6, 7, 8]
@@ -195,10 +179,6 @@ def test_policy_equals_the_reference_where_the_reference_is_the_opponent(run):
         assert seen["loss"][0] == pytest.approx(math.log(2), abs=1e-6)
         moves_on = run.reference == "0"
         assert (abs(seen["loss"][4] - math.log(2)) < 1e-6) is moves_on
-
-
-def test_beta_is_the_last_iterations_at_the_end(run):
-    assert {seen["beta"] for seen in run.seen} == {0.5}
 
 
 def test_every_prompt_is_paired_once_and_scored_by_the_reference(run, tiny_model):
@@ -214,20 +194,17 @@ def test_every_prompt_is_paired_once_and_scored_by_the_reference(run, tiny_model
 # However the processes divide the work, the result is that of one alone.
 
 
-def test_pairs_are_those_of_one_process(run, alone):
+def test_pairs_and_losses_are_those_of_one_process(run, alone):
+    """The same pairs in every step, in all twelve; the last step of an epoch would hold six instead of eight."""
+    expected_run = alone(run.adapter, run.reference)
     for iteration in (0, 1):
-        pairs, expected = pairs_of(run, iteration), pairs_of(alone(run.adapter, run.reference), iteration)
+        pairs, expected = pairs_of(run, iteration), pairs_of(expected_run, iteration)
         for name in ("iteration", "row", "sample", "prompt_ids", "chosen_ids", "rejected_ids"):
             assert pairs[name][:] == expected[name][:], name
         for name in ("ref_chosen_logps", "ref_rejected_logps"):
             assert pairs[name][:] == pytest.approx(expected[name][:], abs=1e-3), name
-
-
-def test_losses_are_those_of_one_process(run, alone):
-    """The same pairs in every step, in all twelve; the last step of an epoch would hold six instead of eight."""
-    expected = alone(run.adapter, run.reference).seen[0]["loss"]
     for seen in run.seen:
-        assert seen["loss"] == pytest.approx(expected, abs=1e-4)
+        assert seen["loss"] == pytest.approx(expected_run.seen[0]["loss"], abs=1e-4)
 
 
 @pytest.mark.parametrize("name", ["opponent", "final"])
@@ -241,46 +218,33 @@ def test_saved_policy_is_that_of_one_process(run, alone, name, tiny_model):
     assert any((saved[key] - initial.get(key, 0)).abs().max() > 1e-3 for key in saved)
 
 
-# Stopped, refused, taken back
+# Stopped, taken back
 
 
-@pytest.mark.parametrize("launch_id", [marked(name) for name, plays in LAUNCHES.items() if "stopped" in plays[2]])
-def test_run_goes_on_where_sigterm_to_one_process_stopped_both(launch_id, launched, tiny_model):
-    stopped, (name, [(_, reference), *_], _) = launched(launch_id), LAUNCHES[launch_id]
-    assert "Stopped by SIGTERM after step" in stopped.done.stdout, stopped.done.stderr[-6000:]
-    output_dir = stopped.folder / "stopped"
-    place = Place.read(IterationStore(output_dir).checkpoints()[0])
-    assert place.iteration == 1 and place.step in (7, 8) and not place.is_iteration_done
-    play = ["stopped", "--reference_mixture_alpha", reference, *STOPPABLE]
-    resumed = launch(name, stopped.folder, words_of(name, stopped.folder, [play], tiny_model))
-    assert resumed.returncode == 0, resumed.stderr[-5000:]
-    assert f"goes on from checkpoint-{place.step}: iteration 1" in resumed.stdout
-    undisturbed = stopped.folder / f"full-{reference}"
-    losses, expected = ([seen["loss"] for seen in seen_in(directory)] for directory in (output_dir, undisturbed))
+@pytest.mark.parametrize("launch_id", [marked(name) for name, launch in LAUNCHES.items() if launch[2] is STOPPED])
+def test_run_goes_on_where_sigterm_to_one_process_stopped_both(launch_id, launched):
+    (folder, output), (_, [(_, reference), *_], _) = launched(launch_id), LAUNCHES[launch_id]
+    assert output.count("Stopped by SIGTERM after step") == 1 and output.count("Would end with status 143") == 2
+    step = re.search(r"goes on from checkpoint-(\d+): iteration 1", output)[1]
+    assert step in ("7", "8")
+    losses, expected = ([seen["loss"] for seen in seen_in(folder / name)] for name in ("resumed", f"full-{reference}"))
     assert len(losses[0]) == 12
     torch.testing.assert_close(losses, expected, atol=1e-6, rtol=0)
-
-
-@pytest.mark.parametrize("name", ["zero3", "fsdp2"])
-def test_taking_back_a_policy_in_shards_is_refused_before_it_is_loaded(name, launched):
-    for seen in seen_in(launched(name).folder / "refused"):
-        assert "under ZeRO-3 and FSDP each process holds only shards of it" in seen["refused"]
 
 
 @slow
 def test_every_process_logs_the_same_numbers_and_has_the_best_policy(launched, tiny_model):
     """The least negative log-likelihood is the start's: a policy that the last step has left behind."""
-    ddp = launched("slow-ddp")
-    output_dir = ddp.folder / "best"
-    first, second = seen_in(output_dir)
+    folder, output = launched("slow-ddp")
+    first, second = seen_in(folder / "best")
     assert first["logged"] == second["logged"]
-    assert json.loads((output_dir / "self_play.json").read_text())["best_iteration"]["after"] == "start"
+    assert json.loads((folder / "best" / "self_play.json").read_text())["best_iteration"]["after"] == "start"
     start = {n: p.double().sum().item() for n, p in AutoModelForCausalLM.from_pretrained(tiny_model).named_parameters()}
     for seen in (first, second):
         assert seen["policy"] == pytest.approx(start, abs=1e-9)
-    last = json.loads((output_dir / "iteration-2" / "metrics.json").read_text())["evaluation"]
+    last = json.loads((folder / "best" / "iteration-2" / "metrics.json").read_text())["evaluation"]
     assert 0 <= last["rewards/accuracies"] <= 1
-    assert ddp.done.stdout.count("The start is the best by `nll`") == 1
+    assert output.count("The start is the best by `nll`") == 1
 
 
 def load(folder: Path, adapter: str, tiny_model: str) -> dict[str, torch.Tensor]:

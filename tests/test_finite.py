@@ -73,28 +73,20 @@ class BreakWeights(TrainerCallback):
 def test_broken_weight_stops_the_run_before_the_optimizer_step_and_names_rows_of_history_too(
     tiny_model, train_dataset, make_config, overrides
 ):
-    """48 pairs are 6 steps; of iteration 1's 96 pairs, half are history."""
-    breaking = BreakWeights(8)
-    trainer = SPINTrainer(tiny_model, make_config(**overrides), train_dataset=train_dataset, callbacks=[breaking])
-    with pytest.raises(FloatingPointError, match="The loss of step 8, in iteration 1, is nan") as error:
+    """24 pairs are 3 steps; of iteration 1's 48 pairs, half are history."""
+    breaking, data = BreakWeights(5), train_dataset.select(range(24))
+    trainer = SPINTrainer(tiny_model, make_config(**overrides), train_dataset=data, callbacks=[breaking])
+    with pytest.raises(FloatingPointError, match="The loss of step 5, in iteration 1, is nan") as error:
         trainer.train()
     assert "the chosen side in 8 of 8" in str(error.value)
     assert "(answered in iteration 0)" in str(error.value)
-    assert breaking.num_optimizer_steps == 7
+    assert breaking.num_optimizer_steps == 4
 
 
-def test_rows_are_those_of_the_users_dataset(tiny_model, make_config):
+def test_rows_are_those_of_the_users_dataset_and_the_users_collator_gets_what_it_always_got(
+    tiny_model, make_config, tokenizer
+):
     """Row 0 is invalid, so every pair's `row` is one less than its row in the dataset."""
-    rows = [{"prompt": "", "completion": "B"}, *read_rows("accent_train.jsonl", 3)]
-    config = make_config(skip_invalid_rows=True, per_device_train_batch_size=3, num_iterations=1)
-    trainer = SPINTrainer(tiny_model, config, train_dataset=Dataset.from_list(rows), callbacks=[BreakWeights(1)])
-    with pytest.raises(FloatingPointError) as error:
-        trainer.train()
-    named = str(error.value).split("`train_dataset`: ")[1].split(";")[0]
-    assert sorted(named.split(", ")) == ["1", "2", "3"]
-
-
-def test_users_collator_gets_the_columns_that_dpo_trainer_gives_it(tiny_model, train_dataset, make_config, tokenizer):
     columns = set()
 
     class Collator(DataCollatorForPreference):
@@ -102,11 +94,13 @@ def test_users_collator_gets_the_columns_that_dpo_trainer_gives_it(tiny_model, t
             columns.update(*examples)
             return super().__call__(examples, *args, **kwargs)
 
-    collator = Collator(pad_token_id=tokenizer.pad_token_id)
-    parts = {"train_dataset": train_dataset, "data_collator": collator, "callbacks": [BreakWeights(2)]}
-    trainer = SPINTrainer(tiny_model, make_config(num_iterations=1), **parts)
-    with pytest.raises(FloatingPointError, match=r"the chosen side in 8 of 8, of these rows of"):
-        trainer.train()
+    rows = [{"prompt": "", "completion": "B"}, *read_rows("accent_train.jsonl", 3)]
+    config = make_config(skip_invalid_rows=True, per_device_train_batch_size=3, num_iterations=1)
+    parts = {"data_collator": Collator(pad_token_id=tokenizer.pad_token_id), "callbacks": [BreakWeights(1)]}
+    with pytest.raises(FloatingPointError) as error:
+        SPINTrainer(tiny_model, config, train_dataset=Dataset.from_list(rows), **parts).train()
+    named = str(error.value).split("`train_dataset`: ")[1].split(";")[0]
+    assert sorted(named.split(", ")) == ["1", "2", "3"]
     assert {"prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen_logps", "ref_rejected_logps"} <= columns
 
 
@@ -118,28 +112,27 @@ def broken_for(letter: str, tiny_model, tokenizer):
     return model
 
 
-def test_reference_that_cannot_score_stops_the_run_before_pairs_are_written(
-    tiny_model, train_dataset, make_config, tokenizer
+@pytest.mark.parametrize(
+    ("letter", "expected"),
+    [
+        ("k", "the pairs of iteration 0.*chosen side in {count} of 48, of these rows of `train_dataset`: {rows}"),
+        ("e", "not finite: .*{count} of 16, of these rows of `eval_dataset`: {rows}"),
+    ],
+    ids=["pairs", "evaluation data"],
+)
+def test_policy_that_cannot_score_stops_the_run_before_anything_is_written(
+    tiny_model, train_dataset, eval_dataset, make_config, tokenizer, letter, expected
 ):
-    rows = [str(row) for row, prompt in enumerate(train_dataset["prompt"]) if "k" in prompt]
-    config = make_config(num_iterations=1, temperature=0.0)
-    trainer = SPINTrainer(broken_for("k", tiny_model, tokenizer), config, train_dataset=train_dataset)
-    expected = rf"the pairs of iteration 0.*chosen side in {len(rows)} of 48,.*: {', '.join(rows[:10])}"
-    with pytest.raises(FloatingPointError, match=expected):
+    evaluates = "eval_dataset" in expected
+    prompts = (eval_dataset if evaluates else train_dataset)["prompt"]
+    rows = [str(row) for row, prompt in enumerate(prompts) if letter in prompt]
+    data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset if evaluates else None}
+    model, config = broken_for(letter, tiny_model, tokenizer), make_config(num_iterations=1, temperature=0.0)
+    trainer = SPINTrainer(model, config, **data)
+    with pytest.raises(FloatingPointError, match=expected.format(count=len(rows), rows=", ".join(rows[:10]))):
         trainer.train()
-    assert 0 < len(rows) < 48 and not trainer.store.has_pairs(0) and trainer.state.global_step == 0
-
-
-def test_policy_that_cannot_score_the_evaluation_data_stops_the_run(
-    tiny_model, train_dataset, eval_dataset, make_config, tokenizer
-):
-    rows = [str(row) for row, prompt in enumerate(eval_dataset["prompt"]) if "e" in prompt]
-    model = broken_for("e", tiny_model, tokenizer)
-    trainer = SPINTrainer(model, make_config(), train_dataset=train_dataset, eval_dataset=eval_dataset)
-    expected = rf"not finite: .*{len(rows)} of 16, of these rows of `eval_dataset`: {', '.join(rows[:10])}"
-    with pytest.raises(FloatingPointError, match=expected):
-        trainer.train()
-    assert 0 < len(rows) < 16 and "evaluation" not in trainer.store.read_metrics(0)
+    assert 0 < len(rows) < len(prompts) and not trainer.store.has_pairs(0) and trainer.state.global_step == 0
+    assert "evaluation" not in trainer.store.read_metrics(0)
 
 
 def test_adapter_that_was_loaded_frozen_is_refused(tiny_model, train_dataset, make_config, tmp_path):

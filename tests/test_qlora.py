@@ -53,43 +53,49 @@ class StopAfter(TrainerCallback):
             raise KeyboardInterrupt
 
 
-def test_plays_in_process_and_continues_a_stopped_run(tiny_model, train_dataset, make_config, tmp_path):
-    def make(name: str, **more) -> SPINTrainer:
-        config = make_config(output_dir=str(tmp_path / name), num_iterations=2, save_strategy="epoch", resume="auto")
-        arguments = {"quantization_config": NF4, "peft_config": LoraConfig(**LORA)}
-        return SPINTrainer(tiny_model, config, train_dataset=train_dataset, **arguments, **more)
+@pytest.fixture
+def make_trainer(tiny_model, train_dataset, make_config, tmp_path):
+    def make(name: str = "run", callbacks=(), **fields) -> SPINTrainer:
+        config = make_config(output_dir=str(tmp_path / name), num_iterations=2, **fields)
+        own = {"quantization_config": NF4, "peft_config": LoraConfig(**LORA), "callbacks": list(callbacks)}
+        return SPINTrainer(tiny_model, config, train_dataset=train_dataset.select(range(24)), **own)
 
-    whole = make("whole")
+    return make
+
+
+def test_plays_in_process_and_continues_a_stopped_run(make_trainer):
+    resumable = {"save_strategy": "epoch", "resume": "auto"}
+    whole = make_trainer("whole", **resumable)
     whole.train()
     losses = [entry["loss"] for entry in whole.state.log_history if "loss" in entry]
-    assert len(losses) == 6 + 12
+    assert len(losses) == 3 + 6
     # The policy is its own reference, quantized as it is.
-    assert losses[0] == losses[6] == pytest.approx(0.6931, abs=1e-4)
+    assert losses[0] == losses[3] == pytest.approx(0.6931, abs=1e-4)
 
     with pytest.raises(KeyboardInterrupt):
-        make("stopped", callbacks=[StopAfter(8)]).train()
-    resumed = make("stopped")
+        make_trainer("stopped", [StopAfter(5)], **resumable).train()
+    resumed = make_trainer("stopped", **resumable)
     resumed.train()
     assert [entry["loss"] for entry in resumed.state.log_history if "loss" in entry] == losses
 
 
-def test_policy_that_is_loaded_again_has_the_numbers_and_the_precision_it_was_trained_in(
-    tiny_model, train_dataset, make_config, tmp_path
-):
-    trainer = SPINTrainer(
-        tiny_model, make_config(), train_dataset=train_dataset, quantization_config=NF4, peft_config=LoraConfig(**LORA)
-    )
-    trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
-    trainer.policy.save(str(tmp_path / "opponent"))
-    before = [parameter.detach().clone() for parameter in trained]
+def test_policy_that_is_loaded_again_has_the_numbers_and_the_precision_it_was_trained_in(make_trainer, tmp_path):
+    policy, model = (trainer := make_trainer()).policy, trainer.model
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def numbers() -> list[torch.Tensor]:
+        return [parameter.detach().clone() for parameter in trained]
+
+    policy.save(str(tmp_path / "opponent"))
+    before = numbers()
     for parameter in trained:
         parameter.data.add_(1)
-    after = [parameter.detach().clone() for parameter in trained]
-    with trainer.policy.lent_to(tmp_path / "opponent"):
-        assert all(torch.equal(parameter, own) for parameter, own in zip(trained, before, strict=True))
-    assert all(torch.equal(parameter, own) for parameter, own in zip(trained, after, strict=True))
-    trainer.policy.load(tmp_path / "opponent")
-    assert all(torch.equal(parameter, own) for parameter, own in zip(trained, before, strict=True))
+    after = numbers()
+    with policy.lent_to(tmp_path / "opponent"):
+        assert all(map(torch.equal, numbers(), before))
+    assert all(map(torch.equal, numbers(), after))
+    policy.load(tmp_path / "opponent")
+    assert all(map(torch.equal, numbers(), before))
     assert {parameter.dtype for parameter in trained} == {torch.bfloat16}
 
 
@@ -121,12 +127,9 @@ def test_model_whose_weights_were_packed_already_is_refused(tiny_model):
 
 
 @pytest.mark.slow
-def test_managed_server_plays_the_quantized_policy_as_it_is(tiny_model, train_dataset, make_config):
+def test_managed_server_plays_the_quantized_policy_as_it_is(make_trainer):
     """Up to the adapter: DPOTrainer keeps one of a quantized model in bfloat16, the server computes in float32."""
-    config = make_config(num_iterations=2, use_vllm=True, learning_rate=1e-2)
-    trainer = SPINTrainer(
-        tiny_model, config, train_dataset=train_dataset, quantization_config=NF4, peft_config=LoraConfig(**LORA)
-    )
+    trainer = make_trainer(use_vllm=True, learning_rate=1e-2)
     trainer.train()
     differences = [trainer.store.read_metrics(i)["publish_check_difference"] for i in range(2)]
     assert differences[0] < 1e-5 and differences[1] < 2e-3
@@ -135,13 +138,10 @@ def test_managed_server_plays_the_quantized_policy_as_it_is(tiny_model, train_da
 
 
 def test_server_of_the_unquantized_base_is_allowed_the_difference_that_quantization_makes(
-    lora_server, tiny_model, train_dataset, make_config, caplog
+    lora_server, make_trainer, caplog
 ):
-    fields = {"vllm_server_base_url": lora_server.base_url}
-    config = make_config(num_iterations=2, publish_check_tolerance=1e-5, learning_rate=1e-2, **fields)
-    trainer = SPINTrainer(
-        tiny_model, config, train_dataset=train_dataset, quantization_config=NF4, peft_config=LoraConfig(**LORA)
-    )
+    fields = {"vllm_server_base_url": lora_server.base_url, "publish_check_tolerance": 1e-5}
+    trainer = make_trainer(learning_rate=1e-2, **fields)
     trainer.train()
     assert "The policy's base model is quantized, the server's is not" in caplog.text
     first, second = (trainer.store.read_metrics(i)["publish_check_difference"] for i in range(2))
