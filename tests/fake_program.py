@@ -30,7 +30,7 @@ def main(folder: Path, path: str) -> None:
         refused = folder / "refuse"
         return (400, "refused") if refused.exists() and refused.read_text() in path else fake(path, body)
 
-    FaultyServer(path).answer = answer
+    FaultyServer(path, answer)
     threading.Event().wait()
 
 

@@ -5,13 +5,16 @@ import socket
 import socketserver
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+from spin_trl.generation.sampler import Completion, CompletionRequest, OpponentSampler, SamplingParams
+
 
 PATIENCE = 30.0  # seconds until a server that waits for something gives up; none waits for it when all is well
-BASE, OPPONENT = 10, 11  # token ids that tell who played
+BASE, OPPONENT, END = 10, 11, 2  # token ids: the first two tell who played
+PARAMS = SamplingParams(16, (END,))
 HANG_UP = None  # an answer: close the connection without one
 
 # Status, content and headers, the latter two where there are any.
@@ -45,8 +48,8 @@ class FaultyServer:
     `answer` runs in a thread of its own for each connection, so it may block.
     """
 
-    def __init__(self, path: str | None = None):
-        self.answer: Callable[[str, dict | None], Answer] = lambda path, body: (200, "")
+    def __init__(self, path: str | None = None, answer: Callable[[str, dict | None], Answer] | None = None):
+        self.answer = answer or (lambda path, body: (200, ""))
         self.requests: list[tuple[str, dict | None]] = []
         self.api_keys: set[str | None] = set()
         self.release = threading.Event()  # set at the end, for answers that hang
@@ -112,28 +115,22 @@ class FaultyServer:
         return Handler
 
 
-def completion(body: dict, played_by: int | None = None) -> Answer:
-    """An answer that tells the prompt it is for, and, if wanted, by whom it is."""
-    token_ids = [body["prompt"][0], *([] if played_by is None else [played_by]), 2]
-    logprobs = [-0.5, -1.5, -2.5][: len(token_ids)]
-    choice = {"token_ids": token_ids, "finish_reason": "stop", "logprobs": {"token_logprobs": logprobs}}
-    return 200, {"choices": [choice]}
+def completion(body: dict, played_by: int = BASE) -> Answer:
+    """An answer that tells the prompt it is for, and by whom it is."""
+    logprobs = {"token_logprobs": [-0.5, -1.5, -2.5]}
+    return 200, {
+        "choices": [{"token_ids": [body["prompt"][0], played_by, END], "finish_reason": "stop", "logprobs": logprobs}]
+    }
 
 
 class FakeVLLM:
-    """Answers as vLLM 0.31 does, as far as a sampler asks before and while it plays."""
+    """Answers as vLLM 0.31 does, as far as a sampler asks before and while it plays; nothing while it is dead."""
 
-    def __init__(
-        self,
-        name: str = "org/base-model",
-        context_length: int = 64,
-        adapters: bool = True,
-        tells_who_plays: bool = False,
-    ):
+    def __init__(self, name: str = "org/base-model", context_length: int = 64, adapters: bool = True):
         self.name = name
         self.context_length = context_length
         self.adapters = adapters
-        self.tells_who_plays = tells_who_plays
+        self.is_dead = False
         self.num_reloads = 0
         self.lock = threading.RLock()
         self.restart()
@@ -147,7 +144,7 @@ class FakeVLLM:
 
     def __call__(self, path: str, body: dict | None) -> Answer:
         with self.lock:
-            return self.answer(path, body)
+            return HANG_UP if self.is_dead else self.answer(path, body)
 
     def answer(self, path: str, body: dict | None) -> Answer:
         base = {"id": self.name, "root": self.name, "parent": None, "max_model_len": self.context_length}
@@ -169,7 +166,7 @@ class FakeVLLM:
             if body["model"] not in (self.name, *self.loaded):
                 return 404, {"error": {"message": f"The model `{body['model']}` does not exist."}}
             is_base = self.weights == body["model"] == self.name
-            return completion(body, (BASE if is_base else OPPONENT) if self.tells_who_plays else None)
+            return completion(body, BASE if is_base else OPPONENT)
         return 200, ""
 
     def load(self, body: dict) -> Answer:
@@ -189,3 +186,24 @@ class FakeVLLM:
         self.weights = body["kwargs"]["weights_path"]
         self.num_reloads += 1
         return 200, {"results": [None]}
+
+
+def make_requests(num: int, at: int | None = None, action: Callable | None = None) -> Iterator[CompletionRequest]:
+    """Requests number 0 to `num`; `action` is called when number `at` is taken."""
+    for row in range(num):
+        if row == at:
+            action()
+        yield CompletionRequest((row, 0), [20 + row, 6], seed=row)
+
+
+def publish(sampler: OpponentSampler, checkpoint: Path | None, iteration: int = 1) -> OpponentSampler:
+    """Have it play an opponent."""
+    sampler.publish(iteration, checkpoint)
+    sampler.select(iteration, checkpoint)
+    return sampler
+
+
+def assert_all_are_the_opponents(completions: Iterable[Completion], num: int) -> None:
+    """Each exactly once, to its own prompt, and by nobody else."""
+    answers = sorted((completion.key, completion.token_ids) for completion in completions)
+    assert answers == [((row, 0), [20 + row, OPPONENT, END]) for row in range(num)]

@@ -5,9 +5,17 @@ import threading
 import time
 
 import pytest
-from fault_server import BASE, HANG_UP, OPPONENT, Answer, CutOff, FakeVLLM
-
-from spin_trl.generation.sampler import CompletionRequest, SamplingParams
+from fault_server import (
+    BASE,
+    HANG_UP,
+    PARAMS,
+    Answer,
+    CutOff,
+    FakeVLLM,
+    assert_all_are_the_opponents,
+    make_requests,
+    publish,
+)
 
 
 NUM_REQUESTS = 400
@@ -17,7 +25,7 @@ class Chaos:
     """A server that does one thing wrong in four, and is restarted without the opponent every now and then."""
 
     def __init__(self, seed: int):
-        self.vllm = FakeVLLM(tells_who_plays=True)
+        self.vllm = FakeVLLM()
         self.random = random.Random(seed)
         self.lock = threading.Lock()
         self.num_restarts = 0
@@ -65,11 +73,8 @@ class Chaos:
 def test_every_prompt_gets_its_answer_once_and_from_the_opponent(play, tmp_path, record_property, seed, lora_rank):
     chaos = Chaos(seed)
     sampler = play(chaos, lora_rank=lora_rank, max_concurrent_requests=4, vocab_size=NUM_REQUESTS + 20)
-    sampler.publish(1, tmp_path)
-    sampler.select(1, tmp_path)
-    requests = (CompletionRequest((row, 0), [20 + row, 6], seed=row) for row in range(NUM_REQUESTS))
-    found = [(c.key, c.token_ids) for c in sampler.sample(requests, SamplingParams(16, (2,)))]
+    found = list(publish(sampler, tmp_path).sample(make_requests(NUM_REQUESTS), PARAMS))
     record_property("faults", chaos.num_faults)
-    record_property("completions_lost", NUM_REQUESTS - len(dict(found)))
-    assert sorted(found) == [((row, 0), [20 + row, OPPONENT, 2]) for row in range(NUM_REQUESTS)]
+    record_property("completions_lost", NUM_REQUESTS - len({completion.key for completion in found}))
+    assert_all_are_the_opponents(found, NUM_REQUESTS)
     assert chaos.num_restarts >= 2 and chaos.num_faults > 100

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
-from fault_server import HANG_UP, PATIENCE, Answer, CutOff, FakeVLLM, completion
+from fault_server import BASE, END, HANG_UP, PATIENCE, Answer, CutOff, FakeVLLM, completion
 
 from spin_trl.generation.sampler import SamplerError
 from spin_trl.generation.vllm.http_api import UnreachableError, VLLMServer
@@ -151,7 +151,7 @@ def test_completion_that_is_queued_behind_others_has_time_as_long_as_they_come(f
         return await asyncio.gather(*(client.complete({"prompt": [i]}) for i in range(5)))
 
     faulty.answer = answer
-    assert [choice["token_ids"] for choice in ask(ask_five, request_timeout=0.6)] == [[i, 2] for i in range(5)]
+    assert [choice["token_ids"] for choice in ask(ask_five, request_timeout=0.6)] == [[i, BASE, END] for i in range(5)]
 
 
 def test_time_without_a_completion_counts_from_the_last_one(faulty, ask):

@@ -109,7 +109,7 @@ class SamplerHost:
         def look() -> int:
             sampler = self._client()
             try:
-                self._connect(sampler, "spin-probe", min_context_length)
+                self._connect(sampler, self.args.vllm_server_base_urls, "spin-probe", min_context_length)
                 return sampler.context_length
             finally:
                 sampler.close()
@@ -126,13 +126,11 @@ class SamplerHost:
             min_context_length (`int`): Tokens that a server must at least hold.
             longest_sequence (`int`): Tokens that the managed server is to hold.
         """
-        if not isinstance(sampler, VLLMSampler):
+        if self.choice.mode not in ("server", "managed"):
             return
         run_name = on_main_process(lambda: f"spin-{os.urandom(4).hex()}")
-        server = None
-        if self.choice.mode == "managed":
-            server = on_main_process(lambda: self._start_server(longest_sequence))
-        on_every_process(lambda: self._connect(sampler, run_name, min_context_length, server))
+        urls = self.args.vllm_server_base_urls or [on_main_process(lambda: self._start_server(longest_sequence))]
+        on_every_process(lambda: self._connect(sampler, urls, run_name, min_context_length))
 
     def rest(self, sampler: OpponentSampler) -> ServerRest | None:
         """How the managed server rests, on the process that has started it."""
@@ -149,22 +147,12 @@ class SamplerHost:
             if self.served_base is not None:
                 remove(self.served_base)
 
-    @property
-    def _served_model(self) -> str:
-        return self.model_name if self.served_base is None else str(self.served_base)
-
     def _client(self, vocab_size: int | None = None) -> VLLMSampler:
-        served_model = self.args.vllm_server_model if self.served_base is None else self._served_model
+        served_model = self.args.vllm_server_model if self.served_base is None else str(self.served_base)
         return VLLMSampler(self.model_name, self.lora_rank, served_model, vocab_size)
 
-    def _connect(
-        self, sampler: VLLMSampler, run_name: str, min_context_length: int, managed_server: str | None = None
-    ) -> None:
-        """To the managed server at that address, or to the user's own."""
-        if managed_server is None:
-            urls, api_key = self.args.vllm_server_base_urls, os.environ.get("VLLM_API_KEY")
-        else:
-            urls, api_key = [managed_server], None
+    def _connect(self, sampler: VLLMSampler, urls: list[str], run_name: str, min_context_length: int) -> None:
+        api_key = os.environ.get("VLLM_API_KEY") if self.args.vllm_server_base_urls else None  # of the user's servers
         timeouts = self.args.vllm_server_timeout, self.args.vllm_request_timeout
         sampler.connect([VLLMServer(url, api_key, *timeouts) for url in urls], run_name, min_context_length)
 
@@ -182,11 +170,12 @@ class SamplerHost:
         if args.trust_remote_code:
             arguments += ["--trust-remote-code"]
         arguments += shlex.split(args.vllm_server_args or "")
-        self.managed_server = server = ManagedServer(
+        model = str(self.served_base or self.model_name)
+        self.managed_server = ManagedServer(
             self.log_path,
             args.vllm_server_timeout,
-            lambda uds: serve_command(self._served_model, ["--uds", uds, *arguments], self.lora_rank, args.vllm_sleep),
+            lambda uds: serve_command(model, ["--uds", uds, *arguments], self.lora_rank, args.vllm_sleep),
         )
         print(f"Starting a vLLM server. Its output goes to {self.log_path}.", flush=True)
-        server.start()
-        return server.base_url
+        self.managed_server.start()
+        return self.managed_server.base_url

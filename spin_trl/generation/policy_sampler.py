@@ -3,9 +3,12 @@
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from .sampler import Completion, CompletionRequest, OpponentSampler, SamplingParams
@@ -15,6 +18,7 @@ from .sampler import Completion, CompletionRequest, OpponentSampler, SamplingPar
 _NUM_BATCHES_AHEAD = 16
 
 
+@dataclass
 class PolicySampler(OpponentSampler):
     """
     An [`OpponentSampler`] for machines without vLLM. At the start of an iteration the policy is the opponent, so there
@@ -26,14 +30,11 @@ class PolicySampler(OpponentSampler):
         batch_size (`int`): Number of prompts in a batch.
     """
 
-    reads_checkpoints = False
+    open_policy: Callable[[], AbstractContextManager[PreTrainedModel]]
+    pad_token_id: int
+    batch_size: int
 
-    def __init__(
-        self, open_policy: Callable[[], AbstractContextManager[PreTrainedModel]], pad_token_id: int, batch_size: int
-    ):
-        self.open_policy = open_policy
-        self.pad_token_id = pad_token_id
-        self.batch_size = batch_size
+    reads_checkpoints = False
 
     def publish(
         self, iteration: int, checkpoint: Path | None, earlier: Mapping[int, Path | None] | None = None
@@ -56,12 +57,10 @@ class PolicySampler(OpponentSampler):
     def _generate(
         self, model: PreTrainedModel, batch: list[CompletionRequest], params: SamplingParams
     ) -> list[Completion]:
-        longest = max(len(request.prompt_ids) for request in batch)
-        input_ids = torch.full((len(batch), longest), self.pad_token_id)  # (B, P), padded on the left
-        attention_mask = torch.zeros_like(input_ids)
-        for i, request in enumerate(batch):
-            input_ids[i, longest - len(request.prompt_ids) :] = torch.tensor(request.prompt_ids)
-            attention_mask[i, longest - len(request.prompt_ids) :] = 1
+        prompts = [torch.tensor(request.prompt_ids) for request in batch]
+        pad = partial(pad_sequence, batch_first=True, padding_side="left")
+        input_ids = pad(prompts, padding_value=self.pad_token_id)  # (B, P)
+        attention_mask = pad([torch.ones_like(prompt) for prompt in prompts])  # (B, P)
 
         # The seed is of the batch, and training's own random state is left as it was.
         with torch.random.fork_rng(), torch.no_grad():
@@ -71,21 +70,15 @@ class PolicySampler(OpponentSampler):
                 attention_mask=attention_mask.to(model.device),
                 **self._generation_kwargs(params),
             )
-        completion_ids = output_ids[:, longest:].tolist()  # (B, C)
+        completion_ids = output_ids[:, input_ids.shape[1] :].tolist()  # (B, C)
         return [_completion(request, ids, params) for request, ids in zip(batch, completion_ids, strict=True)]
 
     def _generation_kwargs(self, params: SamplingParams) -> dict:
-        sampling = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        if params.temperature > 0:
-            sampling = {
-                "do_sample": True,
-                "temperature": params.temperature,
-                "top_p": params.top_p,
-                "top_k": params.top_k,
-                "min_p": None,
-            }
+        do_sample = params.temperature > 0
+        sampling = {"temperature": params.temperature, "top_p": params.top_p, "top_k": params.top_k, "min_p": None}
         return {
-            **sampling,
+            "do_sample": do_sample,
+            **(sampling if do_sample else dict.fromkeys(sampling)),  # transformers warns of what has no effect
             "repetition_penalty": params.repetition_penalty,
             "max_new_tokens": params.max_completion_length,
             "eos_token_id": list(params.end_token_ids),

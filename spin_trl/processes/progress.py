@@ -3,7 +3,7 @@
 Only the first process shows anything. Parts of a phase report through `progress_bar`; they know nothing of the run.
 """
 
-import io
+import os
 import sys
 import time
 from typing import TextIO
@@ -14,6 +14,7 @@ from transformers import ProgressCallback, TrainerControl, TrainerState, Trainin
 
 _NUMBERS = "{n_fmt}/{total_fmt}{unit}, {rate_noinv_fmt}{postfix}"
 
+_nowhere = open(os.devnull, "w")
 _shown: "RunProgress | None" = None  # the run that this process shows now, if any
 
 
@@ -95,14 +96,9 @@ class _PartBar(tqdm):
         super().close()
 
 
-class _Nowhere(io.TextIOBase):
-    def write(self, text: str) -> int:
-        return len(text)
-
-
-def _output() -> TextIO | _Nowhere:
+def _output() -> TextIO:
     """Where bars go: to a terminal only, since elsewhere each update would be a line."""
-    return sys.stderr if sys.stderr.isatty() else _Nowhere()
+    return sys.stderr if sys.stderr.isatty() else _nowhere
 
 
 def _format(bar: tqdm, form: str) -> str:

@@ -10,6 +10,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from ...run_directory.whole_files import write_text
@@ -32,6 +33,7 @@ _LAUNCHER_VARIABLES += ("OMP_NUM_THREADS",)  # torchrun sets it to 1
 _LAUNCHER_VARIABLES += ("VLLM_API_KEY",)  # of another server; this one is guarded by its directory
 
 
+@dataclass
 class ManagedServer:
     """
     A vLLM server on a Unix socket, in a directory that only this user may enter.
@@ -43,15 +45,16 @@ class ManagedServer:
     Args:
         log_path (`Path`): File that takes the server's output.
         timeout (`float`): Seconds within which the server must be up.
-        max_restarts (`int`): Number of times that it is started again.
         command (`Callable`): Returns the command that serves on the socket at the path that it is given.
+        max_restarts (`int`): Number of times that it is started again.
     """
 
-    def __init__(self, log_path: Path, timeout: float, command: Callable[[str], ServeCommand], max_restarts: int = 3):
-        self.log_path = log_path
-        self.timeout = timeout
-        self.max_restarts = max_restarts
-        self.command = command
+    log_path: Path
+    timeout: float
+    command: Callable[[str], ServeCommand]
+    max_restarts: int = 3
+
+    def __post_init__(self):
         self.num_restarts = 0
         self._socket: Path | None = None
         self._command: ServeCommand | None = None
@@ -85,8 +88,7 @@ class ManagedServer:
         self._command = self.command(str(self._socket))
         self.num_restarts = 0
         write_text(self.log_path, f"{self._command}\n")
-        self._launch("is started")
-        self._wait_until_ready()
+        self.resume()
 
     def stop(self) -> None:
         """End the server and everything that it started. Does nothing if it is not running."""
@@ -125,7 +127,7 @@ class ManagedServer:
             `SamplerError`: as `start`, or if there are no restarts left.
         """
         if self._process is None:
-            self._launch("is started for the next turn")
+            self._launch("is started")
         elif not self._listens():
             self._restart(self._process.wait())
         self._wait_until_ready()
@@ -208,5 +210,5 @@ def _private_directory() -> Path:
 
 
 def _clean_environment() -> dict[str, str]:
-    kept = [name for name in os.environ if name not in _LAUNCHER_VARIABLES and not name.startswith(_LAUNCHER_PREFIXES)]
-    return {name: os.environ[name] for name in kept}
+    dropped = [name for name in os.environ if name in _LAUNCHER_VARIABLES or name.startswith(_LAUNCHER_PREFIXES)]
+    return {name: value for name, value in os.environ.items() if name not in dropped}

