@@ -163,6 +163,35 @@ def make_config(tmp_path):
 
 
 @pytest.fixture
+def build_trainer(tiny_model, train_dataset, make_config):
+    """A factory of trainers of the tiny model. What is no argument of the trainer is a setting."""
+    from spin_trl import SPINTrainer
+
+    names = (
+        "model eval_dataset compute_generation_metrics reward_funcs preference_dataset sampler callbacks peft_config"
+    )
+
+    def build(num_rows: int = 48, /, **given) -> SPINTrainer:
+        arguments = {name: given.pop(name) for name in names.split() if name in given}
+        data = given.pop("train_dataset", train_dataset).select(range(num_rows))
+        return SPINTrainer(**{"model": tiny_model, **arguments}, args=make_config(**given), train_dataset=data)
+
+    return build
+
+
+@pytest.fixture
+def play_run(build_trainer):
+    """A factory of trainers, as `build_trainer`, that have trained."""
+
+    def play(*args, **given):
+        trainer = build_trainer(*args, **given)
+        trainer.train()
+        return trainer
+
+    return play
+
+
+@pytest.fixture
 def at_forward(monkeypatch):
     """Has `act()` called before the first forward pass of a Llama at which `when()` is true."""
 

@@ -60,20 +60,14 @@ def test_best_iteration_is_named_with_all_numbers():
 
 
 @pytest.fixture
-def make(tiny_model, train_dataset, eval_dataset, make_config):
+def make(build_trainer, eval_dataset):
     """A trainer whose metric `score` takes the values one after the other."""
 
     def build(*scores: float, adapter: bool = True, **settings) -> SPINTrainer:
         left = list(scores)
         settings = {"num_iterations": 2, "metric_for_best_model": "score", "load_best_model_at_end": True} | settings
-        return SPINTrainer(
-            tiny_model,
-            make_config(**settings),
-            train_dataset=train_dataset.select(range(16)),
-            eval_dataset=eval_dataset,
-            compute_generation_metrics=lambda *_: {"score": left.pop(0)},
-            peft_config=LoraConfig(r=4) if adapter else None,
-        )
+        arguments = {"eval_dataset": eval_dataset, "compute_generation_metrics": lambda *_: {"score": left.pop(0)}}
+        return build_trainer(16, peft_config=LoraConfig(r=4) if adapter else None, **arguments, **settings)
 
     return build
 

@@ -16,7 +16,7 @@ HEALTHY, COLLAPSING = 1e-6, 1e-2  # learning rates
 
 
 @pytest.fixture
-def play(tiny_model, train_dataset, eval_dataset, make_config):
+def play(play_run, eval_dataset):
     def play(bad: int | None, adapter: bool = False, evaluates: bool = False, **overrides) -> SPINTrainer:
         """Play three iterations, in one of which (`bad`) both sides sink by more than a nat a token."""
         num_iterations = overrides.pop("num_iterations", 3)
@@ -24,15 +24,9 @@ def play(tiny_model, train_dataset, eval_dataset, make_config):
         if bad is not None:
             rates[bad] = COLLAPSING * (10 if adapter else 1)
         settings = {"save_strategy": "epoch", "resume": "auto", "num_history_iterations": 0, "temperature": 0}
-        trainer = SPINTrainer(
-            tiny_model,
-            make_config(num_iterations=num_iterations, learning_rate=rates, **{**settings, **overrides}),
-            train_dataset=train_dataset.select(range(16)),
-            eval_dataset=eval_dataset if evaluates else None,
-            peft_config=LoraConfig(r=4, target_modules="all-linear") if adapter else None,
-        )
-        trainer.train()
-        return trainer
+        settings |= {"num_iterations": num_iterations, "learning_rate": rates, **overrides}
+        lora = LoraConfig(r=4, target_modules="all-linear") if adapter else None
+        return play_run(16, eval_dataset=eval_dataset if evaluates else None, peft_config=lora, **settings)
 
     return play
 

@@ -63,13 +63,13 @@ class LearnsTheTruth(OpponentSampler):
 
 
 @pytest.fixture
-def make_trainer(tiny_model, train_dataset, make_config):
+def make_trainer(build_trainer):
     """48 rows in batches of 8: six steps in iteration 0."""
 
     def make(learned_at: int, **overrides) -> SPINTrainer:
         settings = {"stop_when_converged": True, "identical_pairs": None, "resume": "auto", "save_strategy": "epoch"}
-        config, sampler = make_config(**{**settings, **overrides}), LearnsTheTruth(learned_at)
-        trainer = SPINTrainer(tiny_model, config, train_dataset=train_dataset, sampler=sampler)
+        sampler = LearnsTheTruth(learned_at)
+        trainer = build_trainer(sampler=sampler, **{**settings, **overrides})
         data = trainer.plan.data.train
         sampler.truths = dict(zip(data["row"], data["chosen_ids"], strict=True))
         return trainer
@@ -106,13 +106,11 @@ def test_run_whose_first_opponent_knows_everything_ends_before_its_first_step(ma
 
 
 def test_held_out_accuracy_ends_the_run_after_the_evaluation_and_the_best_iteration_is_still_told(
-    tiny_model, train_dataset, eval_dataset, make_config
+    play_run, eval_dataset
 ):
     """A policy that does not move tells nothing apart."""
     settings = {"stop_when_converged": True, "metric_for_best_model": "nll", "load_best_model_at_end": True}
-    config = make_config(learning_rate=1e-12, **settings)
-    trainer = SPINTrainer(tiny_model, config, train_dataset=train_dataset, eval_dataset=eval_dataset)
-    trainer.train()
+    trainer = play_run(8, eval_dataset=eval_dataset, learning_rate=1e-12, **settings)
     found = trainer.store.read_run()
     assert (found["converged"]["rule"], found["converged"]["accuracy"]) == ("held-out accuracy", 0.5)
     assert list(found["best_iteration"]["values"]) == ["start", "iteration 0"]

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import completion_table, logp, read_rows
+from conftest import completion_table, logp
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
@@ -36,16 +36,11 @@ def greedy(model, prompt_ids: list[int], end: int) -> list[int]:
     return ids[len(prompt_ids) :]
 
 
-def test_rewards_are_of_the_next_policy_against_the_opponent_with_the_iterations_beta(
-    tiny_model, train_dataset, eval_dataset, make_config
-):
+def test_rewards_are_of_the_next_policy_against_the_opponent_with_the_iterations_beta(play_run, eval_dataset):
     """Recomputed from the saved opponents, by plain transformers: nothing of a later or earlier one slips in."""
     betas = [0.5, 2.0]
-    config = make_config(
-        num_iterations=2, beta=betas, load_best_model_at_end=True, metric_for_best_model="nll"
-    )  # which saves every opponent
-    trainer = SPINTrainer(tiny_model, config, train_dataset=train_dataset, eval_dataset=eval_dataset)
-    trainer.train()
+    saves_every_opponent = {"load_best_model_at_end": True, "metric_for_best_model": "nll"}
+    trainer = play_run(eval_dataset=eval_dataset, num_iterations=2, beta=betas, **saves_every_opponent)
     models = [AutoModelForCausalLM.from_pretrained(trainer.store.path(i, "opponent")) for i in range(3)]
     end = trainer.processing_class.eos_token_id
     for iteration, beta in enumerate(betas):
@@ -76,25 +71,13 @@ def broken_after(calls: int, error: Exception):
     return compute
 
 
-def test_run_that_failed_in_the_users_metrics_says_what_to_do_and_goes_on_from_there(
-    tiny_model, train_dataset, eval_dataset, make_config, tmp_path
-):
+def test_run_that_failed_in_the_users_metrics_says_what_to_do_and_goes_on_from_there(play_run, eval_dataset, tmp_path):
     """It failed at the start of iteration 1, whose opponent is judged by the log-probs of the one before: on disk."""
-    train_dataset = train_dataset.select(range(16))
 
     def play(folder: str, compute) -> SPINTrainer:
-        config = make_config(
-            output_dir=str(tmp_path / folder), num_iterations=2, temperature=0, save_strategy="epoch", resume="auto"
-        )
-        trainer = SPINTrainer(
-            tiny_model,
-            config,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            compute_generation_metrics=compute,
-        )
-        trainer.train()
-        return trainer
+        settings = {"num_iterations": 2, "temperature": 0, "save_strategy": "epoch", "resume": "auto"}
+        arguments = {"eval_dataset": eval_dataset, "compute_generation_metrics": compute}
+        return play_run(16, output_dir=str(tmp_path / folder), **settings, **arguments)
 
     with pytest.raises(ZeroDivisionError) as failure:
         play("stopped", broken_after(1, ZeroDivisionError()))
@@ -106,11 +89,8 @@ def test_run_that_failed_in_the_users_metrics_says_what_to_do_and_goes_on_from_t
         assert found == expected and set(found) == {*EVALUATION_METRICS, "right"}
 
 
-def test_evaluation_data_of_one_row_is_enough(tiny_model, train_dataset, make_config):
-    rows = read_rows("accent_test.jsonl", 1)
-    config = make_config(num_iterations=1, max_steps=1)
-    trainer = SPINTrainer(tiny_model, config, train_dataset=train_dataset, eval_dataset=Dataset.from_list(rows))
-    trainer.train()
+def test_data_of_one_row_are_enough(play_run, eval_dataset):
+    trainer = play_run(1, eval_dataset=eval_dataset.select([0]), num_iterations=1)
     assert json.dumps(trainer.store.read_metrics(1)["evaluation"])
 
 

@@ -63,9 +63,9 @@ def compute(trainer: SPINTrainer, pairs: list[dict]) -> tuple[float, dict, list[
     return loss, {name: v for name, v in trainer._metrics["train"].items() if name != "num_tokens"}, shapes
 
 
-def test_loss_is_of_three_sides_and_metrics_of_two_from_one_forward_pass(tiny_model, train_dataset, make_config):
+def test_loss_is_of_three_sides_and_metrics_of_two_from_one_forward_pass(build_trainer, tiny_model):
     """The loss by hand, of log-probs that each sequence has by itself: a = 1, b = 0.1, and SFT's mean over tokens."""
-    trainer = SPINTrainer(tiny_model, make_config(loss_type=["t_spin", "sft"]), train_dataset=train_dataset)
+    trainer = build_trainer(loss_type=["t_spin", "sft"])
     loss, metrics, shapes = compute(trainer, PAIRS)
     _, expected, shapes_without = compute(trainer, WITHOUT)
     assert metrics.keys() - {"logps/initial"} == expected.keys() >= {"rewards/chosen", "logps/rejected", "entropy"}

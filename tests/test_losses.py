@@ -9,7 +9,6 @@ import pytest
 import torch
 from trl import DPOTrainer
 
-from spin_trl import SPINTrainer
 from spin_trl.objectives import OBJECTIVES, LogProbs, Objective, register
 
 
@@ -131,17 +130,6 @@ def test_mix_is_the_weighted_sum_from_one_forward(loss, names):
     assert mixed == pytest.approx(sum(w * value for w, value in zip(weights, alone, strict=True)), rel=1e-5)
 
 
-def test_metrics_are_logged_whatever_the_loss_type(loss):
-    logs = []
-    for name in ("sigmoid", "space"):
-        loss.trainer._metrics["train"].clear()
-        loss.trainer.model.train()
-        loss([name], random_logps(8), random_logps(9))
-        logs.append({k: v for k, v in loss.trainer._metrics["train"].items() if k != "num_tokens"})
-    assert logs[0] == logs[1]
-    assert {"rewards/chosen", "rewards/margins", "logps/chosen", "entropy"} <= set(logs[0])
-
-
 def test_trl_losses_are_those_that_dpo_trainer_computes():
     source = inspect.getsource(DPOTrainer._compute_loss)
     assert set(re.findall(r'loss_type == "(\w+)"', source)) == {n for n, loss in OBJECTIVES.items() if not loss.is_own}
@@ -156,15 +144,13 @@ def test_trl_losses_are_those_that_dpo_trainer_computes():
     ],
     ids=["two", "iris", "space"],
 )
-def test_whole_run_with_a_loss_that_trl_lacks(tiny_model, train_dataset, make_config, fields, first_loss):
+def test_whole_run_with_a_loss_that_trl_lacks(play_run, fields, first_loss):
     """
     At the first step of each iteration rewards are 0, and the loss is what it is where the policy is the opponent. 48
     pairs are six steps; in iteration 1 the older ones join them, for `space` and `iris` on demand alone.
     """
-    config = make_config(num_iterations=2, num_history_iterations=1, learning_rate=1e-4, max_steps=7, **fields)
-    dataset = train_dataset.select(range(48 // config.num_generations))
-    trainer = SPINTrainer(tiny_model, config, train_dataset=dataset)
-    trainer.train()
+    settings = {"num_iterations": 2, "num_history_iterations": 1, "learning_rate": 1e-4, "max_steps": 7}
+    trainer = play_run(48 // fields.get("num_generations", 1), **settings, **fields)
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(steps) == 7
     for first in (steps[0], steps[6]):
@@ -194,11 +180,9 @@ def test_loss_from_outside_has_its_value_and_gradient_by_hand(loss, loss_from_ou
 
 
 def test_run_trains_with_a_loss_from_outside_and_settings_are_held_against_its_traits(
-    tiny_model, train_dataset, make_config, loss_from_outside
+    play_run, make_config, loss_from_outside
 ):
-    config = make_config(num_iterations=1, loss_type=[loss_from_outside, "sft"], loss_weights=[1.0, 0.0])
-    trainer = SPINTrainer(tiny_model, config, train_dataset=train_dataset)
-    trainer.train()
+    trainer = play_run(num_iterations=1, loss_type=[loss_from_outside, "sft"], loss_weights=[1.0, 0.0])
     steps = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(steps) == 6 and steps[0] == pytest.approx(4.0, abs=1e-4) and steps[-1] < 3.99
     assert make_config(loss_type=loss_from_outside, reference_mixture_alpha=0.5).loss_type == [loss_from_outside]
@@ -213,9 +197,7 @@ def test_name_is_registered_once(loss_from_outside):
 
 
 @pytest.mark.parametrize(("loss_type", "max_steps"), [("t_spin", 8), ("iris", 1)])
-def test_gradients_of_micro_batches_add_up_to_that_of_the_whole(
-    tiny_model, train_dataset, make_config, tmp_path, loss_type, max_steps
-):
+def test_gradients_of_micro_batches_add_up_to_that_of_the_whole(build_trainer, tmp_path, loss_type, max_steps):
     """
     T-SPIN's up to iteration 1, with its third side. That of IRIS at a first step, where all its weights are alike, so
     that the mean of expectations over micro-batches is the expectation over the batch.
@@ -225,8 +207,7 @@ def test_gradients_of_micro_batches_add_up_to_that_of_the_whole(
     states = []
     for size, steps in ((8, 1), (2, 4)):
         divided = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps}
-        config = make_config(output_dir=str(tmp_path / str(size)), **settings, **divided)
-        trainer = SPINTrainer(tiny_model, config, train_dataset=train_dataset)
+        trainer = build_trainer(output_dir=str(tmp_path / str(size)), **settings, **divided)
         start = {name: value.clone() for name, value in trainer.model.state_dict().items()}
         trainer.train()
         assert trainer.state.global_step == max_steps

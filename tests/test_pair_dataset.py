@@ -5,7 +5,7 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
-from spin_trl import SPINTrainer, load_pairs
+from spin_trl import load_pairs
 from spin_trl.data.pair_dataset import PairDataset
 from spin_trl.run_directory.store import RunDirectoryError
 
@@ -56,16 +56,9 @@ def test_data_loader_shuffles_and_batches_them(pairs):
 # A run's
 
 
-def test_pairs_are_loaded_from_a_runs_directory_whose_torn_data_are_written_again(
-    tiny_model, train_dataset, make_config
-):
-    def play(num_iterations: int) -> SPINTrainer:
-        config = make_config(num_iterations=num_iterations, save_strategy="epoch", resume="auto")
-        trainer = SPINTrainer(tiny_model, config, train_dataset=train_dataset.select(range(16)))
-        trainer.train()
-        return trainer
-
-    trainer = play(num_iterations=2)
+def test_pairs_are_loaded_from_a_runs_directory_whose_torn_data_are_written_again(play_run):
+    settings = {"save_strategy": "epoch", "resume": "auto"}
+    trainer = play_run(16, num_iterations=2, **settings)
     loaded = load_pairs(trainer.args.output_dir, 1)
     assert isinstance(loaded, Dataset) and len(loaded) == 32
     before = loaded.to_list()
@@ -79,7 +72,7 @@ def test_pairs_are_loaded_from_a_runs_directory_whose_torn_data_are_written_agai
     (trainer.store.output_dir / "train_data" / "rows.arrow").write_bytes(b"torn")
     with pytest.raises(RunDirectoryError, match="`train_data` in .* missing or damaged. Resume the run"):
         load_pairs(trainer.args.output_dir, 1)
-    assert play(num_iterations=3).run.start.is_resumed
+    assert play_run(16, num_iterations=3, **settings).run.start.is_resumed
     assert load_pairs(trainer.args.output_dir, 1).to_list() == before
 
 
@@ -94,10 +87,9 @@ class CountMappedFiles(TrainerCallback):
             self.counts.append(sum(args.output_dir in line for line in maps))
 
 
-def test_files_of_older_iterations_do_not_stay_mapped(tiny_model, train_dataset, make_config):
+def test_files_of_older_iterations_do_not_stay_mapped(play_run):
     """While an iteration is trained, its own pairs, those of the one before, and the data: 1 step, then 2 each."""
-    config = make_config(num_iterations=5, num_history_iterations=1)
     count = CountMappedFiles()
-    SPINTrainer(tiny_model, config, train_dataset=train_dataset.select(range(8)), callbacks=[count]).train()
+    play_run(8, num_iterations=5, num_history_iterations=1, callbacks=[count])
     assert len(count.counts) == 1 + 4 * 2
     assert count.counts[3] == count.counts[5] == count.counts[7] <= 4

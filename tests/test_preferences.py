@@ -111,15 +111,10 @@ def preferences(train_dataset) -> Dataset:
 
 
 @pytest.fixture
-def make_trainer(tiny_model, train_dataset, make_config):
+def make_trainer(build_trainer):
     def make(preference_dataset: Dataset | None, **overrides) -> SPINTrainer:
-        settings = {"num_iterations": 2, "resume": "auto", "save_strategy": "epoch"}
-        return SPINTrainer(
-            tiny_model,
-            make_config(**{**settings, **overrides}),
-            train_dataset=train_dataset.select(range(16)),
-            preference_dataset=preference_dataset,
-        )
+        settings = {"num_iterations": 2, "resume": "auto", "save_strategy": "epoch", **overrides}
+        return build_trainer(16, preference_dataset=preference_dataset, **settings)
 
     return make
 
@@ -161,7 +156,7 @@ def test_preferences_join_every_iteration_once_and_are_scored_by_its_opponent(ma
     assert trainer.store.read_metrics(1)["opponent_nll"] == pytest.approx(nll)
 
 
-def test_preferences_go_with_pairs_that_rewards_choose(tiny_model, train_dataset, make_config, preferences):
+def test_preferences_go_with_pairs_that_rewards_choose(make_trainer, preferences):
     """They bring chosen sides of their own and no rewards."""
     ranks = itertools.count()
 
@@ -169,13 +164,7 @@ def test_preferences_go_with_pairs_that_rewards_choose(tiny_model, train_dataset
         """No two alike, so that every prompt makes a pair."""
         return [float(next(ranks)) for _ in completions]
 
-    trainer = SPINTrainer(
-        tiny_model,
-        make_config(num_iterations=2, pairing="best_of"),
-        train_dataset=train_dataset.select(range(16)),
-        preference_dataset=preferences,
-        reward_funcs=reward,
-    )
+    trainer = make_trainer(preferences, pairing="best_of", reward_funcs=reward)
     trainer.train()
     pairs = load_pairs(trainer.args.output_dir, 1)
     assert pairs["iteration"][:] == [1] * 16 + [0] * 16 + [PREFERENCE] * 12

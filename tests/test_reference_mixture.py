@@ -7,7 +7,6 @@ from conftest import logp
 from peft import LoHaConfig, LoraConfig, PeftConfig, PeftModel, VBLoRAConfig, get_peft_model
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from spin_trl import SPINTrainer
 from spin_trl.objectives import OBJECTIVES
 from spin_trl.objectives.reference_mixture import mix_scores
 
@@ -67,16 +66,14 @@ class ScoreAtIterationOne(TrainerCallback):
 @pytest.mark.parametrize(
     ("policy", "alpha"), [*((policy, 0.3) for policy in POLICIES), ("lora", 0.0), ("full", 1.0), ("trained-lora", 1.0)]
 )
-def test_stored_reference_is_the_mixture_of_opponent_and_initial_model(
-    tiny_model, train_dataset, make_config, policy, alpha
-):
+def test_stored_reference_is_the_mixture_of_opponent_and_initial_model(tiny_model, build_trainer, policy, alpha):
     """Each log-prob computed one sequence at a time, without the trainer."""
     model, kwargs = POLICIES[policy](tiny_model)
     initial, _ = POLICIES[policy](tiny_model)
     initial = AutoModelForCausalLM.from_pretrained(initial) if isinstance(initial, str) else initial
     watch = ScoreAtIterationOne()
-    config = make_config(num_iterations=2, reference_mixture_alpha=alpha, max_steps=7)
-    watch.trainer = trainer = SPINTrainer(model, config, train_dataset=train_dataset, callbacks=[watch], **kwargs)
+    settings = {"num_iterations": 2, "reference_mixture_alpha": alpha, "max_steps": 7}
+    watch.trainer = trainer = build_trainer(model=model, callbacks=[watch], **kwargs, **settings)
     trainer.train()
     rows = trainer.store.read_pairs(1).select(range(6))
     stored = [row[f"ref_{side}_logps"] for row in rows for side in ("chosen", "rejected")]
@@ -101,12 +98,9 @@ def test_stored_reference_is_the_mixture_of_opponent_and_initial_model(
     ],
     ids=["pissa", "bias", "vblora"],
 )
-def test_adapter_without_which_the_model_is_another_one_is_refused(
-    tiny_model, train_dataset, make_config, adapter, message
-):
-    config = make_config(reference_mixture_alpha=1.0)
+def test_adapter_without_which_the_model_is_another_one_is_refused(build_trainer, adapter, message):
     with pytest.raises(ValueError, match=message):
-        SPINTrainer(tiny_model, config, train_dataset=train_dataset, peft_config=adapter)
+        build_trainer(peft_config=adapter, reference_mixture_alpha=1.0)
 
 
 def test_mixture_of_scores_by_hand():
@@ -123,14 +117,12 @@ def test_mixture_of_scores_by_hand():
     assert all((alone[name] == initial[name]).all() for name in initial)
 
 
-def test_metrics_of_the_opponent_stay_its_own(tiny_model, train_dataset, eval_dataset, make_config, tmp_path):
+def test_metrics_of_the_opponent_stay_its_own(play_run, eval_dataset, tmp_path):
     """Iteration 1's opponent is the same in both runs, since iteration 0's reference is."""
     found = {}
     for alpha in (0.0, 0.5):
         settings = {"num_iterations": 2, "temperature": 0.0, "max_steps": 7, "reference_mixture_alpha": alpha}
-        config = make_config(output_dir=str(tmp_path / str(alpha)), **settings)
-        trainer = SPINTrainer(tiny_model, config, train_dataset=train_dataset, eval_dataset=eval_dataset)
-        trainer.train()
+        trainer = play_run(eval_dataset=eval_dataset, output_dir=str(tmp_path / str(alpha)), **settings)
         metrics = trainer.store.read_metrics(1)
         rewards = {name: value for name, value in metrics["evaluation"].items() if name.startswith("rewards/")}
         found[alpha] = metrics["logps_gap"], metrics["opponent_nll"], rewards

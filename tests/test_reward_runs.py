@@ -58,17 +58,12 @@ class Rewards:
 
 
 @pytest.fixture
-def make_trainer(tiny_model, train_dataset, tokenizer, make_config):
+def make_trainer(build_trainer, train_dataset, tokenizer):
     def make(reward_funcs, numbers=range(NUM_ROWS), **overrides) -> SPINTrainer:
         data = train_dataset.select(range(NUM_ROWS)).add_column("number", list(numbers))
         settings = {"num_iterations": 2, "resume": "auto", "save_strategy": "epoch", "num_generations": 2}
-        return SPINTrainer(
-            tiny_model,
-            make_config(**{**settings, **overrides}),
-            train_dataset=data,
-            reward_funcs=reward_funcs,
-            sampler=Letters(tokenizer),
-        )
+        arguments = {"train_dataset": data, "reward_funcs": reward_funcs, "sampler": Letters(tokenizer)}
+        return build_trainer(NUM_ROWS, **arguments, **{**settings, **overrides})
 
     return make
 

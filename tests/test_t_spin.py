@@ -4,8 +4,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import all_completions, logp, read_rows
-from datasets import Dataset
+from conftest import all_completions, logp
 from peft import LoraConfig
 from stopping import assert_same_weights, stop_after, weights
 from transformers import TrainerCallback
@@ -15,19 +14,14 @@ from spin_trl.run_directory.store import IterationStore, RunDirectoryError
 
 
 @pytest.fixture
-def make_trainer(tiny_model, make_config):
+def make_trainer(build_trainer):
     """Sixteen prompts: two steps in iteration 0, then with history four in each of two."""
 
     def make(*callbacks, **overrides) -> SPINTrainer:
         fields = {"num_iterations": 3, "loss_type": "t_spin", "save_strategy": "steps", "save_steps": 100}
         fields |= {"resume": "auto", "learning_rate": 1e-2, "t_spin_beta": 0.5}
-        return SPINTrainer(
-            tiny_model,
-            make_config(**{**fields, **overrides}),
-            train_dataset=Dataset.from_list(read_rows("accent_train.jsonl", 16)),
-            peft_config=LoraConfig(r=4, target_modules="all-linear"),
-            callbacks=list(callbacks),
-        )
+        arguments = {"peft_config": LoraConfig(r=4, target_modules="all-linear"), "callbacks": list(callbacks)}
+        return build_trainer(16, **arguments, **{**fields, **overrides})
 
     return make
 
