@@ -8,16 +8,12 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
 
-from spin_trl import SPINConfig, SPINTrainer
+from spin_trl import SPINTrainer
 from spin_trl.evaluation.best_iteration import find_best
 from spin_trl.run_directory.store import RunDirectoryError
 
 
 # Choosing
-
-
-def config(metric: str, **overrides) -> SPINConfig:
-    return SPINConfig(use_cpu=True, bf16=False, report_to="none", metric_for_best_model=metric, **overrides)
 
 
 def evaluations(*values: float | None, metric: str = "nll"):
@@ -38,22 +34,20 @@ def evaluations(*values: float | None, metric: str = "nll"):
         ("right", [0.1, math.nan, math.inf], {}, 0),
     ],
 )
-def test_best_iteration_by_hand(metric, values, overrides, best):
+def test_best_iteration_by_hand(metric, values, overrides, best, make_config):
     """Which way is better is told, known, or follows from the metric's name."""
     metrics = evaluations(*values, metric=metric.removeprefix("eval_"))
-    assert find_best(metrics, config(metric, **overrides)).opponent == best
+    args = make_config(metric_for_best_model=metric, **overrides)
+    assert find_best(metrics, args).opponent == best
 
 
-def test_no_iteration_is_the_best_where_none_has_a_value():
-    assert find_best([*evaluations(None, math.nan), (2, {})], config("nll")) is None
-
-
-def test_best_iteration_is_named_with_all_numbers():
-    best = find_best(evaluations(3.0, 1.0, 2.0), config("nll"))
-    assert str(best) == (
+def test_best_iteration_is_named_with_all_numbers_where_any_has_a_value(make_config):
+    args = make_config(metric_for_best_model="nll")
+    assert str(find_best(evaluations(3.0, 1.0, 2.0), args)) == (
         "The policy after iteration 0 is the best by `nll`: start 3.0000, iteration 0 1.0000, iteration 1 2.0000."
     )
-    assert str(find_best(evaluations(1.0, 2.0), config("nll"))).startswith("The start is the best by `nll`")
+    assert str(find_best(evaluations(1.0, 2.0), args)).startswith("The start is the best by `nll`")
+    assert find_best([*evaluations(None, math.nan), (2, {})], args) is None
 
 
 # Loading

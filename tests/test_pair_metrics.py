@@ -7,13 +7,7 @@ from conftest import completion_table
 from datasets import Dataset
 
 from spin_trl.data.pair_dataset import PairDataset
-from spin_trl.data.pair_metrics import (
-    describe_generations,
-    describe_pairs,
-    describe_scores,
-    distinct,
-    generation_rates,
-)
+from spin_trl.data.pair_metrics import describe_pairs, describe_scores, distinct, generation_rates
 
 
 def completions(*answers: tuple[list[int], str]) -> list[pa.Table]:
@@ -49,44 +43,41 @@ def pairs_of(*sides: tuple[list[int], list[int]], **columns: list) -> PairDatase
     return PairDataset(truths, Dataset.from_dict({"rejected_ids": rejected, **columns}))
 
 
-def test_description_of_pairs_by_hand():
+def test_pairs_are_described_by_hand():
     """
-    Lengths 2, 1, 3, 2 against 2, 3, 1, 4. With a prompt of 2, four tokens hold all chosen sides but the third, and all
-    rejected ones but the second and fourth.
-    """
-    pairs = pairs_of(([1, 2], [1, 2]), ([2], [1, 1, 2]), ([1, 1, 2], [2]), ([3, 2], [3, 2, 2, 2]))
-    is_identical = np.array([True, False, False, False])
-    shares = {"identical_share": 0.25, "chosen_truncated_share": 0.25, "rejected_truncated_share": 0.5}
-    described = {"num_pairs": 4, "chosen_length": 2.0, "rejected_length": 2.5, **shares}
-    assert describe_pairs(pairs, is_identical, max_length=4) == described
-    untruncated = {"chosen_truncated_share": 0.0, "rejected_truncated_share": 0.0}
-    assert describe_pairs(pairs, is_identical) == described | untruncated
-
-
-def test_generations_are_described_beside_the_ground_truths():
-    """
-    Lengths 1, 2, 3 and 5, 1, 1: percentiles between neighbours are linear. Of the completions the first and the last
-    say nothing; one word that was cut off is not nothing.
+    Lengths 1, 2, 3 and 5, 1, 1: percentiles between neighbours are linear. With a prompt of 2, four tokens hold all
+    chosen sides but the third, and all rejected ones but the first. Of the completions the first and the last say
+    nothing; one word that was cut off is not nothing.
     """
     pairs = pairs_of(([1], [4, 4, 4, 4, 2]), ([1, 2], [2]), ([1, 2, 3], [2]))
     table = completions(([2], "stop"), ([5], "length"), ([5, 2], "stop"), ([5], "length"), ([], "length"))
-    assert describe_generations(pairs, table, seed=0) == {
+    described = {
+        "num_pairs": 3,
+        "identical_share": 1 / 3,
         "empty_share": 2 / 5,
         "cut_off_share": 3 / 5,
         "distinct_1": 2 / 7,
         "distinct_2": 2 / 4,
         "chosen_distinct_1": 3 / 6,
         "chosen_distinct_2": 2 / 3,
+        "chosen_length": 2.0,
         "chosen_lengths": {"p10": 1.2, "p50": 2.0, "p90": 2.8},
+        "chosen_truncated_share": 1 / 3,
+        "rejected_length": 7 / 3,
         "rejected_lengths": {"p10": 1.0, "p50": 1.0, "p90": 4.2},
+        "rejected_truncated_share": 1 / 3,
     }
+    is_identical = np.array([False, True, False])
+    assert describe_pairs(pairs, is_identical, table, seed=0, max_length=4) == described
+    untruncated = {"chosen_truncated_share": 0.0, "rejected_truncated_share": 0.0}
+    assert describe_pairs(pairs, is_identical, table, seed=0, max_length=None) == described | untruncated
 
 
 def test_distinct_looks_at_the_same_two_thousand_pairs_in_every_iteration():
     """Of one token in all pairs, the share of different ones is one of as many as are looked at."""
     first, later = (
-        describe_generations(pairs_of(*(([row // 2], [said]) for row in range(4000))), completions(([1], "stop")), 3)
-        for said in (7, 8)
+        describe_pairs(pairs, np.zeros(4000, bool), completions(([1], "stop")), seed=3, max_length=None)
+        for pairs in (pairs_of(*(([row // 2], [said]) for row in range(4000))) for said in (7, 8))
     )
     assert first["distinct_1"] == later["distinct_1"] == 1 / 2000
     assert first["chosen_distinct_1"] == later["chosen_distinct_1"] not in (0.5, 1.0)

@@ -7,7 +7,7 @@ from datasets import Dataset, Features, List, Value
 
 from spin_trl.data.pair_dataset import TRUTH, PairDataset
 from spin_trl.data.pair_metrics import describe_scores
-from spin_trl.data.pairs import ANSWER_SCHEMA, NoPairsError, add_older_pairs, drop_identical_pairs, find_identical_pairs
+from spin_trl.data.pairs import ANSWER_SCHEMA, NoPairsError, drop_identical_pairs, find_identical_pairs
 from spin_trl.data.rewards.judged_answers import REWARD_COLUMNS, describe_rewards
 from spin_trl.data.rewards.ranked_pairs import rank_answers, ranked_pairs
 
@@ -165,15 +165,6 @@ def test_log_probs_of_ground_truths_are_found_on_either_side():
     of_generations = rank("reward_ranked", (1.0, [0.0, 1.0]))
     scores = {name: logps[:1] for name, logps in scores.items()}
     assert describe_scores(of_generations, scores, 0, 0, None, "keep_start") == {}
-
-
-def test_history_keeps_the_chosen_sides_that_rewards_chose():
-    older = rank("best_of", (0.0, [1.0]), (1.0, [0.0]))
-    scored = PairDataset(older.truths, older.answers.add_column("ref_chosen_logps", [-1.0, -2.0]))
-    joined = add_older_pairs(rank("best_of", (1.0, [0.0]), (1.0, [0.0]), iteration=1), [(0, scored)])
-    assert joined.column_names == [*older.answers.column_names, "prompt_ids"]
-    assert joined["iteration"][:] == [1, 1, 0, 0]
-    assert [pair[:3] for pair in sides(joined)] == [(5, TRUTH, 0), (6, TRUTH, 0), (5, 0, TRUTH), (6, TRUTH, 0)]
 
 
 def test_identical_sides_of_different_rewards_are_refused_with_what_that_means():

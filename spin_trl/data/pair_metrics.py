@@ -18,46 +18,37 @@ _PERCENTILES = (10, 50, 90)
 _SIDES = ("chosen", "rejected")
 
 
-def describe_pairs(pairs: PairDataset, is_identical: np.ndarray, max_length: int | None = None) -> dict[str, float]:
-    """
-    How many pairs there are, as made, and which share of them is identical; mean lengths of both sides in tokens, and
-    the share that DPOTrainer's collator truncates to `max_length` together with its prompt.
-    """
-    limit = np.inf if max_length is None else max_length
-    prompts = column_lengths(pairs, "prompt_ids")
-    described = {"num_pairs": len(pairs), "identical_share": is_identical.mean().item()}
-    for side in _SIDES:
-        lengths = column_lengths(pairs, f"{side}_ids")
-        described[f"{side}_length"] = lengths.mean().item()
-        described[f"{side}_truncated_share"] = (prompts + lengths > limit).mean().item()
-    return described
-
-
-def describe_generations(
-    pairs: PairDataset, completions: Iterable[pa.Table], seed: int
+def describe_pairs(
+    pairs: PairDataset, is_identical: np.ndarray, completions: Iterable[pa.Table], seed: int, max_length: int | None
 ) -> dict[str, float | dict[str, float]]:
     """
     What the opponent said, beside what the data says: of the pairs as made, identical ones included, and of its
     completions. The `seed` is of the sample over which distinct-n is taken: the same pairs in every iteration.
 
     Returns:
-        `dict`: `empty_share`, of answers that say nothing (no token at all, or an end token alone); `cut_off_share`, of
-        those that ran into the length limit; `distinct_1`, `distinct_2` of the answers and `chosen_distinct_1`,
-        `chosen_distinct_2` of the ground truths; `chosen_lengths` and `rejected_lengths`, percentiles in tokens.
+        `dict`: `num_pairs`; `identical_share`; `empty_share`, of answers that say nothing (no token at all, or an end
+        token alone); `cut_off_share`, of those that ran into the length limit. Of each side the mean and percentiles
+        of its lengths in tokens, and the share that DPOTrainer's collator truncates to `max_length` together with its
+        prompt. `distinct_1`, `distinct_2` of the answers and `chosen_distinct_1`, `chosen_distinct_2` of the truths.
     """
     is_empty, is_cut_off = [], []
     for batch in completions:
         has_end_token = pc.equal(batch["finish_reason"], "stop").to_numpy()
         is_empty.append(lengths_of(batch["completion_ids"]) <= has_end_token)  # True is one token
         is_cut_off.append(pc.equal(batch["finish_reason"], "length").to_numpy())
-    described = {"empty_share": joined(is_empty).mean().item(), "cut_off_share": joined(is_cut_off).mean().item()}
+    shares = {"identical_share": is_identical, "empty_share": joined(is_empty), "cut_off_share": joined(is_cut_off)}
+    described = {"num_pairs": len(pairs), **{name: mask.mean().item() for name, mask in shares.items()}}
     size = min(len(pairs), _NUM_DISTINCT_SAMPLED)
     sampled = pairs.select(np.sort(np.random.default_rng(seed).choice(len(pairs), size=size, replace=False)))
+    room = np.inf if max_length is None else max_length - column_lengths(pairs, "prompt_ids")
     for side, prefix in (("rejected", ""), ("chosen", "chosen_")):
+        lengths = column_lengths(pairs, f"{side}_ids")
+        percentiles = zip(_PERCENTILES, np.percentile(lengths, _PERCENTILES), strict=True)
+        described[f"{side}_length"] = lengths.mean().item()
+        described[f"{side}_lengths"] = {f"p{p}": float(value) for p, value in percentiles}
+        described[f"{side}_truncated_share"] = (lengths > room).mean().item()
         texts = pa.concat_tables(sampled.batches([f"{side}_ids"]))[0].combine_chunks()
         described |= {f"{prefix}distinct_{n}": distinct(texts, n) for n in (1, 2)}
-        values = np.percentile(column_lengths(pairs, f"{side}_ids"), _PERCENTILES)
-        described[f"{side}_lengths"] = {f"p{p}": float(v) for p, v in zip(_PERCENTILES, values, strict=True)}
     return described
 
 

@@ -162,7 +162,7 @@ class CollapseGuard:
         self._act(opponent, signs_between(*metrics) if metrics else [])
 
     def _act(self, opponent: int, signs: list[CollapseSign]) -> None:
-        on_main_process(lambda: self._record(opponent, signs))
+        on_main_process(lambda: self._record(opponent, {sign.name: sign.numbers for sign in signs}))
         action = self.args.on_collapse
         texts = [f"Sign of collapse after {label(opponent)}: {sign}" for sign in signs]
         for text in texts:
@@ -172,10 +172,9 @@ class CollapseGuard:
             rule = ", ".join(sign.name for sign in signs)
             raise Collapsed(reason, opponent, rule, returned_to=opponent - 1 if action == "rollback" else None)
 
-    def _record(self, opponent: int, signs: list[CollapseSign]) -> None:
+    def _record(self, opponent: int, found: dict[str, str]) -> None:
         if opponent not in self.store.iterations():
             return  # the final policy, which nobody evaluates
-        known = self.store.read_metrics(opponent).get("collapse_signs", {})
-        known |= {sign.name: sign.numbers for sign in signs}
-        signs = {"collapse_signs": known} if known else {}
-        self.store.write_metrics(opponent, {"num_collapse_signs": len(known), **signs})
+        found = self.store.read_metrics(opponent).get("collapse_signs", {}) | found
+        signs = {"collapse_signs": found} if found else {}
+        self.store.write_metrics(opponent, {"num_collapse_signs": len(found), **signs})

@@ -11,22 +11,17 @@ from ..config_checks import NumberRule
 @dataclass(frozen=True)
 class LogProbs:
     """
-    Log-probs of a batch of pairs, each summed over the tokens of an answer, in nats.
+    Log-probs of a batch of pairs, each summed over the tokens of an answer, in nats, of shape `(B,)`.
 
     A log-ratio is `r(u) = log p(u|x) - log p_t(u|x)`: of an answer `u`, between the policy `p` and the reference `p_t`,
     which in self-play is the opponent. The ground truth `y` is chosen, the opponent's answer `y'` rejected.
-
-    Args:
-        chosen, rejected (`torch.Tensor` of shape `(B,)`): `log p(y)` and `log p(y')`.
-        ref_chosen, ref_rejected (`torch.Tensor` of shape `(B,)`): `log p_t(y)` and `log p_t(y')`.
-        initial (`torch.Tensor` of shape `(B,)`, *optional*): `log p(y0)`, where `y0` is the initial policy's answer.
     """
 
-    chosen: torch.Tensor
-    rejected: torch.Tensor
-    ref_chosen: torch.Tensor
-    ref_rejected: torch.Tensor
-    initial: torch.Tensor | None = None
+    chosen: torch.Tensor  # log p(y)
+    rejected: torch.Tensor  # log p(y')
+    ref_chosen: torch.Tensor  # log p_t(y)
+    ref_rejected: torch.Tensor  # log p_t(y')
+    initial: torch.Tensor | None = None  # log p(y0), where y0 is the initial policy's answer
 
     @property
     def chosen_logratios(self) -> torch.Tensor:
@@ -42,32 +37,28 @@ class LogProbs:
 @dataclass(frozen=True)
 class Objective:
     """
-    One value of `loss_type`. The defaults of the traits suit a loss of which nothing is known.
+    One value of `loss_type`, `name`. The defaults of the traits suit a loss of which nothing is known.
 
-    Args:
-        name (`str`): As in `loss_type`.
-        function (`Callable`, *optional*): Called with [`LogProbs`], `beta`, and its `fields` by name; returns the
-            losses of the pairs, of shape `(B,)`, or that of the whole batch. `None` where DPOTrainer computes it.
-        fields (`Mapping[str, NumberRule]`): Fields of the configuration that it reads besides `beta`.
-        sees_reference (`bool`): Whether the reference's log-probs are in it.
-        sees_initial (`bool` or `str`): Whether it compares with the initial policy's answers, which are then kept with
-            the run; or the name of its field that weighs them, so that at 0 none are.
-        is_of_batch (`bool`): Whether it is no mean over pairs. It is then given the pairs of all processes.
-        is_of_difference (`bool`): Whether it does not change if a prompt's two reference log-probs rise alike.
-        learns_from_identical_pairs (`bool`): Whether a pair of equal sides can move the policy.
-        needs_data_and_opponent (`bool`): Whether it takes the chosen sides for samples of the data, and the rejected
-            ones for samples of an opponent, so that no other pairs will do.
-        needs_samples_of_reference (`bool`): Whether these must be samples of the very reference.
+    Its `function` is called with [`LogProbs`], `beta`, and the `fields` of the configuration that it reads besides, by
+    name. It returns the losses of the pairs, of shape `(B,)`, or that of the whole batch. DPOTrainer's have none.
     """
 
     name: str
     function: Callable[..., torch.Tensor] | None = None
     fields: Mapping[str, NumberRule] = field(default_factory=dict)
+    # Whether the reference's log-probs are in it.
     sees_reference: bool = True
+    # Whether it compares with the initial policy's answers, which are then kept with the run; or the name of its field
+    # that weighs them, so that at 0 none are.
     sees_initial: bool | str = False
+    # Whether it is no mean over pairs. It is then given the pairs of all processes.
     is_of_batch: bool = False
+    # Whether it does not change if a prompt's two reference log-probs rise alike.
     is_of_difference: bool = False
+    # Whether a pair of equal sides can move the policy.
     learns_from_identical_pairs: bool = True
+    # Whether the chosen sides have to be samples of the data and the rejected ones of an opponent; and of an opponent
+    # that is the very reference.
     needs_data_and_opponent: bool = False
     needs_samples_of_reference: bool = False
 

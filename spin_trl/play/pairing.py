@@ -10,7 +10,7 @@ from transformers import TrainerState
 
 from ..data.columns import numbers
 from ..data.pair_dataset import PairDataset
-from ..data.pair_metrics import describe_generations, describe_pairs, describe_scores
+from ..data.pair_metrics import describe_pairs, describe_scores
 from ..data.pairs import add_older_pairs, drop_identical_pairs, find_identical_pairs, make_answers
 from ..data.rewards.judged_answers import AnswerRewards, describe_rewards
 from ..data.rewards.ranked_pairs import no_pairs, rank_answers, ranked_pairs
@@ -71,8 +71,8 @@ class Pairing:
         pairs = PairDataset.join(dataset, self.store.answers(iteration).read())
         is_identical = find_identical_pairs(pairs)
         parts = self.store.completions(iteration, "generations")
-        described = describe_pairs(pairs, is_identical, args.max_length)
-        self.records.record(iteration, described | describe_generations(pairs, parts.batches(), args.seed))
+        described = describe_pairs(pairs, is_identical, parts.batches(), args.seed, args.max_length)
+        self.records.record(iteration, described)
         check_identical_share(iteration, described["identical_share"], args)
         if args.pairing != "ground_truth":
             pairs = self._choose_by_reward(iteration, pairs)
