@@ -18,9 +18,9 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-from datasets import concatenate_datasets
+from datasets import Dataset, concatenate_datasets
 
-from ..columns import batches, numbers
+from ..columns import numbers
 from ..draw import OPPONENT
 from ..pair_dataset import TRUTH, PairDataset
 from ..pairs import NoPairsError
@@ -97,18 +97,12 @@ def ranked_pairs(answers: PairDataset, ranks: Ranks) -> Iterator[pa.Table]:
     truths = answers.truths.select_columns(["chosen_ids"]).rename_column("chosen_ids", "ids")
     generations = answers.answers.select_columns(["rejected_ids"]).rename_column("rejected_ids", "ids")
     sides = concatenate_datasets([truths, generations])
-    values, ids = {}, {}
+    values, ids = {}, []
     for side, name, prefix in ((ranks.chosen, "chosen_sample", "chosen"), (ranks.rejected, "sample", "rejected")):
         is_truth = side == TRUTH
         values[name] = np.where(is_truth, TRUTH, samples[side]).astype(np.int32)
         values[f"{prefix}_reward"] = np.where(is_truth, truth[owners], reward[side])
-        ids[f"{prefix}_ids"] = batches(sides.select(np.where(is_truth, owners, len(truths) + side)), ["ids"])
+        own = sides.select(np.where(is_truth, owners, len(truths) + side))
+        ids.append(own.rename_column("ids", f"{prefix}_ids"))
     keys = [name for name in ("iteration", "row", "source_row", OPPONENT) if name in answers.column_names]
-    start = 0
-    for key, *tokens in zip(batches(answers.answers.select(owners), keys), *ids.values(), strict=True):
-        for name, value in values.items():
-            key = key.append_column(name, pa.array(value[start : start + len(key)]))
-        for name, table in zip(ids, tokens, strict=True):
-            key = key.append_column(name, table["ids"])
-        yield key
-        start += len(key)
+    return PairDataset(*ids, answers.answers.select_columns(keys).select(owners), Dataset(pa.table(values))).batches()
