@@ -12,7 +12,6 @@ from spin_trl import SPINConfig
 from spin_trl.objectives.losses.iris import iris
 from spin_trl.objectives.objective import LogProbs
 from spin_trl.objectives.own_losses import join_log_probs
-from spin_trl.objectives.settings import depends_on_batch
 from spin_trl.run_directory.description import differences
 
 
@@ -52,21 +51,15 @@ def test_process_that_is_alone_has_all_pairs():
     assert join_log_probs(logps, SimpleNamespace(num_processes=1)) is logps
 
 
-def test_run_of_a_batch_loss_is_not_continued_with_its_steps_divided_otherwise(tmp_path):
-    def describe(loss_type: str, size: int, steps: int) -> dict:
-        base = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False, "report_to": "none"}
-        config = SPINConfig(
-            loss_type=loss_type, per_device_train_batch_size=size, gradient_accumulation_steps=steps, **base
-        )
-        return {
-            "config": config.to_dict(),
-            "training": {"pairs_per_forward": depends_on_batch(config.loss_type) and config.pairs_per_forward},
-        }
+@pytest.mark.parametrize(
+    ("loss_type", "found"), [("sigmoid", []), ("iris", ["`training.pairs_per_forward`: 8 there, 4 now"])]
+)
+def test_run_of_a_batch_loss_is_not_continued_with_its_steps_divided_otherwise(build_trainer, loss_type, found):
+    def describe(size: int, steps: int) -> dict:
+        divided = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps}
+        return build_trainer(loss_type=loss_type, **divided).plan.describe()
 
-    assert differences(describe("sigmoid", 8, 2), describe("sigmoid", 4, 4)) == []
-    assert differences(describe("iris", 8, 2), describe("iris", 4, 4)) == [
-        "`training.pairs_per_forward`: 8 there, 4 now"
-    ]
+    assert differences(describe(8, 2), describe(4, 4)) == found
 
 
 IRIS = {"loss_type": ["iris", "sigmoid"], "loss_weights": [1.0, 0.5], "iris_alpha": 2.0}

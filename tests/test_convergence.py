@@ -39,7 +39,7 @@ def test_where_rewards_choose_telling_the_ground_truth_is_no_measure_and_making_
     check_evaluation(3, {"rewards/accuracies": 0.5}, args)
     check_identical_share(3, 1.0, args)
     check_no_pair_share(3, 0.97, args)
-    with pytest.raises(Converged, match=f"with `pairing='{pairing}'`, 99.0% of the prompts make no pair"):
+    with pytest.raises(Converged, match=f"with `pairing='{pairing}'`, 99.0% of prompts make no pair"):
         check_no_pair_share(3, 0.99, args)
 
 

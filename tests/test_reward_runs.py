@@ -198,7 +198,7 @@ def test_run_ends_when_rewards_find_no_difference_if_it_is_to_end_when_it_has_co
     found = trainer.store.read_run()
     assert found["finished"] and found["converged"]["rule"] == "equal rewards"
     assert (found["converged"]["iteration"], found["converged"]["no_pair_share"]) == (1, 1.0)
-    assert "with `pairing='best_of'`, 100.0% of the prompts make no pair" in capsys.readouterr().out
+    assert "with `pairing='best_of'`, 100.0% of prompts make no pair" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -53,31 +53,27 @@ def tilted(power: float) -> torch.Tensor:
     return weights / weights.sum()
 
 
-@pytest.mark.parametrize("beta", [0.5, 1.0, 3.0])
-def test_logistic_lands_on_theorem_5_4(loss, beta):
+@pytest.mark.parametrize(
+    ("name", "beta", "power"),
+    [("sigmoid", 0.5, 2), ("sigmoid", 1, 1), ("sigmoid", 3, 1 / 3), ("exponential", 1, 0.5)],
+)
+def test_logistic_lands_on_theorem_5_4_and_exponential_half_as_far_in_log_space(loss, name, beta, power):
     """
     Write f(u) = beta * r(u). An unordered pair {a, b} enters the expectation twice, as (y, y') = (a, b) with weight
-    p_data(a) p_t(b), and as (b, a) with weight p_data(b) p_t(a):
+    w = p_data(a) p_t(b), and as (b, a) with weight v = p_data(b) p_t(a):
 
-        p_data(a) p_t(b) * log(1 + e^-(f(a) - f(b))) + p_data(b) p_t(a) * log(1 + e^(f(a) - f(b))).
+        w * log(1 + e^-(f(a) - f(b))) + v * log(1 + e^(f(a) - f(b))).
 
     In d = f(a) - f(b) that is a cross-entropy, least where sig(d) is the first weight's share of both, that is where
-    d = log(p_data(a) / p_t(a)) - log(p_data(b) / p_t(b)). These demands of all pairs agree with each other: f(u) =
-    log(p_data(u) / p_t(u)) + c fulfils every one. With f = beta * log(p / p_t) this reads
+    d = log(w / v) = log(p_data(a) / p_t(a)) - log(p_data(b) / p_t(b)). These demands of all pairs agree with each
+    other: f(u) = log(p_data(u) / p_t(u)) + c fulfils every one. With f = beta * log(p / p_t) this reads
     p ∝ p_t * (p_data / p_t)^(1 / beta), the theorem's p_{t+1}. A table can express it, so it is what training finds.
+
+    Exponential, w e^-d + v e^d is least at d = log(w / v) / 2. So p ∝ p_t * (p_data / p_t)^(1 / (2 beta)).
     """
-    reply = best_reply(loss, ["sigmoid"], all_pairs(DATA_COUNTS, OPPONENT_COUNTS), beta=beta)
-    torch.testing.assert_close(reply, tilted(1 / beta), atol=1e-5, rtol=0)
+    reply = best_reply(loss, [name], all_pairs(DATA_COUNTS, OPPONENT_COUNTS), beta=beta)
+    torch.testing.assert_close(reply, tilted(power), atol=1e-5, rtol=0)
     assert (reply - P_OPPONENT).abs().max() > 0.05
-
-
-def test_exponential_moves_half_as_far_as_logistic_in_log_space(loss):
-    """
-    As above, with w = p_data(a) p_t(b) and v = p_data(b) p_t(a): w e^-d + v e^d is least at d = log(w / v) / 2. So
-    p ∝ p_t * (p_data / p_t)^(1 / (2 beta)).
-    """
-    reply = best_reply(loss, ["exponential"], all_pairs(DATA_COUNTS, OPPONENT_COUNTS), beta=1.0)
-    torch.testing.assert_close(reply, tilted(1 / 2), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("mu", [1.0, 3.0])

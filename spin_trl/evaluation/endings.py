@@ -22,7 +22,8 @@ class Converged(RunEnd):
     kind = "converged"
 
     def __init__(self, iteration: int, rule: str, reason: str, **numbers: float):
-        super().__init__(f"Self-play has converged before iteration {iteration}: {reason}", iteration, rule, **numbers)
+        message = f"Self-play has converged before iteration {iteration}: {reason}"
+        super().__init__(message, iteration, rule, **numbers, tolerance=_TOLERANCE)
 
 
 def check_evaluation(iteration: int, scores: Mapping[str, float], args: SPINConfig) -> None:
@@ -33,22 +34,21 @@ def check_evaluation(iteration: int, scores: Mapping[str, float], args: SPINConf
             f"on `eval_dataset` the policy after iteration {iteration - 1} tells the ground truth from its opponent's "
             f"answer in {accuracy:.1%} of the pairs, within {_TOLERANCE:.1%} of a coin's toss."
         )
-        raise Converged(iteration, "held-out accuracy", reason, accuracy=accuracy, tolerance=_TOLERANCE)
+        raise Converged(iteration, "held-out accuracy", reason, accuracy=accuracy)
 
 
 def check_identical_share(iteration: int, share: float, args: SPINConfig) -> None:
     """[`Converged`] if nearly all of the opponent's answers equal the ground truth."""
     if _judges_truths(args) and share >= 1 - _TOLERANCE:
         reason = f"its opponent reproduces the ground truth in {share:.1%} of the pairs, at least {1 - _TOLERANCE:.1%}."
-        raise Converged(iteration, "identical pairs", reason, identical_share=share, tolerance=_TOLERANCE)
+        raise Converged(iteration, "identical pairs", reason, identical_share=share)
 
 
 def check_no_pair_share(iteration: int, share: float, args: SPINConfig) -> None:
     """[`Converged`] if rewards choose, and find hardly any prompt's answers to differ."""
     if args.stop_when_converged and share >= 1 - _TOLERANCE:
-        reason = f"with `pairing={args.pairing!r}`, {share:.1%} of the prompts make no pair, at least "
-        reason += f"{1 - _TOLERANCE:.1%}."
-        raise Converged(iteration, "equal rewards", reason, no_pair_share=share, tolerance=_TOLERANCE)
+        reason = f"with `pairing={args.pairing!r}`, {share:.1%} of prompts make no pair, at least {1 - _TOLERANCE:.1%}."
+        raise Converged(iteration, "equal rewards", reason, no_pair_share=share)
 
 
 def _judges_truths(args: SPINConfig) -> bool:
