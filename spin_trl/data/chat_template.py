@@ -121,8 +121,6 @@ class ChatTemplate:
             )
         return ended
 
-    # What the template wants
-
     def _wants_parts(self) -> bool:
         said, texts = [_QUESTION["content"], _ANSWER["content"]], []
         for self.wants_parts in (False, True):

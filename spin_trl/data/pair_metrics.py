@@ -1,7 +1,4 @@
-"""Numbers by which one sees what an opponent said and what it thinks of the data. Knows nothing of models and files.
-
-Datasets are read in batches of Arrow memory, so that an iteration of any size takes the memory of one batch.
-"""
+"""Numbers by which one sees what an opponent said and what it thinks of the data. Knows nothing of models and files."""
 
 from collections.abc import Collection, Iterable, Mapping
 

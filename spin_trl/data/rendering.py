@@ -212,9 +212,6 @@ def _structure(row: dict[str, Any], column: str) -> Any:
     return remove_none_values(value) if value else None
 
 
-# Rendered once
-
-
 def _fingerprint(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, settings: tuple) -> str:
     """
     What rendered rows depend on. The library's own would hash objects whose pickles differ from process to process, and

@@ -1,7 +1,4 @@
-"""Which iteration made the best policy, by one of the evaluation's metrics.
-
-Knows nothing of how the metrics come about.
-"""
+"""Which iteration made the best policy, by one of the evaluation's metrics. Knows nothing of how these come about."""
 
 import math
 from collections.abc import Iterable, Mapping

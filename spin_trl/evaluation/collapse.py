@@ -1,10 +1,9 @@
 """Signs that self-play makes the policy worse while its loss looks fine, and `CollapseGuard`, which acts on them.
 
-Knows nothing of how the numbers come about.
-
 SPIN, like DPO, sees differences only: both sides may become unlikely as long as the generated one does so faster
 (likelihood displacement, Razin et al., 2024, https://huggingface.co/papers/2410.08847), and the opponent's answers can
 degenerate. The limits are such that a healthy run stays well below them; `tests/test_collapse.py` has both kinds.
+Knows nothing of how the numbers come about.
 """
 
 import math
@@ -132,13 +131,11 @@ class CollapseGuard:
     Every process calls its methods, which raise [`Collapsed`] if there is a sign of collapse and the run is to end.
     What it finds is kept in `metrics.json` of the iteration whose opponent is judged, under `collapse_signs`, and
     counted for the loggers; but not of a final policy that is not evaluated.
-
-    `log_history` gives what the trainer has logged so far.
     """
 
     args: SPINConfig
     store: IterationStore
-    log_history: Callable[[], list[dict[str, Any]]]
+    log_history: Callable[[], list[dict[str, Any]]]  # what the trainer has logged so far
 
     def look_at_training(self, opponent: int) -> None:
         """Judge the training that has made the opponent of an iteration, when it is over."""

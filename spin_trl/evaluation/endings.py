@@ -1,9 +1,7 @@
-"""When self-play is over: opponent and data, or the rewards where they choose, no longer differ.
+"""When self-play ends, if asked for: opponent and data, or the rewards where they choose, no longer differ.
 
 SPIN (arXiv 2401.01335), theorem 5.2: where the opponent is the data's distribution, it is the best reply to itself, so
-that no further iteration moves it. Here it ends the run, if `stop_when_converged` is set.
-
-Knows nothing of how the numbers come about.
+that no further iteration moves it. Knows nothing of how the numbers come about.
 """
 
 from collections.abc import Mapping

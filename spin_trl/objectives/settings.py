@@ -1,7 +1,4 @@
-"""What a run's losses ask of its other settings. Knows their traits, and no formula, no files and no models.
-
-Settings come as mappings of names to values.
-"""
+"""What a run's losses ask of its other settings, given by name. Knows their traits, no formula, files and models."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,9 +8,7 @@ from .objective import OBJECTIVES, objectives_of
 
 
 _ONE_REFERENCE = "it needs answers that were sampled from the reference, which then is the opponent alone"
-_ONE_BY_ONE = (
-    "it judges each side by itself, and without those pairs the sides are no longer the data's and the opponent's"
-)
+_ONE_BY_ONE = "it judges each side by itself, and what those pairs leave is not the data's and the opponent's"
 _OTHER_PAIRS = "it needs pairs of a ground truth and an opponent's answer, and these are others"
 _ONE_LENGTH = "it is of all pairs of one forward pass, and those of one length are not the data's"
 _PASS_CHANGES = "its value depends on how many pairs a forward pass holds, which that changes during the run"

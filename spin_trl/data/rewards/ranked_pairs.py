@@ -87,10 +87,8 @@ def no_pairs(pairing: str) -> NoPairsError:
 
 def ranked_pairs(answers: PairDataset, ranks: Ranks) -> Iterator[pa.Table]:
     """
-    The pairs themselves, batch by batch: at least one.
-
-    Their `sample` is the number of the rejected generation and `chosen_sample` that of the chosen one, `TRUTH` if that
-    side is the ground truth. Their rewards are in `REWARD_COLUMNS`.
+    The pairs themselves, at least one, batch by batch. Their `sample` is the number of the rejected generation and
+    `chosen_sample` that of the chosen one, `TRUTH` for the ground truth. Their rewards are in `REWARD_COLUMNS`.
     """
     owners = ranks.owners
     samples, truth, reward = (numbers(answers.answers, name) for name in ("sample", *REWARD_COLUMNS))
