@@ -151,17 +151,16 @@ def test_preferences_join_every_iteration_once_and_are_scored_by_its_opponent(ma
         metrics = trainer.store.read_metrics(iteration)
         assert metrics["preference_share"] == 12 / len(pairs) and metrics["num_pairs"] == 16
     assert not np.allclose(opinions.found[0]["ref_chosen_logps"][-12:], opinions.found[1]["ref_chosen_logps"][-12:])
-    own = [pair for pair in load_pairs(trainer.args.output_dir, 1) if pair["iteration"] == 1]
-    nll = -sum(pair["ref_chosen_logps"] for pair in own) / sum(len(pair["chosen_ids"]) for pair in own)
-    assert trainer.store.read_metrics(1)["opponent_nll"] == pytest.approx(nll)
+    own = pairs.select(range(16))
+    nll = -sum(own["ref_chosen_logps"]) / sum(map(len, own["chosen_ids"]))
+    assert metrics["opponent_nll"] == pytest.approx(nll)
 
 
 def test_preferences_go_with_pairs_that_rewards_choose(make_trainer, preferences):
     """They bring chosen sides of their own and no rewards."""
-    ranks = itertools.count()
+    ranks = itertools.count()  # no two rewards alike, so that every prompt makes a pair
 
     def reward(completions, **kwargs):
-        """No two alike, so that every prompt makes a pair."""
         return [float(next(ranks)) for _ in completions]
 
     trainer = make_trainer(preferences, pairing="best_of", reward_funcs=reward)

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 from datasets import Dataset, load_dataset
 from tiny_tokenizers import TEMPLATES, CountingTokenizer, byte_tokenizer, letter_tokenizer, special_tokens
-from transformers import PreTrainedTokenizerFast
 
 from spin_trl.data.rendering import tokenize_dataset
 
@@ -25,15 +24,9 @@ MESSAGES = [
 ]
 
 
-def render(
-    rows: list[dict], tokenizer: PreTrainedTokenizerFast, end_token_ids: tuple | None = None, **options
-) -> list[dict]:
-    dataset = Dataset.from_list(rows)
-    return list(tokenize_dataset(dataset, tokenizer, end_token_ids or (tokenizer.eos_token_id,), **options).dataset)
-
-
-def tokens(tokenizer: PreTrainedTokenizerFast, row: dict, column: str) -> list[str]:
-    return tokenizer.convert_ids_to_tokens(row[column])
+def render(rows: list[dict], tokenizer, end_token_ids: tuple | None = None, **options) -> list[dict]:
+    end_token_ids = end_token_ids or (tokenizer.eos_token_id,)
+    return list(tokenize_dataset(Dataset.from_list(rows), tokenizer, end_token_ids, **options).dataset)
 
 
 # Conversations
@@ -70,9 +63,7 @@ def test_tools_column_reaches_the_prompt(encode):
 def test_template_that_refuses_the_roles_is_named_by_row_field_and_roles():
     system = [{"role": "system", "content": "Be brief."}, *MESSAGES]
     tokenizer = byte_tokenizer("<end_of_turn>", "gemma")
-    with pytest.raises(
-        ValueError, match=r"Row 1: .* refuses the prompt of `messages`.*\['system', 'user', .*System role"
-    ):
+    with pytest.raises(ValueError, match=r"Row 1: .* refuses the prompt of .*\['system', 'user', .*System role"):
         render([{"messages": MESSAGES}, {"messages": system}], tokenizer)
 
 
@@ -110,7 +101,8 @@ def test_first_of_several_end_tokens_is_appended_and_any_of_them_ends_the_text()
     tokenizer = letter_tokenizer()
     end_token_ids = (tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("h"))
     rows = render([{"prompt": "ab", "completion": c} for c in ("cd", "ch", "chd")], tokenizer, end_token_ids)
-    assert [tokens(tokenizer, row, "chosen_ids") for row in rows] == [["c", "d", "</s>"], ["c", "h"], ["c", "h"]]
+    said = [tokenizer.convert_ids_to_tokens(row["chosen_ids"]) for row in rows]
+    assert said == [["c", "d", "</s>"], ["c", "h"], ["c", "h"]]
     rows = render([{"prompt": "Q:", "completion": " A"}, {"prompt": "Q:", "completion": " A</s>"}], byte_tokenizer())
     assert rows[0]["chosen_ids"] == rows[1]["chosen_ids"]
 
@@ -124,8 +116,8 @@ def test_text_is_what_a_sampler_that_repeats_it_would_say(template, merges):
     """
     tokenizer = letter_tokenizer(template, merges)
     (row,) = render([{"prompt": "ab", "completion": "cd"}], tokenizer)
-    assert tokens(tokenizer, row, "prompt_ids") == [*(["<s>"] if "<s>" in template else []), "a", "b"]
-    assert tokens(tokenizer, row, "chosen_ids") == ["c", "d", "</s>"]
+    assert tokenizer.convert_ids_to_tokens(row["prompt_ids"]) == [*(["<s>"] if "<s>" in template else []), "a", "b"]
+    assert tokenizer.convert_ids_to_tokens(row["chosen_ids"]) == ["c", "d", "</s>"]
 
 
 # Rows

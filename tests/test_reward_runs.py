@@ -4,6 +4,7 @@ import json
 
 import pytest
 from conftest import DATA
+from stopping import assert_same_weights, weights
 from test_distributed import launch
 
 from spin_trl import SPINTrainer, load_pairs
@@ -108,16 +109,21 @@ def test_best_answers_take_the_ground_truths_place_and_history_remembers_it(make
     assert metrics["opponent_nll"] == pytest.approx(-sum(logps) / num_tokens)
 
 
-def test_generations_are_ranked_without_the_ground_truth(make_trainer):
+def test_generations_are_ranked_until_rewards_find_no_difference_where_a_run_may_end(make_trainer, capsys):
     """In iteration 1 all answers are equal where the rule looks at them, so nothing is left to train on."""
     rewards = Rewards({"a": 0.2, "b": 0.6, "d": 0.5, "e": 0.5}, [9.0] * NUM_ROWS)
-    trainer = make_trainer(rewards, pairing="reward_ranked", num_history_iterations=0)
+    settings = {"pairing": "reward_ranked", "num_history_iterations": 0}
+    trainer = make_trainer(rewards, **settings)
     with pytest.raises(NoPairsError, match="all generations of each prompt .* same reward.*`stop_when_converged=True`"):
         trainer.train()
     sides = [(pair["row"], pair["chosen_sample"], pair["sample"]) for pair in own(trainer, 0)]
     assert sides == [(row, 1, 0) for row in range(NUM_ROWS)]
     assert trainer.state.global_step == 1  # 8 pairs in a batch of 8
     assert {"opponent_nll", "logps_gap"} & set(trainer.store.read_metrics(0)) == set()
+    make_trainer(rewards, **settings, stop_when_converged=True).train()
+    found = trainer.store.read_run()["converged"]
+    assert (found["rule"], found["iteration"], found["no_pair_share"]) == ("equal rewards", 1, 1.0)
+    assert "with `pairing='reward_ranked'`, 100.0% of prompts make no pair" in capsys.readouterr().out
 
 
 def test_rewards_are_only_logged_where_the_ground_truth_is_always_chosen(make_trainer, tmp_path):
@@ -143,7 +149,7 @@ def test_rewards_are_only_logged_where_the_ground_truth_is_always_chosen(make_tr
 
 
 def test_run_stopped_by_a_reward_function_goes_on_with_the_completions_that_are_there(make_trainer, tmp_path):
-    """It fails in iteration 1, in the call for the generations."""
+    """It fails in iteration 1, in the call for the generations. With other rewards it does not go on."""
     by_text = {"a": 0.2, "b": 0.6, "d": 0.0, "e": 0.7}
     whole = make_trainer(Rewards(by_text, [0.5] * NUM_ROWS), pairing="best_of", output_dir=str(tmp_path / "whole"))
     whole.train()
@@ -159,22 +165,16 @@ def test_run_stopped_by_a_reward_function_goes_on_with_the_completions_that_are_
     for iteration in (0, 1):
         one, other = (load_pairs(run.args.output_dir, iteration)[:] for run in (whole, again))
         assert one == other
-    states = [run.model.state_dict() for run in (whole, again)]
-    assert all((states[0][name] == states[1][name]).all() for name in states[0])
-
-
-def test_run_is_not_continued_with_other_functions_another_pairing_or_other_columns(make_trainer):
-    rewards = Rewards({"a": 0.2, "b": 0.6, "d": 0.0, "e": 0.7}, [0.5] * NUM_ROWS)
-    make_trainer(rewards, pairing="best_of", num_iterations=1).train()
+    assert_same_weights(again, weights(whole))
 
     def another(completions, **kwargs):
         return [0.0] * len(completions)
 
+    rewards, corrected = Rewards(by_text, [0.5] * NUM_ROWS), [*range(NUM_ROWS - 1), 0]
     with pytest.raises(RunDirectoryError, match=r"`reward_functions`: \['Rewards'\] there, \['another'\] now"):
         make_trainer(another, pairing="best_of")
     with pytest.raises(RunDirectoryError, match="`pairing`: 'best_of' there, 'ground_truth' now"):
         make_trainer(rewards)
-    corrected = [*range(NUM_ROWS - 1), 0]
     with pytest.raises(RunDirectoryError, match=r"`data.reward_checksum`: '\w+' there, '\w+' now"):
         make_trainer(rewards, corrected, pairing="best_of")
 
@@ -188,17 +188,6 @@ def test_ground_truths_that_nobody_judges_or_the_first_opponent_beats_are_a_warn
     assert (metrics["no_pair_share"], metrics["unjudged_share"]) == (3 / NUM_ROWS, 3 / (3 * NUM_ROWS))
     assert "No reward function judges 12.5% of the ground truths and generations of iteration 0" in caplog.text
     assert "The first opponent already beats 62.5% of the ground truths, which will be rejected" in caplog.text
-
-
-def test_run_ends_when_rewards_find_no_difference_if_it_is_to_end_when_it_has_converged(make_trainer, capsys):
-    """In iteration 1 every answer is as good as the ground truth."""
-    rewards = Rewards({"a": 0.2, "b": 0.6, "d": 1.0, "e": 1.0}, [1.0] * NUM_ROWS)
-    trainer = make_trainer(rewards, pairing="best_of", num_iterations=3, stop_when_converged=True)
-    trainer.train()
-    found = trainer.store.read_run()
-    assert found["finished"] and found["converged"]["rule"] == "equal rewards"
-    assert (found["converged"]["iteration"], found["converged"]["no_pair_share"]) == (1, 1.0)
-    assert "with `pairing='best_of'`, 100.0% of prompts make no pair" in capsys.readouterr().out
 
 
 @pytest.mark.slow
