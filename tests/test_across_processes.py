@@ -46,11 +46,6 @@ def test_averaged_gradient_is_that_of_one_batch(num_processes):
         torch.testing.assert_close(averaged, expected_gradient[side], atol=1e-12, rtol=0)
 
 
-def test_process_that_is_alone_has_all_pairs():
-    logps = LogProbs(**random_sides(2))
-    assert join_log_probs(logps, SimpleNamespace(num_processes=1)) is logps
-
-
 @pytest.mark.parametrize(
     ("loss_type", "found"), [("sigmoid", []), ("iris", ["`training.pairs_per_forward`: 8 there, 4 now"])]
 )

@@ -16,41 +16,24 @@ DATA = Dataset.from_dict(
 ANSWERS = Dataset.from_dict({"row": [5, 7, 7, 3], "rejected_ids": [[8], [9, 9], [8, 8, 8, 8], []]})
 
 
-@pytest.fixture
-def pairs() -> PairDataset:
-    return PairDataset.join(DATA, ANSWERS)
-
-
 def row(pair: dict) -> tuple:
     return pair["row"], pair["prompt_ids"], pair["chosen_ids"], pair["rejected_ids"]
 
 
-ROWS = [
-    (5, [3, 3, 3], [6, 6], [8]),
-    (7, [1], [4, 4, 4], [9, 9]),
-    (7, [1], [4, 4, 4], [8, 8, 8, 8]),
-    (3, [2, 2], [5], []),
-]
-
-
-def test_every_way_of_reading_gives_the_same_rows(pairs):
-    assert [row(pair) for pair in pairs] == ROWS
-    assert [row(pairs[i]) for i in range(len(pairs))] == ROWS
-    assert [row(pair) for pair in pairs.__getitems__([0, 1, 2, 3])] == ROWS
-    assert list(zip(*row(pairs[:]), strict=True)) == ROWS
-    assert (pairs["row"][:], pairs["chosen_ids"][:]) == ([5, 7, 7, 3], [ids for _, _, ids, _ in ROWS])
+def test_every_way_of_reading_gives_the_same_rows():
+    pairs = PairDataset.join(DATA, ANSWERS)
+    rows = [(5, [3, 3, 3], [6, 6], [8]), (7, [1], [4, 4, 4], [9, 9])]
+    rows += [(7, [1], [4, 4, 4], [8, 8, 8, 8]), (3, [2, 2], [5], [])]
+    assert [row(pair) for pair in pairs] == rows
+    assert [row(pairs[i]) for i in range(len(pairs))] == rows
+    assert [row(pair) for pair in pairs.__getitems__([0, 1, 2, 3])] == rows
+    assert list(zip(*row(pairs[:]), strict=True)) == rows
+    assert (pairs["row"][:], pairs["chosen_ids"][:]) == ([5, 7, 7, 3], [ids for _, _, ids, _ in rows])
     tables = [table.to_pylist() for table in pairs.batches()]
-    assert [row(pair) for table in tables for pair in table] == ROWS
-
-
-def test_selection_of_a_selection_is_joined_as_the_whole(pairs):
-    assert [row(pair) for pair in pairs.select([3, 2, 0]).select([2, 0])] == [ROWS[0], ROWS[3]]
-
-
-def test_data_loader_shuffles_and_batches_them(pairs):
-    batches = list(DataLoader(pairs, batch_size=3, shuffle=True, collate_fn=list))
-    assert [len(batch) for batch in batches] == [3, 1]
-    assert sorted(map(row, sum(batches, []))) == sorted(ROWS)
+    assert [row(pair) for table in tables for pair in table] == rows
+    assert [row(pair) for pair in pairs.select([3, 2, 0]).select([2, 0])] == [rows[0], rows[3]]
+    loaded = list(DataLoader(pairs, batch_size=3, shuffle=True, collate_fn=list))
+    assert [len(batch) for batch in loaded] == [3, 1] and sorted(map(row, sum(loaded, []))) == sorted(rows)
 
 
 # A run's

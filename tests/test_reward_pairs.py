@@ -60,6 +60,12 @@ def sides(pairs: PairDataset) -> list[tuple]:
     return found
 
 
+def described(*prompts: tuple[float | None, list[float | None]]) -> list[float | None]:
+    found = describe_rewards(answers(*prompts).answers)
+    names = "truth_reward generation_reward beaten_truths_share tied_truths_share unjudged_share"
+    return [found.get(name) for name in names.split()]
+
+
 def test_ground_truth_that_no_generation_beats_is_chosen_over_every_lower_one():
     """That of the second prompt equals its ground truth, so neither is to be unlearned."""
     pairs = rank("best_of", (1.0, [0.0, 1.0, 0.5]), (0.5, [0.5]))
@@ -107,7 +113,7 @@ def test_rewards_that_only_rounding_makes_differ_are_equal():
     assert rank_answers(answers((SAME_SUM, [SUM]), (SUM, [SAME_SUM])), "best_of").no_pair_share == 1
     assert rank_answers(answers((0.0, [SUM, SAME_SUM])), "reward_ranked").no_pair_share == 1
     assert sides(rank("best_of", (0.0, [SAME_SUM, SUM]))) == [(5, 0, TRUTH, SAME_SUM, 0.0)]  # the first of two equals
-    assert describe_rewards(answers((SAME_SUM, [SUM])).answers)["tied_truths_share"] == 1.0
+    assert described((SAME_SUM, [SUM]))[3] == 1  # tied
     assert rank_answers(answers((1e9, [1e9 + 100])), "best_of").no_pair_share == 1
     assert rank_answers(answers((1e9, [1e9 + 10_000])), "best_of").no_pair_share == 0
 
@@ -116,35 +122,16 @@ def test_what_nobody_judges_makes_no_pair():
     """A generation without a reward takes no part; a ground truth without one leaves out its prompt."""
     prompts = (1.0, [None, 0.0]), (None, [0.0, 1.0]), (0.5, [None, None]), (0.0, [None, 1.0])
     assert sides(rank("best_of", *prompts)) == [(5, TRUTH, 1, 1.0, 0.0), (8, 1, TRUTH, 1.0, 0.0)]
-    assert sides(rank("reward_ranked", *prompts, (0.0, [None, 3.0, 2.0]))) == [
-        (6, 1, 0, 1.0, 0.0),
-        (9, 1, 2, 3.0, 2.0),
-    ]
-    assert describe_rewards(answers(*prompts).answers) == pytest.approx(
-        {
-            "truth_reward": 1.5 / 3,
-            "generation_reward": 2.0 / 4,
-            "beaten_truths_share": 1 / 4,
-            "tied_truths_share": 0.0,
-            "unjudged_share": 5 / 12,
-        }
-    )
-    nobody = describe_rewards(answers((None, [None])).answers)  # has no means
-    assert nobody == {"beaten_truths_share": 0.0, "tied_truths_share": 0.0, "unjudged_share": 1.0}
+    pairs = rank("reward_ranked", *prompts, (0.0, [None, 3.0, 2.0]))
+    assert sides(pairs) == [(6, 1, 0, 1.0, 0.0), (9, 1, 2, 3.0, 2.0)]
+    assert described(*prompts) == [1.5 / 3, 2.0 / 4, 1 / 4, 0, 5 / 12]
+    assert described((None, [None])) == [None, None, 0, 0, 1]
 
 
 def test_metrics_of_rewards_by_hand():
     """Best generations 0.9 > 0.2, 1.0 = 1.0, 0.0 < 1.0."""
     prompts = [(0.2, [0.1, 0.9]), (1.0, [1.0, 0.0]), (1.0, [0.0, 0.0])]
-    assert describe_rewards(answers(*prompts).answers) == pytest.approx(
-        {
-            "truth_reward": 2.2 / 3,
-            "generation_reward": 2.0 / 6,
-            "beaten_truths_share": 1 / 3,
-            "tied_truths_share": 1 / 3,
-            "unjudged_share": 0.0,
-        }
-    )
+    assert described(*prompts) == pytest.approx([2.2 / 3, 2.0 / 6, 1 / 3, 1 / 3, 0])
     ranks = rank_answers(answers(*prompts), "reward_ranked")
     assert (len(ranks.owners), ranks.no_pair_share) == (2, 1 - 2 / 3)
 
@@ -156,12 +143,9 @@ def test_log_probs_of_ground_truths_are_found_on_either_side():
     """
     pairs = rank("best_of", (1.0, [0.0]), (0.0, [0.5, 1.0]))
     assert [pair[1:3] for pair in sides(pairs)] == [(TRUTH, 0), (1, 0), (1, TRUTH)]
-    scores = {
-        "ref_chosen_logps": np.array([-4, -99, -6], np.float32),
-        "ref_rejected_logps": np.array([-3, -99, -12], np.float32),
-    }
-    described = describe_scores(pairs, scores, 0, 0, None, "keep_start")
-    assert described == pytest.approx({"logps_gap": -2.5, "opponent_nll": 16 / 4})
+    scores = {"ref_chosen_logps": np.float32([-4, -99, -6]), "ref_rejected_logps": np.float32([-3, -99, -12])}
+    opinion = describe_scores(pairs, scores, 0, 0, None, "keep_start")
+    assert opinion == pytest.approx({"logps_gap": -2.5, "opponent_nll": 16 / 4})
     of_generations = rank("reward_ranked", (1.0, [0.0, 1.0]))
     scores = {name: logps[:1] for name, logps in scores.items()}
     assert describe_scores(of_generations, scores, 0, 0, None, "keep_start") == {}
