@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import DATA, RECIPES, ROOT
+from conftest import DATA, RECIPES, ROOT, logp
 from datasets import Dataset
 from peft import PeftModel, get_peft_model_state_dict
 from play_distributed import play, settings
@@ -258,10 +258,3 @@ def load(folder: Path, adapter: str, tiny_model: str) -> dict[str, torch.Tensor]
 
 def pairs_of(run: Run, iteration: int) -> Dataset:
     return load_pairs(run.output_dir, iteration)
-
-
-def logp(model, prompt_ids: list[int], completion_ids: list[int]) -> float:
-    ids = torch.tensor([prompt_ids + completion_ids])
-    with torch.no_grad():
-        logps = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])
-    return logps[len(prompt_ids) - 1 :].sum().item()
