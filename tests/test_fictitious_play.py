@@ -329,7 +329,7 @@ def test_with_one_opponent_nothing_is_named(tiny_model, train_dataset, make_conf
 
 
 def test_run_killed_while_an_earlier_opponent_answers_ends_as_the_undisturbed_one(tiny_model, tmp_path):
-    """In iteration 2, whose prompts iteration 2's opponent answers first and iteration 1's then."""
+    """In iteration 1, whose prompts iteration 1's opponent answers first and iteration 0's then."""
     fields = {"use_vllm": False, "num_opponents": 2}
     expected, output_dir = tmp_path / "undisturbed", tmp_path / "run"
     assert start(tiny_model, expected, fields) == 0
@@ -337,10 +337,10 @@ def test_run_killed_while_an_earlier_opponent_answers_ends_as_the_undisturbed_on
     last = max(count for count, place in enumerate(places) if place == "generations")
     kill_at = last - 4  # a part or two before the last is whole
     assert start(tiny_model, output_dir, fields, kill_at) == -signal.SIGKILL
-    parts = {path.name for path in (output_dir / "iteration-2" / "generations").glob("part-*")}
-    assert parts and not (output_dir / "iteration-2" / "pairs").exists()
+    parts = {path.name for path in (output_dir / "iteration-1" / "generations").glob("part-*")}
+    assert parts and not (output_dir / "iteration-1" / "pairs").exists()
     assert start(tiny_model, output_dir, fields) == 0
-    assert parts <= {path.name for path in (output_dir / "iteration-2" / "generations").glob("part-*")}
+    assert parts <= {path.name for path in (output_dir / "iteration-1" / "generations").glob("part-*")}
     assert_ends_the_same(output_dir, expected)
 
 

@@ -276,7 +276,6 @@ SPOILED = {
     "another run": place_file({"run_id": "another"}),
     "other pairs": place_file({"pairs": "0123456789abcdef"}),
     "no optimizer": place_file({"holds_optimizer": False}),
-    "no step": place_file({"step": "../../elsewhere"}),
     "damaged pairs": lambda checkpoint: cut_off(checkpoint.parent / "iteration-1" / "pairs" / "rows.arrow"),
 }
 

@@ -35,7 +35,6 @@ def begin_run(plan: Plan, store: IterationStore, requested: str | bool | None) -
     if start.is_resumed:
         tqdm.write(str(start))
     store.write_invalid_rows(plan.data.invalid_rows)
-    store.run_id = start.place.run_id
     if not start.is_resumed or not store.has_whole_data(plan.data.preferences is not None):
         store.write_data(plan.data.train, plan.data.preferences)
     return start

@@ -4,6 +4,7 @@ The tokenizers library reads it by itself: no foreign code runs, and no torch is
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +24,16 @@ def find_decoder(run_directory: Path, model: str | None) -> Decode | None:
     patterns = ("tokenizer.json", "checkpoint-*/tokenizer.json", "iteration-*/opponent/tokenizer.json")
     paths = [path for pattern in patterns for path in sorted(run_directory.glob(pattern), reverse=True)]
     if model is not None:
-        is_folder = Path(model).is_dir()
-        paths.append(Path(model, "tokenizer.json") if is_folder else _cached(model))
-    for path in filter(None, paths):
+        paths.append(Path(model, "tokenizer.json"))
+        with suppress(ValueError):  # no name of a repository
+            paths.append(try_to_load_from_cache(model, "tokenizer.json"))
+    for path in paths:
         try:
             tokenizer = Tokenizer.from_file(str(path))
-        except Exception:  # of the library's own; another file may do
+        except Exception:  # of the library's own, also where there is no such file; another one may do
             continue
         return lambda ids, skip_special: tokenizer.decode(list(ids), skip_special_tokens=skip_special)
     return None
-
-
-def _cached(model: str) -> str | None:
-    try:
-        path = try_to_load_from_cache(model, "tokenizer.json")
-    except ValueError:  # no name of a repository
-        return None
-    return path if isinstance(path, str) else None
 
 
 def messages_of(prompt: Any) -> list[tuple[str, str]]:

@@ -21,11 +21,7 @@ _CHECKSUM_FILE = "checksum.txt"
 
 @dataclass(frozen=True)
 class ArrowDirectory:
-    """
-    Args:
-        path (`Path`): The directory.
-        origin (`dict[str, str]`): What the rows have to be of, such as the run, kept with the schema.
-    """
+    """Rows at `path`. `origin` is what they have to be of, such as the run, kept with their schema."""
 
     path: Path
     origin: dict[str, str] = field(default_factory=dict)
@@ -36,15 +32,11 @@ class ArrowDirectory:
 
     def write(self, tables: Iterable[pa.Table], schema: pa.Schema | None = None) -> None:
         """
-        Write the rows, in place of what is there.
-
-        Args:
-            schema (`pyarrow.Schema`, *optional*): Theirs. By default the first table's, and no origin is kept.
+        Write the rows, in place of what is there. Without a schema they have the first table's, and no origin is kept.
 
         Raises:
             [`DiskError`]: if the disk does not take them. Nothing is left of them then.
         """
-
         if schema is not None:
             schema = schema.with_metadata({**(schema.metadata or {}), **self.origin})
 

@@ -23,7 +23,6 @@ class Place:
     How far a run has come; in a checkpoint's directory, that checkpoint's place. Steps are optimizer steps.
 
     Args:
-        run_id (`str`): The run.
         step (`int`): Steps of the run.
         iteration (`int`): Number of the iteration.
         first_step (`int`): Steps of the run before the iteration.
@@ -68,11 +67,7 @@ class Place:
         Raises:
             `OSError`, `ValueError`, `TypeError`: if there is none, or it is not one.
         """
-        place = cls(**json.loads((checkpoint / PLACE_FILE).read_text()))
-        numbers = {name: value for name, value in asdict(place).items() if cls.__annotations__[name] is int}
-        if any(type(value) is not int or value < (name == "steps_per_epoch") for name, value in numbers.items()):
-            raise ValueError(f"expected whole numbers from 0 on, found {numbers}")
-        return place
+        return cls(**json.loads((checkpoint / PLACE_FILE).read_text()))
 
 
 class MarkCheckpoint(TrainerCallback):

@@ -35,13 +35,7 @@ COMPLETION_SCHEMA = pa.schema(_FIELDS[:-1])  # where one opponent answers
 
 @dataclass(frozen=True)
 class CompletionParts:
-    """
-    The completions of one kind of one iteration.
-
-    Args:
-        directory (`Path`): Where the parts lie.
-        origin (`dict[str, str]`): What they have to be of: run, iteration and kind; empty for any.
-    """
+    """The completions of one kind of one iteration. `origin` is run, iteration and kind; empty for any."""
 
     directory: Path
     origin: dict[str, str]

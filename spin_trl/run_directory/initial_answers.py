@@ -23,11 +23,7 @@ _SCHEMA = pa.schema([("row", pa.int64()), ("sample", pa.int32()), (INITIAL_IDS, 
 
 @dataclass(frozen=True)
 class InitialAnswers:
-    """
-    Args:
-        rows ([`ArrowDirectory`]): Where they are kept, or are to be.
-        parts ([`CompletionParts`]): What the first opponent generated.
-    """
+    """They are kept in `rows`, and made from `parts`, what the first opponent generated."""
 
     rows: ArrowDirectory
     parts: CompletionParts
@@ -39,13 +35,10 @@ class InitialAnswers:
 
     def restore(self, num_rows: int) -> None:
         """
-        Make sure that they are there, in a run that goes on: from what the first opponent generated, if they are not.
-
-        Args:
-            num_rows (`int`): How many prompts were answered.
+        Make sure that they are there, in a run that goes on, whose first opponent has answered so many prompts.
 
         Raises:
-            [`RunDirectoryError`]: if that is not there either. The policy that gave them is gone.
+            [`RunDirectoryError`]: if they are not, and cannot be made again.
         """
         if self.rows.is_whole():
             return

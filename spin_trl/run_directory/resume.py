@@ -27,17 +27,12 @@ logger = logging.getLogger(__name__)
 
 
 def start_run(
-    store: IterationStore,
-    args: SPINConfig,
-    description: dict[str, Any],
-    requested: str | bool | None,
+    store: IterationStore, args: SPINConfig, description: dict[str, Any], requested: str | bool | None
 ) -> RunStart:
     """
     Make the run directory this run's. Called on the main process alone, which holds the directory's lock.
 
     Args:
-        store ([`IterationStore`]): The run directory.
-        args ([`SPINConfig`]): `resume` and `overwrite_output_dir` say what to do with a run that lies there.
         description (`dict[str, Any]`): What this run depends on.
         requested (`str` or `bool`, *optional*): `True` to resume, or a checkpoint to resume from.
 
@@ -68,9 +63,9 @@ def start_run(
     if exists:
         store.clear()
     store.clear_temporary()
-    run_id = os.urandom(4).hex()
-    store.write_run({**description, "run": run_id, "starts": [_now("the initial model")]})
-    return RunStart(Place(run_id))
+    store.run_id = os.urandom(4).hex()
+    store.write_run({**description, "run": store.run_id, "starts": [_now("the initial model")]})
+    return RunStart(Place(store.run_id))
 
 
 def check_same_run(store: IterationStore, description: dict[str, Any]) -> None:
@@ -98,7 +93,8 @@ def _resume(
 ) -> RunStart:
     check_same_run(store, description)
     stored = store.read_run()
-    start = _find_start(store, args, stored["run"], requested)
+    store.run_id = stored["run"]
+    start = _find_start(store, args, requested)
     if ended := _ended(stored, args, start):
         return replace(start, is_trained=True, **ended)
     was_trained = (stored.get("converged") or {}).get("iteration") != 0
@@ -118,10 +114,9 @@ def _resume(
         remove(pairs.path)
     _require_history(store, args, start)
     if needs_initial_answers(args.loss_type, vars(args)) and store.has_pairs(0) and not start.is_trained:
-        initial_answers = IterationStore(store.output_dir, stored["run"]).initial_answers
-        initial_answers.restore(stored["data"]["num_train_rows"])
+        store.initial_answers.restore(stored["data"]["num_train_rows"])
     starts = [*stored.get("starts", []), _now(start.checkpoint.name if start.checkpoint else "the initial model")]
-    store.write_run({**description, "run": stored["run"], "starts": starts})
+    store.write_run({**description, "run": store.run_id, "starts": starts})
     return start
 
 
@@ -142,42 +137,35 @@ def _ended(stored: dict[str, Any], args: SPINConfig, start: RunStart) -> dict[st
     return None
 
 
-def _find_start(store: IterationStore, args: SPINConfig, run_id: str, requested: str | bool | None) -> RunStart:
+def _find_start(store: IterationStore, args: SPINConfig, requested: str | bool | None) -> RunStart:
     """At the checkpoint that is asked for, or the newest that fits; else at the initial model."""
-    if isinstance(requested, str):
-        checkpoint = Path(requested).absolute()
-        if checkpoint.parent.resolve() != store.output_dir.resolve():
-            raise RunDirectoryError(
-                f"`resume_from_checkpoint` ({requested}) does not lie in `output_dir` ({store.output_dir}), where the "
-                "rest of its run would be. Set `output_dir` to the folder that holds the checkpoint."
-            )
-        if (problem := _problem_of(store, checkpoint, run_id)) is not None:
+    asked_for = [Path(requested).absolute()] if isinstance(requested, str) else []
+    for checkpoint in asked_for or store.checkpoints():
+        problem = _problem_of(store, checkpoint)
+        if problem is None:
+            start = RunStart(Place.read(checkpoint), is_resumed=True, checkpoint=checkpoint)
+            is_capped = 0 < args.max_steps <= start.place.step
+            return replace(start, is_trained=is_capped or start.iteration >= args.num_iterations)
+        if asked_for:
             raise RunDirectoryError(
                 f"`resume_from_checkpoint` ({requested}) cannot be resumed from: it {problem}. Use another checkpoint, "
                 "or `True` for the newest one that fits."
             )
-        return _start_at(checkpoint, args)
-    for checkpoint in store.checkpoints():
-        if (problem := _problem_of(store, checkpoint, run_id)) is None:
-            return _start_at(checkpoint, args)
         logger.warning(f"{checkpoint} is not resumed from: it {problem}.")
-    return RunStart(Place(run_id), is_resumed=True)
+    return RunStart(Place(store.run_id), is_resumed=True)
 
 
-def _start_at(checkpoint: Path, args: SPINConfig) -> RunStart:
-    start = RunStart(Place.read(checkpoint), is_resumed=True, checkpoint=checkpoint)
-    return replace(start, is_trained=0 < args.max_steps <= start.place.step or start.iteration >= args.num_iterations)
-
-
-def _problem_of(store: IterationStore, checkpoint: Path, run_id: str) -> str | None:
+def _problem_of(store: IterationStore, checkpoint: Path) -> str | None:
     """Why a run cannot go on from a checkpoint, if it cannot."""
+    if checkpoint.parent.resolve() != store.output_dir.resolve():
+        return f"does not lie in `output_dir` ({store.output_dir}), where the rest of its run would be"
     try:
         place = Place.read(checkpoint)
     except (OSError, ValueError, TypeError) as error:
         return f"holds no {PLACE_FILE} that says its place in the run ({type(error).__name__}: {error})"
     pairs = store.pairs(place.iteration)
-    if place.run_id != run_id:
-        return f"is of another run ({place.run_id!r}, not {run_id!r})"
+    if place.run_id != store.run_id:
+        return f"is of another run ({place.run_id!r}, not {store.run_id!r})"
     if place.pairs != pairs.checksum():
         return f"was trained on other pairs than those that now lie in iteration-{place.iteration}"
     if not place.is_iteration_done and not place.holds_optimizer:

@@ -13,10 +13,8 @@ class RunStart:
     Where a run starts.
 
     Args:
-        place ([`Place`]): How far it has come.
         is_resumed (`bool`): Whether it goes on with what is on disk.
         checkpoint (`Path`, *optional*): What to load. `None` for the initial model.
-        is_trained (`bool`): Whether all training is done.
         ended (`str`, *optional*): Why nothing at all is left to do, if so, and how to play on.
         returned_to (`int`, *optional*): Whose opponent is its final policy, if not what the checkpoint holds.
     """
@@ -57,11 +55,9 @@ class RunEnd(Exception):
     Self-play is over before its last iteration.
 
     Args:
-        message (`str`): Why, in words and numbers.
         iteration (`int`): Whose opponent is the policy that the run ends with.
-        rule (`str`): The rule that says so.
+        rule (`str`): The rule that says so, by these `numbers`.
         returned_to (`int`, *optional*): Whose opponent is to be the policy instead.
-        numbers (`float`): By which the rule says so.
     """
 
     kind: str  # what `self_play.json` calls it
@@ -85,7 +81,6 @@ class Run:
     The state of a run.
 
     Args:
-        start ([`RunStart`]): Where it began, or goes on from.
         place ([`Place`], *optional*): Where the iteration that is trained on began. `None` before the first.
         end ([`RunEnd`], *optional*): Why it is over before its last iteration, if it is.
     """

@@ -34,9 +34,8 @@ class IterationStore:
     """
     Where the files of one self-play run lie.
 
-    Args:
-        output_dir (`str` or `Path`): The run directory. Nothing is written before the first write.
-        run_id (`str`): Name of the run, written into what it makes, so that another run's files are known as such.
+    Nothing is made before the first write. `run_id` is written into what the run makes, so that another run's files are
+    known as such.
     """
 
     def __init__(self, output_dir: str | Path, run_id: str = ""):
@@ -159,12 +158,8 @@ class IterationStore:
 
     def write_data(self, dataset: Dataset, preferences: Dataset | None = None) -> None:
         """
-        Write what the run trains on, in place of what an earlier start wrote.
-
-        Args:
-            dataset ([`~datasets.Dataset`]): With the columns `row`, `source_row`, `prompt`, `prompt_ids` and
-                `chosen_ids`.
-            preferences ([`~datasets.Dataset`], *optional*): The user's preference pairs.
+        Write what the run trains on, in place of what an earlier start wrote: columns `row`, `source_row`, `prompt`,
+        `prompt_ids` and `chosen_ids`; and the user's preference pairs.
 
         Raises:
             [`RunDirectoryError`]: if something else lies there.
@@ -193,16 +188,9 @@ class IterationStore:
         return kept.read() if kept.exists else None
 
     def has_whole_data(self, has_preferences: bool = False) -> bool:
-        """
-        Whether the run's data are there and as this run wrote them.
-
-        Args:
-            has_preferences (`bool`): Whether there have to be preference pairs. If they are there, they count.
-        """
-        preferences = self._rows("preference_data")
-        return self._rows("train_data").is_whole() and (
-            preferences.is_whole() or not (has_preferences or preferences.exists)
-        )
+        """Whether the run's data, and preference pairs if it has some, are there as this run wrote them."""
+        kept = [self._rows(name) for name in _DATA]
+        return kept[0].is_whole() and (kept[1].is_whole() or not (has_preferences or kept[1].exists))
 
     def _rows(self, name: str) -> ArrowDirectory:
         return ArrowDirectory(own_path(self.output_dir, name), {"run": self.run_id})
@@ -213,16 +201,8 @@ class IterationStore:
         self, iteration: int, save: Callable[[str], None], is_main_process: bool, num_bytes: int | None = None
     ) -> Path:
         """
-        Have the opponent saved by `save(directory)`, which every process calls, and give the directory its name.
-
-        Args:
-            num_bytes (`int`, *optional*): Bytes that it needs, where known, for the error.
-
-        Returns:
-            `Path`: the directory, complete on the main process as soon as this returns.
-
-        Raises:
-            [`DiskError`]: if the disk does not take it. Nothing is left of it then.
+        Have the opponent saved by `save(directory)`, which every process calls; see [`write_whole`]. Returns the
+        directory, complete on the main process as soon as this returns.
         """
         path = self.path(iteration, "opponent")
 
@@ -255,7 +235,7 @@ class IterationStore:
         return ArrowDirectory(temporary_path(self.path(iteration, kind), shared=True))
 
     def pairs(self, iteration: int) -> ArrowDirectory:
-        """What an iteration adds to the run's data, to make its pairs; see [`read_pairs`]."""
+        """What an iteration adds to the run's data; see [`read_pairs`]."""
         return ArrowDirectory(self.path(iteration, "pairs"))
 
     def has_pairs(self, iteration: int) -> bool:
@@ -268,15 +248,11 @@ class IterationStore:
         Args:
             answers ([`~datasets.Dataset`]): The side that the opponent made; see `pairs.ANSWER_SCHEMA`.
             scores (`dict[str, np.ndarray]`): Further columns, each of shape `(len(answers),)`.
-
-        Raises:
-            [`DiskError`]: if the disk does not take it. Nothing is left of it then.
         """
-        pairs = self.pairs(iteration)
         schema = answers.features.arrow_schema.remove_metadata()
         for name, values in scores.items():
             schema = schema.append(pa.field(name, pa.from_numpy_dtype(values.dtype)))
-        pairs.write(_with_columns(answers, scores), schema)
+        self.pairs(iteration).write(_with_columns(answers, scores), schema)
 
     def read_pairs(self, iteration: int) -> PairDataset:
         """
