@@ -1,4 +1,4 @@
-"""A hub on loopback: as much of its HTTP API as repositories, branches and commits need, large files included."""
+"""A hub on loopback: as much of its HTTP API as repositories, branches and commits need. No file is too large."""
 
 import base64
 import hashlib
@@ -12,17 +12,16 @@ class FakeHub:
     """
     Attributes:
         branches (`dict[str, dict[str, bytes]]`): Files of each branch.
-        commits (`list[tuple[str, str]]`): Branch and message of each commit, in order.
-        refuses (`Callable[[str], bool]`): Branches whose commits are answered with 500.
+        commits (`list[str]`): Branch of each commit, in order.
+        refuses (`bool`): Whether commits are answered with an error.
         tokens (`set[str]`): What requests were authorized with.
     """
 
     def __init__(self):
         self.branches: dict[str, dict[str, bytes]] = {}
-        self.commits: list[tuple[str, str]] = []
-        self.large: dict[str, bytes] = {}
+        self.commits: list[str] = []
         self.tokens: set[str] = set()
-        self.refuses = lambda branch: False
+        self.refuses = False
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -33,11 +32,6 @@ class FakeHub:
                 body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
                 hub.tokens.add((self.headers.get("Authorization") or "").removeprefix("Bearer "))
                 self.reply(*hub.answer(unquote(self.path.partition("?")[0]), body))
-
-            def do_PUT(self):
-                content = self.rfile.read(int(self.headers["Content-Length"]))
-                hub.large[self.path.rsplit("/", 1)[1]] = content
-                self.reply(200, {})
 
             def do_GET(self):
                 self.reply(200, {"id": "me/run", "sha": "0" * 40, "siblings": []})
@@ -71,35 +65,21 @@ class FakeHub:
             return (200, {}) if is_new else (409, {"error": "exists"})
         if "/preupload/" in path:
             return 200, {"files": [self.mode_of(last, file) for file in json.loads(body)["files"]]}
-        if path.endswith("/objects/batch"):
-            return 200, {"transfer": "basic", "objects": [self.place_for(o) for o in json.loads(body)["objects"]]}
         if "/commit/" in path:
-            if self.refuses(last):
+            if self.refuses:
                 return 400, {"error": "the disk of the hub is full"}
             return 200, self.commit(last, body)
         return 404, {"error": path}
 
     def mode_of(self, branch: str, file: dict) -> dict:
-        mode = "lfs" if file["path"].endswith(".safetensors") else "regular"
         content = self.branches[branch].get(file["path"])
-        oid = None
-        if content is not None:
-            blob = content if mode == "lfs" else b"blob %d\0" % len(content) + content
-            oid = hashlib.sha256(blob).hexdigest() if mode == "lfs" else hashlib.sha1(blob).hexdigest()
-        return {"path": file["path"], "uploadMode": mode, "shouldIgnore": False, "oid": oid}
-
-    def place_for(self, known: dict) -> dict:
-        upload = {"href": f"{self.url}/large/{known['oid']}"}
-        return {**known, **({} if known["oid"] in self.large else {"actions": {"upload": upload}})}
+        oid = None if content is None else hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+        return {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False, "oid": oid}
 
     def commit(self, branch: str, body: bytes) -> dict:
         lines = [json.loads(line) for line in body.splitlines()]
-        for line in lines:
-            value = line["value"]
-            if line["key"] == "file":
-                self.branches[branch][value["path"]] = base64.b64decode(value["content"])
-            elif line["key"] == "lfsFile":
-                self.branches[branch][value["path"]] = self.large[value["oid"]]
-        self.commits.append((branch, lines[0]["value"]["summary"]))
+        files = [line["value"] for line in lines if line["key"] == "file"]
+        self.branches[branch] |= {file["path"]: base64.b64decode(file["content"]) for file in files}
+        self.commits.append(branch)
         oid = f"{len(self.commits):040x}"
         return {"commitUrl": f"{self.url}/me/run/commit/{oid}", "commitOid": oid, "hookOutput": ""}

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import TrainerCallback
+from stopping import AtStep
 
 from spin_trl import SPINConfig, SPINTrainer
 
@@ -20,17 +20,6 @@ DATA = Path(__file__).parents[1] / "recipes" / "data" / "pronunciation"
 def read_rows(name: str, num_rows: int) -> list[dict]:
     """As `conftest`'s, which switches the hub off."""
     return [json.loads(line) for line in (DATA / name).read_text().splitlines()[:num_rows]]
-
-
-class FailAt(TrainerCallback):
-    """Ends the run with an error at a step."""
-
-    def __init__(self, step: int):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise ZeroDivisionError("stopped by the test")
 
 
 def play(model: str, config: dict, lora: bool = True, num_rows: int = 16, fail_at: int = -1, push: bool = False):
@@ -56,7 +45,7 @@ def play(model: str, config: dict, lora: bool = True, num_rows: int = 16, fail_a
         train_dataset=Dataset.from_list(read_rows("accent_train.jsonl", num_rows)),
         eval_dataset=Dataset.from_list(read_rows("accent_test.jsonl", 8)),
         peft_config=LoraConfig(r=4, target_modules="all-linear") if lora else None,
-        callbacks=[FailAt(fail_at)],
+        callbacks=[AtStep(fail_at)],
     )
     trainer.train()
     if push:

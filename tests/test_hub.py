@@ -23,36 +23,24 @@ def hub():
 @pytest.fixture
 def run(hub, tiny_model, tmp_path):
     """Plays a run of two iterations of two steps in a process, and gives what it printed."""
-    environment = {
-        "HF_ENDPOINT": hub.url,
-        "HF_HUB_OFFLINE": "0",
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HOME": str(tmp_path / "home"),
-    }
-    config = {
-        "output_dir": str(tmp_path / "run"),
-        "push_to_hub": True,
-        "hub_iteration_revisions": True,
-        "hub_token": TOKEN,
-        "save_strategy": "epoch",
-        "save_total_limit": 1,
-        "disable_tqdm": True,
-    }
+    environment = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    environment["HF_HOME"] = str(tmp_path / "home")
+    config = {"output_dir": str(tmp_path / "run"), "push_to_hub": True, "hub_iteration_revisions": True}
+    config |= {"hub_token": TOKEN, "save_strategy": "epoch", "disable_tqdm": True}
 
-    def play(succeeds: bool = True, **job) -> str:
-        return play_in_process(tmp_path, environment, succeeds, model=tiny_model, config=config, **job)
+    def play(lora: bool = True, push: bool = False, **settings) -> str:
+        job = {"model": tiny_model, "config": {**config, **settings}, "lora": lora, "push": push}
+        return play_in_process(tmp_path, environment, **job)
 
     return play
 
 
-@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
-def test_each_iteration_is_a_revision_and_the_final_model_the_main_one(hub, run, tmp_path, lora):
-    output = run(lora=lora, push=True)
-    name = "adapter_model.safetensors" if lora else "model.safetensors"
+def assert_all_is_pushed(hub: FakeHub, output_dir: Path, weights: str) -> None:
+    """Each iteration is a revision, the final model the main one, and nothing else of the run is on the hub."""
     assert set(hub.branches) == {"main", "iteration-0", "iteration-1"}
-    own = {branch: hub.branches[branch][name] for branch in hub.branches}
+    own = {branch: hub.branches[branch][weights] for branch in hub.branches}
     assert own["main"] == own["iteration-1"] != own["iteration-0"]
-    assert own["main"] == (tmp_path / "run" / name).read_bytes()
+    assert own["main"] == (output_dir / weights).read_bytes()
     for branch, files in hub.branches.items():
         assert "config.json" in files or "adapter_config.json" in files
         assert "tokenizer.json" in files
@@ -64,26 +52,25 @@ def test_each_iteration_is_a_revision_and_the_final_model_the_main_one(hub, run,
         assert {Path(path).suffix for path in others} <= {".safetensors", ".json", ".jinja"}
         assert not [path for path in files if "/" in path or "self_play" in path or "state" in path]
     assert hub.tokens == {TOKEN}
-    assert TOKEN not in output
-    for path in (tmp_path / "run").rglob("*"):
+    for path in output_dir.rglob("*"):
         assert not path.is_file() or TOKEN.encode() not in path.read_bytes(), path
 
 
+def test_each_iteration_is_a_revision_and_the_final_model_the_main_one(hub, run, tmp_path):
+    assert TOKEN not in run(lora=False, push=True, save_total_limit=1)
+    assert_all_is_pushed(hub, tmp_path / "run", "model.safetensors")
+
+
 def test_failed_push_is_a_warning_and_the_same_command_pushes_what_is_missing(hub, run, tmp_path):
-    hub.refuses = lambda branch: True
-    output = run(fail_at=3, succeeds=False)  # in iteration 1, after iteration 0 could not be pushed
-    assert "stopped by the test" in output
-    assert "could not be pushed to me/run, revision 'iteration-0'" in output and "start" in output
-    expected = (tmp_path / "run" / "checkpoint-2" / "adapter_model.safetensors").read_bytes()
+    hub.refuses = True
+    output = run()
+    for branch in ("iteration-0", "iteration-1", "main"):
+        assert f"could not be pushed to me/run, revision '{branch}'" in output
     assert hub.commits == []
-    hub.refuses = lambda branch: branch == "main"
-    run()
-    assert [branch for branch, _ in hub.commits] == ["iteration-0", "iteration-1"]
-    assert hub.branches["iteration-0"]["adapter_model.safetensors"] == expected
-    hub.refuses = lambda branch: False
-    run()  # all is played, but not all is pushed
-    own = {branch: hub.branches[branch]["adapter_model.safetensors"] for branch in hub.branches}
-    assert own["main"] == own["iteration-1"] != expected
+    hub.refuses = False
+    run()  # all is played, but not pushed
+    assert hub.commits == ["iteration-0", "iteration-1", "main"]
+    assert_all_is_pushed(hub, tmp_path / "run", "adapter_model.safetensors")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Every number of an iteration is documented, and logged once, however often a run is stopped."""
+"""What a run logs: every number is documented, logged once however often a run is stopped, and kept in `log.jsonl`."""
 
 import json
 import re
@@ -7,14 +7,20 @@ from collections import Counter
 import pytest
 from conftest import ROOT
 from peft import LoraConfig
+from stopping import AtStep, fail, train_until_stopped
 from transformers import TrainerCallback
 
 from spin_trl import SPINTrainer
 from spin_trl.evaluation.metric_names import ITERATION, logged_values
+from spin_trl.report.run_data import read_run
 
 
 def own_entries(trainer: SPINTrainer) -> list[dict]:
     return [entry for entry in trainer.state.log_history if ITERATION in entry]
+
+
+def loss_steps(entries: list[dict]) -> list[int]:
+    return [entry["step"] for entry in entries if "loss" in entry]
 
 
 def test_what_is_logged_and_what_is_documented_are_the_same(
@@ -38,44 +44,16 @@ def test_every_iteration_has_every_number_and_history_is_not_counted_as_its_own(
     first, second = (trainer.store.read_metrics(iteration) for iteration in (0, 1))
     assert set(first) == set(second) - {"collapse_signs"}  # the tiny model may show one
     assert (second["num_pairs"], second["num_training_pairs"]) == (48, 96)
-    pairs = trainer.store.read_pairs(1)
-    own = [row for row in pairs if row["iteration"] == 1]
+    own = [row for row in trainer.store.read_pairs(1) if row["iteration"] == 1]
     logps, tokens = sum(row["ref_chosen_logps"] for row in own), sum(len(row["chosen_ids"]) for row in own)
     assert second["opponent_nll"] == pytest.approx(-logps / tokens)
     assert second["opponent_nll"] != first["opponent_nll"]  # another opponent
     assert min(second[name] for name in ("seconds_train", "tokens_per_second", "completions_per_second")) > 0
 
 
-class Stop(TrainerCallback):
-    """Ends the run as soon as the trainer logs a number of that name for that iteration, or takes that step."""
-
-    def __init__(self, iteration: int = -1, name: str = "", step: int = -1):
-        self.iteration, self.name, self.step = iteration, name, step
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.name in logs and logs.get(ITERATION) == self.iteration:
-            raise ZeroDivisionError
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise ZeroDivisionError
-
-
-STOPS = [
-    Stop(0, "eval_nll"),
-    Stop(0, "self_play/num_pairs"),
-    Stop(step=3),
-    Stop(0, "self_play/seconds_train"),
-    Stop(1, "eval_nll"),
-    Stop(step=9),
-    Stop(2, "eval_nll"),
-]
-
-
-def test_numbers_of_a_run_that_is_stopped_everywhere_are_logged_once(
-    tiny_model, train_dataset, eval_dataset, make_config
-):
-    """Six steps in iteration 0 and twelve in iteration 1, a checkpoint every two: seven stops, then the end."""
+@pytest.fixture
+def start(tiny_model, train_dataset, eval_dataset, make_config):
+    """Six steps in iteration 0 and twelve in iteration 1, a checkpoint every two."""
 
     def start(*callbacks) -> SPINTrainer:
         config = make_config(num_iterations=2, save_strategy="steps", save_steps=2, resume="auto", temperature=0)
@@ -83,16 +61,39 @@ def test_numbers_of_a_run_that_is_stopped_everywhere_are_logged_once(
             tiny_model, config, train_dataset=train_dataset, eval_dataset=eval_dataset, callbacks=list(callbacks)
         )
 
+    return start
+
+
+class AtNumber(TrainerCallback):
+    """Stops the run as soon as it logs a number of that name for that iteration."""
+
+    def __init__(self, iteration: int, name: str):
+        self.iteration, self.name = iteration, name
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.name in logs and logs.get(ITERATION) == self.iteration:
+            fail()
+
+
+STOPS = [
+    AtNumber(0, "eval_nll"),
+    AtNumber(0, "self_play/num_pairs"),
+    AtStep(3),
+    AtNumber(0, "self_play/seconds_train"),
+    AtNumber(1, "eval_nll"),
+    AtStep(9),
+    AtNumber(2, "eval_nll"),
+]
+
+
+def test_numbers_of_a_run_that_is_stopped_everywhere_are_logged_once(start):
     for stop in STOPS:
-        with pytest.raises(ZeroDivisionError):
-            start(stop).train()
+        train_until_stopped(start(stop))
     trainer = start()
     trainer.train()
     entries = own_entries(trainer)
-    names = Counter((entry[ITERATION], name) for entry in entries for name in entry)
-    assert {key for key, count in names.items() if count > 1} <= {
-        (iteration, name) for iteration in range(3) for name in (ITERATION, "epoch", "step")
-    }
+    counts = Counter((entry[ITERATION], name) for entry in entries for name in entry)
+    assert {name for (_, name), count in counts.items() if count > 1} <= {ITERATION, "epoch", "step"}
     for iteration in range(3):
         logged = {}
         for entry in entries:
@@ -100,19 +101,20 @@ def test_numbers_of_a_run_that_is_stopped_everywhere_are_logged_once(
                 logged |= entry
         expected = logged_values(trainer.store.read_metrics(iteration))
         assert {name: logged.get(name) for name in expected} == expected
-    assert len([entry for entry in trainer.state.log_history if "loss" in entry]) == 18
+    assert loss_steps(trainer.state.log_history) == list(range(1, 19))
 
 
-def test_loss_of_an_iterations_last_step_is_logged_beside_its_numbers(tiny_model, train_dataset, make_config):
-    trainer = SPINTrainer(tiny_model, make_config(num_iterations=1), train_dataset=train_dataset)
-    trainer.train()
-    at_the_end = [entry for entry in trainer.state.log_history if entry["step"] == 6]
-    assert any("loss" in entry for entry in at_the_end)
-    assert any("self_play/seconds_train" in entry for entry in at_the_end)
-
-
-def test_lengths_are_kept_for_the_report(tiny_model, train_dataset, make_config):
-    trainer = SPINTrainer(tiny_model, make_config(num_iterations=1), train_dataset=train_dataset)
-    trainer.train()
-    metrics = json.loads(trainer.store.path(0, "metrics.json").read_text())
-    assert list(metrics["chosen_lengths"]) == list(metrics["rejected_lengths"]) == ["p10", "p50", "p90"]
+def test_log_is_on_disk_as_it_is_made_and_goes_on_behind_the_checkpoint(start):
+    first = train_until_stopped(start(AtStep(11)))
+    assert loss_steps(read_run(first.store.output_dir).log) == list(
+        range(1, 11)
+    )  # the last one is logged after its end
+    with first.store.log_file.open("a") as file:
+        file.write('{"step": 11, "lo')  # as a kill leaves it
+    second = start()
+    second.train()
+    content = second.store.log_file.read_text()
+    assert [json.loads(line) for line in content.splitlines()] == second.state.log_history
+    assert loss_steps(second.state.log_history) == list(range(1, 19))
+    start().train()  # it is complete, and keeps its log
+    assert second.store.log_file.read_text() == content

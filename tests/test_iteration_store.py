@@ -336,6 +336,8 @@ def test_clearing_a_run_leaves_what_is_not_its_own(store):
     for iteration in (12, 2):
         store.write_metrics(iteration, {"nll": 1.0})
     store.write_invalid_rows([{"row": 3}])
+    for name in ("log.jsonl", "report.html"):
+        (store.output_dir / name).write_text("of this run")
     store.write_data(run_data(0))
     foreign = ["notes.txt", "iteration-notes.txt", "checkpoint-best/model.safetensors", "iteration-plots/nll.png"]
     foreign += ["preference_data/mine.jsonl", "iteration-01/a", "iteration--1/a", "iteration-²/a", "iteration-1.tmp/a"]

@@ -11,12 +11,14 @@ from datasets import Dataset
 from small_run import ANSWERS, GAMES, write_run
 from tiny_tokenizers import byte_tokenizer
 
+from spin_trl import SPINTrainer
 from spin_trl.report import write_report
 from spin_trl.report.charts import Axes, Series, bar_chart, format_number, line_chart, nice_ticks
 from spin_trl.report.page import render
 from spin_trl.report.run_data import read_run
 from spin_trl.report.sections import iteration_starts
 from spin_trl.report.summary import remarks_of, scores_of, state_of, tiles_of
+from spin_trl.run_directory.description import changed_settings
 from spin_trl.run_directory.run_paths import RunDirectoryError
 
 
@@ -144,7 +146,7 @@ def test_iterations_begin_where_the_log_says(store):
 def test_the_numbers_at_the_top_and_what_stands_out(store):
     run = read_run(store.output_dir)
     tiles = {tile.name: (tile.value, tile.detail) for tile in tiles_of(run)}
-    assert tiles["nll, nats per token (lower is better)"] == ("1 → 0.3333", "best: 0.3333, after iteration 1")
+    assert tiles["nll"] == ("1 → 0.3333", "start to after iteration 1")
     assert tiles["accuracy"] == ("0.5 → 0.6", "start to after iteration 0")
     assert tiles["Answers equal to the ground truth"][0] == "25.0 % → 50.0 %"
     assert tiles["Time between trainings"][0] == "2 min 11 s"  # 60 + 61 + 2 * 5
@@ -190,22 +192,12 @@ def test_long_curves_are_averaged():
     assert len(hover) == 240 and hover[0][1] == "step 10: loss 2"
 
 
-def test_bars_lie_beside_or_on_top_of_each_other():
-    def rectangles(stacked: bool) -> list[tuple[float, float, float]]:
-        chart = bar_chart(Axes("", "x"), ["0"], [Series("a", [2.0]), Series("b", [2.0])], stacked)
-        found = re.findall(r'<rect class="[\w-]+" x="([\d.]+)" y="([\d.]+)" width="[\d.]+" height="([\d.]+)"', chart)
-        return [tuple(map(float, values)) for values in found]
-
-    (x0, y0, height0), (x1, y1, height1) = rectangles(stacked=False)
-    assert x0 < x1 and y0 == y1 and height0 == height1
-    (x0, y0, height0), (x1, y1, height1) = rectangles(stacked=True)
+def test_bars_lie_on_top_of_each_other_and_bars_of_nothing_are_no_chart():
+    chart = bar_chart(Axes("", "x"), ["0"], [Series("a", [2.0]), Series("b", [2.0])])
+    found = re.findall(r'<rect class="[\w-]+" x="([\d.]+)" y="([\d.]+)" width="[\d.]+" height="([\d.]+)"', chart)
+    (x0, y0, height0), (x1, y1, height1) = (tuple(map(float, values)) for values in found)
     assert x0 == x1 and y1 == pytest.approx(y0 - height0, abs=0.11) and height0 == pytest.approx(height1, abs=0.11)
-
-
-@pytest.mark.parametrize("stacked", [False, True])
-def test_bars_of_nothing_are_no_chart(stacked):
-    assert bar_chart(Axes("", "x"), [], [], stacked) == ""
-    assert bar_chart(Axes("", "x"), ["0"], [Series("a", [None])], stacked) == ""
+    assert bar_chart(Axes("", "x"), [], []) == bar_chart(Axes("", "x"), ["0"], [Series("a", [None])]) == ""
 
 
 # The command
@@ -244,3 +236,30 @@ def test_the_page_names_nothing_outside_itself(store):
     page = write_report(store.output_dir, pictures=False).read_text()
     assert "default-src 'none'" in page
     assert not re.search(r"""(?:src|href)\s*=\s*["'](?!#)|url\(|@import|https?://""", page)
+
+
+# The end of a run
+
+
+def test_run_ends_with_its_report(tiny_model, train_dataset, make_config, capsys):
+    trainer = SPINTrainer(tiny_model, make_config(num_iterations=1, report=True), train_dataset=train_dataset)
+    trainer.train()
+    page = (trainer.store.output_dir / "report.html").read_text()
+    assert "complete, 1 iteration" in page and "settings that differ from the defaults" in page
+    assert f"Report: {trainer.store.output_dir}/report.html" in capsys.readouterr().out
+
+
+def test_report_that_fails_is_a_warning(tiny_model, train_dataset, make_config, caplog):
+    trainer = SPINTrainer(tiny_model, make_config(num_iterations=1, report=True), train_dataset=train_dataset)
+    (trainer.store.output_dir / "report.html").mkdir(parents=True)  # in its place
+    trainer.train()
+    assert trainer.store.read_run()["finished"]
+    assert "The report is not written (" in caplog.text
+    assert f"python -m spin_trl.report {trainer.store.output_dir}" in caplog.text
+
+
+def test_settings_that_differ_from_the_defaults_are_named(make_config):
+    changed = changed_settings(make_config(beta=0.3, loss_type=["hinge"]))
+    assert {"beta", "loss_type", "learning_rate", "max_completion_length"} <= set(changed)
+    unchanged = changed_settings(make_config(beta=0.1, learning_rate=5e-7))
+    assert not {"beta", "loss_type", "learning_rate", "temperature", "optim", "seed", "output_dir"} & set(unchanged)

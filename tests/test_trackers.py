@@ -1,9 +1,10 @@
-"""What TensorBoard, W&B (offline) and trackio hold after a real run, read back from their own files."""
+"""What TensorBoard and W&B (offline) hold after a real run that was stopped, read back from their own files."""
 
 import json
 import struct
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from play_short import play_in_process
@@ -17,44 +18,43 @@ STEPS = {
     "train/loss": [1, 2, 3, 4],
     "train/rewards/margins": [1, 2, 3, 4],
 }
+EVERY_TIME = ("train/epoch", "train/self_play/iteration")  # added to everything that is logged
+Entries = list[tuple[str, int, float]]  # name, step, value
 
 
-@pytest.fixture
-def run(tiny_model, tmp_path):
-    def play(report_to: str, fail_at: int = -1, **environment: str) -> None:
-        config = {
-            "output_dir": str(tmp_path / "run"),
-            "report_to": report_to,
-            "save_strategy": "steps",
-            "save_steps": 1,
-            "disable_tqdm": True,
-        }
-        play_in_process(tmp_path, environment, fail_at < 0, model=tiny_model, config=config, fail_at=fail_at)
-
-    return play
+@pytest.fixture(scope="module")
+def folder(tiny_model, tmp_path_factory) -> Path:
+    """Of a run that failed at step 3, with a checkpoint of step 2, and went on: step 3 is taken twice."""
+    folder = tmp_path_factory.mktemp("tracked")
+    pytest.importorskip("wandb")
+    variables = {"WANDB_MODE": "offline", "WANDB_DIR": str(folder), "WANDB_SILENT": "true"}
+    config = {"output_dir": str(folder / "run"), "report_to": ["tensorboard", "wandb"]}
+    config |= {"save_strategy": "steps", "save_steps": 1, "disable_tqdm": True}
+    for fail_at in (3, -1):
+        play_in_process(folder, variables, fail_at < 0, model=tiny_model, config=config, fail_at=fail_at)
+    return folder
 
 
-def require_expected(entries: list[tuple[str, int]]) -> None:
-    assert {name: sorted(step for found, step in entries if found == name) for name in STEPS} == STEPS
-    every_time = ("train/epoch", "train/self_play/iteration")  # added to everything that is logged
-    counts = Counter(entry for entry in entries if entry[0] not in every_time)
-    assert max(counts.values()) == 1
-
-
-def test_tensorboard_has_every_metric_at_its_step_also_after_a_resume(run, tmp_path):
-    """What was logged behind the checkpoint is logged again, at the same step and of the same value."""
+def of_tensorboard(folder: Path) -> Iterator[Entries]:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    run("tensorboard", fail_at=3)  # its checkpoint is step 2's: step 3 is taken again
-    run("tensorboard")
-    values = defaultdict(set)
-    for folder in {path.parent for path in (tmp_path / "run" / "runs").rglob("events.*")}:
-        events = accumulator.EventAccumulator(str(folder))
+    for path in {path.parent for path in (folder / "run" / "runs").rglob("events.*")}:
+        events = accumulator.EventAccumulator(str(path))
         events.Reload()
-        for tag in events.Tags()["scalars"]:
-            for event in events.Scalars(tag):
-                values[tag, event.step].add(event.value)
-    require_expected(list(values))
-    assert all(len(found) == 1 for (tag, _), found in values.items() if tag.startswith("eval/"))
+        yield [(tag, e.step, e.value) for tag in events.Tags()["scalars"] for e in events.Scalars(tag)]
+
+
+def of_wandb(folder: Path) -> Iterator[Entries]:
+    from wandb.proto import wandb_internal_pb2
+
+    for path in folder.rglob("*.wandb"):
+        entries = []
+        for data in wandb_records(path.read_bytes()):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(data)
+            items = {"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item}
+            step = items.pop("train/global_step", None)
+            entries += [(name, step, value) for name, value in items.items() if name.startswith(("train/", "eval/"))]
+        yield entries
 
 
 def wandb_records(content: bytes) -> Iterator[bytes]:
@@ -73,32 +73,15 @@ def wandb_records(content: bytes) -> Iterator[bytes]:
             record = b""
 
 
-def test_wandb_offline_has_every_metric_at_its_step_once(run, tmp_path):
-    pytest.importorskip("wandb")
-    from wandb.proto import wandb_internal_pb2
-
-    run("wandb", WANDB_MODE="offline", WANDB_DIR=str(tmp_path), WANDB_SILENT="true")
-    entries = []
-    for path in tmp_path.rglob("*.wandb"):
-        for data in wandb_records(path.read_bytes()):
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(data)
-            items = {"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item}
-            step = items.pop("train/global_step", None)
-            entries += [(name, step) for name in items if name.startswith(("train/", "eval/"))]
-    require_expected(entries)
-
-
-def test_trackio_has_every_metric_at_its_step_once(run, tmp_path):
-    pytest.importorskip("trackio", reason="trackio is not installed: it wants an older pillow than vLLM brings")
-    folder = tmp_path / "trackio"
-    run("trackio", TRACKIO_DIR=str(folder))
-    import sqlite3
-
-    entries = []
-    for path in folder.rglob("*.db"):
-        for step, metrics in sqlite3.connect(path).execute("select step, metrics from metrics"):
-            values = json.loads(metrics)
-            step = values.pop("train/global_step", step)
-            entries += [(name, step) for name in values if "/" in name]
-    require_expected(entries)
+@pytest.mark.parametrize("read", [of_tensorboard, of_wandb])
+def test_every_metric_is_there_at_its_step_once_and_of_one_value_also_after_a_resume(folder, read):
+    values = defaultdict(set)
+    starts = list(read(folder))
+    assert len(starts) == 2
+    for entries in starts:
+        counts = Counter((name, step) for name, step, _ in entries if name not in EVERY_TIME)
+        assert max(counts.values()) == 1
+        for name, step, value in entries:
+            values[name, step].add(value)
+    assert {name: sorted(step for found, step in values if found == name) for name in STEPS} == STEPS
+    assert all(len(found) == 1 for (name, _), found in values.items() if name.startswith("eval/"))

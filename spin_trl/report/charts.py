@@ -94,22 +94,21 @@ def line_chart(axes: Axes, x: Sequence[float], series: list[Series]) -> Markup:
     return _figure(axes, series, list(map(to_x, x)), names, x_ticks, y_ticks, to_y, marks=marks, curves=curves)
 
 
-def bar_chart(axes: Axes, names: list[str], series: list[Series], stacked: bool = False) -> Markup:
-    """Bars, one group for each name: beside each other, or on top of each other."""
+def bar_chart(axes: Axes, names: list[str], series: list[Series]) -> Markup:
+    """A bar for each name, in which the series lie on top of each other."""
     values = np.array([[value or 0 for value in one.values] for one in series], float)  # (series, names)
     if not values.any():
         return Markup("")
-    y_ticks = nice_ticks(0, (values.sum(axis=0) if stacked else values).max())
+    y_ticks = nice_ticks(0, values.sum(axis=0).max())
     to_y = _scale(0, y_ticks[-1], _FRAME.bottom, _FRAME.top)
-    group = (_FRAME.right - _FRAME.left) / len(names)
-    centres = [round(_FRAME.left + (i + 0.5) * group, 1) for i in range(len(names))]
-    width = min(0.7 * group, 48) if stacked else 0.86 * group / len(series)
-    floors = np.cumsum(values, axis=0) - values if stacked else np.zeros_like(values)
+    room = (_FRAME.right - _FRAME.left) / len(names)
+    centres = [round(_FRAME.left + (i + 0.5) * room, 1) for i in range(len(names))]
+    width = round(min(0.7 * room, 48), 1)
+    tops = np.cumsum(values, axis=0)
     bars = []
     for number, name in np.argwhere(values > 0):
-        top, bottom = to_y(floors[number, name] + values[number, name]), to_y(floors[number, name])
-        left = centres[name] + (-0.5 if stacked else number - len(series) / 2) * width
-        bars.append((series[number].tone, round(left, 1), top, round(width, 1), round(bottom - top, 1)))
+        top, bottom = to_y(tops[number, name]), to_y(tops[number, name] - values[number, name])
+        bars.append((series[number].tone, round(centres[name] - width / 2, 1), top, width, round(bottom - top, 1)))
     x_ticks = _with_room(list(zip(centres, names, strict=True)))
     return _figure(axes, series, centres, names, x_ticks, y_ticks, to_y, bars=bars)
 

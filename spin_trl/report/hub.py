@@ -97,8 +97,7 @@ class PushIterations(TrainerCallback):
 
 
 def _iteration_that_ends_in(checkpoint: Path, run_id: str) -> int | None:
+    """The number of the iteration of the run that ends in a checkpoint, if one does."""
     with suppress(OSError, ValueError, TypeError):  # it is none of a self-play run
         place = Place.read(checkpoint)
-        if place.run_id == run_id and place.is_iteration_done:
-            return place.iteration
-    return None
+        return place.iteration if place.run_id == run_id and place.is_iteration_done else None

@@ -101,8 +101,8 @@ def length_charts(run: RunData) -> list[Markup]:
     for iteration, rejected in run.rejected_lengths.items():
         sides = [("chosen", run.chosen_lengths[iteration]), ("rejected", rejected)]
         series = [Series(name, _binned(counts, size, len(names)), name) for name, counts in sides if counts.sum()]
-        axes = Axes(f"Lengths in iteration {iteration}", "tokens", "share of the side", percent=True)
-        charts.append(bar_chart(axes, names, series))
+        axes = Axes(f"Lengths in iteration {iteration}", "tokens", "share of the side", percent=True, x_names=names)
+        charts.append(line_chart(axes, range(len(names)), series))
     return charts
 
 
@@ -121,7 +121,7 @@ def time_chart(run: RunData) -> Markup:
         for number, name in enumerate(names)
     ]
     axes = Axes("Time of each phase", "iteration", "seconds")
-    return bar_chart(axes, [str(i) for i in iterations], series, stacked=True)
+    return bar_chart(axes, [str(i) for i in iterations], series)
 
 
 def metrics_table(run: RunData) -> Markup:

@@ -46,7 +46,7 @@ def scores_of(run: RunData) -> dict[str, dict[int, float]]:
 
 def tiles_of(run: RunData) -> list[Tile]:
     """The numbers that one looks for first."""
-    tiles = [_score_tile(name, values) for name, values in list(scores_of(run).items())[:4]]
+    tiles = [_change_tile(name, values) for name, values in list(scores_of(run).items())[:4]]
     for name, title in (("identical_share", "Answers equal to the ground truth"), ("cut_off_share", "Answers cut off")):
         values = {i: metrics[name] for i, metrics in run.metrics.items() if name in metrics}
         if values:
@@ -56,15 +56,6 @@ def tiles_of(run: RunData) -> list[Tile]:
     seconds = sum(metrics.get(name, 0) for metrics in run.metrics.values() for name in phases)
     tiles.append(Tile("Time between trainings", format_seconds(seconds), "publish, evaluate, generate, score"))
     return tiles
-
-
-def _score_tile(name: str, values: dict[int, float]) -> Tile:
-    tile = _change_tile(name, values)
-    if name != "nll" or len(values) < 2:  # of the user's own scores nobody knows whether more is better
-        return tile
-    best = min(values, key=values.get)
-    detail = f"best: {format_number(values[best])}, {_after(best)}"
-    return Tile("nll, nats per token (lower is better)", tile.value, detail)
 
 
 def _change_tile(name: str, values: dict[int, float], percent: bool = False) -> Tile:

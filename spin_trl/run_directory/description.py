@@ -39,7 +39,7 @@ _SECRET_TEXTS = (
 
 def differences(stored: dict[str, Any], present: dict[str, Any]) -> list[str]:
     """
-    What keeps the present run from continuing a stored one. A setting that a description lacks has its default.
+    What keeps the present run from continuing a stored one.
 
     Args:
         stored, present (`dict[str, Any]`): Descriptions as in `self_play.json`, with `model`, `adapter`,
@@ -48,17 +48,17 @@ def differences(stored: dict[str, Any], present: dict[str, Any]) -> list[str]:
     Returns:
         `list[str]`: one entry for each field that differs, with both values.
     """
-    found = [_difference(name, stored.get(name), present.get(name)) for name in ("model", "reward_functions")]
-    found += [_difference(name, *_shared(stored.get(name), present.get(name))) for name in ("adapter", "quantization")]
-    for part in ("training", "data"):
-        there, now = stored.get(part, {}), present.get(part, {})
-        found += [_difference(f"{part}.{name}", there.get(name), now.get(name)) for name in sorted({*there, *now})]
-    there, now = (_with_defaults(description.get("config", {})) for description in (stored, present))
-    of_losses = {name for objective in OBJECTIVES.values() for name in objective.fields}
-    for name in sorted({*_BINDING_FIELDS, *of_losses}):
-        if not _grows(name, there.get(name), now.get(name)):
-            found.append(_difference(name, there.get(name), now.get(name)))
-    return [text for text in found if text is not None]
+    there, now = _what_binds(stored), _what_binds(present)
+    found = []
+    for name in {**there, **now}:
+        value, other = there.get(name), now.get(name)
+        if name in ("adapter", "quantization") and isinstance(value, dict) and isinstance(other, dict):
+            # Of what both know: another release may have added or dropped a field.
+            shared = sorted(value.keys() & other.keys() - _FREE_PARTS)
+            value, other = ({name: part[name] for name in shared} for part in (value, other))
+        if not (_is_same(value, other) or _grows(name, value, other)):
+            found.append(f"`{name}`: {value!r} there, {other!r} now")
+    return found
 
 
 def changed_settings(args: SPINConfig) -> list[str]:
@@ -85,21 +85,16 @@ def without_secrets(value: Any) -> Any:
     return value
 
 
-def _difference(name: str, stored: Any, present: Any) -> str | None:
-    return None if _is_same(stored, present) else f"`{name}`: {stored!r} there, {present!r} now"
-
-
-def _shared(stored: Any, present: Any) -> tuple[Any, Any]:
-    """Of two configurations what both know: another release may have added or dropped a field."""
-    if not (isinstance(stored, dict) and isinstance(present, dict)):
-        return stored, present
-    names = stored.keys() & present.keys() - _FREE_PARTS
-    return tuple({name: part[name] for name in sorted(names)} for part in (stored, present))
-
-
-def _with_defaults(config: dict[str, Any]) -> dict[str, Any]:
+def _what_binds(description: dict[str, Any]) -> dict[str, Any]:
+    """Each field by its name. A setting that the description lacks has its default."""
+    binding = {name: description.get(name) for name in ("model", "reward_functions", "adapter", "quantization")}
+    for part in ("training", "data"):
+        binding |= {f"{part}.{name}": value for name, value in description.get(part, {}).items()}
+    config = description.get("config", {})
     losses = config.get("loss_type", ["sigmoid"])
-    return {**_defaults([losses] if isinstance(losses, str) else losses), **config}
+    config = {**_defaults([losses] if isinstance(losses, str) else losses), **config}
+    of_losses = [name for objective in OBJECTIVES.values() for name in objective.fields]
+    return binding | {name: config.get(name) for name in (*_BINDING_FIELDS, *of_losses)}
 
 
 def _defaults(loss_type: list[str]) -> dict[str, Any]:

@@ -84,20 +84,17 @@ class IterationStore:
         Raises:
             [`RunDirectoryError`]: if another process runs here.
         """
-        lock = FileLock(self.output_dir / ".lock")
         try:
             with writing(self.output_dir):
                 make_directory(self.output_dir)
-                lock.acquire(timeout=0)
-        except Timeout:
+                held = FileLock(self.output_dir / ".lock").acquire(timeout=0)
+        except Timeout as error:
             raise RunDirectoryError(
-                f"Another process is running in `output_dir` ({self.output_dir}): it holds {lock.lock_file}. Wait for "
+                f"Another process is running in `output_dir` ({self.output_dir}): it holds {error.lock_file}. Wait for "
                 "it, end it, or choose another `output_dir`."
             ) from None
-        try:
+        with held:
             yield
-        finally:
-            lock.release()
 
     def write_run(self, description: dict[str, Any]) -> None:
         write_json(self.output_dir / "self_play.json", without_secrets(description))
@@ -249,10 +246,7 @@ class IterationStore:
             answers ([`~datasets.Dataset`]): The side that the opponent made; see `pairs.ANSWER_SCHEMA`.
             scores (`dict[str, np.ndarray]`): Further columns, each of shape `(len(answers),)`.
         """
-        schema = answers.features.arrow_schema.remove_metadata()
-        for name, values in scores.items():
-            schema = schema.append(pa.field(name, pa.from_numpy_dtype(values.dtype)))
-        self.pairs(iteration).write(_with_columns(answers, scores), schema)
+        self.pairs(iteration).write(_with_columns(answers, scores))
 
     def read_pairs(self, iteration: int) -> PairDataset:
         """

@@ -54,11 +54,10 @@ def write_whole(
         [`DiskError`]: if the disk does not take it. Nothing is left of it then.
     """
     temporary = temporary_path(path, shared=is_main_process is not None)
-    if is_main_process is False:
-        with writing(path, num_bytes):
-            write(temporary)
-        return
     with writing(path, num_bytes):
+        if is_main_process is False:
+            write(temporary)
+            return
         make_directory(path.parent)
         remove(temporary)
         try:
