@@ -2,9 +2,9 @@
 
 play_failing.py MODEL OUTPUT_DIR PHASES [--any_field value]
 
-PHASES are some of generate, score and step, with commas between. Process 1 fails in the first; both catch its error and
-begin again, and fail in the next one. The error of the last is not caught. With the phase wait nobody fails: the main
-process writes `pids` while it evaluates, and sleeps.
+PHASES are some of generate, score, save and step, with commas between. Process 1 fails in the first; both catch its
+error and begin again, and fail in the next one. The error of the last is not caught. With the phase wait nobody fails:
+the main process writes `pids` while it evaluates, and sleeps.
 """
 
 import json
@@ -18,7 +18,7 @@ from accelerate.utils import gather_object
 from conftest import read_rows
 from datasets import Dataset
 from play_distributed import settings
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import TrlParser
 
 from spin_trl import SPINConfig, SPINTrainer
@@ -28,23 +28,29 @@ class InjectedError(ArithmeticError):
     pass
 
 
-class Failing:
-    """A hook of the model, called before each forward pass."""
-
+class Failing(TrainerCallback):
     def __init__(self, config: SPINConfig):
         self.phase, self.rank, self.folder = "", config.process_index, Path(config.output_dir)
         self.num_passes = 0
 
-    def __call__(self, model, args, kwargs) -> None:
+    def before_forward(self, model, args, kwargs) -> None:
         phase = "step" if torch.is_grad_enabled() else "generate" if kwargs.get("use_cache") else "score"
         if phase != self.phase:
             return
         self.num_passes += 1
-        if self.rank == 1 and self.num_passes == 3:
-            (self.folder / "failed-at").write_text(str(time.time()))
-            raise InjectedError(f"injected into {phase}")
+        if self.num_passes == 3:
+            self.fail()
         if phase == "generate":
             time.sleep(0.5)  # process 0 is in its midst
+
+    def on_save(self, *args, **kwargs) -> None:
+        if self.phase == "save":
+            self.fail()
+
+    def fail(self) -> None:
+        if self.rank == 1:
+            (self.folder / "failed-at").write_text(str(time.time()))
+            raise InjectedError(f"injected into {self.phase}")
 
 
 def wait(output_dir: str, pids: list[int]):
@@ -66,7 +72,7 @@ if __name__ == "__main__":
     (config,) = parser.parse_args_and_config(sys.argv[4:])
     failing = Failing(config)
     policy = AutoModelForCausalLM.from_pretrained(model)
-    policy.register_forward_pre_hook(failing, with_kwargs=True)
+    policy.register_forward_pre_hook(failing.before_forward, with_kwargs=True)
     rows = read_rows("accent_train.jsonl", 40)
     pids = gather_object([os.getpid()])
     trainer = SPINTrainer(
@@ -75,6 +81,7 @@ if __name__ == "__main__":
         train_dataset=Dataset.from_list(rows),
         eval_dataset=Dataset.from_list(rows[:16]) if phases == "wait" else None,
         compute_generation_metrics=wait(output_dir, pids) if phases == "wait" else None,
+        callbacks=[failing],
     )
     *caught, last = phases.split(",")
     for failing.phase in caught:

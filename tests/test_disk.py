@@ -8,11 +8,9 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from conftest import ROOT
 from datasets import Dataset
 from peft import LoraConfig
 from stopping import AtStep
-from two_processes import TwoProcesses
 
 from spin_trl import SPINTrainer
 from spin_trl.generation.vllm.managed_server import ManagedServer
@@ -138,18 +136,6 @@ def test_full_disk_is_named_leaves_nothing_half_written_and_the_same_command_goe
     assert again.run.start.is_resumed == (when != "start")
     assert again.store.read_run()["finished"] and left_over(disk.path) == []
     assert len(again.store.checkpoints()) == (settings["save_strategy"] == "epoch")
-
-
-def test_checkpoint_that_one_process_cannot_write_is_an_error_on_both(tiny_model, make_disk, tmp_path):
-    disk = make_disk("8m")
-    arguments = [tiny_model, str(disk.path), str(tmp_path), "2", "450000"]
-    path = f"{ROOT}:{ROOT / 'tests'}"
-    with TwoProcesses(tmp_path, str(ROOT / "tests" / "play_on_full_disk.py"), *arguments, PYTHONPATH=path) as processes:
-        assert processes.wait() == 0, processes.output()[-3000:]
-    for process in ("0", "1"):
-        message = (tmp_path / process).read_text()
-        assert message.startswith("DiskError: [Errno 28]") and "/checkpoint-2 could not" in message
-    assert left_over(disk.path) == []
 
 
 # Each writer, alone

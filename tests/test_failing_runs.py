@@ -35,18 +35,20 @@ def wait_until_all_end(processes: TwoProcesses, model: str, failed_at: float, re
     assert seconds < LIMIT
 
 
-@pytest.mark.parametrize("phases", ["generate,step", pytest.param("score", marks=slow)])
+@pytest.mark.parametrize("phases", ["generate,save,step", pytest.param("score", marks=slow)])
 def test_error_of_one_process_ends_all(model, tmp_path, record_property, phases):
     """And where both have caught it, they can begin again."""
-    with TwoProcesses(tmp_path, SCRIPT, model, str(tmp_path / "out"), phases) as processes:
+    arguments = [SCRIPT, model, str(tmp_path / "out"), phases, "--save_strategy", "epoch"]
+    with TwoProcesses(tmp_path, *arguments) as processes:
         assert processes.wait() != 0
         failed_at = float((tmp_path / "out" / "failed-at").read_text())
         wait_until_all_end(processes, model, failed_at, record_property)
-    last = phases.split(",")[-1]
+    *caught, last = phases.split(",")
     assert f"InjectedError: injected into {last}" in processes.output(1), processes.output()
     for rank in range(2):
-        caught = re.findall(r"Caught after ([\d.]+) s: injected into generate", processes.output(rank))
-        assert [float(seconds) < LIMIT for seconds in caught] == [True] * (last == "step"), processes.output()
+        found = re.findall(r"Caught after ([\d.]+) s: injected into (\w+)", processes.output(rank))
+        assert [phase for _, phase in found] == caught, processes.output()
+        assert all(float(seconds) < LIMIT for seconds, _ in found)
 
 
 @slow

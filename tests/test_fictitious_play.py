@@ -337,10 +337,10 @@ def test_run_killed_while_an_earlier_opponent_answers_ends_as_the_undisturbed_on
     last = max(count for count, place in enumerate(places) if place == "generations")
     kill_at = last - 4  # a part or two before the last is whole
     assert start(tiny_model, output_dir, fields, kill_at) == -signal.SIGKILL
-    parts = {path.name for path in (output_dir / "iteration-1" / "generations").glob("part-*")}
+    parts = {path.name for path in (output_dir / "iteration-1" / "generations").glob("part-*.parquet")}
     assert parts and not (output_dir / "iteration-1" / "pairs").exists()
     assert start(tiny_model, output_dir, fields) == 0
-    assert parts <= {path.name for path in (output_dir / "iteration-1" / "generations").glob("part-*")}
+    assert parts <= {path.name for path in (output_dir / "iteration-1" / "generations").glob("part-*.parquet")}
     assert_ends_the_same(output_dir, expected)
 
 

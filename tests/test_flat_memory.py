@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset
+from datasets import Dataset, Features, List, Value
 from tiny_tokenizers import letter_tokenizer
 
 from spin_trl.data.columns import write_rows
@@ -29,6 +29,10 @@ from spin_trl.play.answers import GenerationJob
 from spin_trl.run_directory.store import IterationStore
 
 
+IDS = List(Value("int32"))
+FEATURES = Features(
+    row=Value("int64"), source_row=Value("int64"), prompt=Value("string"), prompt_ids=IDS, chosen_ids=IDS
+)
 LENGTH = 200  # tokens of each list: 800 bytes in Arrow, many times as much as a list
 BYTES_A_ROW = 200
 
@@ -59,32 +63,16 @@ class Echo:
             yield Completion(request.key, [*request.prompt_ids[::-1], 2], "stop")
 
 
-def data_of(num_rows: int, path: Path) -> Dataset:
-    """Rows whose lists differ, in a file."""
-    schema = pa.schema(
-        [
-            ("row", pa.int64()),
-            ("source_row", pa.int64()),
-            ("prompt", pa.string()),
-            ("prompt_ids", pa.list_(pa.int32())),
-            ("chosen_ids", pa.list_(pa.int32())),
-        ]
-    )
+def data_of(num_rows: int, folder: Path) -> Dataset:
+    """Rows whose lists differ, in a file. The answer to a fifth of them is their ground truth."""
 
-    def lists(ids: np.ndarray) -> pa.ListArray:
-        return pa.ListArray.from_arrays(np.arange(0, ids.size + 1, ids.shape[1], np.int32), ids.ravel())
+    def rows():
+        for row in range(num_rows):
+            ids = [row + LENGTH, *range(1, LENGTH)]
+            chosen = [*ids[::-1], 2] if row % 5 == 0 else [*ids, 2]
+            yield {"row": row, "source_row": row, "prompt": f"prompt {row}", "prompt_ids": ids, "chosen_ids": chosen}
 
-    def tables():
-        for start in range(0, num_rows, 500):
-            rows = np.arange(start, start + 500)
-            ids = np.tile(np.arange(LENGTH, dtype=np.int32), (500, 1))
-            ids[:, 0] = rows + LENGTH
-            answers = np.c_[ids[:, ::-1], np.full(500, 2, np.int32)]
-            chosen = np.where(rows[:, None] % 5 == 0, answers, answers + 1)  # a fifth is repeated
-            yield pa.table([rows, rows, [f"prompt {i}" for i in rows], lists(ids), lists(chosen)], schema=schema)
-
-    write_rows(path, tables(), schema)
-    return Dataset.from_file(str(path))
+    return Dataset.from_generator(rows, features=FEATURES, cache_dir=str(folder), writer_batch_size=500)
 
 
 def play_two_iterations(data: Dataset, directory: Path) -> list[int]:
@@ -111,7 +99,7 @@ def play_two_iterations(data: Dataset, directory: Path) -> list[int]:
 def test_pairs_are_made_described_dropped_joined_and_written_without_holding_them(tmp_path):
     def work(num_rows: int) -> None:
         name = f"{num_rows}-{len(list(tmp_path.iterdir()))}"
-        data = data_of(num_rows, tmp_path / f"{name}.arrow")
+        data = data_of(num_rows, tmp_path / f"data-{name}")
         assert play_two_iterations(data, tmp_path / name) == [num_rows * 4 // 5, num_rows * 8 // 5]
 
     assert growth_per_row(work, 3000, 6000) < BYTES_A_ROW

@@ -115,18 +115,6 @@ def test_older_checkpoints_make_room_for_newer_ones(make_trainer):
     assert [path.name for path in trainer.store.checkpoints()] == ["checkpoint-18"]
 
 
-def test_learning_rates_go_on_where_they_stood(make_trainer):
-    settings = {"learning_rate": [1e-3, 2e-4], "warmup_steps": 0.25, "lr_scheduler_type": "cosine"}
-    rates = {}
-    first = stop_after(make_trainer, 11, **settings)
-    second = make_trainer(**settings)
-    second.train()
-    for trainer in (first, second):
-        rates |= {e["step"]: e["learning_rate"] for e in trainer.state.log_history if "learning_rate" in e}
-    assert rates[9] < max(rates[step] for step in rates if step > 6) <= 2e-4
-    assert rates[18] < rates[14] < rates[11]
-
-
 def test_finished_run_is_not_played_again_but_its_policy_is_there(make_trainer, lies_there, expected, capsys):
     before = times_of(lies_there().output_dir)
     again = make_trainer(AtStep(1))
