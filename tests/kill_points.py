@@ -16,6 +16,7 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
+from conftest import TINY_RUN
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import LlamaModel, TrainerCallback
@@ -72,11 +73,6 @@ class KillAt:
         return names[min(1, len(names) - 1)] if names[0] == "iteration" else names[0]
 
 
-def as_preferences(rows: list[dict]) -> Dataset:
-    columns = {"prompt": [row["prompt"] for row in rows], "chosen": [row["completion"] for row in rows]}
-    return Dataset.from_dict({**columns, "rejected": ["AH0"] * len(rows)})
-
-
 class CountSteps(TrainerCallback):
     def __init__(self, kill: KillAt):
         self.kill = kill
@@ -119,13 +115,14 @@ def play(model: str, rows: list[dict], output_dir: str, kill_at: int | str | Non
     instrument(kill)
     config = SPINConfig(output_dir=output_dir, **{**SETTINGS, **settings})
     has_rewards = config.pairing != "ground_truth"  # then some preferences, too
+    preferences = [{"prompt": row["prompt"], "chosen": row["completion"], "rejected": "AH0"} for row in rows[24:28]]
     trainer = SPINTrainer(
         model,
         config,
         train_dataset=Dataset.from_list(rows[:24]),
         eval_dataset=Dataset.from_list(rows[24:32]),
         reward_funcs=kill.judge if has_rewards else None,
-        preference_dataset=as_preferences(rows[24:28]) if has_rewards else None,
+        preference_dataset=Dataset.from_list(preferences) if has_rewards else None,
         peft_config=LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.2),
         callbacks=[CountSteps(kill)],
     )
@@ -137,13 +134,10 @@ def play(model: str, rows: list[dict], output_dir: str, kill_at: int | str | Non
 
 # Greedy, so that a completion does not depend on what it was batched with. With dropout, so that random state counts.
 SETTINGS = {
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "report_to": "none",
-    "disable_tqdm": True,
-    "logging_steps": 1,
+    **TINY_RUN,
+    "report": True,
     "resume": "auto",
+    "save_strategy": "steps",
     "save_steps": 2,
     "num_iterations": 2,
     "epochs_per_iteration": 2,
@@ -152,8 +146,6 @@ SETTINGS = {
     "per_device_train_batch_size": 4,
     "gradient_accumulation_steps": 2,
     "disable_dropout": False,
-    "max_completion_length": 12,
     "temperature": 0.0,
-    "identical_pairs": "keep",
     "per_device_generation_batch_size": 2,
 }

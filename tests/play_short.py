@@ -47,6 +47,7 @@ def play(model: str, config: dict, lora: bool = True, num_rows: int = 16, fail_a
         peft_config=LoraConfig(r=4, target_modules="all-linear") if lora else None,
         callbacks=[AtStep(fail_at)],
     )
+    print(trainer.args, trainer.args.to_json_string(), trainer.plan, vars(trainer.plan.choice))
     trainer.train()
     if push:
         trainer.push_to_hub()

@@ -187,7 +187,7 @@ def test_log_of_a_managed_server_on_a_full_disk_is_an_error_before_the_server_st
 def test_read_only_run_directory_is_refused_before_a_model_is_loaded(make_disk, make_config, tmp_path, train_dataset):
     disk = make_disk("1m")
     disk.make_read_only()
-    with pytest.raises(PermissionError, match=r"`output_dir` is .*read-only file system.*Choose a directory"):
+    with pytest.raises(PermissionError, match=r"`output_dir` is .*read-only file system.*Choose a path"):
         SPINTrainer("org/model", make_config(output_dir=str(disk.path / "run")), train_dataset=train_dataset)
 
 

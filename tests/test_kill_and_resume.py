@@ -29,7 +29,7 @@ SLOW += [("judged", "pairs"), ("server", "generations"), ("managed", "server sta
 SETTINGS = {
     "in-process": {"use_vllm": False},
     "judged": {"use_vllm": False, "pairing": "best_of"},  # with rewards and preferences
-    "server": {},  # with its address
+    "server": {"use_vllm": None},  # with its address
     "managed": {"use_vllm": True},
 }
 # It prepares imports once, and forks a process for every run.

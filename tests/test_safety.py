@@ -3,15 +3,13 @@
 import json
 import os
 import pickle
-import subprocess
 import sys
-import textwrap
 from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from play_short import play_in_process
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from spin_trl import SPINTrainer
@@ -26,39 +24,12 @@ KEY = "sk-this-key-must-not-be-found"
 # The API key
 
 
-def run_with_key(tiny_model: str, directory: Path) -> str:
-    """A whole run, with checkpoints and a model card, told to say all it can. Returns its output."""
-    script = f"""
-    import json
-    from datasets import Dataset
-    from spin_trl import SPINConfig, SPINTrainer
-
-    rows = [json.loads(line) for line in open("recipes/data/pronunciation/accent_train.jsonl")][:8]
-    args = SPINConfig(
-        output_dir={str(directory)!r}, num_iterations=2, per_device_train_batch_size=4, use_cpu=True, bf16=False,
-        report_to="none", log_level="debug", logging_steps=1, save_strategy="steps", save_steps=1, use_vllm=False,
-        max_completion_length=8, identical_pairs="keep",
-    )
-    print(args, repr(args), args.to_json_string())
-    trainer = SPINTrainer({tiny_model!r}, args, train_dataset=Dataset.from_list(rows))
-    print(trainer.plan, vars(trainer.plan.choice))
-    trainer.train()
-    trainer.save_model()
-    trainer.create_model_card()
-    """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "TRANSFORMERS_VERBOSITY": "debug", "VLLM_API_KEY": KEY},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout + done.stderr
-
-
 def test_api_key_is_in_no_file_of_a_run_and_in_none_of_its_output(tiny_model, tmp_path):
-    output = run_with_key(tiny_model, tmp_path / "run")
+    """With checkpoints and a model card, and told to say all it can."""
+    config = {"output_dir": str(tmp_path / "run"), "log_level": "debug", "save_strategy": "steps", "save_steps": 1}
+    environment = {"TRANSFORMERS_VERBOSITY": "debug", "VLLM_API_KEY": KEY}
+    output = play_in_process(tmp_path, environment, model=tiny_model, config=config)
+    assert "SPINConfig(" in output and "Plan" in output
     assert KEY not in output
     files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
     names = {path.name for path in files}

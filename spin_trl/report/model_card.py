@@ -39,15 +39,13 @@ def complete_card(store: IterationStore, args: SPINConfig, base_model: str) -> N
 
 
 def with_self_play(
-    card: str, metrics: Iterable[tuple[int, dict[str, Any]]], args: SPINConfig, last: int | None = None
+    card: str, metrics: Iterable[tuple[int, dict[str, Any]]], args: SPINConfig, last: float = math.inf
 ) -> str:
     """
     A model card with a section on the self-play: before the versions, or in place of the section that it has.
 
     Args:
-        card (`str`): The card, as Markdown.
         metrics (`Iterable[tuple[int, dict]]`): Number and `metrics.json` of each iteration.
-        args ([`SPINConfig`]): The settings.
         last (`int`, *optional*): The iteration that made the model: nothing later is shown. By default everything is.
     """
     section = _section(list(metrics), args, last)
@@ -58,8 +56,7 @@ def with_self_play(
     return f"{before.rstrip()}\n\n{section}\n\n{heading}{after}"
 
 
-def _section(metrics: list[tuple[int, dict[str, Any]]], args: SPINConfig, last: int | None) -> str:
-    last = math.inf if last is None else last
+def _section(metrics: list[tuple[int, dict[str, Any]]], args: SPINConfig, last: float) -> str:
     scores = {label(i): values[EVALUATION] for i, values in metrics if i <= last + 1 and EVALUATION in values}
     answers = {
         f"iteration {i}": {name: values[name] for name in _OF_ANSWERS if name in values}

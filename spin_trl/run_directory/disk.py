@@ -71,16 +71,16 @@ def check_writable(directory: Path) -> None:
         `PermissionError`: if it may not be written to, or its file system is read-only.
     """
     existing = _nearest_existing(directory)
-    if not existing.is_dir():
-        raise NotADirectoryError(
-            f"`output_dir` is {str(directory)!r}, but {str(existing)!r} is no directory. Choose a path where a "
-            "directory is or can be made."
-        )
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise PermissionError(
-            f"`output_dir` is {str(directory)!r}, but {str(existing)!r} cannot be written to (no permission, or a "
-            "read-only file system). Choose a directory that can."
-        )
+    number, problem = errno.ENOTDIR, "is no directory"
+    if existing.is_dir():
+        if os.access(existing, os.W_OK | os.X_OK):
+            return
+        number, problem = errno.EACCES, "cannot be written to (no permission, or a read-only file system)"
+    raise OSError(
+        number,
+        f"`output_dir` is {str(directory)!r}, but {str(existing)!r} {problem}. Choose a path where a directory can be "
+        "made and written to.",
+    )
 
 
 def free_bytes(path: Path) -> int:

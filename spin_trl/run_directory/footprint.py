@@ -23,17 +23,9 @@ _CLOSE = 0.9  # of the free space
 
 @dataclass(frozen=True)
 class WeightSizes:
-    """
-    Bytes of the policy's numbers on disk.
+    """Bytes of the policy's numbers on disk."""
 
-    Args:
-        saved (`int`): What is saved in a checkpoint: the adapter's, or the model's.
-        trained (`int`): The numbers that are trained.
-        opponent (`int`): What is saved of an opponent.
-        base (`int`): The base model's.
-    """
-
-    saved: int
+    saved: int  # in a checkpoint: the adapter's, or the model's
     trained: int
     opponent: int
     base: int
@@ -59,20 +51,20 @@ def check_footprint(args: SPINConfig, sizes: WeightSizes, num_opponents: int, wr
     if (args.save_total_limit or 0) > 0:
         num_checkpoints = min(num_checkpoints, args.save_total_limit + 1)  # a new one is whole before an old one goes
     opponents = num_opponents * sizes.opponent + (sizes.base if writes_base else 0)
-    weights = opponents + num_checkpoints * sizes.saved
-    moments = 0 if args.save_only_model else 2 * num_checkpoints * sizes.trained
+    checkpoints = num_checkpoints * sizes.checkpoint(args.save_only_model)
+    without_moments = opponents + num_checkpoints * sizes.saved
     # What lies there already counts as written, or is deleted first.
     free, present = free_bytes(directory), _size_of_run(directory)
     message = (
-        f"The run writes about {readable(weights + moments)} of weights (opponents {readable(opponents)}, checkpoints "
-        f"{readable(weights - opponents + moments)}) to {directory}, where {readable(free)} are free."
+        f"The run writes about {readable(opponents + checkpoints)} of weights (opponents {readable(opponents)}, "
+        f"checkpoints {readable(checkpoints)}) to {directory}, where {readable(free)} are free."
     )
     remedy = (
         "Free space, choose another `output_dir`, set `save_total_limit` or `save_only_model`, or train an adapter."
     )
-    if weights - present > free and args.max_steps <= 0:
-        raise DiskError(errno.ENOSPC, f"{message} Without moments it needs {readable(weights)}. {remedy}")
-    if weights + moments - present > _CLOSE * free:
+    if without_moments - present > free and args.max_steps <= 0:
+        raise DiskError(errno.ENOSPC, f"{message} Without moments it needs {readable(without_moments)}. {remedy}")
+    if opponents + checkpoints - present > _CLOSE * free:
         logger.warning(f"{message} That may not be enough. {remedy}")
     else:
         tqdm.write(message)
