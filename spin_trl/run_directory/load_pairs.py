@@ -20,13 +20,8 @@ def load_pairs(output_dir: str | Path, iteration: int) -> Dataset:
         iteration (`int`): Number of the iteration.
 
     Returns:
-        [`~datasets.Dataset`] with `iteration` (whose opponent answered: with history that of an older one), `row`,
-        `source_row` (the row of the user's dataset), `sample`, `prompt_ids`, `chosen_ids`, `rejected_ids`,
-        `ref_chosen_logps` and `ref_rejected_logps`; with the loss `t_spin`, from iteration 1 on, `initial_ids` too, the
-        initial policy's answer. With reward functions also `chosen_reward` and `rejected_reward`, and with a `pairing`
-        that they decide, `chosen_sample`; -1 then stands for the ground truth, there and in `sample`. With
-        `num_opponents` above 1 also `opponent`, the number of the iteration whose opponent answered; `iteration` is
-        then that in which it did. It lies in a temporary file until the process ends.
+        [`~datasets.Dataset`] in a temporary file, which is there until the process ends. docs/run_directory.md has the
+        columns that every run has; -1 in `sample` and `chosen_sample` stands for the ground truth.
 
     Raises:
         [`RunDirectoryError`]: if the iteration has no pairs, or they or the run's data are damaged.
