@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -81,26 +82,32 @@ def test_a_directory_that_holds_no_run_is_refused(tmp_path):
         read_run(tmp_path / "none")
 
 
-def test_a_damaged_part_is_left_out_and_the_rest_shown(store):
-    part = next((store.output_dir / "iteration-0" / "generations").iterdir())
-    content = bytearray(part.read_bytes())
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
-    part.write_bytes(content)
-    run = read_run(store.output_dir)
-    assert any("damaged" in line and part.name in line for line in run.problems)
-    assert list(run.prompts[0]["answers"]) == [1]
-    part.write_bytes(content[:-10])
-    assert any("damaged" in line for line in read_run(store.output_dir).problems)
+    path.write_bytes(content)
 
 
-def test_an_unreadable_description_and_missing_numbers_are_said_and_the_rest_shown(store):
-    (store.output_dir / "self_play.json").write_text('{"model": ')
-    (store.output_dir / "iteration-1" / "metrics.json").unlink()
+DAMAGES = {
+    "part": ("iteration-0/generations/part-*", flip_a_bit, "damaged"),
+    "torn part": ("iteration-0/generations/part-*", lambda path: path.write_bytes(path.read_bytes()[:-10]), "damaged"),
+    "description": ("self_play.json", lambda path: path.write_text('{"model": '), "cannot be read"),
+    "numbers": ("iteration-0/metrics.json", Path.unlink, "cannot be read, or not yet"),
+    "log": ("log.jsonl", lambda path: path.write_text(path.read_text() + '{"step": 9, "lo'), r"1 line\(s\)"),
+    "no log": ("log.jsonl", Path.unlink, "cannot be read, or not yet"),
+    "data": ("train_data/rows.arrow", lambda path: path.write_bytes(b"torn"), "left out"),
+}
+
+
+@pytest.mark.parametrize(("file", "spoil", "problem"), DAMAGES.values(), ids=DAMAGES)
+def test_what_is_missing_or_damaged_is_said_and_the_rest_shown(store, file, spoil, problem):
+    (path,) = store.output_dir.glob(file)
+    spoil(path)
     run = read_run(store.output_dir)
-    assert any(line.startswith("self_play.json is left out") for line in run.problems)
-    assert any(line.startswith("iteration-1/metrics.json is left out") for line in run.problems)
-    assert run.metrics[0] and run.prompts[0]["answers"][1]
-    assert "an unknown model" in render(run)
+    (line,) = run.problems[:1]
+    assert re.search(problem, line) and str(path.relative_to(store.output_dir)) in line
+    assert run.metrics[1] and list(run.rejected_lengths)[-1] == 1
+    assert f"{len(run.problems)} not shown in full" in render(run)
 
 
 def test_a_run_that_has_only_begun_is_shown(tmp_path):
@@ -112,14 +119,6 @@ def test_a_run_that_has_only_begun_is_shown(tmp_path):
     assert state_of(run) == "in iteration 0 of 0 to 1, or stopped there"
     page = render(run)
     assert "Nothing has been logged yet." in page and "Nothing has been answered yet." in page
-
-
-def test_a_line_of_the_log_that_is_being_written_is_left_out(store):
-    with store.log_file.open("a") as file:
-        file.write('{"step": 9, "lo')
-    run = read_run(store.output_dir)
-    assert run.log[-1]["step"] == 8
-    assert any(line.startswith("log.jsonl") and "1 line(s)" in line for line in run.problems)
 
 
 def test_without_a_tokenizer_token_ids_are_shown(store):

@@ -52,24 +52,19 @@ def many(number: int) -> dict:
     return {"games": games, "answers": {0: ["No idea."] * number, 1: [truth for _, truth in games]}}
 
 
-def test_it_shows_prompts_beside_what_every_iteration_answered(open_report):
+def test_it_shows_prompts_beside_what_every_iteration_answered_and_marks_what_differs_word_by_word(open_report):
     page = open_report()
     cards = page.locator(".prompt")
     assert cards.count() == 2
     first = cards.first
     assert first.locator("h3").inner_text() == "Prompt of row 10" and GAMES[0][0] in first.inner_text()
     titles = [title.split(" (")[0] for title in first.locator("h4").all_inner_texts()]
-    assert titles == ["Ground truth", "Iteration 0", "Iteration 1"]
-    assert page.locator("#scores svg").count() == 2
-    assert "cut off" in first.inner_text()
-
-
-def test_it_marks_what_differs_from_the_ground_truth_word_by_word(open_report):
-    page = open_report()
-    answers = page.locator(".prompt").first.locator(".side")
+    assert titles == ["Ground truth", "Iteration 0", "Iteration 1"] and "cut off" in first.inner_text()
+    answers = first.locator(".side")
     assert answers.nth(1).locator("ins").all_inner_texts() == ["London."]
     assert answers.nth(1).locator("del").all_inner_texts() == ["Paris."]
     assert answers.nth(2).locator("ins, del").count() == 0
+    assert page.locator("#scores svg").count() == 2
 
 
 @pytest.mark.parametrize("before", ["", "Paris, capital of France: "])
