@@ -22,7 +22,6 @@ from .data.batching import epoch_order
 from .data.pair_dataset import PairDataset, pair_lengths
 from .policy.adapters import precisions_of, restore_precisions
 from .policy.optimizer import set_learning_rate
-from .policy.sizes import weight_sizes
 from .run_directory.checkpoints import Place, saving_checkpoints
 from .run_directory.run import Run
 from .spin_config import SPINConfig
@@ -144,8 +143,7 @@ class IterativeTrainer(DPOTrainer):
         kwargs["train_dataloader"] = loader
         kwargs["steps_in_epoch"] = len(loader)
         kwargs["num_update_steps_per_epoch"] = math.ceil(len(loader) / self.args.gradient_accumulation_steps)
-        save_only_model = self.args.save_only_model
-        with saving_checkpoints(self.args, self.state, lambda: weight_sizes(self.model).checkpoint(save_only_model)):
+        with saving_checkpoints(self.args, self.state):
             super()._run_epoch(**kwargs)
         self._forget(loader)
 

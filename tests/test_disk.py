@@ -126,7 +126,6 @@ def test_full_disk_is_named_leaves_nothing_half_written_and_the_same_command_goe
     message = str(caught.value)
     assert "No space left on device" in message and f"{run}/{name}" in message
     assert re.search(r"[\d.]+\w+ are free there\..*start the same command again", message)
-    assert "It needs" in message or name.endswith("pairs")
     assert left_over(disk.path) == [] and trainer.store.checkpoints() == []
     assert "metrics" in name or "checkpoint" in name or not (run / name).exists()
 
@@ -154,8 +153,8 @@ def test_whoever_writes_gives_the_same_error_and_leaves_nothing(make_disk, write
     disk = make_disk("1m")
     for room in (0, 65_536):
         disk.fill(room)
-        with pytest.raises(DiskError, match=r"No space left.*/new could not be written\. It needs 200kB\. .* are free"):
-            write_whole(disk.path / "new", write, num_bytes=200_000)
+        with pytest.raises(DiskError, match=r"No space left.*/new could not be written\. .*B are free"):
+            write_whole(disk.path / "new", write)
         assert [path.name for path in disk.path.iterdir()] == ["filler"]
         disk.free()
     write_whole(disk.path / "new", write)

@@ -75,9 +75,7 @@ class Opponents:
         """Save the policy as it stands as the opponent of `iteration`."""
 
         def save() -> Path:
-            return self.store.write_opponent(
-                iteration, self.policy.save, PartialState().is_main_process, num_bytes=self.policy.num_bytes
-            )
+            return self.store.write_opponent(iteration, self.policy.save, PartialState().is_main_process)
 
         return on_every_process(save)
 

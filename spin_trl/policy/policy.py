@@ -27,7 +27,6 @@ from .merging import fold_scaling, merge_into_saved, save_base, save_merged
 from .offload import training_tensors
 from .published_form import Publication
 from .sharding import initial_model, whole_model
-from .sizes import weight_sizes
 
 
 if TYPE_CHECKING:
@@ -63,11 +62,6 @@ class Policy:
         if self._publication.folds_scaling and trainer.args.should_save:
             fold_scaling(directory)
 
-    @property
-    def num_bytes(self) -> int:
-        """Size of what [`save`] writes."""
-        return weight_sizes(self._trainer.model, merged=self._publication.kind == "merged").opponent
-
     def save_merged(self, base_model: str, directory: Path) -> None:
         """
         Save the policy with its adapter merged into the base model as that was saved, to be loaded without PEFT. What
@@ -80,8 +74,8 @@ class Policy:
 
         def merge() -> None:
             merged = merge_into_saved(base_model, adapter, trainer.args)
-            parts, num_bytes = (merged, trainer.processing_class), weight_sizes(merged).saved
-            write_whole(directory, lambda folder: [part.save_pretrained(folder) for part in parts], num_bytes)
+            parts = merged, trainer.processing_class
+            write_whole(directory, lambda folder: [part.save_pretrained(folder) for part in parts])
 
         with TemporaryDirectory() as adapter:
             on_every_process(lambda: trainer.save_model(adapter, _internal_call=True))

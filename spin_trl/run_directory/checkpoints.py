@@ -106,9 +106,7 @@ class MarkCheckpoint(TrainerCallback):
 
 
 @contextmanager
-def saving_checkpoints(
-    args: TrainingArguments, state: TrainerState, num_bytes: Callable[[], int] | None = None
-) -> Iterator[None]:
+def saving_checkpoints(args: TrainingArguments, state: TrainerState) -> Iterator[None]:
     """
     Around training steps, while Trainer saves checkpoints and [`MarkCheckpoint`] marks them.
 
@@ -123,7 +121,7 @@ def saving_checkpoints(
         checkpoint = _checkpoint(args, state)
         if not checkpoint.is_dir() or (checkpoint / PLACE_FILE).exists():  # then it came from somewhere else
             raise
-        with writing(checkpoint, num_bytes):
+        with writing(checkpoint):
             raise
     finally:
         args.save_total_limit = limit

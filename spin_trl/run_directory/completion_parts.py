@@ -52,7 +52,7 @@ class CompletionParts:
         pq.write_table(pa.table(columns, schema=schema), sink)
         content = sink.getvalue()
         path = self.directory / f"part-{first_row:08d}-{checksum(content)}.parquet"
-        write_whole(path, lambda temporary: temporary.write_bytes(content), num_bytes=len(content))
+        write_whole(path, lambda temporary: temporary.write_bytes(content))
 
     def completed_rows(self) -> np.ndarray:
         """Rows that are on disk, ascending. Parts that are damaged or of another run are deleted first."""

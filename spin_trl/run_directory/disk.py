@@ -8,7 +8,7 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -34,13 +34,9 @@ class DiskError(OSError):
 
 
 @contextmanager
-def writing(path: Path, num_bytes: int | Callable[[], int] | None = None) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
     """
-    Around a write, which itself removes what it leaves half-written.
-
-    Args:
-        path (`Path`): What is being written.
-        num_bytes (`int` or `Callable[[], int]`, *optional*): Bytes that it needs, where known.
+    Around the writing of `path`, which itself removes what it leaves half-written.
 
     Raises:
         [`DiskError`]: in place of a library's own error, if the disk is the cause.
@@ -53,11 +49,9 @@ def writing(path: Path, num_bytes: int | Callable[[], int] | None = None) -> Ite
         number = _number_of(error)
         if number is None:
             raise
-        size = num_bytes() if callable(num_bytes) else num_bytes
-        needed = "" if size is None else f"It needs {readable(size)}. "
         raise DiskError(
             number,
-            f"{os.strerror(number)}: {path} could not be written. {needed}{_free(path)}. {_REMEDIES[number]}, and "
+            f"{os.strerror(number)}: {path} could not be written. {_free(path)}. {_REMEDIES[number]}, and "
             "start the same command again: with `resume='auto'` it goes on from what is complete.",
         ) from error
 

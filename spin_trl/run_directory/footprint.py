@@ -30,10 +30,6 @@ class WeightSizes:
     opponent: int
     base: int
 
-    def checkpoint(self, save_only_model: bool) -> int:
-        """Of a checkpoint, with two moments for what is trained unless these are left out."""
-        return self.saved + (0 if save_only_model else 2 * self.trained)
-
 
 def check_footprint(args: SPINConfig, sizes: WeightSizes, num_opponents: int, writes_base: bool) -> None:
     """
@@ -51,7 +47,7 @@ def check_footprint(args: SPINConfig, sizes: WeightSizes, num_opponents: int, wr
     if (args.save_total_limit or 0) > 0:
         num_checkpoints = min(num_checkpoints, args.save_total_limit + 1)  # a new one is whole before an old one goes
     opponents = num_opponents * sizes.opponent + (sizes.base if writes_base else 0)
-    checkpoints = num_checkpoints * sizes.checkpoint(args.save_only_model)
+    checkpoints = num_checkpoints * (sizes.saved + (0 if args.save_only_model else 2 * sizes.trained))
     without_moments = opponents + num_checkpoints * sizes.saved
     # What lies there already counts as written, or is deleted first.
     free, present = free_bytes(directory), _size_of_run(directory)

@@ -194,9 +194,7 @@ class IterationStore:
 
     # Iterations
 
-    def write_opponent(
-        self, iteration: int, save: Callable[[str], None], is_main_process: bool, num_bytes: int | None = None
-    ) -> Path:
+    def write_opponent(self, iteration: int, save: Callable[[str], None], is_main_process: bool) -> Path:
         """
         Have the opponent saved by `save(directory)`, which every process calls; see [`write_whole`]. Returns the
         directory, complete on the main process as soon as this returns.
@@ -209,7 +207,7 @@ class IterationStore:
                 # Trainer pickles its arguments beside the weights; an opponent holds safetensors and JSON only.
                 (temporary / "training_args.bin").unlink(missing_ok=True)
 
-        write_whole(path, write, num_bytes, is_main_process)
+        write_whole(path, write, is_main_process)
         return path
 
     def completions(self, iteration: int, kind: str) -> CompletionParts:

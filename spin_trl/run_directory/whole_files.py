@@ -39,14 +39,11 @@ def make_directory(path: Path) -> None:
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path)) from error
 
 
-def write_whole(
-    path: Path, write: Callable[[Path], Any], num_bytes: int | None = None, is_main_process: bool | None = None
-) -> None:
+def write_whole(path: Path, write: Callable[[Path], Any], is_main_process: bool | None = None) -> None:
     """
     Have `write(temporary path)` make a file or a directory, and give it the name `path`, in place of one that is there.
 
     Args:
-        num_bytes (`int`, *optional*): Its size, where known, for the error.
         is_main_process (`bool`, *optional*): Where all processes call this, and write together: whether this is the
             one that gives the name. By default this process writes alone.
 
@@ -54,7 +51,7 @@ def write_whole(
         [`DiskError`]: if the disk does not take it. Nothing is left of it then.
     """
     temporary = temporary_path(path, shared=is_main_process is not None)
-    with writing(path, num_bytes):
+    with writing(path):
         if is_main_process is False:
             write(temporary)
             return
@@ -77,7 +74,7 @@ def write_whole(
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file; see [`write_whole`]."""
-    write_whole(path, lambda temporary: temporary.write_text(text), num_bytes=len(text.encode()))
+    write_whole(path, lambda temporary: temporary.write_text(text))
 
 
 def write_json(path: Path, value: Any) -> None:
