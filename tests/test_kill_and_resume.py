@@ -23,12 +23,14 @@ QUICK = [
     ("judged", "rewards"),
     ("server", "opponent"),
 ]
-SLOW_PLACES = "pairs checkpoint mark inference generations evaluation metrics train_data self_play README".split()
-SLOW = [("in-process", place) for place in [*SLOW_PLACES, "step begins", "step ends", "epoch ends"]]
-SLOW += [("judged", "pairs"), ("server", "generations"), ("managed", "server start")]
+SLOW_PLACES = "pairs checkpoint mark generations evaluation metrics train_data self_play README".split()
+SLOW = [("in-process", place) for place in [*SLOW_PLACES, "step ends", "epoch ends"]]
+SLOW += [("judged", "pairs"), ("t_spin", "initial_answers"), ("t_spin", "inference")]
+SLOW += [("server", "generations"), ("managed", "server start")]
 SETTINGS = {
     "in-process": {"use_vllm": False},
     "judged": {"use_vllm": False, "pairing": "best_of"},  # with rewards and preferences
+    "t_spin": {"use_vllm": False, "loss_type": "t_spin", "t_spin_beta": 0.5},
     "server": {"use_vllm": None},  # with its address
     "managed": {"use_vllm": True},
 }
