@@ -226,27 +226,22 @@ def test_weights_that_a_run_will_write_are_told_before(tiny_model, train_dataset
     assert saved / 2 <= opponents <= saved
 
 
-def test_run_that_cannot_fit_is_refused(tiny_model, train_dataset, make_config, make_disk):
-    """Three checkpoints of 0.36 MB of weights each on a disk of 1 MB."""
-    disk = make_disk("1m")
-    config = make_config(output_dir=str(disk.path / "run"), save_strategy="epoch")
-    with pytest.raises(DiskError, match=r"writes about .* 1\.05MB are free.*needs 1\.09MB\. Free.*`save_total_limit`"):
-        SPINTrainer(tiny_model, config, train_dataset=train_dataset)
+def test_run_that_cannot_fit_is_refused_and_one_that_may_not_fit_is_warned_of(
+    tiny_model, train_dataset, make_config, make_disk, caplog
+):
+    """Two checkpoints of 0.36 MB of weights and twice as much of moments. What lies there already counts as written."""
+    settings = {"save_strategy": "epoch", "resume": "auto", "num_iterations": 2}
 
+    def build(path: Path) -> SPINTrainer:
+        return SPINTrainer(tiny_model, make_config(output_dir=str(path), **settings), train_dataset=train_dataset)
 
-def test_run_that_may_not_fit_is_warned_of_and_not_refused(tiny_model, train_dataset, make_config, make_disk, caplog):
-    disk = make_disk("3m")
-    config = make_config(output_dir=str(disk.path / "run"), save_strategy="epoch")
-    SPINTrainer(tiny_model, config, train_dataset=train_dataset)
+    with pytest.raises(DiskError, match=r"writes about .* are free.*needs 730kB\. Free.*`save_total_limit`"):
+        build(make_disk("600k").path / "run")
+    build(make_disk("2300k").path / "run")
     assert "That may not be enough" in caplog.text and "`save_total_limit`" in caplog.text
-
-
-def test_what_lies_there_already_counts_as_written(tiny_model, train_dataset, make_config, make_disk):
-    """A run that is started again on a disk that its own checkpoints have filled."""
     disk = make_disk("3m")
-    settings = {"output_dir": str(disk.path / "run"), "save_strategy": "epoch", "resume": "auto", "num_iterations": 2}
-    SPINTrainer(tiny_model, make_config(**settings), train_dataset=train_dataset).train()
+    build(disk.path / "run").train()
     disk.fill(room=100_000)
-    again = SPINTrainer(tiny_model, make_config(**settings), train_dataset=train_dataset)
+    again = build(disk.path / "run")
     again.train()
     assert again.run.start.is_finished
