@@ -16,7 +16,7 @@ import pyarrow as pa
 import pytest
 import torch
 from datasets import Dataset, disable_progress_bars
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, TrainerCallback
 
 from spin_trl.run_directory.completion_parts import COMPLETION_SCHEMA
 from spin_trl.run_directory.store import IterationStore
@@ -68,6 +68,20 @@ def logp(model, prompt_ids: list[int], completion_ids: list[int]) -> float:
     with torch.no_grad():
         logps = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])
     return logps[len(prompt_ids) - 1 :].sum().item()
+
+
+class BeforeFirstSteps(TrainerCallback):
+    """Notes what `look(model, pairs)` finds before each iteration's first step, when the policy is the opponent."""
+
+    def __init__(self, trainer, look):
+        self.trainer, self.look, self.found = trainer, look, []
+        trainer.add_callback(self)
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step == self.trainer.run.place.first_step:
+            model.eval()
+            self.found.append(self.look(model, self.trainer.train_dataset))
+            model.train()
 
 
 def completion_table(keys: list[tuple[int, int]], ids: list[list[int]], reasons: list[str] | None = None) -> pa.Table:

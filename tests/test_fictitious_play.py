@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import DATA, all_completions, read_rows
+from conftest import DATA, BeforeFirstSteps, all_completions, read_rows
 from datasets import Dataset
 from fault_server import FakeVLLM
 from kill_points import PLACES
@@ -17,7 +17,7 @@ from peft import LoraConfig, PeftModel
 from play_distributed import play, settings
 from test_distributed import launch
 from test_kill_and_resume import assert_ends_the_same, start
-from test_reference_mixture import ScoreAtIterationOne, changed_model
+from test_reference_mixture import changed_model, of_six_pairs
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from spin_trl import SPINConfig, SPINTrainer, load_pairs
@@ -96,16 +96,14 @@ def test_each_prompt_is_answered_by_the_opponent_drawn(tiny_model, train_dataset
         learning_rate=5e-2 if policy == "lora" else 3e-3,
         per_device_generation_batch_size=1,
     )
-    watch = ScoreAtIterationOne()
     trainer = SPINTrainer(
         changed_model(tiny_model) if policy == "full-object" else tiny_model,
         config,
         train_dataset=train_dataset,
         processing_class=AutoTokenizer.from_pretrained(tiny_model),
         peft_config=LoraConfig(**LORA) if policy == "lora" else None,
-        callbacks=[watch],
     )
-    watch.trainer = trainer
+    opponents = BeforeFirstSteps(trainer, of_six_pairs)
     trainer.train()
     rows, end = trainer.store.read_data(), trainer.processing_class.eos_token_id
     models = [load_opponent(trainer, tiny_model, opponent, policy == "lora") for opponent in range(3)]
@@ -125,7 +123,7 @@ def test_each_prompt_is_answered_by_the_opponent_drawn(tiny_model, train_dataset
     # The reference, and the policy that goes on, is the newest.
     pairs = trainer.store.read_pairs(1).select(range(6))
     stored = [pair[f"ref_{side}_logps"] for pair in pairs for side in ("chosen", "rejected")]
-    assert stored == pytest.approx(watch.opponent, abs=1e-4)
+    assert stored == pytest.approx(opponents.found[1], abs=1e-4)
 
 
 @pytest.mark.parametrize("adapter", ["full", "lora", "lora-bfloat16"])

@@ -4,9 +4,9 @@ import itertools
 
 import numpy as np
 import pytest
+from conftest import BeforeFirstSteps
 from datasets import Dataset
 from tiny_tokenizers import byte_tokenizer
-from transformers import TrainerCallback
 
 from spin_trl import SPINConfig, SPINTrainer, load_pairs
 from spin_trl.data.pair_dataset import PREFERENCE
@@ -119,23 +119,10 @@ def make_trainer(build_trainer):
     return make
 
 
-class ScoreFirst(TrainerCallback):
-    """Scores an iteration's pairs before its first step, when the policy still is the opponent."""
-
-    def __init__(self, trainer: SPINTrainer):
-        self.trainer = trainer
-        self.found = []
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step in (0, 4):
-            self.found.append(self.trainer.policy.score(self.trainer.train_dataset))
-
-
 def test_preferences_join_every_iteration_once_and_are_scored_by_its_opponent(make_trainer, preferences, tokenizer):
     """16 prompts and 12 preferences: 28 pairs, then 44 with history. Batches of 8: 4 and 6 steps."""
     trainer = make_trainer(preferences)
-    opinions = ScoreFirst(trainer)
-    trainer.add_callback(opinions)
+    opinions = BeforeFirstSteps(trainer, lambda model, pairs: trainer.policy.score(pairs))
     trainer.train()
     assert trainer.state.global_step == trainer.state.max_steps == 10
     for iteration, expected in enumerate(([0] * 16 + [PREFERENCE] * 12, [1] * 16 + [0] * 16 + [PREFERENCE] * 12)):

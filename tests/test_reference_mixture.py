@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from conftest import logp
+from conftest import BeforeFirstSteps, logp
 from peft import LoHaConfig, LoraConfig, PeftConfig, PeftModel, VBLoRAConfig, get_peft_model
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM
 
 from spin_trl.objectives import OBJECTIVES
 from spin_trl.objectives.reference_mixture import mix_scores
@@ -47,20 +47,10 @@ POLICIES = {
 }
 
 
-def all_logps(model, rows) -> list[float]:
-    model.eval()
+def of_six_pairs(model, pairs) -> list[float]:
+    """The log-probs of both sides of the first pairs."""
+    rows = pairs.select(range(6))
     return [logp(model, row["prompt_ids"], row[f"{side}_ids"]) for row in rows for side in ("chosen", "rejected")]
-
-
-class ScoreAtIterationOne(TrainerCallback):
-    """The policy's own log-probs of iteration 1's pairs before its first step, when it is the opponent."""
-
-    def on_step_begin(self, args, state, control, model=None, **kwargs):
-        if state.global_step == 6:
-            was_training = model.training
-            rows = self.trainer.store.read_pairs(1).select(range(6))
-            self.opponent = all_logps(model, rows)
-            model.train(was_training)
 
 
 @pytest.mark.parametrize(
@@ -71,15 +61,15 @@ def test_stored_reference_is_the_mixture_of_opponent_and_initial_model(tiny_mode
     model, kwargs = POLICIES[policy](tiny_model)
     initial, _ = POLICIES[policy](tiny_model)
     initial = AutoModelForCausalLM.from_pretrained(initial) if isinstance(initial, str) else initial
-    watch = ScoreAtIterationOne()
     settings = {"num_iterations": 2, "reference_mixture_alpha": alpha, "max_steps": 7}
-    watch.trainer = trainer = build_trainer(model=model, callbacks=[watch], **kwargs, **settings)
+    trainer = build_trainer(model=model, **kwargs, **settings)
+    opponents = BeforeFirstSteps(trainer, of_six_pairs)
     trainer.train()
-    rows = trainer.store.read_pairs(1).select(range(6))
-    stored = [row[f"ref_{side}_logps"] for row in rows for side in ("chosen", "rejected")]
-    of_initial = all_logps(initial, rows)
-    assert watch.opponent != pytest.approx(of_initial, abs=1e-2)
-    mixed = (1 - alpha) * np.array(watch.opponent) + alpha * np.array(of_initial)
+    pairs = trainer.store.read_pairs(1)
+    stored = [row[f"ref_{side}_logps"] for row in pairs.select(range(6)) for side in ("chosen", "rejected")]
+    of_opponent, of_initial = opponents.found[1], of_six_pairs(initial.eval(), pairs)
+    assert of_opponent != pytest.approx(of_initial, abs=1e-2)
+    mixed = (1 - alpha) * np.array(of_opponent) + alpha * np.array(of_initial)
     assert stored == pytest.approx(mixed.tolist(), abs=1e-4)
     assert trainer.ref_model is None
     if isinstance(trainer.model, PeftModel):
@@ -121,8 +111,8 @@ def test_metrics_of_the_opponent_stay_its_own(play_run, eval_dataset, tmp_path):
     """Iteration 1's opponent is the same in both runs, since iteration 0's reference is."""
     found = {}
     for alpha in (0.0, 0.5):
-        settings = {"num_iterations": 2, "temperature": 0.0, "max_steps": 7, "reference_mixture_alpha": alpha}
-        trainer = play_run(eval_dataset=eval_dataset, output_dir=str(tmp_path / str(alpha)), **settings)
+        settings = {"num_iterations": 2, "temperature": 0.0, "max_steps": 3, "reference_mixture_alpha": alpha}
+        trainer = play_run(16, eval_dataset=eval_dataset, output_dir=str(tmp_path / str(alpha)), **settings)
         metrics = trainer.store.read_metrics(1)
         rewards = {name: value for name, value in metrics["evaluation"].items() if name.startswith("rewards/")}
         found[alpha] = metrics["logps_gap"], metrics["opponent_nll"], rewards

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import all_completions, logp
+from conftest import BeforeFirstSteps, all_completions, logp
 from peft import LoraConfig
 from stopping import assert_same_weights, stop_after, weights
 from transformers import TrainerCallback
@@ -26,17 +26,9 @@ def make_trainer(build_trainer):
     return make
 
 
-class LogProbsOfInitialAnswers(TrainerCallback):
-    """At the first step of each iteration, when the policy is the opponent: its log-probs of the initial answers."""
-
-    def __init__(self):
-        self.trainer: SPINTrainer | None = None
-        self.found: list[torch.Tensor] = []
-
-    def on_step_begin(self, args, state, control, model=None, **kwargs):
-        if state.global_step == self.trainer.run.place.first_step and self.trainer.run.iteration > 0:
-            rows = self.trainer.store.read_pairs(self.trainer.run.iteration)
-            self.found.append(torch.tensor([logp(model, row["prompt_ids"], row["initial_ids"]) for row in rows]))
+def of_initial_answers(model, pairs) -> torch.Tensor:
+    """The log-probs of the initial answers, where there are any."""
+    return torch.tensor([logp(model, row["prompt_ids"], row["initial_ids"]) for row in pairs if "initial_ids" in row])
 
 
 def logistic(t: torch.Tensor) -> torch.Tensor:
@@ -45,12 +37,11 @@ def logistic(t: torch.Tensor) -> torch.Tensor:
 
 def test_first_step_of_every_iteration_has_the_loss_of_its_pairs_and_iteration_0s_answers(make_trainer):
     """A step takes all 64 pairs (16 prompts, two answers, two iterations); iteration 0's 32 pairs fill it twice."""
-    watch = LogProbsOfInitialAnswers()
-    trainer = make_trainer(watch, per_device_train_batch_size=64, num_generations=2)
-    watch.trainer = trainer
+    trainer = make_trainer(per_device_train_batch_size=64, num_generations=2)
+    opponents = BeforeFirstSteps(trainer, of_initial_answers)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert len(losses) == 3 and len(watch.found) == 2
+    assert len(losses) == len(opponents.found) == 3
     first = all_completions(trainer.store, 0).to_pylist()
     answers = {(row["row"], row["sample"]): row["completion_ids"] for row in first}
     for iteration, loss in enumerate(losses):
@@ -60,7 +51,7 @@ def test_first_step_of_every_iteration_has_the_loss_of_its_pairs_and_iteration_0
         chosen, rejected = (torch.tensor(pairs[f"ref_{side}_logps"][:]) for side in ("chosen", "rejected"))
         expected = logistic(chosen - rejected)
         if iteration > 0:
-            expected = expected + 0.5 * logistic(rejected - watch.found[iteration - 1])
+            expected = expected + 0.5 * logistic(rejected - opponents.found[iteration])
         assert loss == pytest.approx(expected.mean().item(), rel=1e-4), iteration
 
 
