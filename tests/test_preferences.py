@@ -95,6 +95,8 @@ def test_row_that_cannot_be_rendered_is_named_or_left_out(row, found):
 
 
 def test_dataset_without_any_pair_is_refused():
+    with pytest.raises(ValueError, match="Row 0: mixed formats: `chosen` is text and `rejected` is not. Make both"):
+        prepare([{"prompt": "A", "chosen": "x", "rejected": CHAT}])
     with pytest.raises(ValueError, match="No row of .* is left: of 1, 0 are invalid and 1 have equal"):
         prepare([{"prompt": "a", "chosen": "x", "rejected": "x"}])
 

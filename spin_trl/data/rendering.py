@@ -138,6 +138,8 @@ class _Renderer(NamedTuple):
 
     def _render_both_sides(self, row: dict[str, Any]) -> dict[str, Any]:
         (chosen,) = self._render(row)
+        if isinstance(row["chosen"], str) and isinstance(row["rejected"], list):
+            raise InvalidRowError("mixed formats: `chosen` is text and `rejected` is not. Make both text, or messages.")
         try:
             (rejected,) = self._render({**row, "chosen": row["rejected"]})
         except InvalidRowError as error:
