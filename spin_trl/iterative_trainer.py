@@ -64,6 +64,14 @@ class IterativeTrainer(DPOTrainer):
     def _precompute_ref_logps(self, dataset: Dataset, *args, **kwargs) -> Dataset:
         return dataset
 
+    def evaluate(self, *args, **kwargs) -> None:
+        """Refused: `train()` evaluates every opponent and the final policy."""
+        raise NotImplementedError(
+            "`evaluate()` is not possible outside of `train()`, whose opponents answer the evaluation prompts. Pass "
+            "`eval_dataset` to the trainer: `train()` evaluates the start, every iteration and the final policy, and "
+            "`trainer.state.log_history` has the scores, as `eval_nll` and so on."
+        )
+
     def log_beside_steps(self, metrics: dict[str, float]) -> None:
         """Log values of an iteration, without those of training steps that have not been logged yet."""
         is_step_to_log = self.control.should_log

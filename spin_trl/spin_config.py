@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+from transformers.utils import is_torch_bf16_gpu_available
 from trl import DPOConfig
 
 from .config_checks import (
@@ -61,6 +62,8 @@ _IMPOSSIBLE = {
     ("ignore_data_skip", True): "would train a resumed iteration's first pairs twice. Skipping them takes no time here",
     ("enable_jit_checkpoint", True): "would save at different steps on different processes. SIGTERM saves a "
     "checkpoint and ends the run anyway",
+    ("auto_find_batch_size", True): "would go on with pairs that were scored for another batch size, and count steps "
+    "wrongly. Set `per_device_train_batch_size` to what fits",
     ("precompute_ref_log_probs", False): "is not possible in self-play: the reference is the opponent, whose weights "
     "are gone after the policy's first step",
     ("sync_ref_model", True): "is not possible in self-play: the reference moves to the newest opponent in each "
@@ -367,6 +370,7 @@ class SPINConfig(DPOConfig):
     >   last one's. Every opponent, the start and the final policy are saved for that. Not under ZeRO-3 and FSDP.
     > - `precompute_ref_batch_size`: Pairs per device in a batch that is scored. Unset, a batch has twice the tokens of
     >   the largest training batch, instead of as many pairs.
+    > - `bf16`: Unset, it is what the machine can: `True` on an accelerator that has it, `False` on a CPU.
     > - `num_train_epochs`: Follows from `num_iterations` and `epochs_per_iteration`; setting it is refused.
     > - `precompute_ref_log_probs`: Always `True`. The opponent's log-probs are computed once per iteration, by the
     >   policy itself; no reference model is ever loaded.
@@ -466,6 +470,8 @@ class SPINConfig(DPOConfig):
         self._take_generation_kwargs()
         self._take_schedules()
         self.num_train_epochs = float(self.num_iterations * self.epochs_per_iteration)
+        if self.bf16 is None:  # DPOConfig takes it for granted, and fails on a machine that lacks it
+            self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
         # The parent compares checkpoints, which takes an evaluation at each of them. Here iterations are compared.
         best = self.load_best_model_at_end, self.greater_is_better
         self.load_best_model_at_end = False

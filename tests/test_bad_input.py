@@ -20,7 +20,7 @@ from tiny_tokenizers import byte_tokenizer, letter_tokenizer
 from torch.nn import Linear
 from torch.optim import SGD, Adagrad
 from torch.optim.lr_scheduler import ConstantLR
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, EarlyStoppingCallback, LlamaConfig
 from trl import DPOConfig, ModelConfig, TrlParser
 
 from spin_trl import SPINConfig, SPINTrainer
@@ -134,6 +134,7 @@ def test_whole_number_that_is_too_small_is_refused(field, least, make_config):
     # what self-play sets itself
     ({"precompute_ref_log_probs": False}, "`precompute_ref_log_probs=False` is not possible", "unset"),
     ({"sync_ref_model": True}, "`sync_ref_model=True` is not possible", "Leave it unset"),
+    ({"auto_find_batch_size": True}, "`auto_find_batch_size=True` would", "`per_device_train_batch_size` to what fits"),
     ({"eval_on_start": True}, "`eval_on_start=True` comes before", "Leave it unset"),
     ({"load_best_model_at_end": True}, "needs a metric", "`metric_for_best_model`"),
     # rewards
@@ -174,7 +175,6 @@ def test_configuration_is_refused(given, refusal, make_config):
     ({"loss_type": "t_spin", "t_spin_beta": -0.1}, "`t_spin_beta` must be at least 0, got -0.1", "default, 0.1"),
     ({"loss_type": "iris", "iris_alpha": 1.0}, "`iris_alpha` must be positive and other than 1", "0.99"),
     ({"loss_type": "iris", "per_device_train_batch_size": 1}, "makes that a single pair", "Raise it"),
-    ({"loss_type": "iris", "auto_find_batch_size": True}, "contradicts `auto_find_batch_size=True`", "unset"),
     ({"loss_type": "space", "identical_pairs": "drop"}, "contradicts `identical_pairs='drop'`", "unset"),
     ({"loss_type": "iris", "train_sampling_strategy": "group_by_length"}, "contradicts `train_sampling_", "unset"),
     ({"loss_type": "space", "num_opponents": 2}, "contradicts `num_opponents=2`", "`num_opponents` unset"),
@@ -311,6 +311,12 @@ def for_other_data(completions, answer, **kwargs):
     ({"model": AutoModelForCausalLM}, TypeError, "AutoModelForCausalLM", "`Class.from_pretrained(...)`"),
     ({"model": "/no/such/model"}, "'/no/such/model', where there is nothing", "expected a folder", "Correct the path"),
     ({"model": "Qwn/Qwen2.5"}, "'Qwn/Qwen2.5' cannot be read", "what `save_pretrained` writes", "see its spelling"),
+    ({"compute_metrics": len}, "`compute_metrics` is never called", "Pass `compute_generation_metrics`"),
+    (
+        {"callbacks": [EarlyStoppingCallback()]},
+        "`EarlyStoppingCallback` counts evaluations",
+        "`stop_when_converged=True`",
+    ),
     ({"ref_model": object()}, "`ref_model` is not used", "the reference is the opponent", "Leave it out"),
     # configuration
     ({"args": DPOConfig("x", use_cpu=True, bf16=False)}, TypeError, "must be a `SPINConfig`", "got `DPOConfig`"),

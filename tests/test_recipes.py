@@ -43,16 +43,10 @@ def test_command_line_overrides_the_yaml_file():
     assert (training_args.num_iterations, model_args.lora_r, training_args.beta) == (2, 4, 0.1)
 
 
-def test_chat_model_recipe_has_the_settings_of_the_readmes_example():
-    _, args, model_args = parse("qwen2.5-7b-instruct-lora")
-    assert model_args.model_name_or_path == "Qwen/Qwen2.5-7B-Instruct" and model_args.use_peft
-    assert (args.num_iterations, args.beta, args.learning_rate) == (3, 0.1, 5e-7)
-    assert (args.temperature, args.max_completion_length) == (0.7, 1024)
-
-
 def test_papers_recipe_has_the_papers_settings():
     _, args, model_args = parse("zephyr-7b-full")
-    assert not model_args.use_peft
+    assert not model_args.use_peft and model_args.model_revision == "ac6e600eefcce74f5e8bae1035d4f66019e93190"
+    assert (args.max_length, args.max_completion_length) == (1024, 256)
     assert [args.learning_rate_at(i) for i in range(4)] == [5e-7, 5e-7, 1e-7, 1e-7]
     assert [args.beta_at(i) for i in range(4)] == [0.1, 0.1, 0.1, 5.0]
     assert (args.num_iterations, args.epochs_per_iteration, args.num_history_iterations) == (4, 2, 1)

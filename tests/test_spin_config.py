@@ -5,6 +5,7 @@ import re
 from dataclasses import MISSING, fields
 
 import pytest
+import torch
 from transformers import HfArgumentParser
 from trl import DPOConfig, TrlParser
 
@@ -93,6 +94,12 @@ def test_whether_a_greater_metric_is_better_is_left_to_the_run_unless_it_is_set(
     assert make(metric_for_best_model="nll", greater_is_better=True).greater_is_better is True
 
 
+def test_half_precision_is_left_unset_where_the_machine_lacks_it(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("This machine has a GPU, which has half precision.")
+    assert SPINConfig(str(tmp_path)).bf16 is False and SPINConfig(str(tmp_path), use_cpu=True, bf16=True).bf16 is True
+
+
 def test_number_of_epochs_follows_from_iterations(make):
     assert make().num_train_epochs == 3
     assert make(num_iterations=4, epochs_per_iteration=2).num_train_epochs == 8
@@ -116,7 +123,7 @@ def test_every_field_that_is_defined_anew_is_noted():
     anew = set(SPINConfig.__annotations__) - set(OWN_FIELDS)
     note = inspect.getdoc(SPINConfig).partition("> [!NOTE]")[2]
     of_other_meaning = {"precompute_ref_batch_size", "metric_for_best_model", "greater_is_better"}
-    of_other_meaning |= {"load_best_model_at_end"}
+    of_other_meaning |= {"load_best_model_at_end", "bf16"}
     assert anew | of_other_meaning == set(re.findall(r"^> - `(\w+)`:", note, re.MULTILINE))
 
 

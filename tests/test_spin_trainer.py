@@ -122,12 +122,30 @@ def test_losses_equal_those_of_dpo_trainer_with_the_opponent_as_reference(
     assert max(losses(spin)) - min(losses(spin)) > 1e-2  # there is something to agree on
 
 
+def test_evaluation_outside_of_a_run_is_refused_with_where_the_scores_are(played):
+    with pytest.raises(NotImplementedError, match=r"Pass `eval_dataset` to the trainer.*`trainer\.state\.log_history`"):
+        played.evaluate()
+
+
 def test_pairs_hold_every_prompt_once_and_the_ground_truth_as_chosen(played, train_dataset, tokenizer):
     pairs = played.store.read_pairs(0)
     assert pairs["row"] == list(range(len(train_dataset)))
     decoded = tokenizer.batch_decode(list(pairs["chosen_ids"]), skip_special_tokens=True)
     assert decoded == list(train_dataset["completion"])
     assert all(ids[-1] == tokenizer.eos_token_id for ids in pairs["chosen_ids"])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "peft_config", "is_told"),
+    [(torch.bfloat16, None, True), (torch.bfloat16, LoraConfig(**LORA), False), (torch.float32, None, False)],
+    ids=["half precision", "half precision under an adapter", "float32"],
+)
+def test_weights_that_round_small_steps_away_are_told(
+    tiny_model, train_dataset, make_config, caplog, dtype, peft_config, is_told
+):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=dtype)
+    SPINTrainer(model, make_config(), train_dataset=train_dataset, peft_config=peft_config)
+    assert ("Load the model with `dtype='float32'`" in caplog.text) is is_told
 
 
 def test_stored_opponent_logps_are_those_of_the_model_at_the_start(tiny_model, played):

@@ -11,7 +11,6 @@ _ONE_REFERENCE = "it needs answers that were sampled from the reference, which t
 _ONE_BY_ONE = "it judges each side by itself, and what those pairs leave is not the data's and the opponent's"
 _OTHER_PAIRS = "it needs pairs of a ground truth and an opponent's answer, and these are others"
 _ONE_LENGTH = "it is of all pairs of one forward pass, and those of one length are not the data's"
-_PASS_CHANGES = "its value depends on how many pairs a forward pass holds, which that changes during the run"
 _NORMALISER = "it does not see the difference of the two sides alone, in which the mixture's normaliser cancels"
 _NOT_DEFINED = "the two are not defined together"
 
@@ -23,7 +22,6 @@ _CONFLICTS = (
     ("needs_data_and_opponent", "pairing", lambda name: name != "ground_truth", _OTHER_PAIRS),
     ("needs_data_and_opponent", "preference_dataset", bool, _OTHER_PAIRS),
     ("is_of_batch", "train_sampling_strategy", lambda name: name == "group_by_length", _ONE_LENGTH),
-    ("is_of_batch", "auto_find_batch_size", bool, _PASS_CHANGES),
     ("needs_normaliser", "reference_mixture_alpha", lambda alpha: 0 < alpha < 1, _NORMALISER),
     ("is_own", "ld_alpha", lambda alpha: alpha is not None, _NOT_DEFINED),
     ("is_own", "use_weighting", bool, _NOT_DEFINED),

@@ -10,14 +10,14 @@ from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
 
-from transformers import PreTrainedModel
+from transformers import EarlyStoppingCallback, PreTrainedModel
 from trl import DPOTrainer
 
 from ..data.formats import check_dataset
 from ..data.preferences import check_preference_dataset
 from ..evaluation.best_iteration import check_best_iteration
 from ..generation.vllm.serve_command import serve_command
-from ..policy.adapters import check_initial_reference, check_trainable
+from ..policy.adapters import check_initial_reference, check_trainable, warn_of_half_precision
 from ..policy.inputs import (
     check_generation_kwargs,
     check_generation_metrics,
@@ -62,6 +62,16 @@ def arguments(plan: Plan) -> None:
             "`ref_model` is not used in self-play: the reference is the opponent, that is the policy as it stands "
             "when an iteration begins, and its log-probs are computed before the first step. Leave it out."
         )
+    if plan.dpo.get("compute_metrics") is not None:
+        raise ValueError(
+            "`compute_metrics` is never called: it is for the logits of an evaluation within an iteration. Pass "
+            "`compute_generation_metrics`, which is called with the answers of every opponent."
+        )
+    if any(isinstance(callback, EarlyStoppingCallback) for callback in plan.dpo.get("callbacks") or ()):
+        raise ValueError(
+            "`EarlyStoppingCallback` counts evaluations within an epoch, of which there are none. Leave it out: "
+            "`stop_when_converged=True` ends a run early, `load_best_model_at_end=True` ends it with the best model."
+        )
     expected = "a pair of an optimizer and a scheduler, each of which may be None"
     require_type("optimizers", plan.dpo.get("optimizers", ()), tuple | list, expected, "Pass `(optimizer, None)`.")
     check_generation_metrics(plan.compute_generation_metrics, plan.eval_dataset)
@@ -73,7 +83,7 @@ def arguments(plan: Plan) -> None:
     if args is not None and not isinstance(args, SPINConfig):
         raise TypeError(
             f"`args` must be a `SPINConfig`, got `{type(args).__name__}`. Write `SPINConfig(...)`, which takes every "
-            "field of `DPOConfig`."
+            "field of `DPOConfig`. There is no `ref_model`: `args` comes right after the model."
         )
 
 
@@ -166,6 +176,8 @@ def same_run(plan: Plan) -> None:
 
 def trained_weights(plan: Plan, model: PreTrainedModel) -> None:
     check_trainable(model, None)
+    if not plan.sharding.engine:  # those keep the weights in float32 themselves
+        warn_of_half_precision(model)
 
 
 def merged_weights(plan: Plan, model: PreTrainedModel) -> None:

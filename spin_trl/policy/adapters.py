@@ -1,10 +1,13 @@
 """What is trained of an adapter, and what the policy is without it. Knows nothing of servers and of publishing."""
 
 import torch
+from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
 
+
+logger = get_logger(__name__)
 
 _NEUTRAL_INITIALISATIONS = (True, "gaussian", "orthogonal")  # of LoRA: they leave the model as it was
 _INITIALISATION_FIELDS = ("init_weights", "init_lora_weights", "init_ia3_weights")
@@ -38,6 +41,17 @@ def check_trainable(model: PreTrainedModel | PeftModel, peft_config: PeftConfig 
         f"All {len(list(model.parameters()))} parameters of `model` are frozen, but training needs some that are not. "
         f"{remedy}"
     )
+
+
+def warn_of_half_precision(model: PreTrainedModel | PeftModel) -> None:
+    """Tell that steps are lost in rounding, where a parameter of 16 bits is trained as it is."""
+    halves = {str(kind) for kind in precisions_of(model).values() if kind in (torch.bfloat16, torch.float16)}
+    if halves:
+        logger.warning(
+            f"The trained weights are {' and '.join(sorted(halves))}, in which the small steps of fine-tuning round to "
+            "nothing: the policy will hardly learn. Load the model with `dtype='float32'`; `bf16=True` still computes "
+            "in half precision."
+        )
 
 
 def check_initial_reference(peft_config: PeftConfig | None, alpha: float) -> None:
