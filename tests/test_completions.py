@@ -5,7 +5,6 @@ The sampler is a fake, since it has to fail where we want it to and to answer in
 
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator
 
 import pytest
 from conftest import all_completions
@@ -29,9 +28,7 @@ class FakeSampler:
         self.shuffle = shuffle
         self.requests: list[CompletionRequest] = []
 
-    def sample(
-        self, requests: Iterable[CompletionRequest], params: SamplingParams, logprobs: bool = False
-    ) -> Iterator[Completion]:
+    def sample(self, requests, params, logprobs=False):
         if self.shuffle:
             requests = list(requests)
             random.Random(0).shuffle(requests)

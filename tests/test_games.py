@@ -89,13 +89,10 @@ def test_conversation_is_split_before_its_last_message_or_before_every_assistant
     assert sides({column: opened_by_the_assistant}, "all") == [(opened_by_the_assistant[:2], [ASSISTANT])]
 
 
-def test_separate_prompt_is_one_game_whatever_turns_it_holds():
+def test_separate_prompt_is_one_game_whatever_turns_it_holds_and_a_chosen_conversation_may_begin_with_it():
+    """The prompt's empty keys are Arrow's."""
     row = {"prompt": [USER, ASSISTANT, USER], "completion": [ASSISTANT]}
     assert sides(row, "all") == [(row["prompt"], row["completion"])]
-
-
-def test_chosen_conversation_may_begin_with_its_prompt():
-    """The prompt's empty keys are Arrow's."""
     for prompt in ([USER], [{**USER, "name": None}]):
         assert sides({"prompt": prompt, "chosen": [USER, ASSISTANT], "rejected": "x"}) == [([USER], [ASSISTANT])]
 
