@@ -29,14 +29,14 @@ def fake_server(
     return ManagedServer(folder / "log", timeout, command, max_restarts)
 
 
-def processes_of(server: ManagedServer) -> list[psutil.Process]:
+def processes_of(address: str) -> list[psutil.Process]:
     """The program and what watches over it, by the socket in their command lines."""
-    path = server.base_url.removeprefix("unix:")
+    path = address.removeprefix("unix:")
     return [process for process in psutil.process_iter(["cmdline"]) if path in (process.info["cmdline"] or [])]
 
 
 def program_of(server: ManagedServer) -> psutil.Process:
-    (program,) = [p for p in processes_of(server) if "spin_trl.generation.vllm.supervise" not in p.info["cmdline"]]
+    (program,) = [process for process in processes_of(server.base_url) if PROGRAM in process.info["cmdline"][:2]]
     return program
 
 

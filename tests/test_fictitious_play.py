@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+from itertools import groupby, islice
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from conftest import DATA, BeforeFirstSteps, all_completions, read_rows
 from datasets import Dataset
 from fault_server import FakeVLLM
 from kill_points import PLACES
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from play_distributed import play, settings
 from test_distributed import launch
 from test_kill_and_resume import assert_ends_the_same, start
@@ -23,8 +24,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from spin_trl import SPINConfig, SPINTrainer, load_pairs
 from spin_trl.data.draw import OpponentDraw
 from spin_trl.generation.sampler import CompletionRequest, SamplingParams
-from spin_trl.generation.vllm.http_api import VLLMServer
 from spin_trl.generation.vllm.sampler import VLLMSampler
+from spin_trl.play.opponents import Opponents
 from spin_trl.run_directory.store import RunDirectoryError
 
 
@@ -52,11 +53,9 @@ def test_draw_is_the_same_in_any_order_at_any_time_and_on_any_machine():
 
 @pytest.mark.parametrize("other", [{"seed": 43}, {"iteration": 5}])
 def test_another_seed_and_another_iteration_draw_anew(other):
-    rows = np.arange(1000)
-    one = OpponentDraw(**{"iteration": 4, "num_opponents": 2, "seed": 42}).of_rows(rows) - 4
-    two = OpponentDraw(**{"iteration": 4, "num_opponents": 2, "seed": 42, **other}).of_rows(rows)
-    two = two - other.get("iteration", 4)
-    assert 400 < (one == two).sum() < 600
+    rows, fields = np.arange(1000), {"iteration": 4, "num_opponents": 2, "seed": 42}
+    one, two = (OpponentDraw(**fields), OpponentDraw(**{**fields, **other}))
+    assert 400 < (one.of_rows(rows) - one.iteration == two.of_rows(rows) - two.iteration).sum() < 600
 
 
 @pytest.mark.parametrize(
@@ -65,8 +64,24 @@ def test_another_seed_and_another_iteration_draw_anew(other):
 )
 def test_as_many_take_part_as_there_are_by_then(iteration, num_opponents, opponents):
     draw = OpponentDraw(iteration, num_opponents, seed=0)
-    assert list(draw.opponents) == opponents
-    assert sorted(set(draw.of_rows(np.arange(200)).tolist())) == opponents
+    assert list(draw.opponents) == sorted(set(draw.of_rows(np.arange(200)).tolist())) == opponents
+
+
+@pytest.mark.parametrize(
+    ("plays_several", "base_is_opponent", "shares"),
+    [(True, True, [{1, 2}, {0}]), (True, False, [{0, 1, 2}]), (False, True, [{2}, {1}, {0}])],
+)
+def test_adapters_answer_at_once_but_never_in_one_batch_with_the_base_model(
+    make_config, plays_several, base_is_opponent, shares
+):
+    """In vLLM's CPU engine, whichever adapter is in a batch would answer the base model's prompts, too."""
+    sampler = VLLMSampler("org/base-model", 8 if plays_several else None)
+    opponents = Opponents(make_config(num_opponents=3), None, sampler, None, None, base_is_opponent)
+    draw, rows = OpponentDraw(2, 3, seed=42), np.arange(60)
+    found = opponents.in_turn(draw, rows)
+    assert [set(draw.of_rows(share).tolist()) for _, share in found] == shares
+    assert sorted(np.concatenate([share for _, share in found])) == rows.tolist()
+    assert opponents.in_turn(None, rows) == [(None, rows)]
 
 
 # The policy plays them, in-process
@@ -113,17 +128,27 @@ def test_each_prompt_is_answered_by_the_opponent_drawn(tiny_model, train_dataset
         completions = all_completions(trainer.store, iteration).to_pylist()
         assert [completion["row"] for completion in completions] == list(range(48))
         assert {completion["opponent"] for completion in completions} == {iteration - 1, iteration}
-        for completion in completions:
+        for completion in completions[::3]:
             opponent, prompt_ids = draw.of_row(completion["row"]), rows[completion["row"]]["prompt_ids"]
             assert completion["opponent"] == opponent
             said = {k: greedy_answer(models[k], prompt_ids, 12, end) for k in draw.opponents}
             assert completion["completion_ids"] == said[opponent], (iteration, completion["row"])
             num_differing += said[iteration] != said[iteration - 1]
-    assert num_differing > 20
+    assert num_differing > 6
     # The reference, and the policy that goes on, is the newest.
     pairs = trainer.store.read_pairs(1).select(range(6))
     stored = [pair[f"ref_{side}_logps"] for pair in pairs for side in ("chosen", "rejected")]
     assert stored == pytest.approx(opponents.found[1], abs=1e-4)
+    assert_pairs_name_their_opponents(config, iteration=2)
+
+
+def assert_pairs_name_their_opponents(config: SPINConfig, iteration: int) -> None:
+    """Those of history too, each by the draw of the iteration that it is of; the user's own have none."""
+    pairs = load_pairs(config.output_dir, iteration).select_columns(["iteration", "row", "opponent"])
+    for pair in pairs:
+        draw = OpponentDraw(pair["iteration"], config.num_opponents, config.seed)
+        assert pair["opponent"] == (draw.of_row(pair["row"]) if pair["iteration"] >= 0 else None)
+    assert len(set(pairs["opponent"][:]) - {None}) > 1
 
 
 @pytest.mark.parametrize("adapter", ["full", "lora", "lora-bfloat16"])
@@ -214,48 +239,28 @@ def play_on(faulty, tiny_model, make_config):
 
 
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
-def test_server_plays_for_each_prompt_the_opponent_drawn_and_the_newest_for_the_evaluation(play_on, lora):
+def test_server_plays_for_each_prompt_the_opponent_drawn_and_the_newest_for_the_evaluation(play_on, faulty, lora):
     trainer, fake = play_on(lora)
-    rows = trainer.store.read_data()
-    prompts = [tuple(prompt_ids) for prompt_ids in rows["prompt_ids"]]
+    prompts = [tuple(prompt_ids) for prompt_ids in trainer.store.read_data()["prompt_ids"]]
     evaluated = [tuple(prompt_ids) for prompt_ids in trainer.game.plan.data.eval["prompt_ids"]]
     assert not set(prompts) & set(evaluated) and len(set(prompts)) == 24
-    played, position = fake.played, 0
+    played = iter(fake.played)
     for iteration in range(4):
-        share = played[position : position + 4]
-        assert sorted(share) == sorted((prompt, iteration) for prompt in evaluated)
-        position += 4
-        if iteration == 3:
-            break
-        draw = OpponentDraw(iteration, 2, trainer.args.seed)
-        expected = sorted((prompt, draw.of_row(row)) for row, prompt in enumerate(prompts))
-        share = played[position : position + 24]
-        assert sorted(share) == expected
-        if lora and iteration == 1:  # never in one batch with an adapter's
-            assert [number for _, number in share] == sorted((number for _, number in share), reverse=True)
-        position += 24
-    assert position == len(played)
-
-
-def test_adapters_are_loaded_once_and_unloaded_when_they_take_part_no_more(play_on, faulty):
-    _, fake = play_on(lora=True, num_iterations=4)
-    numbers = [sorted({int(name.rpartition("-")[2]) for name in loaded}) for loaded in fake.loaded_at]
-    assert [numbers[i] for i in range(len(numbers)) if i == 0 or numbers[i] != numbers[i - 1]] == [
-        [],
-        [1],
-        [1, 2],
-        [2, 3],
-        [4],
-    ]
-    names = [body["lora_name"] for body in faulty.bodies("/v1/load_lora_adapter") if "probe" not in body["lora_name"]]
-    assert len(names) == len(set(names)) == 4
-    assert fake.loaded == []  # nothing is left behind
-
-
-def test_full_weights_are_loaded_once_for_each_opponent_of_an_iteration(play_on):
-    """One in iteration 0, the newest and the one before in iterations 1 and 2, and the final policy."""
-    _, fake = play_on(lora=False)
-    assert fake.num_reloads == 1 + 2 + 2 + 1
+        assert sorted(islice(played, 4)) == sorted((prompt, iteration) for prompt in evaluated)
+        if iteration < 3:
+            draw = OpponentDraw(iteration, 2, trainer.args.seed)
+            assert sorted(islice(played, 24)) == sorted(
+                (prompt, draw.of_row(row)) for row, prompt in enumerate(prompts)
+            )
+    assert next(played, None) is None
+    if lora:  # each is loaded once, and unloaded when it takes part no more
+        numbers = [sorted({int(name.rpartition("-")[2]) for name in loaded}) for loaded in fake.loaded_at]
+        assert [found for found, _ in groupby(numbers)] == [[], [1], [1, 2], [3]]
+        names = [body["lora_name"] for body in faulty.bodies("/v1/load_lora_adapter")]
+        assert len([name for name in names if "-iteration-" in name]) == 3
+        assert fake.loaded == []  # nothing is left behind
+    else:  # the newest and the one before in iterations 1 and 2, and the final policy
+        assert fake.num_reloads == 1 + 2 + 2 + 1
 
 
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
@@ -279,39 +284,16 @@ def test_restarted_server_gets_all_opponents_again(play_on, tiny_model, lora):
 # What is written
 
 
-def test_pairs_name_the_opponent_that_answered(tiny_model, train_dataset, make_config):
-    """Those of history too, each by the draw of the iteration that it is of."""
-    config = make_config(num_iterations=3, num_opponents=3, num_generations=2)
-    trainer = SPINTrainer(tiny_model, config, train_dataset=train_dataset, peft_config=LoraConfig(**LORA))
-    trainer.train()
-    for iteration in range(3):
-        pairs = load_pairs(config.output_dir, iteration)
-        assert len(pairs) == (96 if iteration == 0 else 192)
-        for pair in pairs.select_columns(["iteration", "row", "opponent"]):
-            assert pair["opponent"] == OpponentDraw(pair["iteration"], 3, config.seed).of_row(pair["row"])
-        assert set(pairs["opponent"][:]) == set(range(iteration + 1))
-
-
 def test_pairs_that_rewards_choose_name_it_and_the_users_own_pairs_have_none(tiny_model, train_dataset, make_config):
     def shorter(completions: list[str], **kwargs) -> list[float]:
         return [-float(len(text)) for text in completions]
 
     preferences = Dataset.from_dict({"prompt": ["abc", "abd"], "chosen": ["AH0", "B"], "rejected": ["B", "AH0"]})
     config = make_config(num_iterations=2, num_opponents=2, num_generations=2, pairing="best_of")
-    trainer = SPINTrainer(
-        tiny_model,
-        config,
-        train_dataset=train_dataset,
-        peft_config=LoraConfig(**LORA),
-        reward_funcs=shorter,
-        preference_dataset=preferences,
-    )
-    trainer.train()
-    pairs = load_pairs(config.output_dir, 1)
-    own = [pair for pair in pairs.select_columns(["iteration", "row", "opponent"]) if pair["iteration"] >= 0]
-    assert len(pairs) - len(own) == 2 and {pair["opponent"] for pair in own} == {0, 1}
-    assert all(p["opponent"] == OpponentDraw(p["iteration"], 2, config.seed).of_row(p["row"]) for p in own)
-    assert [pair["opponent"] for pair in pairs if pair["iteration"] < 0] == [None, None]
+    data = {"train_dataset": train_dataset, "reward_funcs": shorter, "preference_dataset": preferences}
+    SPINTrainer(tiny_model, config, peft_config=LoraConfig(**LORA), **data).train()
+    assert_pairs_name_their_opponents(config, iteration=1)
+    assert load_pairs(config.output_dir, 1)["opponent"][:].count(None) == 2
 
 
 def test_with_one_opponent_nothing_is_named(tiny_model, train_dataset, make_config):
@@ -394,41 +376,29 @@ def test_pairs_of_two_processes_are_those_of_one(tiny_model, tmp_path, launcher,
 
 
 def random_adapter(tiny_model: str, path: Path, seed: int) -> Path:
-    from peft import get_peft_model
-
     torch.manual_seed(seed)
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), LoraConfig(**LORA))
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data.add_(torch.randn_like(parameter) * 0.1)
-    model.save_pretrained(path)
+    lora = LoraConfig(**LORA, init_lora_weights=False)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), lora).save_pretrained(path)
     return path
 
 
-def test_two_adapters_that_are_asked_in_turns_answer_as_each_does_alone(lora_server, tiny_model, tokenizer, tmp_path):
+def test_two_adapters_that_are_asked_in_turns_answer_as_each_does_alone(
+    lora_server, tiny_model, tokenizer, connect, tmp_path
+):
     """The server has room for one adapter in a batch, as vLLM's default is; the other one's prompts wait."""
-    paths = [random_adapter(tiny_model, tmp_path / str(seed), seed) for seed in range(2)]
+    first, second = (random_adapter(tiny_model, tmp_path / str(seed), seed) for seed in range(2))
     prompts = [tokenizer(row["prompt"])["input_ids"] for row in read_rows("accent_train.jsonl", 32)]
     params = SamplingParams(12, (tokenizer.eos_token_id,), temperature=0.0)
+    options = {"model": tiny_model, "run_name": f"turns-{os.getpid()}", "min_context_length": 2}
+    sampler = connect(lora_server.base_url, api_key=lora_server.api_key, **options)
 
-    def ask(sampler: VLLMSampler, opponent_of) -> dict[int, list[int]]:
+    def ask(*published, opponent_of=lambda i: None) -> dict[int, list[int]]:
+        sampler.publish(*published)
+        sampler.select(*published)
         requests = [CompletionRequest((i, 0), ids, seed=i, opponent=opponent_of(i)) for i, ids in enumerate(prompts)]
         return {completion.key[0]: completion.token_ids for completion in sampler.sample(requests, params)}
 
-    sampler = VLLMSampler(tiny_model, 8)
-    sampler.connect([VLLMServer(lora_server.base_url, lora_server.api_key)], f"turns-{os.getpid()}", 2)
-    try:
-        alone = []
-        for number, path in enumerate(paths):
-            sampler.publish(number + 1, path)
-            sampler.select(number + 1, path)
-            alone.append(ask(sampler, lambda i: None))
-        published = 2, paths[1], {1: paths[0]}
-        sampler.publish(*published)
-        sampler.select(*published)
-        mixed = ask(sampler, lambda i: 1 + i % 2)
-    finally:
-        sampler.close()
-    first, second = alone
-    assert sum(first[i] != second[i] for i in range(32)) > 16
+    alone = [ask(1, first), ask(2, second)]
+    assert sum(alone[0][i] != alone[1][i] for i in range(32)) > 16
+    mixed = ask(2, second, {1: first}, opponent_of=lambda i: 1 + i % 2)
     assert mixed == {i: alone[i % 2][i] for i in range(32)}

@@ -3,7 +3,6 @@
 That vLLM itself is started, and started again, is tested in `test_server_restarts.py`.
 """
 
-import signal
 import stat
 import subprocess
 import sys
@@ -50,7 +49,7 @@ def test_server_is_reached_by_this_user_alone_and_leaves_nothing_behind(make_ser
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     connect(server).close()
     server.stop()
-    assert not folder.exists() and processes_of(server) == []
+    assert not folder.exists() and processes_of(server.base_url) == []
 
 
 def test_long_path_for_temporary_files_is_no_obstacle(make_server, monkeypatch, tmp_path):
@@ -72,7 +71,7 @@ def test_server_that_takes_too_long_is_stopped(tmp_path):
     server = fake_server(tmp_path, timeout=1)
     with pytest.raises(SamplerError, match=r"was not up after `vllm_server_timeout` \(1 s\)(.|\n)*starting"):
         server.start()
-    assert processes_of(server) == []
+    assert processes_of(server.base_url) == []
 
 
 def test_key_for_a_users_own_server_is_not_passed_on(make_server, monkeypatch):
@@ -135,7 +134,7 @@ def test_server_that_is_stopped_while_it_is_started_again_is_gone(make_server, t
     kill(server)
     assert wait_for(lambda: server.num_restarts == 1)
     server.stop()
-    assert processes_of(server) == [] and server.num_restarts == 1
+    assert processes_of(server.base_url) == [] and server.num_restarts == 1
 
 
 def test_server_that_is_started_anew_has_not_ended(make_server):
@@ -160,15 +159,11 @@ def test_server_is_gone_when_the_trainer_is_killed(tmp_path):
     time.sleep(600)
     """
     trainer = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, text=True)
-    path = trainer.stdout.readline().strip().removeprefix("unix:")
-
-    def running() -> list:
-        return [process for process in psutil.process_iter(["cmdline"]) if path in (process.info["cmdline"] or [])]
-
-    assert len(running()) == 2
-    trainer.send_signal(signal.SIGKILL)
+    address = trainer.stdout.readline().strip()
+    assert len(processes_of(address)) == 2
+    trainer.kill()
     trainer.wait()
-    assert wait_for(lambda: running() == [])
+    assert wait_for(lambda: processes_of(address) == [])
 
 
 def test_supervisor_imports_neither_torch_nor_datasets():

@@ -49,16 +49,11 @@ def value_of(words: list[str], flag: str) -> str:
 # python -m spin_trl.serve
 
 
-def test_command_for_adapters(printed):
+def test_command_for_adapters_or_for_full_weights(printed):
     words = printed("some/model", "--lora-rank", "8")
-    assert "some/model" in words
     assert "--enable-lora" in words and value_of(words, "--max-lora-rank") == "8"
     assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1" in words and "VLLM_SERVER_DEV_MODE=1" not in words
-    assert value_of(words, "--host") == "127.0.0.1"
-    assert value_of(words, "--generation-config") == "vllm"
-
-
-def test_command_for_full_weights(printed):
+    assert value_of(words, "--host") == "127.0.0.1" and value_of(words, "--generation-config") == "vllm"
     words = printed("some/model")
     assert "VLLM_SERVER_DEV_MODE=1" in words and "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1" not in words
     assert "--enable-lora" not in words and "--max-lora-rank" not in words
@@ -77,25 +72,24 @@ def test_printing_starts_nothing_and_imports_neither_torch_nor_vllm():
     assert "a model" in shown.stdout.splitlines()
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "10.0.0.5", "::"])
-def test_server_that_others_can_reach_is_warned_of_on_standard_error(capsys, host):
-    for options in ([], ["--lora-rank", "8"]):
+@pytest.mark.parametrize("options", [[], ["--lora-rank", "8"]], ids=["full", "lora"])
+def test_server_that_others_can_reach_is_warned_of_on_standard_error(capsys, options):
+    for host in ("0.0.0.0", "10.0.0.5", "::"):
         serve.main(["m", "--host", host, "--print", *options])
         printed = capsys.readouterr()
         assert f"on {host}, whoever reaches this server" in printed.err and "API key does not guard" in printed.err
         assert "Warning" not in printed.out
+    for host in ("127.0.0.1", "localhost", "::1"):
+        serve.main(["m", "--host", host, "--print", *options])
+        assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1"])
-def test_server_on_the_loopback_interface_is_not_warned_of(capsys, host):
-    serve.main(["m", "--host", host, "--print"])
-    assert capsys.readouterr().err == ""
-
-
-def test_further_arguments_are_passed_on(printed, install):
+def test_gpu_build_is_started_by_its_command_with_the_users_own_arguments(printed, install):
     install("vllm 0.31.0")
     arguments = ["--port", "9000", "--max-model-len", "512", "--trust-remote-code", "--max-loras", "2"]
-    assert printed("m", *arguments, "--lora-rank", "8")[-7:] == arguments
+    words = printed("m", *arguments, "--lora-rank", "8")
+    start = words.index("serve")
+    assert os.path.basename(words[start - 1]) == "vllm" and words[start + 1] == "m" and words[-7:] == arguments
 
 
 def test_model_must_come_first(capsys):
@@ -103,13 +97,6 @@ def test_model_must_come_first(capsys):
     with pytest.raises(SystemExit):
         serve.main(["--port", "8000", "m"])
     assert "the first argument must be the model, got '--port'" in capsys.readouterr().err
-
-
-def test_gpu_build_is_started_by_its_command(printed, install):
-    install("vllm 0.31.0")
-    words = printed("m")
-    start = words.index("serve")
-    assert os.path.basename(words[start - 1]) == "vllm" and words[start + 1] == "m"
 
 
 def test_cpu_build_is_started_as_a_module_that_needs_no_compiler(printed, install):
@@ -131,13 +118,10 @@ def test_server_that_is_to_sleep_is_started_such_that_it_can(install, build, can
 
 
 @pytest.mark.parametrize(("rank", "served"), [(1, 1), (2, 8), (8, 8), (9, 16), (257, 320), (512, 512)])
-def test_rank_is_rounded_up_to_one_that_vllm_serves(printed, rank, served):
-    assert value_of(printed("m", "--lora-rank", str(rank)), "--max-lora-rank") == str(served)
-
-
-def test_rank_larger_than_any_that_vllm_serves_is_refused():
-    with pytest.raises(ValueError, match="up to rank 512, got rank 513"):
-        serve_command("m", lora_rank=513)
+def test_rank_is_rounded_up_to_one_that_vllm_serves(rank, served):
+    assert value_of(serve_command("m", lora_rank=rank).argv, "--max-lora-rank") == str(served)
+    with pytest.raises(ValueError, match=f"up to rank 512, got rank {rank + 512}"):
+        serve_command("m", lora_rank=rank + 512)
 
 
 @pytest.mark.parametrize(

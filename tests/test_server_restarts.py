@@ -31,7 +31,8 @@ def make_opponent(model: str, folder: Path, kind: str) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("kind", [pytest.param("lora", marks=pytest.mark.slow), "full"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lora", "full"])
 def test_server_killed_in_mid_work_gets_the_opponent_again_and_no_answer_is_lost_doubled_or_anothers(
     kind, request, tiny_model, tokenizer, connect, tmp_path, record_property
 ):
@@ -62,57 +63,30 @@ def test_server_killed_in_mid_work_gets_the_opponent_again_and_no_answer_is_lost
     assert found == expected
 
 
-@pytest.fixture
-def servers(monkeypatch) -> Servers:
-    found = Servers()
-    monkeypatch.setenv(found.VARIABLE, found.name)
-    return found
+def test_run_starts_its_own_server_again_if_it_is_killed_and_stops_it_when_it_fails(
+    tiny_model, train_dataset, eval_dataset, make_config, monkeypatch, caplog, record_property
+):
+    servers = Servers()
+    monkeypatch.setenv(servers.VARIABLE, servers.name)
 
-
-@pytest.fixture
-def managed_run(tiny_model, train_dataset, eval_dataset, make_config):
-    """A factory of trainers with a managed server; `act` is called in the evaluation of each iteration's opponent."""
-
-    def make(act, **settings) -> SPINTrainer:
-        def metrics(prompts, references, generations):
-            act()
-            return {}
-
-        return SPINTrainer(
-            tiny_model,
-            make_config(use_vllm=True, **settings),
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            compute_generation_metrics=metrics,
-            peft_config=LoraConfig(**LORA),
-        )
-
-    return make
-
-
-def test_run_starts_its_own_server_and_stops_it_when_it_fails(servers, managed_run):
-    def fail():
-        assert servers.running()
+    def metrics(prompts, references, generations):
         if trainer.store.has_pairs(0):
             raise ZeroDivisionError("in the user's metrics")
+        servers.kill()
+        return {}
 
-    trainer = managed_run(fail, num_iterations=2)
+    config = make_config(use_vllm=True, num_iterations=2)
+    data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "compute_generation_metrics": metrics}
+    trainer = SPINTrainer(tiny_model, config, peft_config=LoraConfig(**LORA), **data)
     with pytest.raises(ZeroDivisionError, match="in the user's metrics"):
         trainer.train()
     assert servers.running() == []
-    assert trainer.store.read_run()["sampler"]["mode"] == "managed"
-    assert trainer.store.read_metrics(1)["publish_check_difference"] < 1e-4
-    command = trainer.store.server_log.read_text().splitlines()[0]
-    assert "--enable-lora" in command and "--uds" in command and "--port" not in command
-
-
-@pytest.mark.slow
-def test_run_goes_on_with_its_server_started_again(servers, managed_run, caplog, record_property):
-    trainer = managed_run(servers.kill, num_iterations=1)
-    trainer.train()
-    assert servers.running() == []
+    assert "is started again (restart 1 of at most 3)" in caplog.text
     num_completions = len(all_completions(trainer.store, 0))
     record_property("killed", "the managed server of a run")
     record_property("completions_lost", 48 - num_completions)
     assert num_completions == 48
-    assert "is started again (restart 1 of at most 3)" in caplog.text
+    assert trainer.store.read_run()["sampler"]["mode"] == "managed"
+    assert trainer.store.read_metrics(1)["publish_check_difference"] < 1e-4
+    command = trainer.store.server_log.read_text().splitlines()[0]
+    assert "--enable-lora" in command and "--uds" in command and "--port" not in command

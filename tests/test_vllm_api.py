@@ -89,22 +89,28 @@ def test_answer_that_is_no_text_is_an_error_like_any_other(faulty, ask):
         ask(models)
 
 
+NO_MODELS = ["<html>A dashboard</html>", [], {"data": None}, {"data": [{"name": "m"}]}, {"data": [{"id": "m"}]}]
+
+
 @pytest.mark.parametrize(
-    "content", ["<html>A dashboard</html>", [], {"data": None}, {"data": [{"name": "m"}]}, {"data": [{"id": "m"}]}]
+    ("question", "content"),
+    [
+        *(("served_models", content) for content in NO_MODELS),
+        *(("weight_version", content) for content in ("", [], {"weight_version": 3})),
+    ],
 )
-def test_list_of_models_that_is_none_is_refused_with_the_address(faulty, ask, content):
+def test_answer_that_no_vllm_server_gives_is_refused_with_the_address(faulty, ask, question, content):
     faulty.answer = lambda path, body: (200, content)
     with pytest.raises(SamplerError, match=f"What answers at {faulty.url} is no vLLM server"):
-        ask(models)
+        ask(lambda client: getattr(client, question)())
 
 
 def test_absent_server_is_named_after_the_server_timeout(ask):
     url, started = unused_address(), time.monotonic()
-    with pytest.raises(UnreachableError) as error:
+    named = f"{url} did not answer GET /health.*Cannot connect.*spin_trl.serve.*`vllm_server_base_url`"
+    with pytest.raises(UnreachableError, match=named):
         ask(lambda client: client.wait_until_ready(), url, server_timeout=0.2)
     assert time.monotonic() - started >= 0.2
-    for named in (f"{url} did not answer GET /health", "Cannot connect", "spin_trl.serve", "`vllm_server_base_url`"):
-        assert named in str(error.value)
 
 
 def test_server_that_never_recovers_is_given_up_with_its_last_message(faulty, ask):
@@ -180,25 +186,13 @@ def test_address_may_end_in_the_apis_own_path(faulty, ask, suffix):
 
 
 @pytest.mark.parametrize(("key", "header"), [("sk-secret", "Bearer sk-secret"), (None, None)])
-def test_api_key_is_sent_with_every_request(faulty, ask, key, header):
-    faulty.answer = lambda path, body: completion(body) if path == "/v1/completions" else (200, {"data": []})
-
-    async def ask_all(client):
-        await client.served_models()
-        await client.load_adapter("a", "/a")
-        await client.adapter_refusal()
-        await client.complete({"prompt": [7]})
-
-    ask(ask_all, api_key=key)
-    assert len(faulty.requests) == 4
-    assert faulty.api_keys == {header}
-
-
-def test_api_key_is_in_no_error(faulty, ask):
+def test_api_key_is_sent_with_every_request_and_is_in_no_error(faulty, ask, key, header):
     faulty.answer = lambda path, body: (401, {"error": "Unauthorized"})
-    with pytest.raises(SamplerError, match="VLLM_API_KEY") as error:
-        ask(models, api_key="sk-secret")
-    assert "sk-secret" not in str(error.value)
+    for act in (models, complete, lambda client: client.load_adapter("a", "/a")):
+        with pytest.raises(SamplerError, match="VLLM_API_KEY") as error:
+            ask(act, api_key=key)
+        assert "sk-secret" not in str(error.value)
+    assert len(faulty.requests) >= 3 and faulty.api_keys == {header}
 
 
 def test_server_that_is_gone_for_good_fails_every_request_at_once_with_the_reason(ask, tmp_path):
@@ -212,15 +206,12 @@ def test_server_that_is_gone_for_good_fails_every_request_at_once_with_the_reaso
 # Completions
 
 
-def test_completion_that_the_server_gives_up_is_asked_for_again(faulty, ask):
-    aborted = {"choices": [{"token_ids": [5], "finish_reason": "abort"}]}
-    faulty.answer = in_turn((200, aborted), (200, aborted), completion({"prompt": [5]}))
+def test_completion_that_the_server_gives_up_is_asked_for_again_for_a_while(faulty, ask):
+    aborted = 200, {"choices": [{"token_ids": [5], "finish_reason": "abort"}]}
+    faulty.answer = in_turn(aborted, aborted, completion({"prompt": [5]}))
     assert ask(complete)["finish_reason"] == "stop"
     assert len(faulty.requests) == 3
-
-
-def test_completion_that_the_server_always_gives_up_is_an_error_in_the_end(faulty, ask):
-    faulty.answer = lambda path, body: (200, {"choices": [{"token_ids": [5], "finish_reason": "abort"}]})
+    faulty.answer = in_turn(aborted)
     with pytest.raises(SamplerError, match=r"`finish_reason` 'abort'"):
         ask(complete, server_timeout=0.1)
 
@@ -268,10 +259,3 @@ def test_version_of_weights_is_not_set_again_when_the_connection_breaks(faulty, 
     with pytest.raises(UnreachableError):
         ask(lambda client: client.set_weight_version("a"))
     assert len(faulty.requests) == 1
-
-
-@pytest.mark.parametrize("content", ["", [], {"weight_version": 3}])
-def test_version_that_is_none_is_refused_with_the_address(faulty, ask, content):
-    faulty.answer = lambda path, body: (200, content)
-    with pytest.raises(SamplerError, match=f"What answers at {faulty.url} is no vLLM server"):
-        ask(lambda client: client.weight_version())

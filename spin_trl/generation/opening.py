@@ -3,7 +3,7 @@
 import os
 import shlex
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -107,12 +107,9 @@ class SamplerHost:
         """
 
         def look() -> int:
-            sampler = self._client()
-            try:
+            with closing(self._client()) as sampler:
                 self._connect(sampler, self.args.vllm_server_base_urls, "spin-probe", min_context_length)
                 return sampler.context_length
-            finally:
-                sampler.close()
 
         return on_main_process(look)
 

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import queue
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,6 +24,7 @@ _PATIENCE_AMONG_SEVERAL = 10
 _NUM_PROMPTS_PER_SLOT = 5  # that are read, and whose answers the consumer has not taken yet
 
 
+@dataclass
 class VLLMSampler(OpponentSampler):
     """
     An [`OpponentSampler`] that asks stock vLLM servers.
@@ -40,20 +42,14 @@ class VLLMSampler(OpponentSampler):
         max_concurrent_requests (`int`): Number of completions in flight at each server.
     """
 
-    def __init__(
-        self,
-        model: str,
-        lora_rank: int | None,
-        served_model: str | None = None,
-        vocab_size: int | None = None,
-        max_concurrent_requests: int = 256,
-    ):
-        self.model = model
-        self.lora_rank = lora_rank
-        self.served_model = served_model
-        self.vocab_size = vocab_size
-        self.max_concurrent_requests = max_concurrent_requests
-        self.plays_several = lora_rank is not None  # weights replace each other
+    model: str
+    lora_rank: int | None
+    served_model: str | None = None
+    vocab_size: int | None = None
+    max_concurrent_requests: int = 256
+
+    def __post_init__(self):
+        self.plays_several = self.lora_rank is not None  # weights replace each other
         self.replicas: list[Replica] = []
         self._opponents: Opponents = {}
         self._has_published = False
