@@ -65,8 +65,11 @@ def make_config_of(kind: str):
 
 
 def make_policy(base: LlamaForCausalLM, config) -> PeftModel:
-    """With an adapter that is as if trained."""
-    policy = get_peft_model(copy.deepcopy(base), config).eval()
+    return train(get_peft_model(copy.deepcopy(base), config).eval())
+
+
+def train(policy: PeftModel) -> PeftModel:
+    """As if."""
     torch.manual_seed(1)
     for parameter in policy.parameters():
         if parameter.requires_grad and parameter.is_floating_point():
@@ -81,31 +84,31 @@ def logits(model, ids: torch.Tensor = IDS) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", [*LORAS, *MERGED])
 def test_adapter_of_each_kind_is_merged_into_files_that_compute_what_it_does_and_is_left_as_it_was(kind, tmp_path):
+    """
+    And a new one is taken for the base model only if it changes nothing. PiSSA and OLoRA move a part of the base
+    weights to the adapter: without it, a server's base model is another.
+    """
     base, config = make_base(), make_config_of(kind)
-    policy = make_policy(base, config)
+    torch.manual_seed(2)
+    policy = get_peft_model(copy.deepcopy(base), config).eval()
+    expected = logits(base)
+    changes_nothing = torch.allclose(logits(policy), expected, atol=1e-6)
+    with policy.disable_adapter():
+        changes_nothing &= torch.allclose(logits(policy), expected, atol=1e-6)
+    assert starts_as_base(make_config_of(kind)) == changes_nothing
+
+    train(policy)
     before = {name: value.clone() for name, value in policy.state_dict().items()}
     computed = logits(policy)
     save_merged(policy, str(tmp_path))
     merged, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert (logits(merged) - computed).abs().max() < 1e-5
-    assert (computed - logits(base)).abs().max() > 1e-4
+    assert (computed - expected).abs().max() > 1e-4
     after = policy.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
     assert torch.equal(logits(policy), computed)
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".safetensors"}
-
-
-@pytest.mark.parametrize("kind", [*LORAS, *MERGED])
-def test_new_adapter_of_each_kind_is_taken_for_the_base_model_only_if_it_changes_nothing(kind):
-    """PiSSA and OLoRA move a part of the base weights to the adapter: without it, a server's base model is another."""
-    base, config = make_base(), make_config_of(kind)
-    torch.manual_seed(2)
-    policy = get_peft_model(copy.deepcopy(base), config).eval()
-    changes_nothing = torch.allclose(logits(policy), logits(base), atol=1e-6)
-    with policy.disable_adapter():
-        changes_nothing &= torch.allclose(logits(policy), logits(base), atol=1e-6)
-    assert starts_as_base(config) == changes_nothing
 
 
 def test_tied_embeddings_that_are_trained_together_stay_tied(tmp_path):
@@ -150,18 +153,16 @@ def test_adapter_with_ranks_and_alphas_of_its_own_is_scaled_as_vllm_scales_it(tm
 
 @pytest.fixture
 def play(tiny_model, tokenizer, train_dataset, make_config):
-    def make(train: bool = True, model=tiny_model, lora: bool = True, peft_config=None, **overrides) -> SPINTrainer:
+    def make(**overrides) -> SPINTrainer:
         settings = {"num_iterations": 1, "save_strategy": "epoch", "resume": "auto", "merge_adapter_at_end": True}
-        lora_config = LoraConfig(r=4, target_modules="all-linear") if lora else None
         trainer = SPINTrainer(
-            model,
+            tiny_model,
             make_config(**{**settings, **overrides}),
             train_dataset=train_dataset.select(range(16)),
             processing_class=tokenizer,
-            peft_config=peft_config or lora_config,
+            peft_config=LoraConfig(r=4, target_modules="all-linear"),
         )
-        if train:
-            trainer.train()
+        trainer.train()
         return trainer
 
     return make

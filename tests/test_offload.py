@@ -51,23 +51,22 @@ def away_and_back(offloader: Offloader) -> None:
     assert {id(tensor) for tensor in offloader.find_tensors()} == {id(tensor) for tensor in tensors}
 
 
-@pytest.mark.parametrize("kind", ["full", "lora"])
-def test_training_goes_on_as_if_nothing_had_been_moved(kind):
+@pytest.mark.parametrize("kind", ["full", "lora", "distributed"])
+def test_training_goes_on_as_if_nothing_had_been_moved(kind, tmp_path):
+    """The reducer of DistributedDataParallel holds the parameters' gradients in buckets of its own."""
     left_alone, moved = make_model(kind), make_model(kind)
-    assert train(moved, away_and_back) == train(left_alone, lambda offloader: None)
+    expected, wrapped = train(left_alone, lambda offloader: None), moved
+    if kind == "distributed":
+        dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+        wrapped = nn.parallel.DistributedDataParallel(moved)
+    try:
+        assert train(wrapped, away_and_back) == expected
+    finally:
+        if kind == "distributed":
+            dist.destroy_process_group()
     for name, value in left_alone.state_dict().items():
         assert torch.equal(moved.state_dict()[name], value), name
     assert moved.get_input_embeddings().weight is moved.get_output_embeddings().weight
-
-
-def test_training_in_distributed_data_parallel_goes_on_as_if_nothing_had_been_moved(tmp_path):
-    """Its reducer holds the parameters' gradients in buckets of its own."""
-    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
-    try:
-        model = nn.parallel.DistributedDataParallel(make_model("full"))
-        assert train(model, away_and_back) == train(make_model("full"), lambda offloader: None)
-    finally:
-        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("bits", [None, 4])
@@ -104,15 +103,11 @@ def test_tensors_that_share_memory_share_it_afterwards_in_the_same_shape():
     assert views[0][2] == views[1][2, 1] == views[2][1, 1] == -1
 
 
-def test_what_lies_elsewhere_or_moves_by_itself_stays():
+def test_what_lies_elsewhere_or_moves_by_itself_stays_and_state_in_lists_is_found():
     model = nn.Linear(2, 2)
     model.elsewhere = nn.Parameter(torch.empty(2, device="meta"))
     model.weight.is_paged = True
-    assert [id(tensor) for tensor in training_tensors(model, None, CPU)] == [id(model.bias)]
-
-
-def test_state_in_lists_is_found():
-    model = nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters())
-    optimizer.state[model.weight] = {"step": 3, "directions": [torch.ones(2), (torch.ones(3),)]}
-    assert [len(tensor) for tensor in training_tensors(model, optimizer, CPU)][2:] == [2, 3]
+    optimizer.state[model.weight] = {"step": 3, "directions": (states := [torch.ones(2), (torch.ones(3),)])}
+    found = [id(tensor) for tensor in training_tensors(model, optimizer, CPU)]
+    assert found == [id(model.bias), id(states[0]), id(states[1][0])]
