@@ -137,15 +137,6 @@ def test_server_that_is_stopped_while_it_is_started_again_is_gone(make_server, t
     assert processes_of(server.base_url) == [] and server.num_restarts == 1
 
 
-def test_server_that_is_started_anew_has_not_ended(make_server):
-    server = make_server()
-    kill(server)
-    assert wait_for(lambda: server.has_ended)
-    server.stop()
-    server.start()
-    assert not server.has_ended and listens(server.base_url)
-
-
 def test_server_is_gone_when_the_trainer_is_killed(tmp_path):
     script = f"""
     import sys, time

@@ -7,6 +7,8 @@ import re
 import subprocess
 import sys
 import termios
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -21,56 +23,59 @@ PLACE = r"(Iteration \d \(\d of 2\)|After iteration 1): \w+"
 PLACES.append("After iteration 1: evaluate")
 
 
-@pytest.fixture
-def command(tiny_model, tmp_path) -> list[str]:
-    config = {"output_dir": str(tmp_path / "run"), "save_strategy": "no"}
-    job = json.dumps({"model": tiny_model, "config": config})
-    return [sys.executable, str(Path(__file__).with_name("play_short.py")), job]
+@dataclass
+class Shown:
+    """What a run shows."""
+
+    output: str
+    errors: str
+    terminal: str  # where that is its standard output and error
 
 
-def environment() -> dict[str, str]:
-    tests = Path(__file__).parent
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)]), "COLUMNS": "200"}
-
-
-def test_pipe_gets_one_line_a_phase_with_numbers_and_none_a_step(command):
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    lines = [line for line in done.stderr.splitlines() if " done in " in line]
-    assert [line.partition(" done in ")[0] for line in lines] == PLACES
-    numbers = r"done in \d\d:\d\d, 16/16 completions, [\d.]+ completions/s, \d+ tokens/s, 0/4 steps, \? left"
-    assert re.search(f"Iteration 0.*: generate {numbers}", done.stderr)
-    numbers = r"done in \d\d:\d\d, 2/4 steps, [\d.]+ steps/s, loss 0\.\d+, \d\d:\d\d left"
-    assert re.search(f"Iteration 0.*: train {numbers}", done.stderr)
-    assert "steps" not in "".join(line for line in done.stderr.splitlines() if line not in lines)
-    assert "'loss'" not in done.stdout
-
-
-def read_terminal(command: list[str]) -> str:
-    """What a command writes to a terminal that is its standard output and error."""
+@pytest.fixture(scope="module")
+def shown(tiny_model, tmp_path_factory) -> Shown:
+    """By two short runs at once, one with pipes and one in a terminal."""
     leader, follower = pty.openpty()
     termios.tcsetwinsize(follower, (24, 200))
-    process = subprocess.Popen(command, env=environment(), stdout=follower, stderr=follower)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    piped = start(tiny_model, tmp_path_factory.mktemp("piped"), **pipes)
+    in_terminal = start(tiny_model, tmp_path_factory.mktemp("in-terminal"), stdout=follower, stderr=follower)
     os.close(follower)
     content = b""
-    try:
+    with suppress(OSError):  # how a terminal tells that nobody writes to it any more
         while block := os.read(leader, 1 << 16):
             content += block
-    except OSError:  # how a terminal tells that nobody writes to it any more
-        pass
-    finally:
-        os.close(leader)
-    assert process.wait(300) == 0, content.decode()
-    return content.decode()
+    os.close(leader)
+    output, errors = piped.communicate(timeout=300)
+    assert in_terminal.wait(300) == 0 and piped.returncode == 0, content.decode() + errors
+    return Shown(output, errors, content.decode())
 
 
-def test_terminal_gets_a_bar_with_iteration_phase_and_time_left_and_one_for_the_phase(command):
-    shown = read_terminal(command)
-    bars = [text.strip() for text in re.split(r"[\r\n]", shown) if "%|" in text]
+def start(model: str, folder: Path, **streams) -> subprocess.Popen:
+    tests = Path(__file__).parent
+    path = os.pathsep.join([str(tests), str(tests.parent)])
+    job = json.dumps({"model": model, "config": {"output_dir": str(folder / "run"), "save_strategy": "no"}})
+    command = [sys.executable, str(tests / "play_short.py"), job]
+    return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path, "COLUMNS": "200"}, **streams)
+
+
+def test_pipe_gets_one_line_a_phase_with_numbers_and_none_a_step(shown):
+    lines = [line for line in shown.errors.splitlines() if " done in " in line]
+    assert [line.partition(" done in ")[0] for line in lines] == PLACES
+    numbers = r"done in \d\d:\d\d, 16/16 completions, [\d.]+ completions/s, \d+ tokens/s, 0/4 steps, \? left"
+    assert re.search(f"Iteration 0.*: generate {numbers}", shown.errors)
+    numbers = r"done in \d\d:\d\d, 2/4 steps, [\d.]+ steps/s, loss 0\.\d+, \d\d:\d\d left"
+    assert re.search(f"Iteration 0.*: train {numbers}", shown.errors)
+    assert "steps" not in "".join(line for line in shown.errors.splitlines() if line not in lines)
+    assert "'loss'" not in shown.output
+
+
+def test_terminal_gets_a_bar_with_iteration_phase_and_time_left_and_one_for_the_phase(shown):
+    bars = [text.strip() for text in re.split(r"[\r\n]", shown.terminal) if "%|" in text]
     assert list(dict.fromkeys(place[0] for bar in bars if (place := re.match(PLACE, bar)))) == PLACES
     assert any(re.search(r"train:  75%.* 3/4 \[\d\d:\d\d<\d\d:\d\d, +[\d.]+ steps/s\]", bar) for bar in bars)
     assert any(re.search(r"generations: .*/16 .* completions/s", bar) for bar in bars)
-    assert " done in " not in shown
+    assert " done in " not in shown.terminal
 
 
 def test_processes_but_the_first_show_nothing(capfd):

@@ -79,14 +79,13 @@ class ManagedServer:
 
     def start(self) -> None:
         """
-        Start the server, wait until it answers, and start it again from then on if it ends.
+        Start the server, once; wait until it answers, and start it again from then on if it ends.
 
         Raises:
             `SamplerError`: if it ends or does not come up in time, with the end of its log.
         """
         self._socket = _private_directory() / "vllm"
         self._command = self.command(str(self._socket))
-        self.num_restarts = 0
         write_text(self.log_path, f"{self._command}\n")
         self.resume()
 
