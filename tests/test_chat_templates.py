@@ -39,10 +39,6 @@ NAMES = sorted(path.stem for path in TEMPLATES.glob("*.jinja"))
 PLAYED = [name for name in NAMES if name not in REFUSED]
 
 
-def in_parts(messages: list[dict]) -> list[dict]:
-    return [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
-
-
 class Case:
     """One template with a tokenizer of its own, in which the end of its turns is not the tokenizer's end token."""
 
@@ -55,7 +51,8 @@ class Case:
         self.end_token_ids = tuple(self.tokenizer.convert_tokens_to_ids(["<tokenizers_own_end>", self.end_token]))
 
     def text(self, messages: list[dict], **kwargs) -> str:
-        messages = in_parts(messages) if self.name in WANTS_PARTS else messages
+        if self.name in WANTS_PARTS:
+            messages = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
         return self.tokenizer.apply_chat_template(messages, tokenize=False, **self.kwargs, **kwargs)
 
     def _first_special_token_after_the_answer(self) -> str:
@@ -66,21 +63,14 @@ class Case:
 
     def say(self, messages: list[dict]) -> tuple[list[int], list[int]]:
         """What a sampler is asked, and what it says that repeats the last message."""
-        prompt_ids = self.tokenizer(self.text(messages[:-1], add_generation_prompt=True), add_special_tokens=False)
-        prompt_ids = prompt_ids["input_ids"]
-        text = self.text(messages)
+        prompt, text = self.text(messages[:-1], add_generation_prompt=True), self.text(messages)
         if self.name == "glm4moe":
             text += self.end_token  # the template leaves it to the next turn to open with it
-        whole_ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        prompt_ids, whole_ids = self.tokenizer([prompt, text], add_special_tokens=False)["input_ids"]
         assert whole_ids[: len(prompt_ids)] == prompt_ids
         said = whole_ids[len(prompt_ids) :]
         ends = [i for i, token_id in enumerate(said) if token_id in self.end_token_ids]
         return prompt_ids, said[: ends[0] + 1]
-
-    def render(self, messages: list[dict], **options) -> dict:
-        dataset = Dataset.from_list([{"messages": messages}])
-        (row,) = tokenize_dataset(dataset, self.tokenizer, self.end_token_ids, **options).dataset
-        return row
 
 
 case_of = cache(Case)
@@ -90,7 +80,8 @@ case_of = cache(Case)
 @pytest.mark.parametrize("name", PLAYED)
 def test_sampler_that_repeats_the_ground_truth_gives_the_same_ids(name, messages):
     case = case_of(name)
-    row = case.render(messages, chat_template_kwargs=case.kwargs)
+    dataset, tokens = Dataset.from_list([{"messages": messages}]), (case.tokenizer, case.end_token_ids)
+    (row,) = tokenize_dataset(dataset, *tokens, chat_template_kwargs=case.kwargs).dataset
     prompt_ids, said = case.say(messages)
     assert row["prompt_ids"] == prompt_ids
     assert row["chosen_ids"] == said
@@ -116,9 +107,8 @@ def test_lists_of_exceptions_name_templates_that_trl_ships():
 
 def test_tokens_that_merge_across_the_boundary_leave_the_prompt_as_the_sampler_sees_it():
     """`b` before `c` is one token, but the sampler goes on from a prompt that ends in `b`."""
-    chat_template = (
-        "{% for m in messages %}{{ m.content }}{% endfor %}{% if not add_generation_prompt %}</s>{% endif %}"
-    )
+    chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    chat_template += "{% if not add_generation_prompt %}</s>{% endif %}"
     tokenizer = letter_tokenizer(merges=(("b", "c"),), chat_template=chat_template)
     conversation = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cd"}]
     whole = tokenizer.apply_chat_template(conversation, return_dict=True)["input_ids"]

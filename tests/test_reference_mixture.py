@@ -81,10 +81,7 @@ def test_stored_reference_is_the_mixture_of_opponent_and_initial_model(tiny_mode
     [
         (LoraConfig(**{**LORA, "init_lora_weights": "pissa"}), "`init_lora_weights='pissa'`.*`reference_mixture_alpha"),
         (LoraConfig(**LORA, bias="all"), "`bias='all'`.*does not bring back.*`reference_mixture_alpha=0`"),
-        (
-            VBLoRAConfig(target_modules=["q_proj"], vector_length=16, num_vectors=32),
-            "`peft_type=.*VBLORA.*does not bring back",
-        ),
+        (VBLoRAConfig(target_modules=["q_proj"], vector_length=16, num_vectors=32), "`peft_type=.*does not bring back"),
     ],
     ids=["pissa", "bias", "vblora"],
 )
@@ -98,10 +95,8 @@ def test_mixture_of_scores_by_hand():
     opponent = {"ref_chosen_logps": np.float32([-8, 0]), "ref_rejected_logps": np.float32([-2, -1])}
     initial = {"ref_chosen_logps": np.float32([-4, -3]), "ref_rejected_logps": np.float32([-10, -1])}
     mixed = mix_scores(opponent, initial, 0.25)
-    assert {name: values.tolist() for name, values in mixed.items()} == {
-        "ref_chosen_logps": [-7.0, -0.75],
-        "ref_rejected_logps": [-4.0, -1.0],
-    }
+    expected = {"ref_chosen_logps": [-7.0, -0.75], "ref_rejected_logps": [-4.0, -1.0]}
+    assert {name: values.tolist() for name, values in mixed.items()} == expected
     assert all(values.dtype == np.float32 for values in mixed.values())
     alone = mix_scores(opponent, initial, 1.0)
     assert all((alone[name] == initial[name]).all() for name in initial)
