@@ -57,7 +57,7 @@ def test_reads_every_number_whatever_its_name(store):
 def test_prompts_are_shown_as_the_run_keeps_them(store):
     tokenizer = byte_tokenizer()
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Capital of France?"}]
-    row = {"row": 0, "prompt": messages, "prompt_ids": [1], "chosen_ids": tokenizer("Paris")["input_ids"]}
+    row = {"row": 0, "prompt": messages, "source_row": 0, "chosen_ids": tokenizer("Paris")["input_ids"]}
     store.write_data(Dataset.from_list([row]))
     (prompt,) = read_run(store.output_dir).prompts
     assert prompt["prompt"] == [("system", "Be brief."), ("user", "Capital of France?")] and prompt["truth"] == "Paris"

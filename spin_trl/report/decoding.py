@@ -12,8 +12,8 @@ from huggingface_hub import try_to_load_from_cache
 from tokenizers import Tokenizer
 
 
-Decode = Callable[[Sequence[int], bool], str]
-"""Token ids, and whether special tokens are left out -> text."""
+Decode = Callable[[Sequence[int]], str]
+"""Token ids -> text, without special tokens."""
 
 
 def find_decoder(run_directory: Path, model: str | None) -> Decode | None:
@@ -32,7 +32,7 @@ def find_decoder(run_directory: Path, model: str | None) -> Decode | None:
             tokenizer = Tokenizer.from_file(str(path))
         except Exception:  # of the library's own, also where there is no such file; another one may do
             continue
-        return lambda ids, skip_special: tokenizer.decode(list(ids), skip_special_tokens=skip_special)
+        return lambda ids: tokenizer.decode(list(ids))
     return None
 
 

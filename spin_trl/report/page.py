@@ -26,8 +26,6 @@ from .run_data import RunData, read_run
 
 logger = logging.getLogger(__name__)
 
-FILE_NAME = "report.html"
-
 
 def write_report(
     run_directory: str | Path,
@@ -50,7 +48,7 @@ def write_report(
         `ImportError`: if pictures are asked for and matplotlib is missing.
     """
     run = read_run(run_directory, max_completions, seed)
-    path = Path(run_directory, FILE_NAME) if output is None else Path(output)
+    path = Path(run_directory, "report.html") if output is None else Path(output)
     write_text(path.absolute(), render(run, seed))
     write_pictures(run, path.absolute().parent / "report", pictures)
     return path

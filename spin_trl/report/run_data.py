@@ -139,13 +139,10 @@ def _read_rows(run: RunData, decode: Decode | None, max_prompts: int, seed: int)
     if len(rows) > max_prompts:
         rows = np.sort(np.random.default_rng(seed).choice(rows, max_prompts, replace=False))
     shown = {row: {"row": row, "answers": {}} for row in rows.tolist()}
-    for table in _truths(run, ["row", "source_row", "prompt", "prompt_ids", "chosen_ids"]):
+    for table in _truths(run, ["row", "source_row", "prompt", "chosen_ids"]):
         for row in _only(table, shown):
-            shown[row["row"]] |= {
-                "source_row": row.get("source_row"),
-                "prompt": messages_of(row["prompt"]) if row.get("prompt") else [("", decode(row["prompt_ids"], False))],
-                "truth": decode(row["chosen_ids"], True),
-            }
+            prompt, truth = messages_of(row["prompt"]), decode(row["chosen_ids"])
+            shown[row["row"]] |= {"source_row": row["source_row"], "prompt": prompt, "truth": truth}
     run.prompts = list(shown.values())
     for iteration in run.metrics:
         _read_answers(run, decode, iteration, shown, truth_lengths)
@@ -160,7 +157,7 @@ def _read_answers(
         answered.update(table["row"].to_pylist())
         lengths.append(lengths_of(table["completion_ids"]))
         for row in _only(table.sort_by("sample"), shown):
-            answer = {"text": decode(row["completion_ids"], True), "cut_off": row["finish_reason"] == "length"}
+            answer = {"text": decode(row["completion_ids"]), "cut_off": row["finish_reason"] == "length"}
             shown[row["row"]]["answers"].setdefault(iteration, []).append(answer)
     if lengths:
         known = [truth_lengths[row] for row in answered if row in truth_lengths]
@@ -171,13 +168,12 @@ def _read_answers(
 
 
 def _truths(run: RunData, columns: list[str]) -> Iterator[pa.Table]:
-    """What the run trains on, batch by batch, with those of the columns that it keeps."""
+    """What the run trains on, batch by batch."""
     for path in sorted((run.directory / "train_data").glob("*.arrow")):
         try:
             with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as reader:
-                present = [name for name in columns if name in reader.schema.names]
                 for batch in reader:
-                    yield pa.Table.from_batches([batch]).select(present)
+                    yield pa.Table.from_batches([batch]).select(columns)
         except (OSError, ValueError, pa.ArrowException) as error:
             run.leave_out(path.relative_to(run.directory), str(error))
 
@@ -196,5 +192,5 @@ def _only(table: pa.Table, rows: dict[int, Any]) -> list[dict[str, Any]]:
     return table.filter(pc.is_in(table["row"], pa.array(list(rows), pa.int64()))).to_pylist()
 
 
-def _show_ids(ids: list[int], skip_special: bool) -> str:
+def _show_ids(ids: list[int]) -> str:
     return " ".join(map(str, ids))

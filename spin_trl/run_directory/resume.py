@@ -96,7 +96,7 @@ def _resume(
     store.run_id = stored["run"]
     start = _find_start(store, args, requested)
     if ended := _ended(stored, args, start):
-        return replace(start, is_trained=True, **ended)
+        return ended
     was_trained = (stored.get("converged") or {}).get("iteration") != 0
     if start.checkpoint is None and stored.get("finished") and was_trained:
         raise RunDirectoryError(
@@ -120,8 +120,8 @@ def _resume(
     return start
 
 
-def _ended(stored: dict[str, Any], args: SPINConfig, start: RunStart) -> dict[str, Any] | None:
-    """How a run ended, if nothing of it is left to do and the checkpoint is what it ended with."""
+def _ended(stored: dict[str, Any], args: SPINConfig, start: RunStart) -> RunStart | None:
+    """A start at which nothing is left to do, if that is so and the checkpoint is what the run ended with."""
     rules = (
         ("converged", args.stop_when_converged, "stop_when_converged=False"),
         ("collapsed", args.on_collapse != "warn", "on_collapse='warn'"),
@@ -131,9 +131,10 @@ def _ended(stored: dict[str, Any], args: SPINConfig, start: RunStart) -> dict[st
         is_there = end and start.checkpoint is not None and start.iteration == end["iteration"]
         if is_there and is_on and start.num_steps == 0:
             ended = f"{end['message']} To play on all the same, set `{to_play_on}`."
-            return {"ended": ended, "returned_to": end.get("returned_to")}
+            return replace(start, is_trained=True, ended=ended, returned_to=end.get("returned_to"))
     if start.is_trained and stored.get("finished") and stored["config"]["num_iterations"] >= args.num_iterations:
-        return {"ended": "To play it again, set `overwrite_output_dir=True`; to play on, raise `num_iterations`."}
+        ended = "To play it again, set `overwrite_output_dir=True`; to play on, raise `num_iterations`."
+        return replace(start, is_trained=True, ended=ended)
     return None
 
 
