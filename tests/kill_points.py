@@ -135,7 +135,6 @@ def play(model: str, rows: list[dict], output_dir: str, kill_at: int | str | Non
 # Greedy, so that a completion does not depend on what it was batched with. With dropout, so that random state counts.
 SETTINGS = {
     **TINY_RUN,
-    "report": True,
     "resume": "auto",
     "save_strategy": "steps",
     "save_steps": 2,

@@ -2,13 +2,15 @@
 
 import json
 import multiprocessing
+import os
 import random
 import signal
 from pathlib import Path
+from unittest import mock
 
 import kill_points
 import pytest
-from conftest import read_rows
+from conftest import ROOT, read_rows
 from kill_points import FINAL_WEIGHTS, PLACES
 from safetensors.torch import load_file
 
@@ -34,16 +36,18 @@ SETTINGS = {
     "server": {"use_vllm": None},  # with its address
     "managed": {"use_vllm": True},
 }
-# It prepares imports once, and forks a process for every run.
+# It imports once, and forks a process for every run.
 FORKSERVER = multiprocessing.get_context("forkserver")
 FORKSERVER.set_forkserver_preload(["kill_points"])
+PATHS = os.pathsep.join([str(ROOT), str(ROOT / "tests")])  # else Python 3.11's server finds no such module, silently
 
 
 def start(model: str, output_dir: Path, settings: dict, kill_at: int | str | None = None) -> int:
     """Play in a process of its own; its exit status."""
     rows = read_rows("accent_train.jsonl", 32)
     process = FORKSERVER.Process(target=kill_points.play, args=(model, rows, str(output_dir), kill_at, settings))
-    process.start()
+    with mock.patch.dict(os.environ, PYTHONPATH=PATHS):
+        process.start()
     process.join()
     return process.exitcode
 
