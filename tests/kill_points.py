@@ -14,7 +14,6 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
-import safetensors.torch
 import torch
 from conftest import TINY_RUN
 from datasets import Dataset
@@ -24,7 +23,6 @@ from transformers import LlamaModel, TrainerCallback
 from spin_trl import SPINConfig, SPINTrainer
 
 
-FINAL_WEIGHTS = "final.safetensors"
 PLACES = "places.json"
 
 
@@ -109,7 +107,7 @@ def instrument(kill: KillAt) -> None:
 
 
 def play(model: str, rows: list[dict], output_dir: str, kill_at: int | str | None, settings: dict) -> None:
-    """Play the run, or what is left of it, and leave the final weights and the place of every count."""
+    """Play the run, or what is left of it, and leave the place of every count."""
     torch.set_num_threads(1)
     kill = KillAt(output_dir, kill_at)
     instrument(kill)
@@ -127,8 +125,6 @@ def play(model: str, rows: list[dict], output_dir: str, kill_at: int | str | Non
         callbacks=[CountSteps(kill)],
     )
     trainer.train()
-    weights = {name: p.detach().contiguous() for name, p in trainer.model.named_parameters() if p.requires_grad}
-    safetensors.torch.save_file(weights, Path(output_dir, FINAL_WEIGHTS))
     Path(output_dir, PLACES).write_text(json.dumps(kill.places))
 
 
