@@ -101,3 +101,16 @@ def write_log(store: IterationStore, num_iterations: int, steps_per_iteration: i
             numbers = {"loss": 1 / step, "rewards/chosen": step / 10, "rewards/rejected": -step / 10, "grad_norm": 2.0}
             lines.append({"step": step, "epoch": step / steps_per_iteration, **numbers})
     store.log_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+# Damage
+
+
+def cut_off(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pytest
 from conftest import completion_table
 from datasets import Dataset
+from small_run import cut_off
 
 from spin_trl import load_pairs
 from spin_trl.data.pairs import ANSWER_SCHEMA
@@ -103,8 +104,7 @@ def test_others_are_made_again_from_what_the_first_opponent_generated(store, spo
 
 def test_they_are_lost_where_a_part_is_torn_too(store):
     rows_file(store).unlink()
-    part = sorted(store.path(0, "generations").iterdir())[1]
-    part.write_bytes(part.read_bytes()[:-8])
+    cut_off(sorted(store.path(0, "generations").iterdir())[1])
     with pytest.raises(
         RunDirectoryError,
         match="initial_answers is missing or damaged.*2 of the 3 prompts.*`overwrite_output_dir=True`",

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pytest
 from conftest import all_completions
 from datasets import Dataset
+from small_run import cut_off, flip_a_bit
 
 from spin_trl.run_directory.description import differences
 from spin_trl.run_directory.store import IterationStore, RunDirectoryError
@@ -98,14 +99,6 @@ def test_opponent_replaces_an_older_one_when_it_is_whole_and_holds_no_pickle(sto
     assert (store.path(1, "opponent") / "model.safetensors").read_text() == "new"
 
 
-def test_other_processes_take_part_in_saving_the_opponent_but_touch_no_file(store):
-    asked = []
-    path = store.write_opponent(1, asked.append, is_main_process=False)
-    assert path == store.path(1, "opponent")
-    assert len(asked) == 1 and Path(asked[0]).parent == path.parent and asked[0] != str(path)
-    assert not store.output_dir.exists()
-
-
 def test_what_was_not_written_to_its_end_is_cleared_and_nothing_else(store):
     write_completions(store, 0, 1)
     store.write_run({"model": "m"})
@@ -121,16 +114,6 @@ def test_what_was_not_written_to_its_end_is_cleared_and_nothing_else(store):
 
 def parts(store: IterationStore) -> list[Path]:
     return sorted(store.path(0, "generations").iterdir())
-
-
-def cut_off(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-20])
-
-
-def flip_a_bit(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
 
 
 def give_another_name(path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from datasets import Dataset
-from small_run import ANSWERS, GAMES, write_run
+from small_run import ANSWERS, GAMES, cut_off, flip_a_bit, write_run
 from tiny_tokenizers import byte_tokenizer
 
 from spin_trl import SPINTrainer
@@ -82,15 +82,9 @@ def test_a_directory_that_holds_no_run_is_refused(tmp_path):
         read_run(tmp_path / "none")
 
 
-def flip_a_bit(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
 DAMAGES = {
     "part": ("iteration-0/generations/part-*", flip_a_bit, "damaged"),
-    "torn part": ("iteration-0/generations/part-*", lambda path: path.write_bytes(path.read_bytes()[:-10]), "damaged"),
+    "torn part": ("iteration-0/generations/part-*", cut_off, "damaged"),
     "description": ("self_play.json", lambda path: path.write_text('{"model": '), "cannot be read"),
     "numbers": ("iteration-0/metrics.json", Path.unlink, "cannot be read, or not yet"),
     "log": ("log.jsonl", lambda path: path.write_text(path.read_text() + '{"step": 9, "lo'), r"1 line\(s\)"),

@@ -13,6 +13,7 @@ import pytest
 from conftest import TINY_RUN, read_rows
 from datasets import Dataset
 from peft import LoraConfig
+from small_run import cut_off
 from stopping import AtStep, assert_same_weights, fail, stop_after, train_until_stopped, weights
 
 from spin_trl import SPINConfig, SPINTrainer
@@ -266,10 +267,6 @@ SPOILED = {
     "no optimizer": place_file({"holds_optimizer": False}),
     "damaged pairs": lambda checkpoint: cut_off(checkpoint.parent / "iteration-1" / "pairs" / "rows.arrow"),
 }
-
-
-def cut_off(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-8])
 
 
 @pytest.mark.parametrize("spoil", SPOILED.values(), ids=SPOILED)
