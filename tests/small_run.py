@@ -46,17 +46,24 @@ def write_run(
     write_data(store, games, tokenizer)
     for iteration, texts in answers.items():
         ids = [tokenizer(text)["input_ids"] + [end] for text in texts]
-        write_answers(store, iteration, ids)
+        write_part(store, iteration, {(row, 0): answer for row, answer in enumerate(ids)}, first_reason="length")
         write_numbers(store, iteration)
     store.write_metrics(len(answers), {"evaluation": {"nll": 1 / (len(answers) + 1)}})
     write_log(store, len(answers))
     return store
 
 
-def write_answers(store: IterationStore, iteration: int, ids: list[list[int]]) -> None:
-    reasons = ["length"] + ["stop"] * (len(ids) - 1)
-    columns = {"row": list(range(len(ids))), "sample": [0] * len(ids), "completion_ids": ids, "finish_reason": reasons}
-    store.completions(iteration, "generations").write(0, columns)
+def write_part(
+    store: IterationStore, iteration: int, answers: dict[tuple[int, int], list[int]], first_reason: str = "stop"
+) -> None:
+    """Answers by row and sample."""
+    columns = {
+        "row": [row for row, _ in answers],
+        "sample": [sample for _, sample in answers],
+        "completion_ids": list(answers.values()),
+        "finish_reason": [first_reason] + ["stop"] * (len(answers) - 1),
+    }
+    store.completions(iteration, "generations").write(min(columns["row"]), columns)
 
 
 def write_data(store: IterationStore, games: list[tuple[str, str]], tokenizer) -> None:

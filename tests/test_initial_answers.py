@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from conftest import completion_table
 from datasets import Dataset
-from small_run import cut_off
+from small_run import cut_off, write_part
 
 from spin_trl import load_pairs
 from spin_trl.data.pairs import ANSWER_SCHEMA
@@ -23,9 +22,8 @@ def answer(iteration: int, row: int, sample: int) -> list[int]:
     return [iteration, row, sample] + [2] * row
 
 
-def write_generations(store: IterationStore, iteration: int, keys: list[tuple[int, int]], part: int = 0) -> None:
-    table = completion_table(keys, [answer(iteration, *key) for key in keys])
-    store.completions(iteration, "generations").write(part, table.to_pydict())
+def write_generations(store: IterationStore, keys: list[tuple[int, int]]) -> None:
+    write_part(store, 0, {key: answer(0, *key) for key in keys})
 
 
 def write_pairs(store: IterationStore, iteration: int, keys: list[tuple[int, int, int]]) -> None:
@@ -44,8 +42,8 @@ def store(tmp_path) -> IterationStore:
     store.write_run({"run": RUN})
     rows = [{"row": row, "source_row": row, "prompt": "", "prompt_ids": [9], "chosen_ids": [8]} for row in range(3)]
     store.write_data(Dataset.from_list(rows))
-    write_generations(store, 0, KEYS[4:], part=2)
-    write_generations(store, 0, KEYS[:4], part=0)
+    write_generations(store, KEYS[4:])
+    write_generations(store, KEYS[:4])
     store.initial_answers.keep()
     return store
 
@@ -87,7 +85,7 @@ def rows_file(store: IterationStore):
 def put_those_of_another_run(file: Path) -> None:
     """The same answers, as a run of another name would have written them."""
     other = IterationStore(file.parents[2] / "other", "another")
-    write_generations(other, 0, KEYS)
+    write_generations(other, KEYS)
     other.initial_answers.keep()
     shutil.copytree(other.initial_answers.rows.path, file.parent, dirs_exist_ok=True)
 

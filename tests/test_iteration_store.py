@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 from conftest import all_completions
 from datasets import Dataset
-from small_run import cut_off, flip_a_bit
+from small_run import cut_off, flip_a_bit, write_part
 
 from spin_trl.run_directory.description import differences
 from spin_trl.run_directory.store import IterationStore, RunDirectoryError
@@ -23,18 +23,9 @@ def store(tmp_path) -> IterationStore:
     return IterationStore(tmp_path / "run", run_id="a-run")
 
 
-def write_completions(
-    store: IterationStore, *rows: int, samples: tuple[int, ...] = (0,), iteration: int = 0, **columns
-) -> None:
+def write_completions(store: IterationStore, *rows: int, samples: tuple[int, ...] = (0,), iteration: int = 0) -> None:
     """A part with completions of the rows, told apart by their ids: row, then sample."""
-    keys = [(row, sample) for row in rows for sample in samples]
-    made = {
-        "row": [row for row, _ in keys],
-        "sample": [sample for _, sample in keys],
-        "completion_ids": [[row, sample] for row, sample in keys],
-        "finish_reason": ["stop" for _ in keys],
-    }
-    store.completions(iteration, "generations").write(min(rows), {**made, **columns})
+    write_part(store, iteration, {(row, sample): [row, sample] for row in rows for sample in samples})
 
 
 def completed_rows(store: IterationStore, iteration: int = 0, kind: str = "generations") -> list[int]:
