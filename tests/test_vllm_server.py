@@ -123,7 +123,7 @@ def test_same_seed_repeats_the_answers(lora_server, tiny_model, connect):
 
 
 def test_user_script_plays_three_iterations(lora_server, tiny_model, train_dataset, tmp_path):
-    """The README's script, with a tiny local model and a CPU's settings in place of the 7B one."""
+    """As a user writes it, against a server that runs already."""
     train_dataset.to_json(tmp_path / "sft.jsonl")
     script = f"""
     from peft import LoraConfig
