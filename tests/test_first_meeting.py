@@ -63,4 +63,4 @@ def test_notebook_runs_in_a_real_kernel_with_a_real_server_and_shows_table_and_r
     assert "from a vLLM server that this run starts" in printed
     assert re.search(r"^iteration 1 .*\d", printed, re.MULTILINE)
     table, report = (cell.outputs[-1]["data"]["text/html"] for cell in notebook.cells[-3::2])
-    assert table.count("<tr>") == 6 and "<iframe srcdoc='" in report and "iteration" in report
+    assert table.count("<tr>") == 6 and '<iframe srcdoc="' in report and "iteration" in report
