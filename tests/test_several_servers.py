@@ -165,11 +165,14 @@ def test_what_does_not_pass_by_asking_another_server_ends_the_work(play_two, tmp
 
 
 def test_completions_can_be_left_in_the_middle_and_the_next_phase_is_played(play_two, tmp_path):
-    sampler, _ = play_two(slow(FakeVLLM(), 0.05), slow(FakeVLLM(), 0.05))
+    sampler, servers = play_two(slow(FakeVLLM(), 0.05), slow(FakeVLLM(), 0.05))
     publish(sampler, tmp_path)
     completions = sampler.sample(make_requests(100_000), PARAMS)
     next(completions)
     completions.close()
+    asked = sum(map(num_asked, servers))
+    time.sleep(0.2)
+    assert sum(map(num_asked, servers)) == asked
     assert_all_are_the_opponents(sampler.sample(make_requests(20), PARAMS), 20)
     next(sampler.sample(make_requests(100_000), PARAMS))
     sampler.close()

@@ -5,6 +5,7 @@ Knows the server's limits, not its HTTP API.
 
 import asyncio
 import logging
+import math
 import secrets
 import time
 from collections.abc import Mapping
@@ -50,8 +51,8 @@ class Replica:
 
     def __post_init__(self):
         self.num_losses = 0  # of the opponent, since the last completion
-        self.problem: str | None = None  # why the server is not there
-        self._gone_since = 0.0
+        self.problem = ""  # why the server was last not there
+        self.gone_since = math.inf  # when it was first found gone, if it has not been well since
         self._base: dict[str, Any] = {}  # the base model, as the server lists it
 
     @property
@@ -111,24 +112,19 @@ class Replica:
 
     # Whether it can be counted on
 
-    @property
-    def seconds_gone(self) -> float:
-        """Seconds since it was first found gone, if it has not been well since."""
-        return 0.0 if self.problem is None else time.monotonic() - self._gone_since
-
     def is_gone(self, error: Exception) -> None:
-        if self.problem is None:
-            self._gone_since = time.monotonic()
+        self.problem = str(error)
+        if self.gone_since == math.inf:
+            self.gone_since = time.monotonic()
             logger.warning(
                 f"The vLLM server at {self.address} is left out until it is back; its prompts go to the others. {error}"
             )
-        self.problem = str(error)
 
     def is_well(self) -> None:
         self.num_losses = 0
-        if self.problem is not None:
+        if self.gone_since < math.inf:
+            self.gone_since = math.inf
             logger.warning(f"The vLLM server at {self.address} is back.")
-            self.problem = None
 
     async def _confirm(self) -> None:
         """Raise [`OpponentLostError`] unless the server has played the opponent until now."""

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import queue
+import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -221,7 +222,7 @@ class VLLMSampler(OpponentSampler):
         else:
             replica.is_gone(error)
             timeout = replica.server.server_timeout
-            if all(other.seconds_gone >= timeout for other in self.replicas):
+            if max(other.gone_since for other in self.replicas) <= time.monotonic() - timeout:
                 listed = "; ".join(f"{other.address}: {other.problem}" for other in self.replicas)
                 raise SamplerError(
                     f"No vLLM server was there within `vllm_server_timeout` ({timeout:g} s). {listed}"
