@@ -25,17 +25,12 @@ def parse(recipe: str, *arguments: str) -> tuple:
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_recipe_parses_into_a_valid_configuration(path):
+def test_every_recipe_parses_into_a_valid_configuration_and_says_what_it_is_for(path):
     script_args, training_args, model_args = parse(path.stem)
     assert script_args.train_file and model_args.model_name_or_path
     assert training_args.num_train_epochs == training_args.num_iterations * training_args.epochs_per_iteration
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_recipe_opens_with_purpose_hardware_and_launch_command(path):
-    header = [line for line in path.read_text().splitlines() if line.startswith("#")]
     for word in ("Purpose:", "Hardware:", "Launch:", "Override:"):
-        assert any(line.startswith(f"# {word}") for line in header), word
+        assert f"# {word}" in path.read_text()
 
 
 def test_command_line_overrides_the_yaml_file():

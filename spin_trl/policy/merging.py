@@ -77,10 +77,9 @@ def save_merged(model: PeftModel, directory: str) -> None:
 
 
 def save_base(model: PeftModel, directory: str) -> None:
-    """Save the model below the adapter, with 4-bit weights as the numbers that they stand for."""
+    """Save the model below the adapter, which is quantized to 4 bits, as the numbers that these stand for."""
     base = _copy_in_host_memory(model).unload()
-    if getattr(base, "hf_quantizer", None) is not None:
-        base.hf_quantizer.remove_quantization_config(base)
+    base.hf_quantizer.remove_quantization_config(base)
     base.save_pretrained(directory)
 
 
