@@ -33,20 +33,21 @@ MERGED = {
 EXACT = 1e-5  # nats a token, in float32; a stale opponent differs by 1e-2 and more
 
 
-def play(server, model, dataset, make_config, num_iterations=2, **options) -> SPINTrainer:
-    """Play, and see that the server played the policy exactly at every iteration, and another one each time."""
-    config = make_config(
-        num_iterations=num_iterations,
-        learning_rate=1e-2,
-        publish_check_tolerance=EXACT,
-        vllm_server_base_url=server.base_url,
-    )
-    trainer = SPINTrainer(model, config, train_dataset=dataset, **options)
-    trainer.train()
-    folders = [trainer.store.path(iteration, "opponent") for iteration in range(num_iterations)]
-    contents = [next(folder.glob("*model.safetensors")).read_bytes() for folder in folders if folder.exists()]
-    assert len(contents) >= num_iterations - 1 and len(set(contents)) == len(contents)
-    return trainer
+@pytest.fixture
+def play(train_dataset, make_config):
+    """Plays, and sees that the server played the policy exactly at every iteration, and another one each time."""
+
+    def play(server, model, num_iterations: int = 2, **options) -> SPINTrainer:
+        settings = {"learning_rate": 1e-2, "publish_check_tolerance": EXACT, "vllm_server_base_url": server.base_url}
+        config = make_config(num_iterations=num_iterations, **settings)
+        trainer = SPINTrainer(model, config, train_dataset=train_dataset, **copy.deepcopy(options))
+        trainer.train()
+        folders = [trainer.store.path(iteration, "opponent") for iteration in range(num_iterations)]
+        contents = [next(folder.glob("*model.safetensors")).read_bytes() for folder in folders if folder.exists()]
+        assert len(contents) >= num_iterations - 1 and len(set(contents)) == len(contents)
+        return trainer
+
+    return play
 
 
 def files(trainer: SPINTrainer, iteration: int) -> set[str]:
@@ -54,19 +55,15 @@ def files(trainer: SPINTrainer, iteration: int) -> set[str]:
 
 
 @pytest.mark.parametrize("kind", ALONE)
-def test_adapter_alone_is_played_exactly(lora_server, tiny_model, train_dataset, make_config, kind):
-    num_iterations = 3 if kind == "patterns" else 2
-    options = {"peft_config": copy.deepcopy(ALONE[kind])}
-    trainer = play(lora_server, tiny_model, train_dataset, make_config, num_iterations, **options)
+def test_adapter_alone_is_played_exactly(lora_server, tiny_model, play, kind):
+    trainer = play(lora_server, tiny_model, 3 if kind == "patterns" else 2, peft_config=ALONE[kind])
     assert not trainer.store.path(0, "opponent").exists()  # the base model
     assert files(trainer, 1) == {"adapter_model.safetensors"}
 
 
 @pytest.mark.parametrize("kind", MERGED)
-def test_merged_opponent_is_played_exactly(full_server, tiny_model, train_dataset, make_config, kind, capsys):
-    num_iterations = 3 if kind == "dora" else 2
-    options = {"peft_config": copy.deepcopy(MERGED[kind])}
-    trainer = play(full_server, tiny_model, train_dataset, make_config, num_iterations, **options)
+def test_merged_opponent_is_played_exactly(full_server, tiny_model, play, kind, capsys):
+    trainer = play(full_server, tiny_model, 3 if kind == "dora" else 2, peft_config=MERGED[kind])
     assert trainer.store.path(0, "opponent").exists() == (kind == "pissa")  # elsewhere it is the base model
     assert files(trainer, 1) == {"model.safetensors"}
     assert "published as full weights, with the adapter merged into a copy" in capsys.readouterr().out
@@ -79,7 +76,7 @@ def test_merged_opponent_needs_a_server_for_full_weights(lora_server, tiny_model
 
 
 @pytest.mark.parametrize("kind", ["patterns", "dora", "loha"])
-def test_run_continues_from_a_trained_adapter(request, tiny_model, train_dataset, make_config, kind):
+def test_run_continues_from_a_trained_adapter(request, tiny_model, play, kind):
     server = request.getfixturevalue("lora_server" if kind in ALONE else "full_server")
     torch.manual_seed(0)
     policy = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), copy.deepcopy((ALONE | MERGED)[kind]))
@@ -88,7 +85,7 @@ def test_run_continues_from_a_trained_adapter(request, tiny_model, train_dataset
             parameter.data.add_(torch.randn_like(parameter) * 0.05)
     initial = copy.deepcopy(policy).eval()
 
-    trainer = play(server, policy, train_dataset, make_config)
+    trainer = play(server, policy)
 
     if kind in ALONE:
         base = AutoModelForCausalLM.from_pretrained(tiny_model)

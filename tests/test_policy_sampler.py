@@ -31,7 +31,8 @@ def complete(model, max_completion_length: int, end_token_ids: tuple[int, ...]) 
     params = SamplingParams(max_completion_length, end_token_ids, temperature=0.0)
     # The longer companion keeps the batch going after the first has ended.
     requests = [CompletionRequest((0, 0), [9, 6], seed=0), CompletionRequest((1, 0), [14], seed=0)]
-    completion = {c.key: c for c in sampler.sample(requests, params)}[(0, 0)]
+    completion, companion = sorted(sampler.sample(requests, params), key=lambda completion: completion.key)
+    assert companion.token_ids[0] == 13  # although its prompt was padded
     return completion.token_ids, completion.finish_reason
 
 
