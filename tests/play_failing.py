@@ -89,6 +89,7 @@ if __name__ == "__main__":
             trainer.train()
         except InjectedError as error:
             seconds = time.time() - float(Path(output_dir, "failed-at").read_text())
-            print(f"Caught after {seconds:.1f} s: {error}", flush=True)
+            num_whole = len(trainer.store.checkpoints())
+            print(f"Caught after {seconds:.1f} s: {error}, {num_whole} whole checkpoints", flush=True)
     failing.phase, failing.num_passes = last, 0
     trainer.train()

@@ -46,7 +46,7 @@ def test_error_of_one_process_ends_all(model, tmp_path, record_property, phases)
     *caught, last = phases.split(",")
     assert f"InjectedError: injected into {last}" in processes.output(1), processes.output()
     for rank in range(2):
-        found = re.findall(r"Caught after ([\d.]+) s: injected into (\w+)", processes.output(rank))
+        found = re.findall(r"Caught after ([\d.]+) s: injected into (\w+), 0 whole", processes.output(rank))
         assert [phase for _, phase in found] == caught, processes.output()
         assert all(float(seconds) < LIMIT for seconds, _ in found)
 
