@@ -1,5 +1,6 @@
 """What of the user's data a run plays on, and what is said about the rest."""
 
+import pytest
 from datasets import Dataset
 from tiny_tokenizers import letter_tokenizer
 
@@ -39,6 +40,22 @@ def test_invalid_rows_are_counted_and_listed_by_dataset(make_config):
         "num_invalid_rows": 2,
         "num_duplicate_rows": 0,
     }
+
+
+TEMPLATE = "{% for m in messages %}{{ m.content }}{% if m.role != 'user' %}</s>{% endif %}{% endfor %}"
+MESSAGES = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]
+
+
+@pytest.mark.parametrize(
+    ("chat_template", "dataset", "is_told"),
+    [(TEMPLATE, rows("a-b"), True), (None, rows("a-b"), False), (TEMPLATE, Dataset.from_list(MESSAGES), False)],
+    ids=["text for a chat model", "text for a base model", "messages"],
+)
+def test_text_that_a_chat_model_plays_without_its_template_is_told(
+    make_config, caplog, chat_template, dataset, is_told
+):
+    prepare_data(make_config(), letter_tokenizer(chat_template=chat_template), (1,), dataset)
+    assert ("make messages of each row" in caplog.text) is is_told
 
 
 def test_settings_of_the_data_reach_its_rows(make_config):

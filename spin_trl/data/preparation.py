@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from accelerate.logging import get_logger
-from datasets import Dataset
+from datasets import Dataset, Value
 from transformers import PreTrainedTokenizerBase
 
 from ..processes.ranks import main_process_first
@@ -108,13 +108,7 @@ def prepare_data(
         invalid_rows += [{"dataset": name, "row": row, "reason": reason} for row, reason in invalid]
     train = drop_duplicates(prepared["train_dataset"])
     num_duplicates = len(prepared["train_dataset"]) - len(train)
-    if num_duplicates:
-        logger.warning(f"Dropped {num_duplicates} row(s) of `train_dataset` that repeat an earlier one.")
-    if invalid_rows:
-        logger.warning(
-            f"Left out {len(invalid_rows)} invalid row(s), listed in `invalid_rows.jsonl` of the run directory. The "
-            f"first: row {invalid_rows[0]['row']} of `{invalid_rows[0]['dataset']}`, {invalid_rows[0]['reason']}"
-        )
+    _warn(num_duplicates, invalid_rows, train.features["prompt"] == Value("string") and bool(tokenizer.chat_template))
     report = {
         "format": detect_format(train_dataset.column_names, **columns).name,
         "num_source_rows": len(train_dataset),
@@ -125,3 +119,19 @@ def prepare_data(
     if preferences is not None:
         report["num_dropped_preference_rows"] = len(preference_dataset) - len(preferences)
     return RunData(train, prepared["eval_dataset"], preferences, report, invalid_rows)
+
+
+def _warn(num_duplicates: int, invalid_rows: list[dict[str, Any]], is_text_for_chat: bool) -> None:
+    if num_duplicates:
+        logger.warning(f"Dropped {num_duplicates} row(s) of `train_dataset` that repeat an earlier one.")
+    if invalid_rows:
+        logger.warning(
+            f"Left out {len(invalid_rows)} invalid row(s), listed in `invalid_rows.jsonl` of the run directory. The "
+            f"first: row {invalid_rows[0]['row']} of `{invalid_rows[0]['dataset']}`, {invalid_rows[0]['reason']}"
+        )
+    if is_text_for_chat:
+        logger.warning(
+            "The tokenizer has a chat template, but `train_dataset` is text, which is played without it. If users of "
+            "the model will chat with it, make messages of each row: `{'prompt': [{'role': 'user', 'content': ...}], "
+            "'completion': [{'role': 'assistant', 'content': ...}]}`."
+        )
