@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import threading
+from datetime import datetime
 from functools import cache
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from small_run import cut_off
 from stopping import AtStep, assert_same_weights, fail, stop_after, train_until_stopped, weights
+from transformers import AutoTokenizer
 
 from spin_trl import SPINConfig, SPINTrainer
 from spin_trl.run_directory.checkpoints import Place
@@ -180,6 +182,20 @@ def test_seconds_of_a_phase_add_up_over_stops(make_trainer, at_forward, tmp_path
     second = make_trainer(num_iterations=2)
     second.train()
     assert 1000.0 < second.store.read_metrics(0)["seconds_generate"] < 1100.0
+
+
+@pytest.mark.parametrize("began", ["2026-01-02T23:59:00+0000", None])
+def test_prompts_of_a_run_have_the_date_of_the_day_it_began(tiny_model, tmp_path, began):
+    """Templates write one, as Llama 3.2's. A run that goes on the next day would else be of other data."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.chat_template = "{{ strftime_now('%B') | lower }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    rows = [{"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "B"}]}]
+    if began:
+        IterationStore(tmp_path).write_run({"starts": [{"time": began}]})
+    config = SPINConfig(**{**TINY_RUN, "output_dir": str(tmp_path)})
+    trainer = SPINTrainer(tiny_model, config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    month = "january" if began else f"{datetime.now():%B}".lower()
+    assert tokenizer.decode(trainer.plan.data.train["prompt_ids"][0]) == f"{month}a"
 
 
 def test_batches_may_be_divided_otherwise_as_long_as_they_are_as_large(make_trainer, lies_there):

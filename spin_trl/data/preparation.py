@@ -5,6 +5,7 @@ Knows nothing of models, servers and paths.
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from datetime import date, datetime, time
 from functools import partial
 from typing import Any
 
@@ -74,10 +75,12 @@ def prepare_data(
     eval_dataset: Dataset | None = None,
     preference_dataset: Dataset | None = None,
     context_length: int | None = None,
+    day: date | None = None,
 ) -> RunData:
     """
     Render all datasets. Duplicates are dropped from the training data alone: every evaluation row counts. Preferences
     are fitted to the model's `context_length`, in tokens, the others by [`RunData.fit_to`], when the server's is known.
+    `day` is today for templates that write it (Llama 3.2, GPT-OSS).
 
     Raises:
         `ValueError`: see [`rendering.tokenize_dataset`]; the message names the dataset.
@@ -86,7 +89,7 @@ def prepare_data(
         tokenize_dataset,
         tokenizer=tokenizer,
         end_token_ids=end_token_ids,
-        chat_template_kwargs=args.chat_template_kwargs,
+        chat_template_kwargs=_on_the_day(day, tokenizer, args.chat_template_kwargs),
         skip_invalid_rows=args.skip_invalid_rows,
         num_proc=args.dataset_num_proc,
     )
@@ -119,6 +122,15 @@ def prepare_data(
     if preferences is not None:
         report["num_dropped_preference_rows"] = len(preference_dataset) - len(preferences)
     return RunData(train, prepared["eval_dataset"], preferences, report, invalid_rows)
+
+
+def _on_the_day(
+    day: date | None, tokenizer: PreTrainedTokenizerBase, template_kwargs: dict[str, Any] | None
+) -> dict[str, Any] | None:
+    """Arguments with which a template writes that day's date: a run that goes on tomorrow has the prompts of today."""
+    if day is None or "strftime_now" not in str(tokenizer.chat_template):
+        return template_kwargs
+    return {"strftime_now": datetime.combine(day, time()).strftime, **(template_kwargs or {})}
 
 
 def _warn(num_duplicates: int, invalid_rows: list[dict[str, Any]], is_text_for_chat: bool) -> None:

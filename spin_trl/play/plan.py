@@ -6,6 +6,7 @@ Each part is worked out when it is first asked for, and kept. So the checks (`ch
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field
+from datetime import date
 from functools import cached_property
 from importlib.metadata import version
 from typing import Any
@@ -179,7 +180,8 @@ class Plan:
         """Token ids, without prompts that leave no room for an answer in the model, the server or `max_length`."""
         args, tokens = self.args, (self.tokenizer, self.end_token_ids)
         given = self.train_dataset, self.eval_dataset, self.preference_dataset
-        data = main_process_first(lambda: prepare_data(args, *tokens, *given, self.context_length))
+        day = date.today() if args.overwrite_output_dir else IterationStore(args.output_dir).first_day()
+        data = main_process_first(lambda: prepare_data(args, *tokens, *given, self.context_length, day))
         if args.max_completion_length is None:
             args.max_completion_length = percentile_length(data.train, "chosen_ids", _DEFAULT_LENGTH_PERCENTILE)
         self._fit(data, self.context_length, "the model's context")

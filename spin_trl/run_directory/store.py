@@ -6,6 +6,7 @@ Everything is written under a temporary name and renamed when it is whole: what 
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import date, datetime
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,11 @@ class IterationStore:
                 f"{path} is not JSON ({error}), so what was run here is not known. Choose another `output_dir`, or set "
                 "`overwrite_output_dir=True` to delete this run."
             ) from error
+
+    def first_day(self) -> date:
+        """The day on which the run began; today, if there is none."""
+        starts = self.read_run().get("starts") if self.has_run() else None
+        return datetime.fromisoformat(starts[0]["time"]).date() if starts else date.today()
 
     def write_invalid_rows(self, rows: list[dict[str, Any]]) -> None:
         """List the rows that were left out, one a line; no file where there are none."""
