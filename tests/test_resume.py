@@ -351,6 +351,22 @@ def test_sigterm_while_generating_ends_at_once(make_trainer, at_forward):
     assert again.state.global_step == 18
 
 
+class Destroyed:
+    def __del__(self):
+        terminate()
+        sum(range(1000))  # the signal is heard in here
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_sigterm_that_is_heard_in_a_destructor_is_not_lost(make_trainer, at_forward):
+    """Python drops what it raises there. The run ends when what it does between steps is done."""
+    at_forward(lambda: Destroyed() and None)
+    trainer = make_trainer()
+    with pytest.raises(SystemExit) as caught:
+        trainer.train()
+    assert caught.value.code == 143 and trainer.state.global_step == 0
+
+
 def test_second_sigterm_does_not_wait_for_the_step(make_trainer):
     trainer = make_trainer(AtStep(2, lambda: (terminate(), terminate())), save_steps=1000)
     with pytest.raises(SystemExit):

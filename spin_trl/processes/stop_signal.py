@@ -43,15 +43,19 @@ class StopOnSigterm(TrainerCallback):
     def between_steps(self) -> Iterator[None]:
         """Nothing is lost here by ending at once."""
         self._is_training = False
-        if self.is_requested:
-            raise SystemExit(EXIT_STATUS)
+        self._end_if_requested()
         yield
+        self._end_if_requested()  # Python drops what is raised within a destructor, where a signal may arrive
         self._is_training = True
 
     def _on_signal(self, *_) -> None:
-        if self.is_requested or not self._is_training:
+        is_second, self.is_requested = self.is_requested, True
+        if is_second or not self._is_training:
+            self._end_if_requested()
+
+    def _end_if_requested(self) -> None:
+        if self.is_requested:
             raise SystemExit(EXIT_STATUS)
-        self.is_requested = True
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         if self._all_agree(args):
