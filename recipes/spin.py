@@ -8,7 +8,10 @@ and saves.
 """
 
 import importlib.util
+import inspect
 import json
+import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +20,8 @@ from datasets import Dataset, DatasetDict, load_dataset
 from datasets.exceptions import DatasetGenerationError
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
-from spin_trl import SPINConfig, SPINTrainer
+from spin_trl import SamplerError, SPINConfig, SPINTrainer
+from spin_trl.run_directory.run_paths import RunDirectoryError
 
 
 @dataclass
@@ -61,6 +65,7 @@ _FILE_FORMATS = {
     ".jsonl": ("json", "one JSON object a line"),
     ".json": ("json", "a list of JSON objects, or one a line"),
     ".csv": ("csv", "a line of column names, then one line a row"),
+    ".tsv": ("csv", "a line of column names, then one line a row"),
     ".parquet": ("parquet", "a Parquet file"),
 }
 
@@ -77,8 +82,10 @@ def load_file(path: str) -> Dataset:
     builder, content = _FILE_FORMATS[suffix]
     if Path(path).stat().st_size == 0:
         raise ValueError(f"{path!r} is empty: expected is {content}. See what should have written it.")
+    # Spreadsheets separate by what the user's language uses.
+    options = {"sep": _separator(path)} if builder == "csv" else {}
     try:
-        return load_dataset(builder, data_files=path, split="train")
+        return load_dataset(builder, data_files=path, split="train", **options)
     except (DatasetGenerationError, ValueError) as error:
         problem = _first_broken_line(path) or error.__cause__ or error
         raise ValueError(
@@ -86,7 +93,19 @@ def load_file(path: str) -> Dataset:
         ) from error
 
 
+def _separator(path: str) -> str:
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
+        names = file.readline()
+    return max("\t;,", key=names.count)
+
+
 def _first_broken_line(path: str) -> str | None:
+    if Path(path).suffix == ".parquet":
+        return None
+    try:
+        Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        return f"byte {error.start} ({error.object[error.start : error.end]!r}) is no UTF-8. Save the file as UTF-8"
     if Path(path).suffix != ".jsonl":
         return None
     for number, line in enumerate(Path(path).read_text(errors="replace").splitlines(), start=1):
@@ -182,7 +201,22 @@ def main(script_args: SPINScriptArguments, training_args: SPINConfig, model_args
     trainer.accelerator.end_training()  # without it gloo may abort a process that ends
 
 
+def _is_refusal(error: Exception) -> bool:
+    """Whether this is a message to the user that says all. Any other error is shown with where it was raised."""
+    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
+    parser, package = Path(inspect.getfile(TrlParser)), Path(inspect.getfile(SPINTrainer)).parent
+    speaks_to_user = raised_in in (Path(__file__).resolve(), parser.resolve()) or package.resolve() in raised_in.parents
+    return speaks_to_user and isinstance(error, ValueError | FileExistsError | SamplerError | RunDirectoryError)
+
+
 if __name__ == "__main__":
     parser = TrlParser((SPINScriptArguments, SPINConfig, ModelConfig))
     parser.set_defaults_with_config(resume="auto")  # the same command again goes on where it stopped
-    main(*parser.parse_args_and_config())
+    try:
+        main(*parser.parse_args_and_config())
+    except KeyboardInterrupt:
+        sys.exit("Interrupted. What is finished is on disk, and the same command goes on from there.")
+    except Exception as error:
+        if not _is_refusal(error):
+            raise
+        sys.exit("\n".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ())]))

@@ -8,7 +8,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from .data.pair_dataset import PairDataset
 from .play.game import Game
 from .processes.random_state import preserved_random_state
-from .processes.stop_signal import StopOnSigterm
+from .processes.stop_signal import StopOnSignal
 from .run_directory.run import RunEnd
 from .spin_config import SPINConfig
 
@@ -23,7 +23,7 @@ class SelfPlayCallback(TrainerCallback):
     `begin_iteration` has the trainer train on an iteration's pairs.
     """
 
-    def __init__(self, game: Game, stop_signal: StopOnSigterm, begin_iteration: Callable[[int, PairDataset], None]):
+    def __init__(self, game: Game, stop_signal: StopOnSignal, begin_iteration: Callable[[int, PairDataset], None]):
         self.game = game
         self.run = game.run
         self.records = game.records

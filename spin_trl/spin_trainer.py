@@ -29,7 +29,7 @@ from .policy.policy import Policy
 from .policy.quantization import keep_weights_as_quantized
 from .processes.progress import RunProgress
 from .processes.ranks import failing_together, on_main_process
-from .processes.stop_signal import EXIT_STATUS, StopOnSigterm
+from .processes.stop_signal import StopOnSignal
 from .report.callbacks import callbacks_of
 from .report.hub import push_model, warns_of_failed_push
 from .report.model_card import complete_card
@@ -156,7 +156,7 @@ class SPINTrainer(IterativeTrainer):
         pad_token_id, vocab_size = plan.tokenizer.pad_token_id, plan.vocab_size
         self.sampler = plan.sampler or plan.sampler_host.build(self.policy.whole, pad_token_id, vocab_size)
         self.game = Game(plan, self.policy, self.sampler, store, self.run, self.log_beside_steps, lambda: self.state)
-        self.stop_signal = StopOnSigterm()
+        self.stop_signal = StopOnSignal()
         self_play = SelfPlayCallback(self.game, self.stop_signal, self.begin_iteration)
         # First of all, so that trackers and the progress bar are still open when the final policy is evaluated.
         self.callback_handler.callbacks.insert(0, self_play)
@@ -195,7 +195,8 @@ class SPINTrainer(IterativeTrainer):
         """
         Play all iterations, or those that are left.
 
-        On SIGTERM the current step is finished, a checkpoint saved, and the process ends with status 143.
+        On SIGTERM or Ctrl-C the current step is finished and a checkpoint saved. Then the process ends with status 143,
+        or `KeyboardInterrupt` is raised. A second signal does not wait for the step.
 
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*):
@@ -216,8 +217,8 @@ class SPINTrainer(IterativeTrainer):
                 stack.enter_context(open_sampler(self.plan, self.sampler, self.policy, self.game.turns))
             output = super().train(None if start.checkpoint is None else str(start.checkpoint), *args, **kwargs)
             if self.stop_signal.has_stopped:
-                self.accelerator.print(f"Stopped by SIGTERM after step {self.state.global_step}.")
-                raise SystemExit(EXIT_STATUS)
+                self.accelerator.print(f"Stopped by a signal after step {self.state.global_step}.")
+                self.stop_signal.end_if_requested()
             finish_run(self.plan, self.run, self.store, self.game.opponents)
             self.create_model_card(model_name=Path(self.args.output_dir).name)
             if self.args.report and not start.is_finished:

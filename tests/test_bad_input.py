@@ -156,7 +156,7 @@ def test_configuration_is_refused(given, refusal, make_config):
 
 
 @table(
-    ({"loss_type": "logistic"}, "unknown value(s) ['logistic']", "'sigmoid'", "Use one or several of"),
+    ({"loss_type": "spin"}, "unknown value(s) ['spin']", "SPIN's paper is 'sigmoid'", "Use one or several of"),
     ({"loss_type": []}, "`loss_type` is empty", "at least one loss is needed", "Leave it unset"),
     ({"loss_weights": [1.0, 1.0]}, "`loss_weights` has 2 value(s)", "`loss_type` names 1", "one weight for each loss"),
     (
@@ -561,6 +561,7 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "good.jsonl").write_text(good)
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "broken.jsonl").write_text(good + '{"prompt": "a", "completion": "B"\n' + good)
+    (tmp_path / "latin.csv").write_bytes("prompt,completion\na,caf\xe9\n".encode("latin-1"))
     (tmp_path / "broken.parquet").write_text("prompt,completion\n" + good)
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "train.jsonl").write_text(good)
@@ -574,7 +575,13 @@ def folder(tmp_path, monkeypatch):
     ("num_iteration: 2", "'--num_iteration'", "Unknown arguments from config file", "remove"),
     ("train_file: null", "`train_file=None` and `dataset_name=None`", "either `train_file`", "Set either"),
     ("dataset_name: some/data", "`dataset_name='some/data'`", "either `train_file` (a local file) or", "Set either"),
-    ("train_file: data.txt", "'data.txt', which ends in '.txt'", "['.csv', '.json', '.jsonl', '.parquet']", "convert"),
+    (
+        "train_file: data.txt",
+        "'data.txt', which ends in '.txt'",
+        "'.csv', '.json', '.jsonl', '.parquet', '.tsv'",
+        "convert",
+    ),
+    ("train_file: latin.csv", "'latin.csv' cannot be read: byte 23", "is no UTF-8", "Save the file as UTF-8"),
     ("train_file: no.jsonl", "'no.jsonl', which is no file", "Expected an existing file", "Correct the path"),
     ("train_file: empty.jsonl", "'empty.jsonl' is empty", "one JSON object a line", "See what should have written it"),
     ("train_file: broken.jsonl", "line 3 is no JSON", "one JSON object a line", "Correct or remove what is broken"),

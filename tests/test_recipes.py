@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 
@@ -56,6 +57,38 @@ def test_launch_configurations_leave_optimizer_and_scheduler_to_the_run():
     for path in paths:
         assert path.read_text().startswith("# Purpose:")
         assert not {"optimizer", "scheduler"} & set(yaml.safe_load(path.read_text()).get("deepspeed_config", {}))
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.csv", "prompt,completion\na;,b\n"),
+        ("b.csv", "\ufeffprompt;completion\na;b\n"),
+        ("c.tsv", "prompt\tcompletion\na\tb\n"),
+    ],
+)
+def test_tables_are_read_whatever_separates_their_columns(tmp_path, name, text):
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    assert load_recipe("spin").load_file(str(tmp_path / name)).column_names == ["prompt", "completion"]
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "found"),
+    [
+        ("--num_iterations", "0", "`num_iterations` must be at least 1, got 0"),
+        ("--train_file", "no.jsonl", "'no.jsonl', which is no file"),
+        ("--config", "unknown.yaml", "'--num_iteration'"),
+    ],
+)
+def test_users_mistake_is_told_without_a_traceback(argument, value, found, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "unknown.yaml").write_text("num_iteration: 2\n")
+    monkeypatch.setattr(
+        sys, "argv", ["spin.py", "--output_dir", "run", "--model_name_or_path", "none", argument, value]
+    )
+    with pytest.raises(SystemExit, match="ValueError: ") as refusal:
+        runpy.run_path(str(ROOT / "recipes" / "spin.py"), run_name="__main__")
+    assert found in str(refusal.value)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import threading
+import time
 from datetime import datetime
 from functools import cache
 from pathlib import Path
@@ -319,19 +320,27 @@ def test_what_lies_behind_the_checkpoint_that_a_run_goes_on_from_is_deleted(make
 # SIGTERM
 
 
-def terminate():
-    os.kill(os.getpid(), signal.SIGTERM)
+def terminate(number: int = signal.SIGTERM):
+    os.kill(os.getpid(), number)
 
 
-def test_sigterm_in_training_leaves_a_checkpoint_of_that_step(make_trainer, expected):
-    before = signal.getsignal(signal.SIGTERM)
-    trainer = make_trainer(AtStep(9, terminate), save_steps=1000)
-    with pytest.raises(SystemExit) as caught:
+def terminate_twice(seconds: float, number: int = signal.SIGTERM):
+    terminate(number)
+    time.sleep(seconds)
+    terminate(number)
+
+
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGTERM, SystemExit(143)), (signal.SIGINT, KeyboardInterrupt())])
+def test_signal_in_training_leaves_a_checkpoint_of_that_step(make_trainer, expected, number, error):
+    """The launcher passes it on, so that it comes twice."""
+    before = signal.getsignal(number)
+    trainer = make_trainer(AtStep(9, lambda: terminate_twice(0.0, number)), save_steps=1000)
+    with pytest.raises(type(error)) as caught:
         trainer.train()
-    assert caught.value.code == 143 and trainer.state.global_step in (9, 10)
+    assert caught.value.args == error.args and trainer.state.global_step in (9, 10)
     assert trainer.store.checkpoints()[0].name == f"checkpoint-{trainer.state.global_step}"
     assert "finished" not in trainer.store.read_run()
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.getsignal(number) is before
     again = make_trainer(save_steps=1000)
     again.train()
     assert_same_weights(again, expected)
@@ -368,7 +377,7 @@ def test_sigterm_that_is_heard_in_a_destructor_is_not_lost(make_trainer, at_forw
 
 
 def test_second_sigterm_does_not_wait_for_the_step(make_trainer):
-    trainer = make_trainer(AtStep(2, lambda: (terminate(), terminate())), save_steps=1000)
+    trainer = make_trainer(AtStep(2, lambda: terminate_twice(1.1)), save_steps=1000)
     with pytest.raises(SystemExit):
         trainer.train()
     assert trainer.store.checkpoints() == []

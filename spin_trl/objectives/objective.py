@@ -89,7 +89,7 @@ def objectives_of(loss_types: Sequence[str]) -> list[Objective]:
     """The losses of these names. `ValueError` if one is unknown."""
     if unknown := [name for name in loss_types if name not in OBJECTIVES]:
         raise ValueError(
-            f"`loss_type` has the unknown value(s) {unknown}. Use one or several of {sorted(OBJECTIVES)}, or register "
-            "yours first with `spin_trl.objectives.register`."
+            f"`loss_type` has the unknown value(s) {unknown}. Use one or several of {sorted(OBJECTIVES)} (the loss of "
+            "SPIN's paper is 'sigmoid'), or register yours first with `spin_trl.objectives.register`."
         )
     return [OBJECTIVES[name] for name in loss_types]
