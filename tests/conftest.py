@@ -3,7 +3,7 @@
 import os
 
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub: no test waits for a hub
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything imports huggingface_hub: no test waits for a hub
 os.environ.setdefault("VLLM_API_KEY", "sk-of-the-tests")  # real servers expect it, and runs send it
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads crawl on a busy machine
 

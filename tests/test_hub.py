@@ -7,8 +7,6 @@ import pytest
 from fake_hub import FakeHub
 from play_short import play_in_process
 
-from spin_trl import SPINConfig
-
 
 TOKEN = "hf_secretsecretsecretsecretsecretsecr"
 
@@ -26,11 +24,10 @@ def run(hub, tiny_model, tmp_path):
     environment = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
     environment["HF_HOME"] = str(tmp_path / "home")
     config = {"output_dir": str(tmp_path / "run"), "push_to_hub": True, "hub_iteration_revisions": True}
-    config |= {"hub_token": TOKEN, "save_strategy": "epoch", "disable_tqdm": True}
+    config |= {"hub_token": TOKEN, "save_strategy": "epoch"}
 
-    def play(lora: bool = True, push: bool = False, **settings) -> str:
-        job = {"model": tiny_model, "config": {**config, **settings}, "lora": lora, "push": push}
-        return play_in_process(tmp_path, environment, **job)
+    def play(settings: dict | None = None, **job) -> str:
+        return play_in_process(tmp_path, environment, model=tiny_model, config={**config, **(settings or {})}, **job)
 
     return play
 
@@ -48,8 +45,7 @@ def assert_all_is_pushed(hub: FakeHub, output_dir: Path, weights: str) -> None:
         assert "SPIN" in card and "chen2024self" in card and "| start |" in card
         # An iteration's card shows its own evaluation and nothing later.
         assert ("| iteration 1 |" in card) == (branch != "iteration-0")
-        others = [path for path in files if path != "README.md" and not path.startswith("tokenizer")]
-        assert {Path(path).suffix for path in others} <= {".safetensors", ".json", ".jinja"}
+        assert {Path(path).suffix for path in files} <= {".safetensors", ".json", ".jinja", ".md"}
         assert not [path for path in files if "/" in path or "self_play" in path or "state" in path]
     assert hub.tokens == {TOKEN}
     for path in output_dir.rglob("*"):
@@ -57,7 +53,7 @@ def assert_all_is_pushed(hub: FakeHub, output_dir: Path, weights: str) -> None:
 
 
 def test_each_iteration_is_a_revision_and_the_final_model_the_main_one(hub, run, tmp_path):
-    assert TOKEN not in run(lora=False, push=True, save_total_limit=1)
+    assert TOKEN not in run({"save_total_limit": 1}, lora=False, push=True)
     assert_all_is_pushed(hub, tmp_path / "run", "model.safetensors")
 
 
@@ -74,24 +70,21 @@ def test_failed_push_is_a_warning_and_the_same_command_pushes_what_is_missing(hu
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("revisions", "settings", "message"),
     [
-        ({"hub_iteration_revisions": True}, "but `push_to_hub` is False"),
-        ({"hub_iteration_revisions": True, "push_to_hub": True, "save_strategy": "no"}, "`save_strategy='no'`"),
-        (
-            {"hub_iteration_revisions": True, "push_to_hub": True, "hub_revision": "iteration-0"},
-            "gives revisions of that form",
-        ),
-        ({"push_to_hub": True, "hub_strategy": "every_save"}, "`hub_strategy=.*your data"),
+        (True, {"push_to_hub": False}, "but `push_to_hub` is False"),
+        (True, {"save_strategy": "no"}, "`save_strategy='no'`"),
+        (True, {"save_strategy": "epoch", "hub_revision": "iteration-0"}, "gives revisions of that form"),
+        (False, {"hub_strategy": "every_save"}, "`hub_strategy=.*your data"),
     ],
 )
-def test_contradicting_settings_are_refused(tmp_path, settings, message):
+def test_contradicting_settings_are_refused(make_config, revisions, settings, message):
     with pytest.raises(ValueError, match=message):
-        SPINConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, **settings)
+        make_config(**{"push_to_hub": True, "hub_iteration_revisions": revisions, **settings})
 
 
-def test_pickled_arguments_hold_no_token(tmp_path):
-    args = SPINConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, hub_token=TOKEN)
+def test_pickled_arguments_hold_no_token(make_config):
+    args = make_config(hub_token=TOKEN)
     content = pickle.dumps(args)
     assert TOKEN.encode() not in content
     assert args.hub_token == TOKEN  # and the run still has it
