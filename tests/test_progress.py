@@ -64,7 +64,7 @@ def test_pipe_gets_one_line_a_phase_with_numbers_and_none_a_step(shown):
     assert [line.partition(" done in ")[0] for line in lines] == PLACES
     numbers = r"done in \d\d:\d\d, 16/16 completions, [\d.]+ completions/s, \d+ tokens/s, 0/4 steps, \? left"
     assert re.search(f"Iteration 0.*: generate {numbers}", shown.errors)
-    numbers = r"done in \d\d:\d\d, 2/4 steps, [\d.]+ steps/s, loss 0\.\d+, \d\d:\d\d left"
+    numbers = r"done in \d\d:\d\d, 2/4 steps, [\d.]+ steps/s, loss 0\.\d+, accuracy \d+%, \d\d:\d\d left"
     assert re.search(f"Iteration 0.*: train {numbers}", shown.errors)
     assert "steps" not in "".join(line for line in shown.errors.splitlines() if line not in lines)
     assert "'loss'" not in shown.output
@@ -76,6 +76,24 @@ def test_terminal_gets_a_bar_with_iteration_phase_and_time_left_and_one_for_the_
     assert any(re.search(r"train:  75%.* 3/4 \[\d\d:\d\d<\d\d:\d\d, +[\d.]+ steps/s\]", bar) for bar in bars)
     assert any(re.search(r"generations: .*/16 .* completions/s", bar) for bar in bars)
     assert " done in " not in shown.terminal
+
+
+def test_pipe_gets_a_line_now_and_then_of_a_phase_that_takes_long(capfd):
+    """With loss, accuracy and time left. Here the time between two lines is none."""
+    progress = RunProgress(num_iterations=2, seconds_between_lines=0)
+    state = TrainerState(max_steps=4)
+    progress.on_train_begin(None, state, None)
+    begin_phase("generate", 0)
+    with progress_bar(total=2, mininterval=0) as bar:
+        bar.update()
+    begin_phase("train", 0)
+    progress.on_log(None, state, None, logs={"loss": 0.5, "rewards/accuracies": 0.75})
+    state.global_step = 1
+    progress.on_step_end(None, state, None)
+    progress.on_train_end(None, state, None)
+    lines = [line for line in capfd.readouterr().err.splitlines() if " done in " not in line]
+    assert re.fullmatch(r"Iteration 0 \(1 of 2\): generate: 1/2 batches, .*\d\d:\d\d left", lines[-2])
+    assert re.fullmatch(r"Iteration 0 .*: train: 1/4 steps, .*loss 0\.5, accuracy 75%, \d\d:\d\d left", lines[-1])
 
 
 def test_processes_but_the_first_show_nothing(capfd):

@@ -1,4 +1,4 @@
-"""What a run shows of itself: transformers' bar with iteration and phase, or, without a terminal, a line a phase.
+"""What a run shows of itself: transformers' bar with iteration and phase, or, without a terminal, lines now and then.
 
 Only the first process shows anything. Parts of a phase report through `progress_bar`; they know nothing of the run.
 """
@@ -36,16 +36,18 @@ class RunProgress(ProgressCallback):
     """
     [`~transformers.ProgressCallback`] for a run of several iterations. Its bar names iteration and phase, and its time
     left counts all phases, as their time so far goes into the time of a step. Without a terminal each phase is a line,
-    and the logs are not printed.
+    a long one a line every minute, and the logs are not printed.
 
     Args:
         num_iterations (`int`): Iterations of the run.
+        seconds_between_lines (`float`): Least time between two lines of a phase.
     """
 
-    def __init__(self, num_iterations: int):
+    def __init__(self, num_iterations: int, seconds_between_lines: float = 60.0):
         super().__init__()
         self.num_iterations = num_iterations
-        self.phase, self.started = "", 0.0
+        self.seconds_between_lines = seconds_between_lines
+        self.phase, self.started, self.told = "", 0.0, 0.0
         self.parts: list[str] = []  # numbers of those of the phase that are done
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
@@ -64,6 +66,7 @@ class RunProgress(ProgressCallback):
         if iteration == self.num_iterations:
             place = f"After iteration {iteration - 1}"
         self.phase, self.started = f"{place}: {phase}", time.monotonic()
+        self.told = self.started
         self.training_bar.set_postfix_str("", refresh=False)
         self.training_bar.set_description(self.phase)
 
@@ -71,7 +74,19 @@ class RunProgress(ProgressCallback):
         if sys.stderr.isatty():
             super().on_log(args, state, control, logs, **kwargs)
         elif self.training_bar is not None and "loss" in logs:
-            self.training_bar.set_postfix_str(f"loss {logs['loss']:.4g}", refresh=False)
+            accuracy = f", accuracy {logs['rewards/accuracies']:.0%}" if "rewards/accuracies" in logs else ""
+            self.training_bar.set_postfix_str(f"loss {logs['loss']:.4g}{accuracy}", refresh=False)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        super().on_step_end(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.tell(self.training_bar)
+
+    def tell(self, bar: tqdm) -> None:
+        """Without a terminal a line, if the last one is long ago."""
+        if self.phase and not sys.stderr.isatty() and time.monotonic() >= self.told + self.seconds_between_lines:
+            self.told = time.monotonic()
+            print(f"{self.phase}: {_format(bar, _NUMBERS + ', {remaining} left')}", file=sys.stderr)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         global _shown
@@ -90,6 +105,11 @@ class RunProgress(ProgressCallback):
 
 
 class _PartBar(tqdm):
+    def display(self, *args, **kwargs) -> bool:
+        if _shown is not None:
+            _shown.tell(self)
+        return super().display(*args, **kwargs)
+
     def close(self) -> None:
         if not self.disable and self.n and _shown is not None:
             _shown.parts.append(_format(self, _NUMBERS))
