@@ -181,9 +181,8 @@ def build_trainer(tiny_model, train_dataset, make_config):
     """A factory of trainers of the tiny model. What is no argument of the trainer is a setting."""
     from spin_trl import SPINTrainer
 
-    names = (
-        "model eval_dataset compute_generation_metrics reward_funcs preference_dataset sampler callbacks peft_config"
-    )
+    names = "model processing_class peft_config quantization_config data_collator callbacks sampler eval_dataset"
+    names += " compute_generation_metrics reward_funcs preference_dataset"
 
     def build(num_rows: int = 48, /, **given) -> SPINTrainer:
         arguments = {name: given.pop(name) for name in names.split() if name in given}

@@ -188,6 +188,11 @@ class FakeVLLM:
         return 200, {"results": [None]}
 
 
+def but_at(path: str, fake: Callable, act: Callable[[dict | None], Answer]) -> Callable[[str, dict | None], Answer]:
+    """Answers as `fake` does, but at one path as `act(body)` says, if it says something."""
+    return lambda asked, body: (act(body) if asked == path else None) or fake(asked, body)
+
+
 def make_requests(num: int, at: int | None = None, action: Callable | None = None) -> Iterator[CompletionRequest]:
     """Requests number 0 to `num`; `action` is called when number `at` is taken."""
     for row in range(num):

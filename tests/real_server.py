@@ -13,6 +13,10 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
 from spin_trl.generation.sampler import Completion, CompletionRequest
 
 
@@ -86,6 +90,19 @@ class RealServer:
             self.kill()
         except ProcessLookupError:
             pass
+
+
+def make_opponent(model: str, folder: Path, kind: str, seed: int = 1) -> Path:
+    """Write an adapter, or with `kind="full"` a model, that answers otherwise than the model does."""
+    torch.manual_seed(seed)
+    policy = AutoModelForCausalLM.from_pretrained(model)
+    if kind == "lora":
+        policy = get_peft_model(policy, LoraConfig(r=8, target_modules="all-linear", init_lora_weights=False))
+    else:
+        for parameter in policy.parameters():
+            parameter.data += 0.05 * torch.randn_like(parameter)
+    policy.save_pretrained(folder)
+    return folder
 
 
 def make_requests(count: int) -> list[CompletionRequest]:

@@ -2,10 +2,10 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 from itertools import groupby, islice
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,18 +14,18 @@ from conftest import DATA, BeforeFirstSteps, all_completions, read_rows
 from datasets import Dataset
 from fault_server import FakeVLLM
 from kill_points import PLACES
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel
 from play_distributed import play, settings
+from real_server import make_opponent
+from stopping import AtStep, train_until_stopped
 from test_distributed import launch
 from test_kill_and_resume import assert_ends_the_same, start
 from test_reference_mixture import changed_model, of_six_pairs
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from spin_trl import SPINConfig, SPINTrainer, load_pairs
 from spin_trl.data.draw import OpponentDraw
 from spin_trl.generation.sampler import CompletionRequest, SamplingParams
-from spin_trl.generation.vllm.sampler import VLLMSampler
-from spin_trl.play.opponents import Opponents
 from spin_trl.run_directory.store import RunDirectoryError
 
 
@@ -67,23 +67,6 @@ def test_as_many_take_part_as_there_are_by_then(iteration, num_opponents, oppone
     assert list(draw.opponents) == sorted(set(draw.of_rows(np.arange(200)).tolist())) == opponents
 
 
-@pytest.mark.parametrize(
-    ("plays_several", "base_is_opponent", "shares"),
-    [(True, True, [{1, 2}, {0}]), (True, False, [{0, 1, 2}]), (False, True, [{2}, {1}, {0}])],
-)
-def test_adapters_answer_at_once_but_never_in_one_batch_with_the_base_model(
-    make_config, plays_several, base_is_opponent, shares
-):
-    """In vLLM's CPU engine, whichever adapter is in a batch would answer the base model's prompts, too."""
-    sampler = VLLMSampler("org/base-model", 8 if plays_several else None)
-    opponents = Opponents(make_config(num_opponents=3), None, sampler, None, None, base_is_opponent)
-    draw, rows = OpponentDraw(2, 3, seed=42), np.arange(60)
-    found = opponents.in_turn(draw, rows)
-    assert [set(draw.of_rows(share).tolist()) for _, share in found] == shares
-    assert sorted(np.concatenate([share for _, share in found])) == rows.tolist()
-    assert opponents.in_turn(None, rows) == [(None, rows)]
-
-
 # The policy plays them, in-process
 
 
@@ -102,29 +85,25 @@ def load_opponent(trainer: SPINTrainer, tiny_model: str, opponent: int, lora: bo
 
 
 @pytest.mark.parametrize("policy", ["full", "full-object", "lora"])
-def test_each_prompt_is_answered_by_the_opponent_drawn(tiny_model, train_dataset, make_config, policy):
+def test_each_prompt_is_answered_by_the_opponent_drawn(tiny_model, tokenizer, build_trainer, policy):
     """Greedily, so that what each opponent says is known: answered here by the saved ones, one prompt at a time."""
-    config = make_config(
+    trainer = build_trainer(
+        model=changed_model(tiny_model) if policy == "full-object" else tiny_model,
+        processing_class=tokenizer,
+        peft_config=LoraConfig(**LORA) if policy == "lora" else None,
         num_iterations=3,
         num_opponents=2,
         temperature=0.0,
         learning_rate=5e-2 if policy == "lora" else 3e-3,
         per_device_generation_batch_size=1,
     )
-    trainer = SPINTrainer(
-        changed_model(tiny_model) if policy == "full-object" else tiny_model,
-        config,
-        train_dataset=train_dataset,
-        processing_class=AutoTokenizer.from_pretrained(tiny_model),
-        peft_config=LoraConfig(**LORA) if policy == "lora" else None,
-    )
     opponents = BeforeFirstSteps(trainer, of_six_pairs)
     trainer.train()
-    rows, end = trainer.store.read_data(), trainer.processing_class.eos_token_id
+    rows, end = trainer.store.read_data(), tokenizer.eos_token_id
     models = [load_opponent(trainer, tiny_model, opponent, policy == "lora") for opponent in range(3)]
     num_differing = 0
     for iteration in (1, 2):
-        draw = OpponentDraw(iteration, 2, config.seed)
+        draw = OpponentDraw(iteration, 2, trainer.args.seed)
         completions = all_completions(trainer.store, iteration).to_pylist()
         assert [completion["row"] for completion in completions] == list(range(48))
         assert {completion["opponent"] for completion in completions} == {iteration - 1, iteration}
@@ -139,7 +118,7 @@ def test_each_prompt_is_answered_by_the_opponent_drawn(tiny_model, train_dataset
     pairs = trainer.store.read_pairs(1).select(range(6))
     stored = [pair[f"ref_{side}_logps"] for pair in pairs for side in ("chosen", "rejected")]
     assert stored == pytest.approx(opponents.found[1], abs=1e-4)
-    assert_pairs_name_their_opponents(config, iteration=2)
+    assert_pairs_name_their_opponents(trainer.args, iteration=2)
 
 
 def assert_pairs_name_their_opponents(config: SPINConfig, iteration: int) -> None:
@@ -151,45 +130,33 @@ def assert_pairs_name_their_opponents(config: SPINConfig, iteration: int) -> Non
     assert len(set(pairs["opponent"][:]) - {None}) > 1
 
 
-@pytest.mark.parametrize("adapter", ["full", "lora", "lora-bfloat16"])
-def test_policy_is_an_earlier_opponent_for_a_while_and_itself_again_bit_for_bit(
-    tiny_model, train_dataset, make_config, tmp_path, adapter
-):
-    trainer = SPINTrainer(
-        tiny_model,
-        make_config(num_iterations=1, learning_rate=1e-2),
-        train_dataset=train_dataset,
-        peft_config=None if adapter == "full" else LoraConfig(**LORA),
-    )
-    if adapter == "lora-bfloat16":
-        for parameter in trainer.model.parameters():
-            parameter.data = parameter.data.bfloat16() if parameter.requires_grad else parameter.data
+@pytest.mark.parametrize("kind", ["full", "lora", "lora to 4 bits"])
+def test_policy_is_an_earlier_opponent_for_a_while_and_itself_again_bit_for_bit(build_trainer, tmp_path, kind):
+    """In the precision it is trained in, which DPOTrainer makes bfloat16 where the base model has 4 bits."""
+    own = {} if kind == "full" else {"peft_config": LoraConfig(**LORA)}
+    if kind == "lora to 4 bits":
+        own["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+    trainer = build_trainer(**own)
+
+    def seen() -> list[tuple]:
+        return [(p.dtype, p.requires_grad, p.data_ptr(), p.tolist()) for p in trainer.model.parameters()]
+
     trainer.policy.save(str(tmp_path / "earlier"))
-    earlier = snapshot(trainer)
-    with torch.no_grad():
-        for parameter in trainer.model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter))
-    own, storage = snapshot(trainer), [parameter.data_ptr() for parameter in trainer.model.parameters()]
-    assert not same(own, earlier)
+    earlier = seen()
+    trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.data.add_(torch.randn_like(parameter))
+    own = seen()
+    assert own != earlier
+    assert {p.dtype for p in trained} == {torch.bfloat16 if kind == "lora to 4 bits" else torch.float32}
     with trainer.policy.lent_to(tmp_path / "earlier"):
-        assert same(snapshot(trainer), earlier)
-    assert same(snapshot(trainer), own)
+        assert seen() == earlier
+    assert seen() == own
     with pytest.raises(ZeroDivisionError), trainer.policy.lent_to(tmp_path / "earlier"):
         raise ZeroDivisionError
-    assert same(snapshot(trainer), own)
-    assert [parameter.data_ptr() for parameter in trainer.model.parameters()] == storage
-
-
-def snapshot(trainer: SPINTrainer) -> list[tuple[torch.Tensor, bool]]:
-    return [(parameter.detach().clone(), parameter.requires_grad) for parameter in trainer.model.parameters()]
-
-
-def same(one: list, other: list) -> bool:
-    return all(
-        a.dtype == b.dtype and (a == b).all() and trained == also_trained
-        for (a, trained), (b, also_trained) in zip(one, other, strict=True)
-    )
+    assert seen() == own
+    trainer.policy.load(tmp_path / "earlier")  # for good
+    assert seen() == earlier
 
 
 # A server plays them
@@ -206,34 +173,29 @@ class Names(FakeVLLM):
     def answer(self, path, body):
         if path == "/v1/completions" and body["model"] in (self.name, *self.loaded):
             played = body["model"] if body["model"] != self.name else self.weights
-            if played == self.name:
-                number = 0
-            elif "-iteration-" in played:
-                number = int(played.rpartition("-")[2])
-            else:
-                number = int(Path(played).parent.name.removeprefix("iteration-"))
+            number = 0 if played == self.name else int(re.findall(r"iteration-(\d+)", played)[-1])
             self.played.append((tuple(body["prompt"]), number))
             self.loaded_at.append(set(self.loaded))
         return super().answer(path, body)
 
 
 @pytest.fixture
-def play_on(faulty, tiny_model, make_config):
-    """Plays a run of three iterations on a fake server, with a row's own prompt for each row."""
+def play_on(faulty, tiny_model, play_run, eval_dataset):
+    """Plays a run on a fake server, with a row's own prompt for each row."""
 
-    def run(lora: bool, fake: Names | None = None, **overrides) -> tuple[SPINTrainer, Names]:
-        fake = fake or Names(tiny_model)
-        faulty.answer = fake
-        fields = {"num_iterations": 3, "num_opponents": 2, "publish_check_tolerance": None, "num_history_iterations": 0}
-        trainer = SPINTrainer(
-            tiny_model,
-            make_config(vllm_server_base_url=faulty.url, **{**fields, **overrides}),
-            train_dataset=Dataset.from_list(read_rows("accent_train.jsonl", 24)),
-            eval_dataset=Dataset.from_list(read_rows("accent_test.jsonl", 4)),
+    def run(lora: bool, fake: Names | None = None, num_iterations: int = 3) -> tuple[SPINTrainer, Names]:
+        faulty.answer = fake or Names(tiny_model)
+        trainer = play_run(
+            24,
+            eval_dataset=eval_dataset.select(range(4)),
             peft_config=LoraConfig(**LORA) if lora else None,
+            vllm_server_base_url=faulty.url,
+            num_iterations=num_iterations,
+            num_opponents=2,
+            publish_check_tolerance=None,
+            num_history_iterations=0,
         )
-        trainer.train()
-        return trainer, fake
+        return trainer, faulty.answer
 
     return run
 
@@ -249,9 +211,11 @@ def test_server_plays_for_each_prompt_the_opponent_drawn_and_the_newest_for_the_
         assert sorted(islice(played, 4)) == sorted((prompt, iteration) for prompt in evaluated)
         if iteration < 3:
             draw = OpponentDraw(iteration, 2, trainer.args.seed)
-            assert sorted(islice(played, 24)) == sorted(
-                (prompt, draw.of_row(row)) for row, prompt in enumerate(prompts)
-            )
+            answered = list(islice(played, 24))
+            assert sorted(answered) == sorted((prompt, draw.of_row(row)) for row, prompt in enumerate(prompts))
+            turns = [number for number, _ in groupby(answered, lambda one: one[1])]
+            # Adapters answer at once, but never with the base model, whose prompts vLLM's CPU engine has them answer.
+            assert (len(turns) > len(set(turns))) is (lora and iteration == 2)
     assert next(played, None) is None
     if lora:  # each is loaded once, and unloaded when it takes part no more
         numbers = [sorted({int(name.rpartition("-")[2]) for name in loaded}) for loaded in fake.loaded_at]
@@ -284,25 +248,23 @@ def test_restarted_server_gets_all_opponents_again(play_on, tiny_model, lora):
 # What is written
 
 
-def test_pairs_that_rewards_choose_name_it_and_the_users_own_pairs_have_none(tiny_model, train_dataset, make_config):
+def test_pairs_that_rewards_choose_name_it_and_the_users_own_pairs_have_none(play_run):
     def shorter(completions: list[str], **kwargs) -> list[float]:
         return [-float(len(text)) for text in completions]
 
     preferences = Dataset.from_dict({"prompt": ["abc", "abd"], "chosen": ["AH0", "B"], "rejected": ["B", "AH0"]})
-    config = make_config(num_iterations=2, num_opponents=2, num_generations=2, pairing="best_of")
-    data = {"train_dataset": train_dataset, "reward_funcs": shorter, "preference_dataset": preferences}
-    SPINTrainer(tiny_model, config, peft_config=LoraConfig(**LORA), **data).train()
-    assert_pairs_name_their_opponents(config, iteration=1)
-    assert load_pairs(config.output_dir, 1)["opponent"][:].count(None) == 2
+    fields = {"num_iterations": 2, "num_opponents": 2, "num_generations": 2, "pairing": "best_of"}
+    data = {"reward_funcs": shorter, "preference_dataset": preferences}
+    args = play_run(peft_config=LoraConfig(**LORA), **data, **fields).args
+    assert_pairs_name_their_opponents(args, iteration=1)
+    assert load_pairs(args.output_dir, 1)["opponent"][:].count(None) == 2
 
 
-def test_with_one_opponent_nothing_is_named(tiny_model, train_dataset, make_config):
-    config = make_config(num_iterations=1)
-    trainer = SPINTrainer(tiny_model, config, train_dataset=train_dataset, peft_config=LoraConfig(**LORA))
-    trainer.train()
-    assert "opponent" not in load_pairs(config.output_dir, 0).column_names
-    assert "opponent" not in all_completions(trainer.store, 0).column_names
-    assert not trainer.store.path(0, "opponent").exists()
+def test_with_one_opponent_nothing_is_named(play_run):
+    store = play_run(num_iterations=1, peft_config=LoraConfig(**LORA)).store
+    assert "opponent" not in store.read_pairs(0).column_names
+    assert "opponent" not in all_completions(store, 0).column_names
+    assert not store.path(0, "opponent").exists()
 
 
 # Going on
@@ -324,25 +286,13 @@ def test_run_killed_while_an_earlier_opponent_answers_ends_as_the_undisturbed_on
     assert_ends_the_same(output_dir, expected)
 
 
-def test_earlier_opponent_that_is_gone_is_named(tiny_model, train_dataset, make_config):
-    config = {"num_iterations": 3, "num_opponents": 2, "save_strategy": "epoch", "resume": "auto"}
-
-    class FailsInIterationOne(TrainerCallback):
-        def on_step_begin(self, args, state, control, **kwargs):
-            if state.global_step == 6:
-                raise ZeroDivisionError
-
-    def make(*callbacks) -> SPINTrainer:
-        lora, args = LoraConfig(**LORA), make_config(**config)
-        return SPINTrainer(tiny_model, args, train_dataset=train_dataset, peft_config=lora, callbacks=list(callbacks))
-
-    stopped = make(FailsInIterationOne())
-    with pytest.raises(ZeroDivisionError):
-        stopped.train()
+def test_earlier_opponent_that_is_gone_is_named(build_trainer):
+    fields = {"num_iterations": 3, "num_opponents": 2, "save_strategy": "epoch", "resume": "auto"}
+    stopped = train_until_stopped(build_trainer(peft_config=LoraConfig(**LORA), callbacks=[AtStep(7)], **fields))
     shutil.rmtree(stopped.store.path(1, "pairs"))
     shutil.rmtree(stopped.store.path(0, "opponent"))
     with pytest.raises(RunDirectoryError, match=r"iteration-0/opponent is not there.*`num_opponents` \(2\).*Put it"):
-        make().train()
+        build_trainer(peft_config=LoraConfig(**LORA), **fields).train()
 
 
 # Several processes
@@ -375,18 +325,11 @@ def test_pairs_of_two_processes_are_those_of_one(tiny_model, tmp_path, launcher,
 # A real server
 
 
-def random_adapter(tiny_model: str, path: Path, seed: int) -> Path:
-    torch.manual_seed(seed)
-    lora = LoraConfig(**LORA, init_lora_weights=False)
-    get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), lora).save_pretrained(path)
-    return path
-
-
 def test_two_adapters_that_are_asked_in_turns_answer_as_each_does_alone(
     lora_server, tiny_model, tokenizer, connect, tmp_path
 ):
     """The server has room for one adapter in a batch, as vLLM's default is; the other one's prompts wait."""
-    first, second = (random_adapter(tiny_model, tmp_path / str(seed), seed) for seed in range(2))
+    first, second = (make_opponent(tiny_model, tmp_path / str(seed), "lora", seed) for seed in range(2))
     prompts = [tokenizer(row["prompt"])["input_ids"] for row in read_rows("accent_train.jsonl", 32)]
     params = SamplingParams(12, (tokenizer.eos_token_id,), temperature=0.0)
     options = {"model": tiny_model, "run_name": f"turns-{os.getpid()}", "min_context_length": 2}

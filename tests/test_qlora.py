@@ -6,7 +6,8 @@ import pytest
 import torch
 from conftest import load_recipe, read_rows
 from peft import LoraConfig, PeftModel
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
+from stopping import AtStep, train_until_stopped
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 from trl import ModelConfig, TrlParser
 
@@ -44,59 +45,31 @@ def test_base_is_written_out_as_the_numbers_that_its_4_bits_stand_for(tiny_model
     assert (logits(unquantized, ids) - logits(policy, ids)).abs().max() > 1e-2
 
 
-class StopAfter(TrainerCallback):
-    def __init__(self, num_steps: int):
-        self.num_steps = num_steps
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.num_steps:
-            raise KeyboardInterrupt
-
-
 @pytest.fixture
-def make_trainer(tiny_model, train_dataset, make_config, tmp_path):
-    def make(name: str = "run", callbacks=(), **fields) -> SPINTrainer:
-        config = make_config(output_dir=str(tmp_path / name), num_iterations=2, **fields)
-        own = {"quantization_config": NF4, "peft_config": LoraConfig(**LORA), "callbacks": list(callbacks)}
-        return SPINTrainer(tiny_model, config, train_dataset=train_dataset.select(range(24)), **own)
+def make_trainer(build_trainer):
+    def make(**given) -> SPINTrainer:
+        own = {"quantization_config": NF4, "peft_config": LoraConfig(**LORA), "num_iterations": 2}
+        return build_trainer(24, **{**own, **given})
 
     return make
 
 
-def test_plays_in_process_and_continues_a_stopped_run(make_trainer):
+def losses(trainer: SPINTrainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_plays_in_process_and_continues_a_stopped_run(make_trainer, tmp_path):
     resumable = {"save_strategy": "epoch", "resume": "auto"}
-    whole = make_trainer("whole", **resumable)
+    whole = make_trainer(output_dir=str(tmp_path / "whole"), **resumable)
     whole.train()
-    losses = [entry["loss"] for entry in whole.state.log_history if "loss" in entry]
-    assert len(losses) == 3 + 6
+    assert len(losses(whole)) == 3 + 6
     # The policy is its own reference, quantized as it is.
-    assert losses[0] == losses[3] == pytest.approx(0.6931, abs=1e-4)
+    assert losses(whole)[0] == losses(whole)[3] == pytest.approx(0.6931, abs=1e-4)
 
-    with pytest.raises(KeyboardInterrupt):
-        make_trainer("stopped", [StopAfter(5)], **resumable).train()
-    resumed = make_trainer("stopped", **resumable)
+    train_until_stopped(make_trainer(callbacks=[AtStep(5)], **resumable))
+    resumed = make_trainer(**resumable)
     resumed.train()
-    assert [entry["loss"] for entry in resumed.state.log_history if "loss" in entry] == losses
-
-
-def test_policy_that_is_loaded_again_has_the_numbers_and_the_precision_it_was_trained_in(make_trainer, tmp_path):
-    policy, model = (trainer := make_trainer()).policy, trainer.model
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-    def numbers() -> list[torch.Tensor]:
-        return [parameter.detach().clone() for parameter in trained]
-
-    policy.save(str(tmp_path / "opponent"))
-    before = numbers()
-    for parameter in trained:
-        parameter.data.add_(1)
-    after = numbers()
-    with policy.lent_to(tmp_path / "opponent"):
-        assert all(map(torch.equal, numbers(), before))
-    assert all(map(torch.equal, numbers(), after))
-    policy.load(tmp_path / "opponent")
-    assert all(map(torch.equal, numbers(), before))
-    assert {parameter.dtype for parameter in trained} == {torch.bfloat16}
+    assert losses(resumed) == losses(whole)
 
 
 def test_gradients_pass_quantized_weights_after_the_model_has_answered(tiny_model):
@@ -140,7 +113,7 @@ def test_managed_server_plays_the_quantized_policy_as_it_is(make_trainer):
 def test_server_of_the_unquantized_base_is_allowed_the_difference_that_quantization_makes(
     lora_server, make_trainer, caplog
 ):
-    fields = {"vllm_server_base_url": lora_server.base_url, "publish_check_tolerance": 1e-5}
+    fields = {**lora_server.fields, "publish_check_tolerance": 1e-5}
     trainer = make_trainer(learning_rate=1e-2, **fields)
     trainer.train()
     assert "The policy's base model is quantized, the server's is not" in caplog.text

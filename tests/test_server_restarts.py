@@ -2,33 +2,14 @@
 
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-import torch
 from conftest import all_completions
 from managed import Servers
-from peft import LoraConfig, get_peft_model
-from real_server import by_key, make_requests
-from transformers import AutoModelForCausalLM
+from peft import LoraConfig
+from real_server import by_key, make_opponent, make_requests
 
-from spin_trl import SPINTrainer
 from spin_trl.generation.sampler import CompletionRequest, SamplingParams
-
-
-LORA = {"r": 8, "target_modules": "all-linear"}
-
-
-def make_opponent(model: str, folder: Path, kind: str) -> Path:
-    torch.manual_seed(1)
-    policy = AutoModelForCausalLM.from_pretrained(model)
-    if kind == "lora":
-        policy = get_peft_model(policy, LoraConfig(**LORA, init_lora_weights=False))
-    else:
-        for parameter in policy.parameters():
-            parameter.data += 0.05 * torch.randn_like(parameter)
-    policy.save_pretrained(folder)
-    return folder
 
 
 @pytest.mark.slow
@@ -64,7 +45,7 @@ def test_server_killed_in_mid_work_gets_the_opponent_again_and_no_answer_is_lost
 
 
 def test_run_starts_its_own_server_again_if_it_is_killed_and_stops_it_when_it_fails(
-    tiny_model, train_dataset, eval_dataset, make_config, monkeypatch, caplog, record_property
+    build_trainer, eval_dataset, monkeypatch, caplog, record_property
 ):
     servers = Servers()
     monkeypatch.setenv(servers.VARIABLE, servers.name)
@@ -75,9 +56,9 @@ def test_run_starts_its_own_server_again_if_it_is_killed_and_stops_it_when_it_fa
         servers.kill()
         return {}
 
-    config = make_config(use_vllm=True, num_iterations=2)
-    data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "compute_generation_metrics": metrics}
-    trainer = SPINTrainer(tiny_model, config, peft_config=LoraConfig(**LORA), **data)
+    data = {"eval_dataset": eval_dataset, "compute_generation_metrics": metrics}
+    lora = LoraConfig(r=8, target_modules="all-linear")
+    trainer = build_trainer(peft_config=lora, use_vllm=True, num_iterations=2, **data)
     with pytest.raises(ZeroDivisionError, match="in the user's metrics"):
         trainer.train()
     assert servers.running() == []

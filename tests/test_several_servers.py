@@ -4,7 +4,7 @@ import threading
 import time
 
 import pytest
-from fault_server import PARAMS, FakeVLLM, FaultyServer, assert_all_are_the_opponents, make_requests, publish
+from fault_server import PARAMS, FakeVLLM, FaultyServer, assert_all_are_the_opponents, but_at, make_requests, publish
 
 from spin_trl.generation.sampler import SamplerError
 from spin_trl.generation.vllm.sampler import VLLMSampler
@@ -35,13 +35,8 @@ def num_asked(server: FaultyServer) -> int:
     return len(server.bodies("/v1/completions"))
 
 
-def slow(answer, seconds: float):
-    def answer_slowly(path, body):
-        if path == "/v1/completions":
-            time.sleep(seconds)
-        return answer(path, body)
-
-    return answer_slowly
+def slow(fake: FakeVLLM, seconds: float):
+    return but_at("/v1/completions", fake, lambda body: time.sleep(seconds))
 
 
 @KINDS
@@ -130,32 +125,22 @@ def test_all_servers_gone_is_an_error_that_names_each(play_two, tmp_path):
         assert f"{server.url}: The vLLM server at" in str(error.value) and server.url in str(unpublished.value)
 
 
-def hanging(servers: list[FaultyServer]):
-    """A server that gives no completion."""
-    fake = FakeVLLM()
-    return lambda path, body: servers[0].hang(path, body) if path == "/v1/completions" else fake(path, body)
-
-
 def test_server_that_hangs_is_left_to_the_other_and_two_that_hang_are_an_error(play_two, tmp_path, faulty):
-    hang = hanging([faulty])
-    sampler, servers = play_two(hang, FakeVLLM(), request_timeout=0.3, server_timeout=0.3)
+    hangs = but_at("/v1/completions", FakeVLLM(), lambda body: faulty.hang("", body))
+    sampler, servers = play_two(hangs, FakeVLLM(), request_timeout=0.3, server_timeout=0.3)
     publish(sampler, tmp_path)
     assert_all_are_the_opponents(sampler.sample(make_requests(40), PARAMS), 40)
-    servers[1].answer = hang
+    servers[1].answer = hangs
     with pytest.raises(SamplerError, match="No vLLM server was there.*`vllm_request_timeout`"):
         list(sampler.sample(make_requests(10), PARAMS))
 
 
 def test_what_does_not_pass_by_asking_another_server_ends_the_work(play_two, tmp_path):
-    fake = FakeVLLM()
-
-    def answer(path, body):
-        return (400, "no such parameter") if path == "/v1/completions" else fake(path, body)
-
     def fail():
         raise ZeroDivisionError
 
-    sampler, servers = play_two(answer, FakeVLLM())
+    refuses = but_at("/v1/completions", FakeVLLM(), lambda body: (400, "no such parameter"))
+    sampler, servers = play_two(refuses, FakeVLLM())
     publish(sampler, tmp_path)
     with pytest.raises(SamplerError, match=f"{servers[0].url} refused .*no such parameter"):
         list(sampler.sample(make_requests(1000), PARAMS))
@@ -174,8 +159,10 @@ def test_completions_can_be_left_in_the_middle_and_the_next_phase_is_played(play
     time.sleep(0.2)
     assert sum(map(num_asked, servers)) == asked
     assert_all_are_the_opponents(sampler.sample(make_requests(20), PARAMS), 20)
-    next(sampler.sample(make_requests(100_000), PARAMS))
-    sampler.close()
+    completions = sampler.sample(make_requests(100_000), PARAMS)
+    next(completions)
+    sampler.close()  # as when the consumer fails
+    completions.close()
 
 
 def test_servers_wait_for_a_consumer_that_is_slower_than_they_are(play_two, tmp_path):

@@ -14,29 +14,24 @@ from spin_trl.generation.sampler import SamplerError
 from spin_trl.generation.vllm.http_api import UnreachableError, VLLMServer
 
 
+COMPLETE = "complete", {"prompt": [5]}
+
+
 @pytest.fixture
 def ask(faulty):
-    """A function that has a client of `faulty`, or of another address, do something."""
+    """A function that calls a method of a client of `faulty`, or of another address."""
 
-    def ask(act: Callable[[VLLMServer], Awaitable], base_url: str | None = None, **options) -> Any:
+    def ask(method: str | Callable[[VLLMServer], Awaitable], *arguments, base_url: str | None = None, **options) -> Any:
         async def act_and_close():
             client = VLLMServer(base_url or faulty.url, **{"server_timeout": PATIENCE, "delay": 0.01, **options})
             try:
-                return await act(client)
+                return await (method(client) if callable(method) else getattr(client, method)(*arguments))
             finally:
                 await client.close()
 
         return asyncio.run(act_and_close())
 
     return ask
-
-
-def models(client: VLLMServer) -> Awaitable:
-    return client.served_models()
-
-
-def complete(client: VLLMServer) -> Awaitable:
-    return client.complete({"prompt": [5]})
 
 
 def in_turn(*answers: Answer) -> Callable[[str, dict | None], Answer]:
@@ -69,24 +64,29 @@ FAILURES = {
 @pytest.mark.parametrize("failure", FAILURES.values(), ids=FAILURES)
 def test_failure_that_may_pass_is_tried_again(faulty, ask, failure):
     faulty.answer = in_turn(failure, failure, (200, MODELS))
-    assert ask(models) == MODELS["data"]
+    assert ask("served_models") == MODELS["data"]
     assert faulty.paths() == ["/v1/models"] * 3
 
 
-@pytest.mark.parametrize("status", [400, 401, 403, 404, 410, 413, 422])
-def test_refusal_is_final_and_shows_the_servers_own_message(faulty, ask, status):
-    faulty.answer = lambda path, body: (status, {"error": {"message": "This prompt has 70 tokens" + 100_000 * "x"}})
+WORDS = "This prompt has 70 tokens"
+
+
+@pytest.mark.parametrize(
+    ("status", "content"),
+    [
+        *((status, {"error": {"message": WORDS + 100_000 * "x"}}) for status in (400, 401, 403, 404, 410, 413, 422)),
+        (400, b"\xff\xfe\x00" + WORDS.encode()),
+    ],
+    ids=str,
+)
+def test_refusal_is_final_and_shows_the_servers_own_message(faulty, ask, status, content):
+    """Even where it is no text."""
+    faulty.answer = lambda path, body: (status, content)
     with pytest.raises(SamplerError) as error:
-        ask(models)
+        ask("served_models")
     assert f"{faulty.url} refused GET /v1/models. HTTP {status}: " in str(error.value)
-    assert "This prompt has 70 tokens" in str(error.value) and len(str(error.value)) < 2000
+    assert WORDS in str(error.value) and len(str(error.value)) < 2000
     assert len(faulty.requests) == 1
-
-
-def test_answer_that_is_no_text_is_an_error_like_any_other(faulty, ask):
-    faulty.answer = lambda path, body: (400, b"\xff\xfe\x00 broken")
-    with pytest.raises(SamplerError, match="HTTP 400: .* broken"):
-        ask(models)
 
 
 NO_MODELS = ["<html>A dashboard</html>", [], {"data": None}, {"data": [{"name": "m"}]}, {"data": [{"id": "m"}]}]
@@ -102,21 +102,21 @@ NO_MODELS = ["<html>A dashboard</html>", [], {"data": None}, {"data": [{"name": 
 def test_answer_that_no_vllm_server_gives_is_refused_with_the_address(faulty, ask, question, content):
     faulty.answer = lambda path, body: (200, content)
     with pytest.raises(SamplerError, match=f"What answers at {faulty.url} is no vLLM server"):
-        ask(lambda client: getattr(client, question)())
+        ask(question)
 
 
 def test_absent_server_is_named_after_the_server_timeout(ask):
     url, started = unused_address(), time.monotonic()
     named = f"{url} did not answer GET /health.*Cannot connect.*spin_trl.serve.*`vllm_server_base_url`"
     with pytest.raises(UnreachableError, match=named):
-        ask(lambda client: client.wait_until_ready(), url, server_timeout=0.2)
+        ask("wait_until_ready", base_url=url, server_timeout=0.2)
     assert time.monotonic() - started >= 0.2
 
 
 def test_server_that_never_recovers_is_given_up_with_its_last_message(faulty, ask):
     faulty.answer = lambda path, body: (503, "out of memory")
     with pytest.raises(UnreachableError, match=r"HTTP 503: out of memory.*`vllm_server_timeout`"):
-        ask(lambda client: client.wait_until_ready(), server_timeout=0.1)
+        ask("wait_until_ready", server_timeout=0.1)
     assert 2 <= len(faulty.requests) <= 11  # ever less often
 
 
@@ -125,23 +125,30 @@ def test_server_that_hangs_from_the_start_is_given_up_after_the_server_timeout(f
     """Not after the request time-out, which here is as good as never."""
     faulty.answer = faulty.hang
     with pytest.raises(UnreachableError, match=r"no answer within 0.2 s"):
-        ask(lambda client: getattr(client, question)(), server_timeout=0.2, request_timeout=100_000.0)
+        ask(question, server_timeout=0.2, request_timeout=100_000.0)
+
+
+async def complete_one_after_another(client: VLLMServer) -> None:
+    await client.complete({"prompt": [0]})
+    await client.complete({"prompt": [1]})
 
 
 @pytest.mark.parametrize(
     ("act", "path"),
     [
-        (lambda client: client.load_adapter("a", "/a"), "/v1/load_lora_adapter"),
-        (lambda client: client.reload_weights("/w"), "/collective_rpc"),
-        (complete, "/v1/completions"),
+        (("load_adapter", "a", "/a"), "/v1/load_lora_adapter"),
+        (("reload_weights", "/w"), "/collective_rpc"),
+        (COMPLETE, "/v1/completions"),
+        ((complete_one_after_another,), "/v1/completions"),
     ],
-    ids=["load an adapter", "reload weights", "complete"],
+    ids=["load an adapter", "reload weights", "complete", "complete the second time"],
 )
 def test_work_that_does_not_come_to_an_end_is_a_request_timeout(faulty, ask, act, path):
-    faulty.answer = faulty.hang
-    with pytest.raises(UnreachableError, match=rf"no answer within `vllm_request_timeout` \(0.2 s\) to POST {path}"):
-        ask(act, request_timeout=0.2)
-    assert len(faulty.requests) == 1
+    is_first = {"prompt": [0]}
+    faulty.answer = lambda path, body: completion(body) if body == is_first else faulty.hang(path, body)
+    with pytest.raises(UnreachableError, match=rf"no answer within `vllm_request_timeout` \(0.3 s\) to POST {path}"):
+        ask(*act, request_timeout=0.3)
+    assert len([body for _, body in faulty.requests if body != is_first]) == 1
 
 
 def test_completion_that_is_queued_behind_others_has_time_as_long_as_they_come(faulty, ask):
@@ -160,37 +167,24 @@ def test_completion_that_is_queued_behind_others_has_time_as_long_as_they_come(f
     assert [choice["token_ids"] for choice in ask(ask_five, request_timeout=0.6)] == [[i, BASE, END] for i in range(5)]
 
 
-def test_time_without_a_completion_counts_from_the_last_one(faulty, ask):
-    faulty.answer = lambda path, body: completion(body) if body["prompt"] == [0] else faulty.hang(path, body)
-    answered = []
-
-    async def ask_two(client):
-        answered.append(await client.complete({"prompt": [0]}))
-        await client.complete({"prompt": [1]})
-
-    with pytest.raises(UnreachableError, match="`vllm_request_timeout`"):
-        ask(ask_two, request_timeout=0.3)
-    assert len(answered) == 1
-
-
 @pytest.mark.parametrize("address", ["localhost:8000", "http://", "http://localhost:port"])
 def test_address_that_has_no_sense_is_refused_at_once(ask, address):
     with pytest.raises(SamplerError, match="no address of a server.*`vllm_server_base_url`"):
-        ask(models, address, server_timeout=100_000.0)
+        ask("served_models", base_url=address, server_timeout=100_000.0)
 
 
 @pytest.mark.parametrize("suffix", ["", "/", "/v1", "/v1/"])
 def test_address_may_end_in_the_apis_own_path(faulty, ask, suffix):
-    ask(lambda client: client.wait_until_ready(), faulty.url + suffix)
+    ask("wait_until_ready", base_url=faulty.url + suffix)
     assert faulty.paths() == ["/health"]
 
 
 @pytest.mark.parametrize(("key", "header"), [("sk-secret", "Bearer sk-secret"), (None, None)])
 def test_api_key_is_sent_with_every_request_and_is_in_no_error(faulty, ask, key, header):
     faulty.answer = lambda path, body: (401, {"error": "Unauthorized"})
-    for act in (models, complete, lambda client: client.load_adapter("a", "/a")):
+    for act in (("served_models",), COMPLETE, ("load_adapter", "a", "/a")):
         with pytest.raises(SamplerError, match="VLLM_API_KEY") as error:
-            ask(act, api_key=key)
+            ask(*act, api_key=key)
         assert "sk-secret" not in str(error.value)
     assert len(faulty.requests) >= 3 and faulty.api_keys == {header}
 
@@ -198,9 +192,9 @@ def test_api_key_is_sent_with_every_request_and_is_in_no_error(faulty, ask, key,
 def test_server_that_is_gone_for_good_fails_every_request_at_once_with_the_reason(ask, tmp_path):
     """Of one on a socket, whose keeper leaves word beside it. The server timeout would be longer than the test."""
     (tmp_path / "ended").write_text("it ended thrice: out of memory")
-    for act in (complete, lambda client: client.wait_until_ready()):
+    for act in (COMPLETE, ("wait_until_ready",)):
         with pytest.raises(SamplerError, match="it ended thrice: out of memory"):
-            ask(act, f"unix:{tmp_path / 'vllm'}", server_timeout=100_000.0)
+            ask(*act, base_url=f"unix:{tmp_path / 'vllm'}", server_timeout=100_000.0)
 
 
 # Completions
@@ -209,18 +203,18 @@ def test_server_that_is_gone_for_good_fails_every_request_at_once_with_the_reaso
 def test_completion_that_the_server_gives_up_is_asked_for_again_for_a_while(faulty, ask):
     aborted = 200, {"choices": [{"token_ids": [5], "finish_reason": "abort"}]}
     faulty.answer = in_turn(aborted, aborted, completion({"prompt": [5]}))
-    assert ask(complete)["finish_reason"] == "stop"
+    assert ask(*COMPLETE)["finish_reason"] == "stop"
     assert len(faulty.requests) == 3
     faulty.answer = in_turn(aborted)
     with pytest.raises(SamplerError, match=r"`finish_reason` 'abort'"):
-        ask(complete, server_timeout=0.1)
+        ask(*COMPLETE, server_timeout=0.1)
 
 
 @pytest.mark.parametrize("content", [{"choices": []}, {"choices": None}, {"choices": ["text"]}, {"a": 1}, ["text"]])
 def test_answer_without_a_completion_is_an_error_that_shows_it(faulty, ask, content):
     faulty.answer = lambda path, body: (200, content)
     with pytest.raises(SamplerError, match=r"no completion where one was asked for: [{\[]"):
-        ask(complete)
+        ask(*COMPLETE)
 
 
 # What was loaded
@@ -238,24 +232,19 @@ def test_adapter_that_is_loaded_already_is_left_as_it_is(faulty, ask, tmp_path):
         return answer
 
     faulty.answer = answer
-    ask(lambda client: client.load_adapter("a", str(tmp_path)))
+    ask("load_adapter", "a", str(tmp_path))
     assert fake.loaded == ["a"]
-
-
-def test_adapter_that_is_not_loaded_is_unloaded_without_an_error(faulty, ask):
-    faulty.answer = FakeVLLM()
-    ask(lambda client: client.unload_adapter("a"))
 
 
 def test_prefixes_that_stay_cached_after_other_weights_are_loaded_are_an_error(faulty, ask):
     faulty.answer = lambda path, body: (200, {"success": False} if "cache" in path else {"results": [None]})
     with pytest.raises(SamplerError, match=r"refused POST /reset_prefix_cache.*success"):
-        ask(lambda client: client.reload_weights("/w"))
+        ask("reload_weights", "/w")
 
 
 def test_version_of_weights_is_not_set_again_when_the_connection_breaks(faulty, ask):
     """By then the server may be another one."""
     faulty.answer = in_turn(HANG_UP, (200, ""))
     with pytest.raises(UnreachableError):
-        ask(lambda client: client.set_weight_version("a"))
+        ask("set_weight_version", "a")
     assert len(faulty.requests) == 1

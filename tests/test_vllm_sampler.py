@@ -10,10 +10,11 @@ import pytest
 from datasets import Dataset
 from fault_server import (
     HANG_UP,
-    OPPONENT,
     PARAMS,
     FakeVLLM,
     assert_all_are_the_opponents,
+    but_at,
+    completion,
     make_requests,
     publish,
 )
@@ -25,10 +26,6 @@ from spin_trl.run_directory.store import IterationStore
 
 KINDS = pytest.mark.parametrize("lora_rank", [8, None], ids=["lora", "full"])
 RESET = "/reset_prefix_cache?reset_running_requests=true"
-
-
-def reloads(path: str, body: dict | None) -> bool:
-    return path == "/collective_rpc" and body.get("method") == "reload_weights"
 
 
 # What the server can do
@@ -67,12 +64,8 @@ def test_same_model_under_another_name_is_accepted(play, name, options):
 )
 def test_server_that_cannot_load_opponents_is_refused_with_what_it_lacks(play, lora_rank, endpoint, variable):
     fake = FakeVLLM()
-
-    def answer(path, body):
-        return (404, {"detail": "Not Found"}) if path == endpoint else fake(path, body)
-
     with pytest.raises(SamplerError, match=f"{variable}.*`python -m spin_trl.serve org/base-model"):
-        play(answer, lora_rank=lora_rank)
+        play(but_at(endpoint, fake, lambda body: (404, {"detail": "Not Found"})), lora_rank=lora_rank)
     assert fake.loaded == []
 
 
@@ -137,23 +130,22 @@ def test_full_opponent_replaces_the_weights_and_cached_prefixes_are_forgotten(fa
     sampler = play(lora_rank=None)
     for iteration, checkpoint in enumerate((None, tmp_path)):
         list(publish(sampler, checkpoint, iteration).sample(make_requests(1), PARAMS))
-    seen = [(path, body) for path, body in faulty.requests if path in (RESET, "/v1/completions") or reloads(path, body)]
-    assert [path for path, _ in seen] == ["/collective_rpc", RESET, "/v1/completions"] * 2
-    paths = [body["kwargs"]["weights_path"] for path, body in seen if path == "/collective_rpc"]
-    assert paths == ["org/base-model", str(tmp_path)]
+    steps = ["/collective_rpc", RESET, "/v1/completions"]
+    probe = "/collective_rpc"
+    assert [path for path in faulty.paths() if path in steps] == [probe, *steps, *steps]
+    reloads = [body for body in faulty.bodies("/collective_rpc") if body]
+    assert [body["method"] for body in reloads] == ["reload_weights"] * 2
+    assert [body["kwargs"]["weights_path"] for body in reloads] == ["org/base-model", str(tmp_path)]
 
 
 def test_opponent_that_the_engine_does_not_take_is_an_error_with_its_words(faulty, play, tmp_path):
     with pytest.raises(SamplerError, match="The lora adapter 'run-iteration-1' cannot be found"):
         play().publish(1, tmp_path / "absent")
-    fake = FakeVLLM()
-
-    def answer(path, body):
-        return (500, {"error": {"message": "shape mismatch"}}) if reloads(path, body) else fake(path, body)
-
+    mismatch = 500, {"error": {"message": "shape mismatch"}}
+    answer = but_at("/collective_rpc", FakeVLLM(), lambda body: mismatch if body else None)
     with pytest.raises(SamplerError, match="refused POST /collective_rpc. HTTP 500: .*shape mismatch"):
         play(answer, None).publish(1, tmp_path)
-    assert len([body for path, body in faulty.requests if reloads(path, body)]) == 1
+    assert len(list(filter(None, faulty.bodies("/collective_rpc")))) == 1
 
 
 # A server that is restarted
@@ -207,13 +199,7 @@ def test_server_that_dies_while_an_opponent_is_loaded_gets_it_again(play, tmp_pa
 )
 def test_server_that_always_loses_the_opponent_is_an_error(play, tmp_path, lora_rank, path, loses, problem):
     fake = FakeVLLM()
-
-    def answer(asked, body):
-        if asked == path:
-            loses(fake)
-        return fake(asked, body)
-
-    sampler = play(answer, lora_rank, max_concurrent_requests=1)
+    sampler = play(but_at(path, fake, lambda body: loses(fake)), lora_rank, max_concurrent_requests=1)
     with pytest.raises(SamplerError, match=f"lost the opponent 6 times in a row .*{problem}.*no other run publishes"):
         list(publish(sampler, tmp_path).sample(make_requests(10), PARAMS))
 
@@ -285,18 +271,11 @@ def test_server_that_comes_back_with_another_model_is_refused(play, tmp_path):
 
 def test_part_with_a_wrong_answer_is_not_written(play, tmp_path):
     """Row 5 of eight, in parts of four. What is wrong with an answer is seen in `test_answers.py`."""
-    fake = FakeVLLM()
-
-    def answer(path, body):
-        status, content = fake(path, body)
-        if path == "/v1/completions" and body["prompt"] == [25]:
-            content["choices"][0].update(token_ids=[OPPONENT, 99, 2])
-        return status, content
-
+    wrong = but_at("/v1/completions", FakeVLLM(), lambda body: completion(body, 99) if body["prompt"] == [25] else None)
     store = IterationStore(tmp_path / "run")
     job = GenerationJob(store, 1, "generations", PARAMS, part_size=4)
     prompts = Dataset.from_dict({"row": range(8), "prompt_ids": [[20 + row] for row in range(8)]})
-    sampler = publish(play(answer, vocab_size=50, max_concurrent_requests=1), tmp_path)
+    sampler = publish(play(wrong, vocab_size=50, max_concurrent_requests=1), tmp_path)
     with pytest.raises(SamplerError, match="answer to row 5 .*the token id 99, but the model has a vocabulary of 50"):
         job.run(sampler, prompts, job.missing_rows(prompts))
     assert set(store.completions(1, "generations").completed_rows()) <= {0, 1, 2, 3}
@@ -325,12 +304,3 @@ def test_end_of_a_run_waits_for_no_server_and_is_no_error(play, faulty, tmp_path
     sampler.close()
     sampler.close()
     assert faulty.paths() == ["/v1/unload_lora_adapter"]
-
-
-def test_sampler_can_be_closed_in_the_middle_of_its_completions(play, tmp_path):
-    """As when the consumer fails: the completions are then left as they are."""
-    sampler = publish(play(max_concurrent_requests=4), tmp_path)
-    completions = sampler.sample(make_requests(100), PARAMS)
-    next(completions)
-    sampler.close()
-    completions.close()
