@@ -9,7 +9,7 @@ from functools import cache
 
 import pytest
 from datasets import Dataset
-from tiny_tokenizers import TEMPLATES, byte_tokenizer, letter_tokenizer, special_tokens
+from tiny_tokenizers import TEMPLATES, byte_tokenizer, special_tokens
 
 from spin_trl.data.rendering import tokenize_dataset
 
@@ -96,24 +96,10 @@ def test_template_whose_prompt_is_no_prefix_of_its_conversation_is_refused(name,
     source = (TEMPLATES / f"{name}.jinja").read_text()
     tokenizer = byte_tokenizer("<end>", name, special_tokens(source))
     end_token_ids = (tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(special_tokens(source)))
-    with pytest.raises(ValueError, match=r"Row 0: the chat template renders the prompt of `messages` differently"):
+    with pytest.raises(ValueError, match="Row 0: .* the prompt of `messages` differently.*goes on with.*_kwargs`"):
         tokenize_dataset(Dataset.from_list([{"messages": messages}]), tokenizer, end_token_ids)
 
 
 def test_lists_of_exceptions_name_templates_that_trl_ships():
     assert {*REFUSED, *NEEDS_KWARGS, *WANTS_PARTS, *END_TOKENS} <= set(NAMES)
     assert len(PLAYED) == len(NAMES) - 4 >= 60
-
-
-def test_tokens_that_merge_across_the_boundary_leave_the_prompt_as_the_sampler_sees_it():
-    """`b` before `c` is one token, but the sampler goes on from a prompt that ends in `b`."""
-    chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
-    chat_template += "{% if not add_generation_prompt %}</s>{% endif %}"
-    tokenizer = letter_tokenizer(merges=(("b", "c"),), chat_template=chat_template)
-    conversation = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cd"}]
-    whole = tokenizer.apply_chat_template(conversation, return_dict=True)["input_ids"]
-    assert tokenizer.convert_ids_to_tokens(whole) == ["a", "bc", "d", "</s>"]
-    dataset = Dataset.from_list([{"messages": conversation}])
-    (row,) = tokenize_dataset(dataset, tokenizer, (tokenizer.eos_token_id,)).dataset
-    assert tokenizer.convert_ids_to_tokens(row["prompt_ids"]) == ["a", "b"]
-    assert tokenizer.convert_ids_to_tokens(row["chosen_ids"]) == ["c", "d", "</s>"]

@@ -80,15 +80,6 @@ def test_fall_is_measured_in_nats_a_token_from_the_best_point():
     assert sign_within([{"loss": 0.5}], beta=0.1, mean_length=5) is None  # no rewards
 
 
-def test_what_lies_between_policy_and_another_reference_from_the_start_is_no_fall():
-    """A policy that does not move, with a reference that it has left in earlier iterations; then one that sinks."""
-    still, sinking = [(-0.3, -1.0)] * 4, [(-0.3, -1.0), (-0.9, -2.0)]
-    assert sign_within(steps(still), beta=0.1, mean_length=10) is not None
-    assert sign_within(steps(still), beta=0.1, mean_length=10, starts_at_zero=False) is None
-    sign = sign_within(steps(sinking), beta=0.1, mean_length=10, starts_at_zero=False)
-    assert "lost 0.60 nats a token" in str(sign) and "from 0.7 to 1.1" in str(sign)
-
-
 @pytest.mark.parametrize(
     "curve",
     [

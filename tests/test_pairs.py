@@ -112,17 +112,18 @@ def test_iteration_of_identical_pairs_alone_is_stopped_with_what_it_means():
         drop_identical_pairs(pairs, find_identical_pairs(pairs))
 
 
-@pytest.mark.parametrize("loss_type", sorted(set(OBJECTIVES) - {"t_spin"}))  # which needs a third side for it
+@pytest.mark.parametrize("loss_type", sorted(OBJECTIVES))
 def test_identical_pairs_are_dropped_if_and_only_if_a_batch_is_the_same_without_them(loss, loss_type):
     """The summed gradient of two pairs, one with the same answer `u` on both sides, against that of the other alone."""
     differences = []
+    initial = [torch.tensor([-4.0])] if loss_type == "t_spin" else []  # which a pair of equal sides is held against
     for ref_chosen in (-55.0, 45.0):
         u, chosen, rejected = sides = [torch.tensor([logp], requires_grad=True) for logp in (-3.0, -4.0, -6.0)]
         of_u, ref_chosen, ref_rejected = torch.tensor([-5.0]), torch.tensor([ref_chosen]), torch.tensor([-5.0])
-        both = torch.cat([u, chosen]), torch.cat([u, rejected])
+        both = torch.cat([u, chosen]), torch.cat([u, rejected]), *(side.repeat(2) for side in initial)
         both_refs = torch.cat([of_u, ref_chosen]), torch.cat([of_u, ref_rejected])
         with_it = 2 * loss([loss_type], both, both_refs, label_smoothing=0.1)
-        alone = loss([loss_type], (chosen, rejected), (ref_chosen, ref_rejected), label_smoothing=0.1)
+        alone = loss([loss_type], (chosen, rejected, *initial), (ref_chosen, ref_rejected), label_smoothing=0.1)
         gradients = torch.autograd.grad(with_it - alone, sides, allow_unused=True)
         differences += [gradient.abs().item() for gradient in gradients if gradient is not None]
     assert keeps_identical_pairs(None, [loss_type]) == (max(differences) > 1e-4)

@@ -72,13 +72,6 @@ def test_ground_truth_that_no_generation_beats_is_chosen_over_every_lower_one():
     assert sides(pairs) == [(5, TRUTH, 0, 1.0, 0.0), (5, TRUTH, 2, 1.0, 0.5)]
 
 
-@pytest.mark.parametrize(("pairing", "truths"), [("best_of", (0.5, 1.0)), ("reward_ranked", (9.0, 0.0))])
-def test_equal_rewards_make_no_pairs(pairing, truths):
-    """Of the ground truth and its generations, or of the generations alone."""
-    answered = answers((truths[0], [0.5, 0.5]), (truths[1], [1.0, 1.0]))
-    assert rank_answers(answered, pairing).no_pair_share == 1
-
-
 def test_best_generation_is_chosen_over_the_ground_truth_and_all_lower_ones():
     """The third equals the winner, the first of the two best: neither is better."""
     assert sides(rank("best_of", (0.2, [0.1, 0.9, 0.9, 0.5]))) == [
@@ -126,14 +119,6 @@ def test_what_nobody_judges_makes_no_pair():
     assert sides(pairs) == [(6, 1, 0, 1.0, 0.0), (9, 1, 2, 3.0, 2.0)]
     assert described(*prompts) == [1.5 / 3, 2.0 / 4, 1 / 4, 0, 5 / 12]
     assert described((None, [None])) == [None, None, 0, 0, 1]
-
-
-def test_metrics_of_rewards_by_hand():
-    """Best generations 0.9 > 0.2, 1.0 = 1.0, 0.0 < 1.0."""
-    prompts = [(0.2, [0.1, 0.9]), (1.0, [1.0, 0.0]), (1.0, [0.0, 0.0])]
-    assert described(*prompts) == pytest.approx([2.2 / 3, 2.0 / 6, 1 / 3, 1 / 3, 0])
-    ranks = rank_answers(answers(*prompts), "reward_ranked")
-    assert (len(ranks.owners), ranks.no_pair_share) == (2, 1 - 2 / 3)
 
 
 def test_log_probs_of_ground_truths_are_found_on_either_side():
