@@ -5,16 +5,13 @@ Knows nothing of where the pairs come from.
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
-from transformers import ProgressCallback
 from transformers.trainer import SCHEDULER_NAME
 from trl import DPOTrainer
 
@@ -33,28 +30,19 @@ class IterativeTrainer(DPOTrainer):
     many, with the schedule and the optimizer begun anew.
 
     Args:
-        num_new_pairs (`int`): About how many pairs each iteration adds.
-        num_other_pairs (`int`): How many pairs join in every iteration.
+        expected_pairs (`Callable[[int], int]`): About how many pairs an iteration trains on.
         *other, **more: As for [`~trl.DPOTrainer`].
     """
 
-    def __init__(
-        self,
-        *other,
-        args: SPINConfig,
-        num_new_pairs: int,
-        num_other_pairs: int = 0,
-        optimizers: tuple[Optimizer | None, LRScheduler | None] = (None, None),
-        **more: Any,
-    ):
-        # Groups of an optimizer that was passed have rates of their own; ours all have `args.learning_rate`.
-        self._own_rates = [group["lr"] for group in optimizers[0].param_groups] if optimizers[0] is not None else None
-        self._keeps_scheduler = optimizers[1] is not None
-        self._num_new_pairs, self._num_other_pairs = num_new_pairs, num_other_pairs
+    def __init__(self, *other, expected_pairs: Callable[[int], int], **more: Any):
+        self._expected_pairs = expected_pairs
         self.run = Run()
         self.epoch = 0
-        super().__init__(*other, args=args, optimizers=optimizers, **more)
+        super().__init__(*other, **more)
         self._precisions = precisions_of(self.model)
+        # Groups of an optimizer that was passed have rates of their own; ours all have `args.learning_rate`.
+        self._own_rates = None if self.optimizer is None else [group["lr"] for group in self.optimizer.param_groups]
+        self._keeps_scheduler = self.lr_scheduler is not None
 
     # DPOTrainer tokenises the dataset and scores its pairs at the start. Here there are no pairs before an iteration.
 
@@ -99,7 +87,6 @@ class IterativeTrainer(DPOTrainer):
             holds_optimizer=not self.args.save_only_model,
         )
         self.state.max_steps = self._total_steps(place.last_step, iteration + 1)
-        self._show_total_steps()
         if not self._keeps_scheduler:
             rates = [group["lr"] for group in self.optimizer.param_groups]  # a resumed run's are loaded by now
             self._restart_schedule(iteration, min(place.last_step, self.state.max_steps) - place.first_step)
@@ -173,16 +160,8 @@ class IterativeTrainer(DPOTrainer):
     def _total_steps(self, num_steps: int, first_estimated: int) -> int:
         """Number of steps of the run: those known, and an estimate from the iteration `first_estimated` on."""
         for iteration in range(first_estimated, self.args.num_iterations):
-            num_pairs = self._num_new_pairs * (1 + min(iteration, self.args.num_history_iterations))
-            num_pairs += self._num_other_pairs
-            num_steps += self._num_update_steps(num_pairs) * self.args.epochs_per_iteration
+            num_steps += self._num_update_steps(self._expected_pairs(iteration)) * self.args.epochs_per_iteration
         return min(num_steps, self.args.max_steps) if self.args.max_steps > 0 else num_steps
-
-    def _show_total_steps(self) -> None:
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
-                callback.training_bar.total = self.state.max_steps
-                callback.training_bar.refresh()
 
     # Schedules
 

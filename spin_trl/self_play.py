@@ -1,6 +1,7 @@
 """`SelfPlayCallback`: the outer loop. It calls the game between epochs, and knows nothing of what an iteration does."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from accelerate import PartialState
 from transformers import TrainerCallback, TrainerControl, TrainerState
@@ -34,14 +35,12 @@ class SelfPlayCallback(TrainerCallback):
         iteration = int(state.epoch + 1e-6) // args.epochs_per_iteration
         if iteration == self.run.iteration:
             return
-        try:
-            with self.stop_signal.between_steps(), preserved_random_state():
-                pairs = self.game.play(iteration)
-                self.records.log_kept(iteration)
-                self.begin_iteration(iteration, pairs)
+        with self._between_steps(), preserved_random_state():
+            pairs = self.game.play(iteration)
+            self.records.log_kept(iteration)
+            self.begin_iteration(iteration, pairs)
             self.records.begin_training(iteration)
-        except RunEnd as end:
-            self._end_early(end)
+        if self.run.end is not None:
             control.should_training_stop = True
 
     def on_step_end(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
@@ -57,21 +56,20 @@ class SelfPlayCallback(TrainerCallback):
             return
         if self.run.iteration is not None:
             self.records.end_training(self.run.iteration)
-        if not self.run.start.is_finished:
-            self._judge_final_policy()
-            self.records.log_kept(self.run.next_opponent)
-
-    def _judge_final_policy(self) -> None:
-        if self.run.end is not None:
+        if self.run.start.is_finished:
             return
+        if self.run.end is None:
+            with self._between_steps():
+                self.game.judge_final_policy(self.run.next_opponent)
+        self.records.log_kept(self.run.next_opponent)
+
+    @contextmanager
+    def _between_steps(self) -> Iterator[None]:
+        """Where the run may end early: the policy, which is the newest opponent, is then what training has come to."""
         try:
             with self.stop_signal.between_steps():
-                self.game.judge_final_policy(self.run.next_opponent)
+                yield
         except RunEnd as end:
-            self._end_early(end)
-
-    def _end_early(self, end: RunEnd) -> None:
-        """There is nothing left to train on: the policy, which is this opponent, is what training has come to."""
-        self.run.end = end
-        self.records.log_kept(end.iteration)
-        PartialState().print(str(end))
+            self.run.end = end
+            self.records.log_kept(end.iteration)
+            PartialState().print(str(end))

@@ -268,6 +268,8 @@ class SPINConfig(DPOConfig):
             lengths, so that the two sides cannot be told apart by where they were cut off.
         temperature (`float`, *optional*, defaults to `1.0`):
             Sampling temperature. SPIN's theory asks for samples of the opponent itself, which is temperature 1.
+        eval_temperature (`float`, *optional*, defaults to `0.0`):
+            Sampling temperature for the answers to the prompts of `eval_dataset`. 0.0 is greedy decoding.
         top_p (`float`, *optional*, defaults to `1.0`):
             Cumulative probability of the tokens to sample from. 1.0 considers all tokens.
         top_k (`int`, *optional*, defaults to `0`):
@@ -309,19 +311,11 @@ class SPINConfig(DPOConfig):
             score and train. Not for policies that are sharded, nor for quantized ones but bitsandbytes' with 4 bits.
         vllm_server_args (`str`, *optional*):
             Further arguments for a managed server's `vllm serve`, as one string: `"--tensor-parallel-size 2"`.
-
-        > Parameters that control the publish check
-
         publish_check_tolerance (`float`, *optional*, defaults to `0.05`):
             Largest mean absolute difference per token, in nats, between the log-probs that the server gives for a few
             completions of each newly published opponent and the policy's own. In float32 a healthy server is below
             1e-5; in bfloat16 0.015 was reported, and 0.2 for a stale opponent (trl#5312). `None` switches the check
             off.
-
-        > Parameters that control the evaluation
-
-        eval_temperature (`float`, *optional*, defaults to `0.0`):
-            Sampling temperature for the answers to the prompts of `eval_dataset`. 0.0 is greedy decoding.
 
         > Parameters that control the run directory
 
@@ -417,6 +411,7 @@ class SPINConfig(DPOConfig):
     # Parameters that control the opponent's generation
     max_completion_length: int | None = None
     temperature: float = 1.0
+    eval_temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
     repetition_penalty: float = 1.0
@@ -434,12 +429,7 @@ class SPINConfig(DPOConfig):
     vllm_sleep: bool = False
     offload_policy_during_generation: bool = False
     vllm_server_args: str | None = None
-
-    # Parameters that control the publish check
     publish_check_tolerance: float | None = 0.05
-
-    # Parameters that control the evaluation
-    eval_temperature: float = 0.0
 
     # Parameters that control the run directory
     resume: Literal["auto", "never"] = "never"
@@ -484,11 +474,6 @@ class SPINConfig(DPOConfig):
     def pairs_per_forward(self) -> int:
         """Pairs of one forward pass in training, on all processes."""
         return self.train_batch_size * self.world_size
-
-    @property
-    def max_pairs_per_prompt(self) -> int:
-        """How many pairs a prompt's answers make at most."""
-        return 1 if self.pairing == "reward_ranked" else self.num_generations
 
     @property
     def takes_back_policies(self) -> list[str]:

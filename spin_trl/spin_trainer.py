@@ -136,8 +136,7 @@ class SPINTrainer(IterativeTrainer):
             model=model,
             args=plan.args,
             train_dataset=plan.data.train,
-            num_new_pairs=len(plan.data.train) * plan.args.max_pairs_per_prompt,
-            num_other_pairs=0 if plan.data.preferences is None else len(plan.data.preferences),
+            expected_pairs=plan.expected_pairs,
             **{**dpo, "processing_class": plan.tokenizer},
         )
         refuse(OF_THE_MODEL, plan, self.model)

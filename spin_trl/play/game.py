@@ -20,8 +20,6 @@ from ..evaluation.collapse import CollapseGuard
 from ..evaluation.endings import check_evaluation
 from ..evaluation.held_out import HeldOutEvaluation
 from ..generation.sampler import OpponentSampler, SamplingParams
-from ..objectives.settings import needs_initial_answers
-from ..objectives.third_side import INITIAL_IDS
 from ..policy.offload import Offloader
 from ..policy.policy import Policy
 from ..processes.ranks import on_every_process, on_main_process
@@ -105,14 +103,7 @@ class Game:
             self._make_pairs(iteration)
             self._record_costs(iteration)
         self.turns.give_to_policy()  # as it is by now, unless the pairs were there already
-        pairs = self.store.read_pairs(iteration)
-        needs_initial = needs_initial_answers(self.args.loss_type, vars(self.args))
-        if iteration > 0 and needs_initial and INITIAL_IDS not in pairs.column_names:
-            raise RunDirectoryError(
-                f"{self.store.initial_answers.rows.path} is gone, but `loss_type` ({self.args.loss_type}) compares "
-                "with the initial answers in it. Start the same command again: they are made again from iteration 0's."
-            )
-        return pairs
+        return self.store.read_pairs(iteration)
 
     def judge_final_policy(self, iteration: int) -> None:
         """
@@ -144,17 +135,13 @@ class Game:
 
     def _publish(self, iteration: int) -> None:
         self.opponents.publish(iteration)
-        if not self.opponents.sampler.reads_checkpoints or self.args.publish_check_tolerance is None:
-            return
-        is_base = iteration == 0 and self.opponents.base_is_opponent
-        name = "the base model" if is_base else f"iteration {iteration}'s opponent"
         tolerance = self.args.publish_check_tolerance
+        if tolerance is None or not self.opponents.sampler.reads_checkpoints:
+            return
         if self.plan.is_quantized_on_its_own:
             first = self.store.read_metrics(0).get("publish_check_difference") if iteration > 0 else None
             tolerance = allow_for_quantization(tolerance, first)
-        difference = check_published(
-            self.policy, self.opponents.sampler, self.turns, self.dataset, self.plan.params, self.args, tolerance, name
-        )
+        difference = check_published(self.opponents, iteration, self.dataset, self.plan.params, tolerance)
         self.records.record(iteration, {"publish_check_difference": difference})
 
     def _evaluate(self, iteration: int) -> dict[str, float]:

@@ -3,8 +3,9 @@
 Knows nothing of URLs, prompts and scores. Every process must call the methods of the class together.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from ..spin_config import SPINConfig
 from .turns import Turns
 
 
+@dataclass
 class Opponents:
     """
     A run's opponents, each named by the number of its iteration. The policy is the newest, as it stands.
@@ -27,23 +29,13 @@ class Opponents:
     `base_is_opponent` says whether the first one is the base model as the sampler already has it.
     """
 
-    def __init__(
-        self,
-        args: SPINConfig,
-        policy: Policy,
-        sampler: OpponentSampler,
-        store: IterationStore,
-        turns: Turns,
-        base_is_opponent: bool = True,
-        base_model: str = "",
-    ):
-        self.args = args
-        self.policy = policy
-        self.sampler = sampler
-        self.store = store
-        self.turns = turns
-        self.base_is_opponent = base_is_opponent
-        self.base_model = base_model
+    args: SPINConfig
+    policy: Policy
+    sampler: OpponentSampler
+    store: IterationStore
+    turns: Turns
+    base_is_opponent: bool = True
+    base_model: str = ""
 
     @property
     def initial_path(self) -> str:
@@ -62,22 +54,19 @@ class Opponents:
         Raises:
             [`RunDirectoryError`]: if an earlier opponent that takes part in the iteration is not on disk.
         """
-        earlier = self._earlier(iteration)
-        checkpoint = self._save_if_needed(iteration)
-        published = [iteration, checkpoint]
+        draw = self.draw(iteration) if iteration < self.args.num_iterations else None  # the final policy is evaluated
+        opponents = [] if draw is None else draw.opponents
+        earlier = {opponent: self._folder(opponent) for opponent in opponents if opponent != iteration}
+        on_main_process(lambda: self._require_saved(earlier))
+        if is_saved(iteration, self.args, self.sampler.reads_checkpoints, self.base_is_opponent):
+            is_main = PartialState().is_main_process
+            on_every_process(lambda: self.store.write_opponent(iteration, self.policy.save, is_main))
+        published = [iteration, self._folder(iteration)]
         if self._plays_several and earlier:
-            published.append({opponent: self._path(opponent) for opponent in earlier})
+            published.append(earlier)
         self.turns.give_to_server()
         on_main_process(lambda: self.sampler.publish(*published))
         self.sampler.select(*published)
-
-    def save(self, iteration: int) -> Path:
-        """Save the policy as it stands as the opponent of `iteration`."""
-
-        def save() -> Path:
-            return self.store.write_opponent(iteration, self.policy.save, PartialState().is_main_process)
-
-        return on_every_process(save)
 
     def in_turn(self, draw: OpponentDraw | None, rows: np.ndarray) -> list[tuple[int | None, np.ndarray]]:
         """
@@ -104,9 +93,9 @@ class Opponents:
         if opponent in (None, newest):  # it was published first, and has played since
             yield
         elif self.sampler.reads_checkpoints:
-            path = self._path(opponent)
-            on_main_process(lambda: self.sampler.publish(opponent, path))
-            self.sampler.select(opponent, path)
+            folder = self._folder(opponent)
+            on_main_process(lambda: self.sampler.publish(opponent, folder))
+            self.sampler.select(opponent, folder)
             yield
         else:
             with self.policy.lent_to(self.store.path(opponent, "opponent")):
@@ -132,36 +121,21 @@ class Opponents:
     def _plays_several(self) -> bool:
         return self.args.num_opponents > 1 and self.sampler.plays_several
 
-    def _path(self, opponent: int) -> Path | None:
-        """What a sampler that reads checkpoints loads an opponent from."""
-        is_base = opponent == 0 and self.base_is_opponent
-        return None if is_base else self.store.path(opponent, "opponent")
+    def _folder(self, opponent: int) -> Path | None:
+        """What the sampler loads an opponent from. The base model it has, and in-process it loads nothing."""
+        is_loaded = self.sampler.reads_checkpoints and not (opponent == 0 and self.base_is_opponent)
+        return self.store.path(opponent, "opponent") if is_loaded else None
 
-    def _earlier(self, iteration: int) -> list[int]:
-        """The opponents beside the newest that take part in an iteration. The final policy is only evaluated."""
-        draw = self.draw(iteration)
-        if draw is None or iteration >= self.args.num_iterations:
-            return []
-        earlier = [opponent for opponent in draw.opponents if opponent != iteration]
-        on_main_process(lambda: self._require_saved(earlier))
-        return earlier
-
-    def _require_saved(self, opponents: list[int]) -> None:
-        for opponent in opponents:
+    def _require_saved(self, folders: Mapping[int, Path | None]) -> None:
+        for opponent, folder in folders.items():
             path = self.store.path(opponent, "opponent")
-            is_read = self._path(opponent) is not None or not self.sampler.reads_checkpoints
+            is_read = folder is not None or not self.sampler.reads_checkpoints  # by the sampler, or by the policy
             if is_read and not path.is_dir():
                 raise RunDirectoryError(
                     f"{path} is not there, but `num_opponents` ({self.args.num_opponents}) has that opponent "
                     "take part. Put it back, resume from a checkpoint of an earlier iteration, or play the run again "
                     "with `overwrite_output_dir=True`."
                 )
-
-    def _save_if_needed(self, iteration: int) -> Path | None:
-        """Save the policy if anybody will load it. Returns what is published."""
-        if is_saved(iteration, self.args, self.sampler.reads_checkpoints, self.base_is_opponent):
-            self.save(iteration)
-        return self._path(iteration) if self.sampler.reads_checkpoints else None
 
 
 def is_saved(iteration: int, args: SPINConfig, reads_checkpoints: bool, base_is_opponent: bool) -> bool:

@@ -1,6 +1,7 @@
 """`Pairing`: an iteration's answers -> its pairs, scored by its opponent. Knows nothing of samplers and trainers."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 from accelerate import PartialState
@@ -31,6 +32,7 @@ logger = get_logger(__name__)
 _MANY = 0.5  # ground truths that a model which has not been trained yet beats
 
 
+@dataclass
 class Pairing:
     """
     Makes the pairs of an iteration from what is on disk: the ground truths, its opponent's answers, and older pairs.
@@ -39,21 +41,12 @@ class Pairing:
     `rewards` judge ground truths and generations, and are shown the trainer's `state`.
     """
 
-    def __init__(
-        self,
-        args: SPINConfig,
-        policy: Policy,
-        store: IterationStore,
-        records: Records,
-        rewards: AnswerRewards | None,
-        state: Callable[[], TrainerState],
-    ):
-        self.args = args
-        self.policy = policy
-        self.store = store
-        self.records = records
-        self.rewards = rewards
-        self.state = state
+    args: SPINConfig
+    policy: Policy
+    store: IterationStore
+    records: Records
+    rewards: AnswerRewards | None
+    state: Callable[[], TrainerState]
 
     def make(self, iteration: int, dataset: Dataset) -> PairDataset:
         """
@@ -85,9 +78,14 @@ class Pairing:
 
     def score(self, iteration: int, pairs: PairDataset) -> dict[str, np.ndarray]:
         """The opponent's log-probs of both sides of every pair, as [`Policy.score`] gives them."""
-        scores = self.policy.score(pairs)
+        args, scores = self.args, self.policy.score(pairs)
         require_finite_scores(pairs, scores, iteration)
-        self._describe_scores(iteration, pairs, scores)
+        num_own = int((numbers(pairs.answers, "iteration") == iteration).sum())
+        num_dropped = on_main_process(lambda: self.store.read_metrics(iteration)["num_pairs"]) - num_own
+        if args.pairing == "reward_ranked":
+            num_dropped = 0  # they were not of a ground truth and a generation
+        opinion = describe_scores(pairs, scores, iteration, num_dropped, args.max_length, args.truncation_mode)
+        self.records.record(iteration, {"num_training_pairs": len(pairs), **opinion})
         return scores
 
     def mix_with_initial(
@@ -137,15 +135,6 @@ class Pairing:
         if no_pair_share == 1:
             raise no_pairs(args.pairing)
         return PairDataset.join(self.store.read_data(), self.store.answers(iteration, "ranked").read())
-
-    def _describe_scores(self, iteration: int, pairs: PairDataset, scores: dict[str, np.ndarray]) -> None:
-        args = self.args
-        num_own = int((numbers(pairs.answers, "iteration") == iteration).sum())
-        num_dropped = on_main_process(lambda: self.store.read_metrics(iteration)["num_pairs"]) - num_own
-        if args.pairing == "reward_ranked":
-            num_dropped = 0  # they were not of a ground truth and a generation
-        opinion = describe_scores(pairs, scores, iteration, num_dropped, args.max_length, args.truncation_mode)
-        self.records.record(iteration, {"num_training_pairs": len(pairs), **opinion})
 
     def _warn_of_rewards(self, iteration: int, described: dict[str, float]) -> None:
         if described["unjudged_share"] > 0:

@@ -196,6 +196,13 @@ class Plan:
             length, source = max_length, "`max_length`"
         data.fit_to(length, source)
 
+    def expected_pairs(self, iteration: int) -> int:
+        """About how many pairs an iteration trains on."""
+        args, data = self.args, self.data
+        num_new = len(data.train) * (1 if args.pairing == "reward_ranked" else args.num_generations)
+        num_preferences = 0 if data.preferences is None else len(data.preferences)
+        return num_new * (1 + min(iteration, args.num_history_iterations)) + num_preferences
+
     @property
     def longest_sequence(self) -> int:
         """Tokens of the longest prompt with the longest answer that may be given to it."""

@@ -8,11 +8,9 @@ from dataclasses import replace
 import numpy as np
 from datasets import Dataset
 
-from ..generation.sampler import CompletionRequest, OpponentSampler, SamplerError, SamplingParams
-from ..policy.policy import Policy
+from ..generation.sampler import CompletionRequest, SamplerError, SamplingParams
 from ..processes.ranks import on_main_process
-from ..spin_config import SPINConfig
-from .turns import Turns
+from .opponents import Opponents
 
 
 _NUM_COMPARED = 8  # completions of each opponent
@@ -21,23 +19,16 @@ _HEADROOM = 1.5
 
 
 def check_published(
-    policy: Policy,
-    sampler: OpponentSampler,
-    turns: Turns,
-    dataset: Dataset,
-    params: SamplingParams,
-    args: SPINConfig,
-    tolerance: float,
-    opponent: str,
+    opponents: Opponents, iteration: int, dataset: Dataset, params: SamplingParams, tolerance: float
 ) -> float:
     """
-    Have a few prompts answered, and compare the server's log-probs with the policy's. Every process calls it.
+    Have the opponent of an iteration, which the policy is and which has been published, answer a few prompts, and
+    compare the server's log-probs with the policy's. Every process calls it.
 
     Args:
         dataset ([`~datasets.Dataset`]): With the columns `row` and `prompt_ids`.
         params ([`SamplingParams`]): How the opponent answers in this run.
         tolerance (`float`): Largest difference that is borne with, in nats.
-        opponent (`str`): What should be played, in words.
 
     Returns:
         `float`: the mean absolute difference per token, in nats; with several servers the largest.
@@ -45,6 +36,7 @@ def check_published(
     Raises:
         `SamplerError`: if a server plays something else.
     """
+    args = opponents.args
     prompts = dataset.select(range(min(len(dataset), _NUM_COMPARED)))
     requests = [CompletionRequest((row["row"], 0), row["prompt_ids"], seed=args.seed + row["row"]) for row in prompts]
     # Log-probs are of the opponent itself, so it must be sampled as it is.
@@ -52,16 +44,18 @@ def check_published(
     if args.max_length is not None:  # what is scored must not be truncated
         room = args.max_length - max(len(request.prompt_ids) for request in requests)
         params = replace(params, max_completion_length=min(params.max_completion_length, room))
-    sampled = on_main_process(lambda: sampler.sample_each(requests, params, logprobs=True))
-    turns.give_to_policy(briefly=True)
+    sampled = on_main_process(lambda: opponents.sampler.sample_each(requests, params, logprobs=True))
+    opponents.turns.give_to_policy(briefly=True)
     prompt_ids = {request.key: request.prompt_ids for request in requests}
     differences = []
     for address, completions in sampled.items():
         rows = [{"prompt_ids": prompt_ids[c.key], "completion_ids": c.token_ids} for c in completions]
         of_server = np.concatenate([completion.logprobs for completion in completions])
-        of_policy = np.concatenate(policy.completion_logps(rows))
+        of_policy = np.concatenate(opponents.policy.completion_logps(rows))
         difference = float(np.abs(of_server - of_policy).mean())
         if not difference <= tolerance:  # nor is a NaN
+            is_base = iteration == 0 and opponents.base_is_opponent
+            opponent = "the base model" if is_base else f"iteration {iteration}'s opponent"
             raise SamplerError(
                 f"{address} does not play {opponent}: over {len(of_server)} tokens of {len(rows)} sampled completions "
                 f"its log-probs differ from the policy's by {difference:.3g} nats a token on average, more than "

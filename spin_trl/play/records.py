@@ -6,6 +6,7 @@ Knows nothing of what the numbers mean.
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 from tqdm import tqdm
@@ -18,22 +19,20 @@ from ..run_directory.run import RunStart
 from ..run_directory.store import IterationStore
 
 
+@dataclass
 class Records:
     """
     What was logged travels with the checkpoints, in `state.log_history`. So a resumed run knows which values its
     loggers have had, and takes the others from the disk: none is logged twice or lost.
 
-    Every process calls the methods together. `log` hands values to the loggers.
+    Every process calls the methods together. `log_values` hands values to the loggers.
     """
 
-    def __init__(
-        self, store: IterationStore, log: Callable[[dict[str, float]], None], log_history: Callable[[], list[dict]]
-    ):
-        self.store = store
-        self.log_history = log_history
-        self._log = log
-        self._table = ScoreTable()
-        self._training_since: float | None = None
+    store: IterationStore
+    log_values: Callable[[dict[str, float]], None]
+    log_history: Callable[[], list[dict]]
+    _table: ScoreTable = field(default_factory=ScoreTable)
+    _training_since: float | None = None
 
     def begin(self, start: RunStart) -> None:
         """Start the table, with the rows of a resumed run that it does not compute again."""
@@ -58,7 +57,7 @@ class Records:
         known = {name for entry in entries for name in entry}
         new = {name: value for name, value in values.items() if name not in known}
         if new:
-            self._log({ITERATION: iteration, **new})
+            self.log_values({ITERATION: iteration, **new})
 
     def log_kept(self, iteration: int) -> None:
         """Log what is kept and has not been logged: of this iteration, and of earlier ones where a run stopped."""

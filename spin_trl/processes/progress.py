@@ -57,6 +57,7 @@ class RunProgress(ProgressCallback):
         _shown, self.current_step = None, state.global_step
         if state.is_world_process_zero:
             options = {"smoothing": 0, "unit": " steps", "dynamic_ncols": True, "file": _output()}
+            self.state = state
             self.training_bar = tqdm(total=state.max_steps, initial=state.global_step, **options)
             _shown = self
 
@@ -67,6 +68,7 @@ class RunProgress(ProgressCallback):
             place = f"After iteration {iteration - 1}"
         self.phase, self.started = f"{place}: {phase}", time.monotonic()
         self.told = self.started
+        self.training_bar.total = self.state.max_steps  # which an iteration's pairs have corrected
         self.training_bar.set_postfix_str("", refresh=False)
         self.training_bar.set_description(self.phase)
 
