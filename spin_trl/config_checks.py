@@ -100,8 +100,8 @@ def check_weights(name: str, weights: Any, remedy: str, minimum: float = -math.i
         raise ValueError(f"`{name}` must be a list of {kind}, not all of them 0, got {weights!r}. {remedy}")
 
 
-def check_mappings(config: Any, names: tuple[str, ...]) -> None:
-    """`ValueError` for the first field that is no dict, nor JSON of one, as the command line gives it."""
+def take_mappings(config: Any, names: tuple[str, ...]) -> None:
+    """Read dicts that are JSON, as the command line gives them; `ValueError` for the first field that is no dict."""
     for name in names:
         value = getattr(config, name)
         try:
@@ -113,6 +113,7 @@ def check_mappings(config: Any, names: tuple[str, ...]) -> None:
                 f"`{name}` must be a dict or JSON of one, got {value!r} (`{type(value).__name__}`). Write it such as "
                 "'{\"key\": 0.9}', with double quotes."
             )
+        setattr(config, name, found)
 
 
 def check_arguments(name: str, value: Any, own_flags: Mapping[str, str]) -> None:
@@ -133,31 +134,22 @@ def check_arguments(name: str, value: Any, own_flags: Mapping[str, str]) -> None
                 raise ValueError(f"`{name}` has {word!r}, but the run sets `{own}` itself. {remedy}")
 
 
-def one_or_several_addresses(name: str, value: Any) -> str | list[str] | None:
-    """
-    The address of a server, also if it is the only one of a list, as the command line gives it; else the list.
-
-    Raises:
-        `ValueError`: if it is neither, or the list is empty or names one twice.
-    """
+def check_addresses(name: str, value: Any) -> None:
+    """`ValueError` if it is neither the address of a server nor a list of some, each once."""
     if value is None or isinstance(value, str):
-        return value
+        return
     if not isinstance(value, list | tuple) or not value or not all(isinstance(url, str) for url in value):
         raise ValueError(
             f"`{name}` must be the address of a server, or a list of at least one, got {value!r}. Write it such as "
             "'http://localhost:8000', or leave it unset."
         )
-    if len(value) == 1:
-        return value[0]
     servers = [url.rstrip("/").removesuffix("/v1") for url in value]
-    twice = sorted({server for server in servers if servers.count(server) > 1})
-    if twice:
+    if twice := sorted({server for server in servers if servers.count(server) > 1}):
         raise ValueError(f"`{name}` names {twice} more than once: {list(value)}. Name every server once.")
-    return list(value)
 
 
 def _leave_unset(config: Any, name: str) -> str:
-    field = next(field for field in fields(config) if field.name == name)
+    field = config.__dataclass_fields__[name]
     default = field.default if field.default is not MISSING else field.default_factory()
     return f"Leave it unset for the default, {default!r}."
 

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from torch.utils.data import DataLoader
 from transformers.trainer import SCHEDULER_NAME
 from trl import DPOTrainer
 
@@ -123,7 +122,7 @@ class IterativeTrainer(DPOTrainer):
         strategy = self.args.train_sampling_strategy
         return epoch_order(
             len(pairs),
-            self._pairs_per_step,
+            self.args.pairs_per_step,
             None if strategy == "sequential" else np.random.default_rng((seed, self.epoch)),
             pair_lengths(pairs, self.args.max_length) if strategy == "group_by_length" else None,
             self.args.dataloader_drop_last,
@@ -140,22 +139,12 @@ class IterativeTrainer(DPOTrainer):
         kwargs["num_update_steps_per_epoch"] = math.ceil(len(loader) / self.args.gradient_accumulation_steps)
         with saving_checkpoints(self.args, self.state):
             super()._run_epoch(**kwargs)
-        self._forget(loader)
-
-    def _forget(self, loader: DataLoader) -> None:
-        """Accelerate remembers every loader it ever prepared, and with it the dataset; let go of this one."""
-        kept = [known for known in self.accelerator._dataloaders if known is not loader]
-        self.accelerator._dataloaders[:] = kept
+        self.accelerator._dataloaders.remove(loader)  # it would keep every loader it ever prepared, with its dataset
 
     def _num_update_steps(self, num_pairs: int) -> int:
         """Number of optimizer steps in one epoch over `num_pairs` pairs."""
         round_to_int = math.floor if self.args.dataloader_drop_last else math.ceil
-        return max(1, round_to_int(num_pairs / self._pairs_per_step))
-
-    @property
-    def _pairs_per_step(self) -> int:
-        """Pairs of one optimizer step, over all processes."""
-        return self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
+        return max(1, round_to_int(num_pairs / self.args.pairs_per_step))
 
     def _total_steps(self, num_steps: int, first_estimated: int) -> int:
         """Number of steps of the run: those known, and an estimate from the iteration `first_estimated` on."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from accelerate import PartialState
 from transformers import TrainerCallback, TrainerControl, TrainerState
@@ -14,6 +15,7 @@ from .run_directory.run import RunEnd
 from .spin_config import SPINConfig
 
 
+@dataclass(eq=False)
 class SelfPlayCallback(TrainerCallback):
     """
     A callback that plays the policy against its own previous iterate.
@@ -24,12 +26,12 @@ class SelfPlayCallback(TrainerCallback):
     `begin_iteration` has the trainer train on an iteration's pairs.
     """
 
-    def __init__(self, game: Game, stop_signal: StopOnSignal, begin_iteration: Callable[[int, PairDataset], None]):
-        self.game = game
-        self.run = game.run
-        self.records = game.records
-        self.stop_signal = stop_signal
-        self.begin_iteration = begin_iteration
+    game: Game
+    stop_signal: StopOnSignal
+    begin_iteration: Callable[[int, PairDataset], None]
+
+    def __post_init__(self):
+        self.run, self.records = self.game.run, self.game.records
 
     def on_epoch_begin(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
         iteration = int(state.epoch + 1e-6) // args.epochs_per_iteration

@@ -1,6 +1,5 @@
 """`SPINConfig`: the fields that self-play adds to DPOConfig, and their checks. Knows no files, servers or models."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
@@ -11,17 +10,17 @@ from trl import DPOConfig
 from .config_checks import (
     NumberRule,
     at_least,
+    check_addresses,
     check_arguments,
     check_choices,
-    check_mappings,
     check_numbers,
     check_weights,
     help_from_docstring,
     is_number,
     not_negative,
-    one_or_several_addresses,
     positive,
     share,
+    take_mappings,
 )
 from .objectives.settings import (
     check_losses,
@@ -325,7 +324,7 @@ class SPINConfig(DPOConfig):
         overwrite_output_dir (`bool`, *optional*, defaults to `False`):
             Whether a self-play run that already lies in `output_dir` is deleted. Wins over `resume`.
 
-        > Parameters that control what is shown
+        > Parameters that control what is shown and kept
 
         report (`bool`, *optional*, defaults to `True`):
             Whether `report.html` is written into `output_dir` when the run is over: scores, curves and completions on
@@ -333,9 +332,6 @@ class SPINConfig(DPOConfig):
         log_completions (`bool`, *optional*, defaults to `False`):
             Whether to print a few prompts with their ground truth and the answers of every opponent so far, once in
             each iteration, and to log them as a table to trackio and Weights & Biases where `report_to` names these.
-
-        > Parameters that control what becomes of the result
-
         hub_iteration_revisions (`bool`, *optional*, defaults to `False`):
             Whether the model that each iteration made is pushed as a revision of its own, `iteration-0` and so on.
             Goes with `push_to_hub`, which pushes the final model to the main revision when the run is over.
@@ -435,11 +431,9 @@ class SPINConfig(DPOConfig):
     resume: Literal["auto", "never"] = "never"
     overwrite_output_dir: bool = False
 
-    # Parameters that control what is shown
+    # Parameters that control what is shown and kept
     report: bool = True
     log_completions: bool = False
-
-    # Parameters that control what becomes of the result
     hub_iteration_revisions: bool = False
     merge_adapter_at_end: bool = False
 
@@ -447,17 +441,21 @@ class SPINConfig(DPOConfig):
         self._take_losses()
         check_numbers(self, _NUMBERS | fields_in_use(self.loss_type))
         check_choices(self, SPINConfig.__annotations__)
-        check_mappings(self, ("chat_template_kwargs", "generation_kwargs", "model_init_kwargs"))
+        take_mappings(self, ("chat_template_kwargs", "generation_kwargs", "model_init_kwargs"))
         check_weights("reward_weights", self.reward_weights, "Leave out the functions that should not count.")
         check_arguments("vllm_server_args", self.vllm_server_args, _SERVER_FLAGS)
-        self.vllm_server_base_url = one_or_several_addresses("vllm_server_base_url", self.vllm_server_base_url)
+        check_addresses("vllm_server_base_url", self.vllm_server_base_url)
         for (name, value), message in _IMPOSSIBLE.items():
             if bool(getattr(self, name)) is value:
                 raise ValueError(f"`{name}={value}` {message}. Leave it unset.")
         for is_so, message in _REFUSALS:
             if is_so(self):
                 raise ValueError(message.format(c=self))
-        self._take_generation_kwargs()
+        for name in self.generation_kwargs or {}:
+            if name in _RESERVED_SAMPLING:
+                raise ValueError(
+                    f"`generation_kwargs` has {name!r}, which self-play sets itself. {_RESERVED_SAMPLING[name]}"
+                )
         self._take_schedules()
         self.num_train_epochs = float(self.num_iterations * self.epochs_per_iteration)
         if self.bf16 is None:  # DPOConfig takes it for granted, and fails on a machine that lacks it
@@ -476,6 +474,11 @@ class SPINConfig(DPOConfig):
         return self.train_batch_size * self.world_size
 
     @property
+    def pairs_per_step(self) -> int:
+        """Pairs of one optimizer step, on all processes."""
+        return self.pairs_per_forward * self.gradient_accumulation_steps
+
+    @property
     def takes_back_policies(self) -> list[str]:
         """The settings for which an earlier opponent may become the policy again."""
         best = ["load_best_model_at_end=True"] if self.load_best_model_at_end else []
@@ -485,7 +488,7 @@ class SPINConfig(DPOConfig):
     def vllm_server_base_urls(self) -> list[str]:
         """The addresses, one or several; none where no running server is used."""
         given = self.vllm_server_base_url
-        return [] if given is None else [given] if isinstance(given, str) else given
+        return [given] if isinstance(given, str) else list(given or [])
 
     def learning_rate_at(self, iteration: int) -> float:
         """The peak learning rate of an iteration."""
@@ -509,15 +512,6 @@ class SPINConfig(DPOConfig):
             if getattr(self, name) is None:
                 setattr(self, name, value)
 
-    def _take_generation_kwargs(self):
-        if isinstance(self.generation_kwargs, str):
-            self.generation_kwargs = json.loads(self.generation_kwargs)
-        for name in self.generation_kwargs or {}:
-            if name in _RESERVED_SAMPLING:
-                raise ValueError(
-                    f"`generation_kwargs` has {name!r}, which self-play sets itself. {_RESERVED_SAMPLING[name]}"
-                )
-
     def _take_schedules(self):
         """Leave Trainer the numbers of iteration 0, and keep those of the others beside."""
         self._schedules: dict[str, dict[int, float]] = {}
@@ -529,12 +523,9 @@ class SPINConfig(DPOConfig):
                     f"`{name}` has {len(values)} values ({values}), but `num_iterations` is {self.num_iterations}. "
                     "Give one number for all iterations, or one for each."
                 )
-            if len(values) > 1 and min(values) <= 0:
-                raise ValueError(
-                    f"`{name}` must be positive in every iteration, got {values}. Give one positive number for each."
-                )
-            if min(values) < 0:
-                raise ValueError(f"`{name}` must be at least 0, got {values[0]}. Give a positive number.")
+            if len(values) > 1 and min(values) == 0 or min(values) < 0:
+                expected = "at least 0" if len(values) == 1 else "positive in every iteration"
+                raise ValueError(f"`{name}` must be {expected}, got {min(values)}. Give a positive number.")
             setattr(self, name, values[0])
             if len(values) > 1:
                 self._schedules[name] = dict(enumerate(values))

@@ -118,17 +118,8 @@ class SPINTrainer(IterativeTrainer):
         sampler: OpponentSampler | None = None,
         **dpo: Any,
     ):
-        self.plan = plan = Plan(
-            model,
-            args,
-            train_dataset,
-            eval_dataset,
-            compute_generation_metrics,
-            reward_funcs,
-            preference_dataset,
-            sampler,
-            dpo,
-        )
+        given = train_dataset, eval_dataset, compute_generation_metrics, reward_funcs, preference_dataset, sampler
+        self.plan = plan = Plan(model, args, *given, dpo)
         refuse(BEFORE_WEIGHTS, plan)
         plan.announce()
         plan.args.remove_unused_columns = False  # errors name rows, which need more columns than the model does
@@ -213,12 +204,12 @@ class SPINTrainer(IterativeTrainer):
             self.game.begin(start)
             stack.enter_context(self.stop_signal.listening())
             if not start.is_finished:
-                stack.enter_context(open_sampler(self.plan, self.sampler, self.policy, self.game.turns))
+                stack.enter_context(open_sampler(self.game))
             output = super().train(None if start.checkpoint is None else str(start.checkpoint), *args, **kwargs)
             if self.stop_signal.has_stopped:
                 self.accelerator.print(f"Stopped by a signal after step {self.state.global_step}.")
                 self.stop_signal.end_if_requested()
-            finish_run(self.plan, self.run, self.store, self.game.opponents)
+            finish_run(self.game)
             self.create_model_card(model_name=Path(self.args.output_dir).name)
             if self.args.report and not start.is_finished:
                 on_main_process(lambda: write_end_report(self.store.output_dir))

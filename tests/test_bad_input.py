@@ -317,6 +317,7 @@ def for_other_data(completions, answer, **kwargs):
         "`EarlyStoppingCallback` counts evaluations",
         "`stop_when_converged=True`",
     ),
+    ({"trian_dataset": None}, TypeError, "unexpected keyword argument 'trian_dataset'"),
     ({"ref_model": object()}, "`ref_model` is not used", "the reference is the opponent", "Leave it out"),
     # configuration
     ({"args": DPOConfig("x", use_cpu=True, bf16=False)}, TypeError, "must be a `SPINConfig`", "got `DPOConfig`"),

@@ -46,6 +46,7 @@ OVERRIDDEN = {
         "start_time resume_from_checkpoint epochs_trained steps_trained_in_current_epoch"
     ),
     "compute_loss": "self model inputs return_outputs num_items_in_batch",
+    "evaluate": "self eval_dataset ignore_keys metric_key_prefix",
     "create_model_card": "self model_name dataset_name tags",
     "push_to_hub": "self commit_message blocking token revision kwargs",
     "set_initial_training_values": "self args dataloader",

@@ -183,18 +183,12 @@ def test_schedules_come_from_yaml_and_command_line(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("given", "kept", "all_of_them"),
-    [
-        (None, None, []),
-        (URL, URL, [URL]),
-        ([URL], URL, [URL]),
-        ([URL, "http://other:8000"], [URL, "http://other:8000"], [URL, "http://other:8000"]),
-    ],
+    ("given", "addresses"),
+    [(None, []), (URL, [URL]), ([URL], [URL]), ([URL, "http://other:8000"], [URL, "http://other:8000"])],
     ids=["none", "one", "a list of one", "two"],
 )
-def test_one_address_stays_one_and_several_are_a_list(make, given, kept, all_of_them):
-    config = make(vllm_server_base_url=given, use_vllm=None)
-    assert config.vllm_server_base_url == kept and config.vllm_server_base_urls == all_of_them
+def test_address_of_a_server_may_be_one_or_several(make, given, addresses):
+    assert make(vllm_server_base_url=given).vllm_server_base_urls == addresses
 
 
 @pytest.mark.parametrize("urls", [[URL], [URL, "http://other:8000"]], ids=["one", "two"])

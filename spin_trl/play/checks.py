@@ -6,8 +6,6 @@ The rules themselves stand in the rooms that they are of. What is no rule of one
 import inspect
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import fields
-from difflib import get_close_matches
 from pathlib import Path
 
 from transformers import EarlyStoppingCallback, PreTrainedModel
@@ -50,13 +48,7 @@ def refuse(checks: Sequence[Callable[..., None]], *of: object) -> None:
 
 def arguments(plan: Plan) -> None:
     """Everything that was passed is of the kind that it must be."""
-    known = inspect.signature(DPOTrainer.__init__).parameters
-    for name in plan.dpo:
-        if name not in known:
-            near = get_close_matches(name, [*known, *(field.name for field in fields(plan))], n=1)
-            raise TypeError(
-                f"`SPINTrainer` has no argument `{name}`. {f'Do you mean `{near[0]}`?' if near else 'Leave it out.'}"
-            )
+    inspect.signature(DPOTrainer.__init__).bind_partial(None, **plan.dpo)  # as Python itself, but before anything else
     if plan.dpo.get("ref_model") is not None:
         raise ValueError(
             "`ref_model` is not used in self-play: the reference is the opponent, that is the policy as it stands "
@@ -88,7 +80,7 @@ def arguments(plan: Plan) -> None:
 
 
 def settings(plan: Plan) -> None:
-    """The configuration fits what was passed beside it."""
+    """The configuration fits what was passed beside it, and the run directory can be one."""
     args = plan.args
     if args.eval_strategy != "no":
         raise ValueError(
@@ -99,9 +91,6 @@ def settings(plan: Plan) -> None:
     _ = plan.rewards  # looked at with `pairing`
     check_schedule(args, *plan.dpo.get("optimizers", (None, None)))
     check_best_iteration(args, plan.eval_dataset is not None, plan.compute_generation_metrics is not None)
-
-
-def run_directory(plan: Plan) -> None:
     on_main_process(lambda: check_writable(Path(plan.args.output_dir).absolute()))
 
 
@@ -174,13 +163,10 @@ def same_run(plan: Plan) -> None:
         on_main_process(lambda: check_same_run(store, plan.describe()))
 
 
-def trained_weights(plan: Plan, model: PreTrainedModel) -> None:
+def weights(plan: Plan, model: PreTrainedModel) -> None:
     check_trainable(model, None)
     if not plan.sharding.engine:  # those keep the weights in float32 themselves
         warn_of_half_precision(model)
-
-
-def merged_weights(plan: Plan, model: PreTrainedModel) -> None:
     if plan.publication.kind == "merged":
         check_can_be_merged(model)
 
@@ -196,7 +182,6 @@ def disk(plan: Plan, model: PreTrainedModel) -> None:
 BEFORE_WEIGHTS = (
     arguments,
     settings,
-    run_directory,
     datasets,
     sampler,
     adapter,
@@ -204,4 +189,4 @@ BEFORE_WEIGHTS = (
     rows,
     same_run,
 )
-OF_THE_MODEL = (trained_weights, merged_weights, disk)
+OF_THE_MODEL = (weights, disk)

@@ -20,6 +20,8 @@ from ..evaluation.collapse import CollapseGuard
 from ..evaluation.endings import check_evaluation
 from ..evaluation.held_out import HeldOutEvaluation
 from ..generation.sampler import OpponentSampler, SamplingParams
+from ..objectives.settings import needs_initial_answers
+from ..objectives.third_side import INITIAL_IDS
 from ..policy.offload import Offloader
 from ..policy.policy import Policy
 from ..processes.ranks import on_every_process, on_main_process
@@ -103,7 +105,14 @@ class Game:
             self._make_pairs(iteration)
             self._record_costs(iteration)
         self.turns.give_to_policy()  # as it is by now, unless the pairs were there already
-        return self.store.read_pairs(iteration)
+        pairs = self.store.read_pairs(iteration)
+        needs_initial = needs_initial_answers(self.args.loss_type, vars(self.args))
+        if iteration > 0 and needs_initial and INITIAL_IDS not in pairs.column_names:
+            raise RunDirectoryError(
+                f"{self.store.initial_answers.rows.path} is gone, but `loss_type` ({self.args.loss_type}) compares "
+                "with the initial answers in it. Start the same command again: they are made again from iteration 0's."
+            )
+        return pairs
 
     def judge_final_policy(self, iteration: int) -> None:
         """

@@ -262,7 +262,7 @@ class Plan:
             "config": args.to_dict(),
             "changed_settings": changed_settings(args),
             "training": {
-                "total_train_batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+                "total_train_batch_size": args.pairs_per_step,
                 "sharding": self.sharding.engine,
                 **({"pairs_per_forward": args.pairs_per_forward} if depends_on_batch(args.loss_type) else {}),
             },

@@ -70,10 +70,7 @@ def check_published(
 def allow_for_quantization(tolerance: float, first_difference: float | None) -> float:
     """
     The tolerance where the policy alone is quantized: what the run's first opponent, with which nothing is stale yet,
-    differed by, and half as much again. A stale opponent differs by more than that.
-
-    Args:
-        tolerance (`float`): `publish_check_tolerance`, which is the least.
-        first_difference (`float`, *optional*): Measured on the first opponent; `None` where that is measured now.
+    differed by, and half as much again; `None` where that is measured now. A stale opponent differs by more than that.
+    `publish_check_tolerance` is the least.
     """
     return max(tolerance, _MOST_BY_QUANTIZATION if first_difference is None else _HEADROOM * first_difference)

@@ -7,16 +7,13 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 from ..evaluation.best_iteration import find_best
-from ..generation.sampler import OpponentSampler
-from ..policy.policy import Policy
 from ..processes.ranks import on_main_process
 from ..run_directory.resume import start_run
-from ..run_directory.run import Run, RunStart
+from ..run_directory.run import RunStart
 from ..run_directory.store import IterationStore
 from ..run_directory.whole_files import write_whole
-from .opponents import Opponents
+from .game import Game
 from .plan import Plan
-from .turns import Turns
 
 
 def begin_run(plan: Plan, store: IterationStore, requested: str | bool | None) -> RunStart:
@@ -41,14 +38,14 @@ def begin_run(plan: Plan, store: IterationStore, requested: str | bool | None) -
 
 
 @contextmanager
-def open_sampler(plan: Plan, sampler: OpponentSampler, policy: Policy, turns: Turns) -> Iterator[None]:
+def open_sampler(game: Game) -> Iterator[None]:
     """Start what is to answer, and end it in the end. Every process enters it."""
-    host = plan.sampler_host
+    plan, turns, sampler, host = game.plan, game.turns, game.opponents.sampler, game.plan.sampler_host
     with ExitStack() as stack:
         stack.callback(turns.end)  # when the server is gone
         stack.callback(host.close, sampler)
         if (folder := host.served_base) is not None:
-            on_main_process(lambda: write_whole(folder, policy.save_base))
+            on_main_process(lambda: write_whole(folder, game.policy.save_base))
         turns.give_to_server()  # it takes its memory when it starts
         host.open(sampler, plan.data.prompt_length(0) + 1, plan.longest_sequence)
         turns.begin(host.rest(sampler))
@@ -56,7 +53,7 @@ def open_sampler(plan: Plan, sampler: OpponentSampler, policy: Policy, turns: Tu
         yield
 
 
-def finish_run(plan: Plan, run: Run, store: IterationStore, opponents: Opponents) -> None:
+def finish_run(game: Game) -> None:
     """
     Say which iteration is the best, make the policy what it is to be, mark the run as finished, and merge the adapter
     if that is asked for. Every process calls it.
@@ -64,20 +61,20 @@ def finish_run(plan: Plan, run: Run, store: IterationStore, opponents: Opponents
     Raises:
         [`RunDirectoryError`]: if a policy to return to is not on disk.
     """
-    args, outcome = plan.args, {}
+    args, run, store, outcome = game.args, game.run, game.store, {}
     if args.metric_for_best_model is not None:
         best = on_main_process(lambda: find_best(store.all_metrics(), args))
         PartialState().print(str(best) if best else f"No evaluation has a value of `{args.metric_for_best_model}`.")
         if best is not None:
             outcome["best_iteration"] = best.describe()
             if args.load_best_model_at_end:
-                opponents.take_back(best.opponent)
+                game.opponents.take_back(best.opponent)
     if run.end is not None:
         outcome[run.end.kind] = run.end.describe()
     if run.returned_to is not None and not args.load_best_model_at_end:
-        opponents.take_back(run.returned_to)
+        game.opponents.take_back(run.returned_to)
     on_main_process(lambda: store.write_run({**store.read_run(), **outcome, "finished": True}))
     merged = store.output_dir / "merged"
     is_there = on_main_process(lambda: run.start.is_finished and merged.is_dir())
     if args.merge_adapter_at_end and not is_there:
-        opponents.policy.save_merged(plan.model_name, merged)
+        game.policy.save_merged(game.plan.model_name, merged)

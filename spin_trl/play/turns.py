@@ -6,6 +6,7 @@ The server has the GPU while opponents answer, the policy while it trains and sc
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from accelerate import PartialState
@@ -22,6 +23,7 @@ from ..spin_config import SPINConfig
 logger = get_logger(__name__)
 
 
+@dataclass
 class Turns:
     """
     Whose turn it is. Every process calls the same methods in the same order.
@@ -31,11 +33,10 @@ class Turns:
         offloader ([`Offloader`], *optional*): Moves the policy away in the server's turn. By default it stays.
     """
 
-    def __init__(self, server_sleeps: bool = False, offloader: Offloader | None = None):
-        self.server_sleeps = server_sleeps
-        self.offloader = offloader
-        self.costs: Counter[str] = Counter()
-        self._server: ServerRest | None = None  # on the main process, once there is one
+    server_sleeps: bool = False
+    offloader: Offloader | None = None
+    costs: Counter[str] = field(default_factory=Counter)
+    _server: ServerRest | None = None  # on the main process, once there is one
 
     def begin(self, server: ServerRest | None) -> None:
         """The server, if there is one that can rest, has been started, and has the first turn."""
