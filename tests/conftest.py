@@ -182,11 +182,11 @@ def build_trainer(tiny_model, train_dataset, make_config):
     from spin_trl import SPINTrainer
 
     names = "model processing_class peft_config quantization_config data_collator callbacks sampler eval_dataset"
-    names += " compute_generation_metrics reward_funcs preference_dataset"
+    names += " compute_generation_metrics reward_funcs preference_dataset optimizers"
 
     def build(num_rows: int = 48, /, **given) -> SPINTrainer:
         arguments = {name: given.pop(name) for name in names.split() if name in given}
-        data = given.pop("train_dataset", train_dataset).select(range(num_rows))
+        data = given.pop("train_dataset", None) or train_dataset.select(range(num_rows))
         return SPINTrainer(**{"model": tiny_model, **arguments}, args=make_config(**given), train_dataset=data)
 
     return build

@@ -509,13 +509,8 @@ OF_OPENAI = {"data": [{"id": "weightless", "object": "model"}]}
     (locked, "HTTP 401", "It expects another API key", "variable VLLM_API_KEY"),
     (FakeVLLM("org/other"), "serves ['org/other']", "not '/", "spin_trl.serve"),
     (always(200, "<html>It works!</html>"), "<html>It works!</html>", "is no vLLM server", "Correct `vllm_server_base"),
-    (
-        always(200, {"models": []}),
-        '{"models": []}',
-        "a list of models with their `id`",
-        "Correct `vllm_server_base_url`",
-    ),
-    (always(200, OF_OPENAI), "serves 'weightless' without saying", "a vLLM server does in `max_model_len`", "Start"),
+    (always(200, {"models": []}), '{"models": []}', "is no vLLM server", "Correct `vllm_server_base_url`"),
+    (always(200, OF_OPENAI), "weightless", "models with `id` and `max_model_len`", "Correct `vllm_server_base_url`"),
     (always(404, "Not Found"), "HTTP 404: Not Found", "Expected is a vLLM server", "correct `vllm_server_base_url`"),
     (FakeVLLM("weightless", adapters=False), "without `--enable-lora`", "load the LoRA adapters", "spin_trl.serve"),
     (FakeVLLM("weightless", context_length=4), "has a context of 4 tokens", "at least 5", "larger `--max-model-len`"),
@@ -531,9 +526,9 @@ def test_server_is_refused(given, refusal, play):
 
 
 @table(
-    ("localhost:8000", "'localhost:8000'", "must begin with 'http://'", "Set `vllm_server_base_url`"),
-    ("", "''", "must begin with 'http://'", "Set `vllm_server_base_url`"),
-    (["host:8001", UNUSED], "'host:8001'", "must begin with 'http://'", "Set `vllm_server_base_url`"),
+    ("localhost:8000", "'localhost:8000' is no address", "Set `vllm_server_base_url` to one such as 'http://"),
+    ("", "'' is no address", "Set `vllm_server_base_url` to one such as 'http://"),
+    (["host:8001", UNUSED], "'host:8001' is no address", "Set `vllm_server_base_url` to one such as 'http://"),
     (UNUSED, "Cannot connect to host 127.0.0.1:9", "`vllm_server_timeout`", "Start it with `python"),
 )
 def test_address_is_refused(given, refusal, play):

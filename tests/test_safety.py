@@ -143,14 +143,14 @@ def test_pickles_beside_an_opponent_or_in_its_place_are_not_run(
     assert not (tmp_path / "trace").exists()
 
 
-def test_pickles_in_a_run_directory_are_not_run_when_it_is_resumed(tiny_model, train_dataset, make_config, tmp_path):
+def test_pickles_in_a_run_directory_are_not_run_when_it_is_resumed(build_trainer, tmp_path):
     settings = {"save_strategy": "epoch", "resume": "auto"}
-    first = SPINTrainer(tiny_model, make_config(num_iterations=1, **settings), train_dataset=train_dataset)
+    first = build_trainer(num_iterations=1, **settings)
     first.train()
     (checkpoint,) = first.store.checkpoints()
     plant(checkpoint, tmp_path / "trace")
     plant(first.store.path(0), tmp_path / "trace")
-    again = SPINTrainer(tiny_model, make_config(num_iterations=2, **settings), train_dataset=train_dataset)
+    again = build_trainer(num_iterations=2, **settings)
     again.train()
     assert again.run.start.checkpoint == checkpoint
     assert not (tmp_path / "trace").exists()
@@ -224,9 +224,8 @@ def test_code_of_a_model_is_run_if_it_is_trusted(tiny_model, train_dataset, make
 
 
 @pytest.mark.parametrize("trusted", [False, True])
-def test_managed_server_trusts_a_models_code_only_if_the_run_does(tiny_model, train_dataset, make_config, trusted):
-    config = make_config(use_vllm=True, trust_remote_code=trusted, vllm_server_timeout=0.1)
-    trainer = SPINTrainer(tiny_model, config, train_dataset=train_dataset)
+def test_managed_server_trusts_a_models_code_only_if_the_run_does(build_trainer, trusted):
+    trainer = build_trainer(use_vllm=True, trust_remote_code=trusted, vllm_server_timeout=0.1)
     with pytest.raises(SamplerError, match="was not up"):
         trainer.train()
     assert ("--trust-remote-code" in trainer.store.server_log.read_text().splitlines()[0]) is trusted

@@ -44,17 +44,15 @@ def test_each_iteration_has_its_own_peak_warmup_and_beta_and_the_run_says_which(
     assert {name: written[name] for name in schedules} == schedules
 
 
-def test_schedule_with_a_minimum_keeps_it_in_every_iteration(tiny_model, train_dataset, make_config):
+def test_schedule_with_a_minimum_keeps_it_in_every_iteration(play_run):
     """`min_lr` is absolute: the cosine ends at it whatever the peak."""
-    config = make_config(
+    trainer = play_run(
         num_iterations=2,
         learning_rate=[1e-3, 1e-4],
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr": 5e-5},
         num_history_iterations=0,
     )
-    trainer = SPINTrainer(tiny_model, config, train_dataset=train_dataset)
-    trainer.train()
     for iteration, peak in enumerate([1e-3, 1e-4]):
         last = 5e-5 + (peak - 5e-5) * (1 + math.cos(math.pi * 5 / 6)) / 2  # the sixth of six steps
         assert logged(trainer, "learning_rate")[6 * iteration + 5] == pytest.approx(last)
