@@ -4,21 +4,17 @@ import math
 
 import pytest
 
-from spin_trl import Completion, SamplerError, SPINTrainer
+from spin_trl import Completion, SamplerError
+from spin_trl.generation.sampler import OpponentSampler
 
 
-class Claims:
+class Claims(OpponentSampler):
     """Says a token and the end token, and that each has this log-prob."""
-
-    reads_checkpoints = True
-    plays_several = False
 
     def __init__(self, logprobs: list[float]):
         self.logprobs = logprobs
 
-    def publish(self, iteration, checkpoint): ...
-
-    def select(self, iteration, checkpoint): ...
+    def publish(self, iteration, checkpoint, earlier=None): ...
 
     def sample(self, requests, params, logprobs=False):
         for request in requests:
@@ -27,33 +23,23 @@ class Claims:
     def sample_each(self, requests, params, logprobs=False):
         return {"http://b:8000": list(self.sample(requests, params, logprobs))}
 
-    def close(self): ...
-
-
-@pytest.fixture
-def train(tiny_model, train_dataset, make_config):
-    def play(logprobs: list[float], **settings) -> SPINTrainer:
-        config = make_config(num_iterations=1, **settings)
-        trainer = SPINTrainer(tiny_model, config, train_dataset=train_dataset, sampler=Claims(logprobs))
-        trainer.train()
-        return trainer
-
-    return play
-
 
 @pytest.mark.parametrize("logprobs", [[0.0, 0.0], [-1.0, -math.inf], [-1.0, math.nan]])
-def test_sampler_whose_log_probs_are_not_the_policys_is_refused(train, logprobs):
+def test_sampler_whose_log_probs_are_not_the_policys_is_refused(play_run, logprobs):
     with pytest.raises(SamplerError) as refusal:
-        train(logprobs)
+        play_run(sampler=Claims(logprobs), num_iterations=1)
     message = str(refusal.value)
     assert "http://b:8000 does not play the base model: over 16 tokens of 8 sampled completions" in message
     assert "`publish_check_tolerance` (0.05)" in message and "`--dtype`" in message
 
 
-def test_difference_is_the_mean_of_absolute_ones_over_all_tokens(train):
+def test_difference_is_the_mean_of_absolute_ones_over_all_tokens(play_run):
     """Log-probs of 0, which no token of the policy reaches, differ by its mean negative log-prob."""
-    found = train([0.0, 0.0], publish_check_tolerance=100.0).store.read_metrics(0)["publish_check_difference"]
-    other = train([-1.0, 1.0], publish_check_tolerance=100.0, overwrite_output_dir=True)
+    settings = {"num_iterations": 1, "publish_check_tolerance": 100.0, "overwrite_output_dir": True}
+    found, other = (
+        play_run(sampler=Claims(logprobs), **settings).store.read_metrics(0)["publish_check_difference"]
+        for logprobs in ([0.0, 0.0], [-1.0, 1.0])
+    )
     assert 0.5 < found < 50
     # One is nearer by up to 1, the other further by 1: if signs cancelled, the two runs would agree.
-    assert other.store.read_metrics(0)["publish_check_difference"] > found - 1
+    assert other > found - 1

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -10,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from play_short import play_in_process
-from transformers import AutoModelForCausalLM, TrainerCallback
+from test_reference_mixture import changed_model
+from transformers import TrainerCallback
 
-from spin_trl import SPINTrainer
 from spin_trl.generation.sampler import SamplerError
 from spin_trl.run_directory.store import IterationStore, RunDirectoryError
 from spin_trl.serve import _exposure_warning
@@ -117,25 +118,14 @@ class PlantInOpponent(TrainerCallback):
             (opponent / "model.safetensors").unlink(missing_ok=True)
 
 
-def changed_model(tiny_model: str):
-    """Not what lies in its folder, so the first opponent is saved, and loaded again as the fixed reference."""
-    model = AutoModelForCausalLM.from_pretrained(tiny_model)
-    with torch.no_grad():
-        model.lm_head.weight.mul_(1.1)
-    return model
-
-
 @pytest.mark.parametrize("in_place", [False, True])
 def test_pickles_beside_an_opponent_or_in_its_place_are_not_run(
-    tiny_model, tokenizer, train_dataset, make_config, tmp_path, in_place
+    build_trainer, tiny_model, tokenizer, tmp_path, in_place
 ):
-    trainer = SPINTrainer(
-        changed_model(tiny_model),
-        make_config(num_iterations=2, reference_mixture_alpha=1.0),
-        train_dataset=train_dataset,
-        processing_class=tokenizer,
-        callbacks=[PlantInOpponent(tmp_path / "trace", in_place)],
-    )
+    """The model is not what lies in its folder, so the first opponent is saved, and loaded again as the reference."""
+    arguments = {"model": changed_model(tiny_model), "processing_class": tokenizer}
+    arguments["callbacks"] = [PlantInOpponent(tmp_path / "trace", in_place)]
+    trainer = build_trainer(num_iterations=2, reference_mixture_alpha=1.0, **arguments)
     refused = pytest.raises(OSError, match=r"no file named model\.safetensors found")
     with refused if in_place else nullcontext():
         trainer.train()
@@ -143,16 +133,13 @@ def test_pickles_beside_an_opponent_or_in_its_place_are_not_run(
     assert not (tmp_path / "trace").exists()
 
 
-def test_pickles_in_a_run_directory_are_not_run_when_it_is_resumed(build_trainer, tmp_path):
+def test_pickles_in_a_run_directory_are_not_run_when_it_is_resumed(play_run, tmp_path):
     settings = {"save_strategy": "epoch", "resume": "auto"}
-    first = build_trainer(num_iterations=1, **settings)
-    first.train()
+    first = play_run(num_iterations=1, **settings)
     (checkpoint,) = first.store.checkpoints()
     plant(checkpoint, tmp_path / "trace")
     plant(first.store.path(0), tmp_path / "trace")
-    again = build_trainer(num_iterations=2, **settings)
-    again.train()
-    assert again.run.start.checkpoint == checkpoint
+    assert play_run(num_iterations=2, **settings).run.start.checkpoint == checkpoint
     assert not (tmp_path / "trace").exists()
 
 
@@ -175,9 +162,7 @@ def generate(model, *args, **kwargs):
 
 def with_code(tiny_model: str, folder: Path, part: str, trace: Path) -> str:
     """A copy of the model whose configuration, tokenizer or generation is code of its own, which leaves a trace."""
-    folder.mkdir()
-    for file in Path(tiny_model).iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(tiny_model, folder)
     code = CODE.format(trace=str(trace))
     (folder / "custom.py").write_text(code)
     if part == "generation":
@@ -202,25 +187,22 @@ def modules_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path])
 
 
+@pytest.mark.parametrize("trusted", [False, True])
 @pytest.mark.parametrize("part", ["model", "tokenizer"])
-def test_code_of_a_model_is_refused_and_not_run(tiny_model, train_dataset, make_config, tmp_path, part, modules_cache):
+def test_code_of_a_model_is_run_only_if_it_is_trusted(
+    build_trainer, tiny_model, tmp_path, part, trusted, modules_cache
+):
     folder = with_code(tiny_model, tmp_path / "custom", part, tmp_path / "trace")
-    with pytest.raises(ValueError, match=r"is code of its own(.|\n)*set `trust_remote_code=True`"):
-        SPINTrainer(folder, make_config(), train_dataset=train_dataset)
-    assert not (tmp_path / "trace").exists()
+    refused = pytest.raises(ValueError, match=r"is code of its own(.|\n)*set `trust_remote_code=True`")
+    with nullcontext() if trusted else refused:
+        build_trainer(model=folder, trust_remote_code=trusted)
+    assert (tmp_path / "trace").exists() is trusted
 
 
-def test_code_for_generation_that_lies_with_a_model_is_not_run(tiny_model, train_dataset, make_config, tmp_path):
+def test_code_for_generation_that_lies_with_a_model_is_not_run(play_run, tiny_model, tmp_path):
     folder = with_code(tiny_model, tmp_path / "custom", "generation", tmp_path / "trace")
-    SPINTrainer(folder, make_config(num_iterations=1, max_steps=1), train_dataset=train_dataset).train()
+    play_run(model=folder, num_iterations=1, max_steps=1)
     assert not (tmp_path / "trace").exists()
-
-
-@pytest.mark.parametrize("part", ["model", "tokenizer"])
-def test_code_of_a_model_is_run_if_it_is_trusted(tiny_model, train_dataset, make_config, tmp_path, part, modules_cache):
-    folder = with_code(tiny_model, tmp_path / "custom", part, tmp_path / "trace")
-    SPINTrainer(folder, make_config(trust_remote_code=True), train_dataset=train_dataset)
-    assert (tmp_path / "trace").exists()
 
 
 @pytest.mark.parametrize("trusted", [False, True])

@@ -1,14 +1,12 @@
 """Learning rates, beta and moments of each iteration in a plain run, and what is refused. Others: test_distributed."""
 
 import json
-import logging
 import math
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from spin_trl import SPINTrainer
 from spin_trl.policy.optimizer import check_schedule
 
 
@@ -26,12 +24,10 @@ class WatchGroups(TrainerCallback):
         self.rates.append([group["lr"] for group in optimizer.param_groups])
 
 
-def test_each_iteration_has_its_own_peak_warmup_and_beta_and_the_run_says_which(tiny_model, train_dataset, make_config):
+def test_each_iteration_has_its_own_peak_warmup_and_beta_and_the_run_says_which(play_run):
     """48 pairs in batches of 8 are 6 steps, then with history 12; a third of them is 2 and 4."""
     schedules = {"learning_rate": [1e-3, 4e-4], "beta": [1.0, 1e-9]}
-    config = make_config(num_iterations=2, warmup_steps=1 / 3, **schedules)
-    trainer = SPINTrainer(tiny_model, config, train_dataset=train_dataset)
-    trainer.train()
+    trainer = play_run(num_iterations=2, warmup_steps=1 / 3, **schedules)
 
     def curve(peak, num_steps, warmup):
         return [peak * min(k / warmup, (num_steps - k) / (num_steps - warmup)) for k in range(num_steps)]
@@ -58,30 +54,23 @@ def test_schedule_with_a_minimum_keeps_it_in_every_iteration(play_run):
         assert logged(trainer, "learning_rate")[6 * iteration + 5] == pytest.approx(last)
 
 
-def test_groups_of_a_passed_optimizer_keep_their_ratio(tiny_model, train_dataset, make_config):
+def test_groups_of_a_passed_optimizer_keep_their_ratio(play_run, tiny_model):
     """Groups at 1e-3 and 1e-4; the second iteration has a tenth of the first one's learning rate."""
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     weights = list(model.parameters())
     optimizer = torch.optim.AdamW([{"params": weights[:3], "lr": 1e-3}, {"params": weights[3:], "lr": 1e-4}])
-    watch = WatchGroups()
-    config = make_config(num_iterations=2, learning_rate=[1e-3, 1e-4], num_history_iterations=0)
-    trainer = SPINTrainer(model, config, train_dataset=train_dataset, optimizers=(optimizer, None), callbacks=[watch])
-    trainer.train()
+    arguments = {"model": model, "optimizers": (optimizer, None), "callbacks": [watch := WatchGroups()]}
+    play_run(**arguments, num_iterations=2, learning_rate=[1e-3, 1e-4], num_history_iterations=0)
     assert watch.rates[0] == pytest.approx([1e-3, 1e-4])
     assert watch.rates[6] == pytest.approx([1e-4, 1e-5])
 
 
-def test_passed_scheduler_runs_once_through_all_iterations_and_the_run_says_so(
-    tiny_model, train_dataset, make_config, caplog
-):
+def test_passed_scheduler_runs_once_through_all_iterations_and_the_run_says_so(play_run, tiny_model, caplog):
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     optimizers = optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
-    config = make_config(num_iterations=2, num_history_iterations=0)
-    with caplog.at_level(logging.WARNING):
-        trainer = SPINTrainer(model, config, train_dataset=train_dataset, optimizers=optimizers)
+    trainer = play_run(model=model, optimizers=optimizers, num_iterations=2, num_history_iterations=0)
     assert "runs once through all iterations" in caplog.text
-    trainer.train()
     assert logged(trainer, "learning_rate") == [0.5] * 12
 
 

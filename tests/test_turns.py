@@ -18,8 +18,7 @@ class WatchesThePolicy(OpponentSampler, TrainerCallback):
         self.events: list[str] = []
         self.model = None
 
-    def publish(self, iteration, checkpoint, earlier=None):
-        pass
+    def publish(self, iteration, checkpoint, earlier=None): ...
 
     def sample(self, requests, params, logprobs=False):
         self.note("answers")
@@ -40,17 +39,11 @@ def is_here(model) -> bool:
 
 
 @pytest.fixture
-def make_trainer(tiny_model, train_dataset, eval_dataset, make_config):
+def make_trainer(build_trainer, eval_dataset):
     def make(sampler: WatchesThePolicy) -> SPINTrainer:
         settings = {"offload_policy_during_generation": True, "publish_check_tolerance": None, "use_vllm": None}
-        trainer = SPINTrainer(
-            tiny_model,
-            make_config(num_iterations=2, per_device_train_batch_size=48, **settings),
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            sampler=sampler,
-            callbacks=[sampler],
-        )
+        settings |= {"num_iterations": 2, "per_device_train_batch_size": 48}
+        trainer = build_trainer(eval_dataset=eval_dataset, sampler=sampler, callbacks=[sampler], **settings)
         sampler.model = trainer.model
         return trainer
 
@@ -58,8 +51,7 @@ def make_trainer(tiny_model, train_dataset, eval_dataset, make_config):
 
 
 def test_policy_is_away_while_a_sampler_answers_and_back_to_learn(make_trainer):
-    sampler = WatchesThePolicy()
-    trainer = make_trainer(sampler)
+    trainer = make_trainer(sampler := WatchesThePolicy())
     trainer.train()
     answers = ["answers without policy"] * 2  # evaluation and training data
     assert sampler.events == [*answers, "learns", *answers, "learns", "learns", answers[0]]
