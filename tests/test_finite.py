@@ -10,7 +10,6 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, TrainerCallback
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from spin_trl import SPINTrainer
 from spin_trl.policy.finite import require_finite_loss
 
 
@@ -70,22 +69,17 @@ class BreakWeights(TrainerCallback):
 
 
 @pytest.mark.parametrize("overrides", [{}, {"dataloader_num_workers": 1}], ids=str)
-def test_broken_weight_stops_the_run_before_the_optimizer_step_and_names_rows_of_history_too(
-    tiny_model, train_dataset, make_config, overrides
-):
+def test_broken_weight_stops_the_run_before_the_optimizer_step_and_names_rows_of_history_too(play_run, overrides):
     """24 pairs are 3 steps; of iteration 1's 48 pairs, half are history."""
-    breaking, data = BreakWeights(5), train_dataset.select(range(24))
-    trainer = SPINTrainer(tiny_model, make_config(**overrides), train_dataset=data, callbacks=[breaking])
+    breaking = BreakWeights(5)
     with pytest.raises(FloatingPointError, match="The loss of step 5, in iteration 1, is nan") as error:
-        trainer.train()
+        play_run(24, callbacks=[breaking], **overrides)
     assert "the chosen side in 8 of 8" in str(error.value)
     assert "(answered in iteration 0)" in str(error.value)
     assert breaking.num_optimizer_steps == 4
 
 
-def test_rows_are_those_of_the_users_dataset_and_the_users_collator_gets_what_it_always_got(
-    tiny_model, make_config, tokenizer
-):
+def test_rows_are_those_of_the_users_dataset_and_the_users_collator_gets_what_it_always_got(play_run, tokenizer):
     """Row 0 is invalid, so every pair's `row` is one less than its row in the dataset."""
     columns = set()
 
@@ -94,11 +88,11 @@ def test_rows_are_those_of_the_users_dataset_and_the_users_collator_gets_what_it
             columns.update(*examples)
             return super().__call__(examples, *args, **kwargs)
 
-    rows = [{"prompt": "", "completion": "B"}, *read_rows("accent_train.jsonl", 3)]
-    config = make_config(skip_invalid_rows=True, per_device_train_batch_size=3, num_iterations=1)
+    rows = Dataset.from_list([{"prompt": "", "completion": "B"}, *read_rows("accent_train.jsonl", 3)])
+    settings = {"skip_invalid_rows": True, "per_device_train_batch_size": 3, "num_iterations": 1}
     parts = {"data_collator": Collator(pad_token_id=tokenizer.pad_token_id), "callbacks": [BreakWeights(1)]}
     with pytest.raises(FloatingPointError) as error:
-        SPINTrainer(tiny_model, config, train_dataset=Dataset.from_list(rows), **parts).train()
+        play_run(train_dataset=rows, **settings, **parts)
     named = str(error.value).split("`train_dataset`: ")[1].split(";")[0]
     assert sorted(named.split(", ")) == ["1", "2", "3"]
     assert {"prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen_logps", "ref_rejected_logps"} <= columns
@@ -121,28 +115,27 @@ def broken_for(letter: str, tiny_model, tokenizer):
     ids=["pairs", "evaluation data"],
 )
 def test_policy_that_cannot_score_stops_the_run_before_anything_is_written(
-    tiny_model, train_dataset, eval_dataset, make_config, tokenizer, letter, expected
+    build_trainer, tiny_model, train_dataset, eval_dataset, tokenizer, letter, expected
 ):
     evaluates = "eval_dataset" in expected
     prompts = (eval_dataset if evaluates else train_dataset)["prompt"]
     rows = [str(row) for row, prompt in enumerate(prompts) if letter in prompt]
-    data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset if evaluates else None}
-    model, config = broken_for(letter, tiny_model, tokenizer), make_config(num_iterations=1, temperature=0.0)
-    trainer = SPINTrainer(model, config, **data)
+    evaluated = {"eval_dataset": eval_dataset} if evaluates else {}
+    trainer = build_trainer(model=broken_for(letter, tiny_model, tokenizer), temperature=0.0, **evaluated)
     with pytest.raises(FloatingPointError, match=expected.format(count=len(rows), rows=", ".join(rows[:10]))):
         trainer.train()
     assert 0 < len(rows) < len(prompts) and not trainer.store.has_pairs(0) and trainer.state.global_step == 0
     assert "evaluation" not in trainer.store.read_metrics(0)
 
 
-def test_adapter_that_was_loaded_frozen_is_refused(tiny_model, train_dataset, make_config, tmp_path):
+def test_adapter_that_was_loaded_frozen_is_refused(build_trainer, tiny_model, tmp_path):
     PeftModel(AutoModelForCausalLM.from_pretrained(tiny_model), LoraConfig()).save_pretrained(tmp_path / "adapter")
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), tmp_path / "adapter")
     with pytest.raises(ValueError, match=r"are frozen.*is_trainable=True"):
-        SPINTrainer(model, make_config(), train_dataset=train_dataset)
+        build_trainer(model=model)
 
 
-def test_new_adapter_to_a_frozen_model_is_trained(tiny_model, train_dataset, make_config):
+def test_new_adapter_to_a_frozen_model_is_trained(build_trainer, tiny_model):
     model = AutoModelForCausalLM.from_pretrained(tiny_model).requires_grad_(False)
-    trainer = SPINTrainer(model, make_config(), train_dataset=train_dataset, peft_config=LoraConfig())
+    trainer = build_trainer(model=model, peft_config=LoraConfig())
     assert any(parameter.requires_grad for parameter in trainer.model.parameters())
