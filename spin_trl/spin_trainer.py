@@ -144,7 +144,9 @@ class SPINTrainer(IterativeTrainer):
     def _set_up_game(self) -> None:
         plan, args, store = self.plan, self.args, self.store
         pad_token_id, vocab_size = plan.tokenizer.pad_token_id, plan.vocab_size
-        self.sampler = plan.sampler or plan.sampler_host.build(self.policy.whole, pad_token_id, vocab_size)
+        self.sampler = plan.sampler or plan.sampler_host.build(
+            self.policy.whole, pad_token_id, vocab_size, plan.max_length
+        )
         self.game = Game(plan, self.policy, self.sampler, store, self.run, self.log_beside_steps, lambda: self.state)
         self.stop_signal = StopOnSignal()
         self_play = SelfPlayCallback(self.game, self.stop_signal, self.begin_iteration)

@@ -322,6 +322,12 @@ def for_other_data(completions, answer, **kwargs):
     # configuration
     ({"args": DPOConfig("x", use_cpu=True, bf16=False)}, TypeError, "must be a `SPINConfig`", "got `DPOConfig`"),
     ({"config": {"eval_strategy": "steps"}}, "`eval_strategy='steps'`", "not supported", "Leave `eval_strategy` unset"),
+    (
+        {"config": {"generation_kwargs": {"stop_strings": ["a"]}}},
+        "has 'stop_strings'",
+        "token ids alone",
+        "Leave it out",
+    ),
     ({"config": {"generation_kwargs": {"typicl_p": 0.9}}}, "['typicl_p']", "`GenerationConfig`", "Correct or remove"),
     # adapters
     ({"peft_config": {"r": 8}}, TypeError, "got {'r': 8} (`dict`)", "must be a `PeftConfig`", "Write `LoraConfig("),

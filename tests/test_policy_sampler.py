@@ -26,8 +26,8 @@ def counting_model() -> LlamaForCausalLM:
     return model
 
 
-def complete(model, max_completion_length: int, end_token_ids: tuple[int, ...]) -> tuple[list[int], str]:
-    sampler = PolicySampler(lambda: nullcontext(model), pad_token_id=EOS, batch_size=2)
+def complete(model, max_completion_length: int, end_token_ids: tuple[int, ...], max_length=99) -> tuple[list[int], str]:
+    sampler = PolicySampler(lambda: nullcontext(model), pad_token_id=EOS, batch_size=2, max_length=max_length)
     params = SamplingParams(max_completion_length, end_token_ids, temperature=0.0)
     # The longer companion keeps the batch going after the first has ended.
     requests = [CompletionRequest((0, 0), [9, 6], seed=0), CompletionRequest((1, 0), [14], seed=0)]
@@ -36,10 +36,12 @@ def complete(model, max_completion_length: int, end_token_ids: tuple[int, ...]) 
     return completion.token_ids, completion.finish_reason
 
 
-def test_policy_is_opened_even_by_a_process_without_requests():
+def test_policy_is_opened_even_by_a_process_without_requests(counting_model):
     """Processes gather the weights together, so one with nothing to do has to take part."""
     opened = []
-    sampler = PolicySampler(lambda: nullcontext(opened.append(True)), pad_token_id=EOS, batch_size=1)
+    sampler = PolicySampler(
+        lambda: nullcontext(opened.append(True) or counting_model), pad_token_id=EOS, batch_size=1, max_length=8
+    )
     assert list(sampler.sample([], SamplingParams(1, (EOS,)))) == []
     assert opened == [True]
 
@@ -60,3 +62,14 @@ def test_completion_ends_in_the_end_token_that_was_sampled_and_a_cut_off_one_in_
     counting_model, max_completion_length, end_token_ids, expected
 ):
     assert complete(counting_model, max_completion_length, end_token_ids) == expected
+
+
+def test_no_sequence_is_longer_than_model_and_training_hold(counting_model):
+    assert complete(counting_model, 10, (EOS,), max_length=5) == ([5, 4, 3], "length")
+
+
+def test_checkpoints_own_way_to_generate_is_left_to_it(counting_model):
+    own = counting_model.generation_config
+    own.suppress_tokens, own.num_beams = [5], 2
+    assert complete(counting_model, 10, (EOS,)) == ([5, 4, 3, 2, 1], "stop")
+    assert counting_model.generation_config is own

@@ -141,6 +141,19 @@ def test_weights_that_round_small_steps_away_are_told(build_trainer, tiny_model,
     assert ("Load the model with `dtype='float32'`" in caplog.text) is is_told
 
 
+@pytest.mark.parametrize("peft_config", [None, LoraConfig(**LORA)], ids=["full", "lora"])
+def test_opponent_answers_in_the_precision_that_the_policy_computes_in(
+    tiny_model, train_dataset, make_config, peft_config
+):
+    config = make_config(num_iterations=1, max_steps=1, bf16=True)
+    trainer = SPINTrainer(tiny_model, config, train_dataset=train_dataset, peft_config=peft_config)
+    seen = set()
+    attention = trainer.model.get_base_model() if peft_config else trainer.model
+    attention.model.layers[0].self_attn.register_forward_hook(lambda *call: seen.add(call[-1][0].dtype))
+    trainer.train()
+    assert seen == {torch.bfloat16}
+
+
 def test_stored_opponent_logps_are_those_of_the_model_at_the_start(tiny_model, played):
     row = played.store.read_pairs(0)[5]
     model = AutoModelForCausalLM.from_pretrained(tiny_model)

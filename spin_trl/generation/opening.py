@@ -89,10 +89,11 @@ class SamplerHost:
         open_policy: Callable[[], AbstractContextManager[PreTrainedModel]],
         pad_token_id: int,
         vocab_size: int | None,
+        max_length: int,
     ) -> OpponentSampler:
         """The sampler, not yet open, as [`PolicySampler`] or [`VLLMSampler`] is built."""
         if self.choice.mode == "in-process":
-            return PolicySampler(open_policy, pad_token_id, self.args.per_device_generation_batch_size)
+            return PolicySampler(open_policy, pad_token_id, self.args.per_device_generation_batch_size, max_length)
         return self._client(vocab_size)
 
     def find_context_length(self, min_context_length: int) -> int:

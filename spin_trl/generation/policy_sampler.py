@@ -2,14 +2,15 @@
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
+from accelerate.utils import is_peft_model
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from .sampler import Completion, CompletionRequest, OpponentSampler, SamplingParams
 
@@ -28,11 +29,13 @@ class PolicySampler(OpponentSampler):
         open_policy (`Callable`): Returns a context manager that gives the policy, ready to generate.
         pad_token_id (`int`): Token id to pad prompts with.
         batch_size (`int`): Number of prompts in a batch.
+        max_length (`int`): Tokens that a batch's longest prompt and its completion may have together.
     """
 
     open_policy: Callable[[], AbstractContextManager[PreTrainedModel]]
     pad_token_id: int
     batch_size: int
+    max_length: int
 
     reads_checkpoints = False
 
@@ -48,7 +51,7 @@ class PolicySampler(OpponentSampler):
             raise ValueError("The in-process sampler is the policy itself: there is nothing to compare log-probs with.")
         requests = iter(requests)
         # Opened once, even for no request at all: where it is sharded, all processes have to open it together.
-        with self.open_policy() as model:
+        with self.open_policy() as model, _without_defaults_of_its_own(model):
             while ahead := list(itertools.islice(requests, _NUM_BATCHES_AHEAD * self.batch_size)):
                 ahead.sort(key=lambda request: len(request.prompt_ids))
                 for start in range(0, len(ahead), self.batch_size):
@@ -68,24 +71,35 @@ class PolicySampler(OpponentSampler):
             output_ids = model.generate(
                 input_ids=input_ids.to(model.device),
                 attention_mask=attention_mask.to(model.device),
-                **self._generation_kwargs(params),
+                **self._generation_kwargs(params, self.max_length - input_ids.shape[1]),
             )
         completion_ids = output_ids[:, input_ids.shape[1] :].tolist()  # (B, C)
         return [_completion(request, ids, params) for request, ids in zip(batch, completion_ids, strict=True)]
 
-    def _generation_kwargs(self, params: SamplingParams) -> dict:
+    def _generation_kwargs(self, params: SamplingParams, room: int) -> dict:
         do_sample = params.temperature > 0
         sampling = {"temperature": params.temperature, "top_p": params.top_p, "top_k": params.top_k, "min_p": None}
         return {
             "do_sample": do_sample,
             **(sampling if do_sample else dict.fromkeys(sampling)),  # transformers warns of what has no effect
             "repetition_penalty": params.repetition_penalty,
-            "max_new_tokens": params.max_completion_length,
+            "max_new_tokens": min(params.max_completion_length, room),
             "eos_token_id": list(params.end_token_ids),
             "pad_token_id": self.pad_token_id,
             "synced_gpus": False,  # `open_policy` gives all weights, so processes need not keep in step
             **params.extra,
         }
+
+
+@contextmanager
+def _without_defaults_of_its_own(model: PreTrainedModel) -> Iterator[None]:
+    """A checkpoint may say how to generate, such as `num_beams`. A server does not heed that either."""
+    base = model.get_base_model() if is_peft_model(model) else model
+    own, base.generation_config = base.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        base.generation_config = own
 
 
 def _completion(request: CompletionRequest, token_ids: list[int], params: SamplingParams) -> Completion:

@@ -204,6 +204,11 @@ class Plan:
         return num_new * (1 + min(iteration, args.num_history_iterations)) + num_preferences
 
     @property
+    def max_length(self) -> int:
+        """Tokens, prompt and answer, that the model holds and training sees."""
+        return min(self.context_length, self.args.max_length or self.context_length)
+
+    @property
     def longest_sequence(self) -> int:
         """Tokens of the longest prompt with the longest answer that may be given to it."""
         return min(self.context_length, self.data.prompt_length(100) + self.args.max_completion_length)

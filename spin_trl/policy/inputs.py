@@ -73,7 +73,12 @@ def check_generation_metrics(compute: Any, eval_dataset: Any) -> None:
 
 
 def check_generation_kwargs(generation_kwargs: dict[str, Any] | None) -> None:
-    """Raises `ValueError` if transformers' generation would not know one of them."""
+    """Raises `ValueError` if transformers' generation would not know one of them, or cannot do it here."""
+    if "stop_strings" in (generation_kwargs or {}):
+        raise ValueError(
+            "`generation_kwargs` has 'stop_strings', but in-process generation knows token ids alone. Leave it out, or "
+            "use a vLLM server, whose `stop` does the same."
+        )
     if unknown := sorted(GenerationConfig().update(**(generation_kwargs or {}))):
         raise ValueError(
             f"`generation_kwargs` has {unknown}, but in-process generation takes the fields of transformers' "

@@ -120,7 +120,7 @@ class Policy:
         """The policy, unwrapped and gathered, to generate with."""
         trainer = self._trainer
         gathered = whole_model(trainer.model_wrapped, trainer.accelerator, trainer.args.gradient_checkpointing_kwargs)
-        with self._evaluating(), gathered as model:
+        with self._evaluating(), gathered as model, trainer.accelerator.autocast():
             yield model
 
     def training_tensors(self) -> Iterator[torch.Tensor]:
