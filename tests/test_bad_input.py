@@ -331,6 +331,7 @@ def for_other_data(completions, answer, **kwargs):
     ({"config": {"generation_kwargs": {"typicl_p": 0.9}}}, "['typicl_p']", "`GenerationConfig`", "Correct or remove"),
     # adapters
     ({"peft_config": {"r": 8}}, TypeError, "got {'r': 8} (`dict`)", "must be a `PeftConfig`", "Write `LoraConfig("),
+    ({"peft_config": LoraConfig(init_lora_weights="pissa_niter_4")}, "'pissa_niter_4'", "another base", "to 'pissa'"),
     ({"peft_config": LoraConfig(inference_mode=True)}, "`inference_mode=True`", "Set `inference_mode=False`"),
     (
         {"config": SERVER, "peft_config": LoraConfig(alora_invocation_tokens=[1])},

@@ -51,13 +51,19 @@ def check_model(model: Any) -> None:
 
 
 def check_peft_config(peft_config: Any) -> None:
-    """Raises `TypeError` if it is no configuration of PEFT, `ValueError` if the adapter would be frozen."""
+    """Raises `TypeError` if it is no configuration of PEFT, `ValueError` if it would be frozen, or begin by chance."""
     remedy = "Write `LoraConfig(r=16, target_modules='all-linear')`."
     require_type("peft_config", peft_config, PeftConfig | None, "a `PeftConfig`", remedy)
     if peft_config is not None and peft_config.inference_mode:
         raise ValueError(
             "`peft_config` has `inference_mode=True`, which freezes the adapter that is to be trained. "
             "Set `inference_mode=False`."
+        )
+    start = getattr(peft_config, "init_lora_weights", None)
+    if str(start).startswith("pissa_niter"):
+        raise ValueError(
+            f"`init_lora_weights={start!r}` changes the base model by random numbers: a run that goes on, or merges "
+            "the adapter, would have another base. Set it to 'pissa', which computes the same each time."
         )
 
 
