@@ -70,6 +70,12 @@ def logp(model, prompt_ids: list[int], completion_ids: list[int]) -> float:
     return logps[len(prompt_ids) - 1 :].sum().item()
 
 
+def trained(trainer, checkpoint: str | bool | None = None):
+    """The trainer when it has trained, from a checkpoint if one is given."""
+    trainer.train(resume_from_checkpoint=checkpoint)
+    return trainer
+
+
 class BeforeFirstSteps(TrainerCallback):
     """Notes what `look(model, pairs)` finds before each iteration's first step, when the policy is the opponent."""
 
@@ -195,13 +201,7 @@ def build_trainer(tiny_model, train_dataset, make_config):
 @pytest.fixture
 def play_run(build_trainer):
     """A factory of trainers, as `build_trainer`, that have trained."""
-
-    def play(*args, **given):
-        trainer = build_trainer(*args, **given)
-        trainer.train()
-        return trainer
-
-    return play
+    return lambda *args, **given: trained(build_trainer(*args, **given))
 
 
 @pytest.fixture

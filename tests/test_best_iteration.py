@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from conftest import trained
 from peft import LoraConfig
 from safetensors.torch import load_file
 
@@ -86,8 +87,7 @@ def assert_is(trainer: SPINTrainer, iteration: int, tmp_path) -> None:
     ids=["full, first", "lora, start", "full, last"],
 )
 def test_best_iterations_policy_is_restored_and_named(make, tmp_path, capsys, adapter, scores, best):
-    trainer = make(*scores, adapter=adapter)
-    trainer.train()
+    trainer = trained(make(*scores, adapter=adapter))
     assert_is(trainer, best, tmp_path)
     chosen, *others = (saved(trainer.store.path(i, "opponent")) for i in sorted(range(3), key=lambda i: i != best))
     assert all(any(not torch.equal(other[name], chosen[name]) for name in chosen) for other in others)
@@ -118,11 +118,9 @@ def test_resumed_and_finished_runs_restore_it_too(make, tmp_path):
     settings = {"save_strategy": "epoch", "save_total_limit": 1, "resume": "auto"}
     with pytest.raises(IndexError):  # no third score
         make(0, 2, **settings).train()
-    resumed = make(1, **settings)
-    resumed.train()
+    resumed = trained(make(1, **settings))
     assert_is(resumed, 1, tmp_path)
-    again = make(**settings)
-    again.train()
+    again = trained(make(**settings))
     assert_is(again, 1, tmp_path)
     assert again.store.read_run()["best_iteration"]["values"] == {"start": 0, "iteration 0": 2, "iteration 1": 1}
     shutil.rmtree(again.store.path(1, "opponent"))

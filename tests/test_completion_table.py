@@ -8,7 +8,6 @@ from small_run import ANSWERS, GAMES, write_run
 from tiny_tokenizers import byte_tokenizer
 from transformers import TrainerControl, TrainerState
 
-from spin_trl import SPINTrainer
 from spin_trl.report.completion_table import ShowCompletions
 
 
@@ -70,7 +69,6 @@ def test_the_prompts_are_the_same_in_each_iteration_and_follow_the_seed(show, tr
     assert len(set(first)) == 5 and first == second != other
 
 
-def test_a_run_prints_it_once_in_each_iteration(tiny_model, train_dataset, make_config, capsys):
-    config = make_config(num_iterations=2, log_completions=True)
-    SPINTrainer(tiny_model, config, train_dataset=train_dataset.select(range(8))).train()
+def test_a_run_prints_it_once_in_each_iteration(play_run, capsys):
+    play_run(8, num_iterations=2, log_completions=True)
     assert capsys.readouterr().out.count("Ground truth") == 2

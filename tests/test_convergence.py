@@ -1,6 +1,7 @@
 """A run that ends because the opponent cannot be told from the data any more."""
 
 import pytest
+from conftest import trained
 
 from spin_trl import SPINConfig, SPINTrainer
 from spin_trl.data.pairs import NoPairsError
@@ -78,8 +79,7 @@ def make_trainer(build_trainer):
 
 
 def test_run_ends_when_all_answers_equal_the_ground_truth_and_says_so_when_it_is_started_again(make_trainer, capsys):
-    trainer = make_trainer(1)
-    trainer.train()
+    trainer = trained(make_trainer(1))
     assert trainer.state.global_step == 6
     assert not trainer.store.has_pairs(1) and not trainer.store.path(2).exists()
     found = trainer.store.read_run()["converged"]
@@ -88,8 +88,7 @@ def test_run_ends_when_all_answers_equal_the_ground_truth_and_says_so_when_it_is
     assert reason in capsys.readouterr().out
     assert any(entry.get("self_play/identical_share") == 1.0 for entry in trainer.state.log_history)
 
-    again = make_trainer(1, num_iterations=5)
-    again.train()
+    again = trained(make_trainer(1, num_iterations=5))
     assert again.state.global_step == 6
     assert f"final policy is checkpoint-6. Self-play has converged {reason}" in capsys.readouterr().out
 
@@ -99,8 +98,7 @@ def test_run_ends_when_all_answers_equal_the_ground_truth_and_says_so_when_it_is
 
 def test_run_whose_first_opponent_knows_everything_ends_before_its_first_step(make_trainer, capsys):
     for _ in range(2):
-        trainer = make_trainer(0)
-        trainer.train()
+        trainer = trained(make_trainer(0))
         assert trainer.state.global_step == 0
         assert "converged before iteration 0" in capsys.readouterr().out
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from conftest import trained
 from datasets import Dataset
 from peft import LoraConfig
 from stopping import AtStep
@@ -84,7 +85,7 @@ PHASES = {
 
 @pytest.mark.parametrize(("when", "room", "name"), PHASES.values(), ids=PHASES)
 def test_full_disk_is_named_leaves_nothing_half_written_and_the_same_command_goes_on(
-    tiny_model, train_dataset, eval_dataset, make_config, make_disk, at_forward, when, room, name
+    build_trainer, eval_dataset, make_disk, at_forward, when, room, name
 ):
     """One iteration of six steps; to fill the disk before an opponent is saved, two."""
     disk = make_disk("8m")
@@ -105,14 +106,9 @@ def test_full_disk_is_named_leaves_nothing_half_written_and_the_same_command_goe
         settings |= {"num_iterations": 2, "num_opponents": 2, "save_strategy": "no"}
 
     def build() -> SPINTrainer:
-        return SPINTrainer(
-            tiny_model,
-            make_config(output_dir=str(run), **settings),
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            compute_generation_metrics=score,
-            callbacks=[AtStep(6, fill)] if when == "step 6" else [],
-        )
+        arguments = {"eval_dataset": eval_dataset, "compute_generation_metrics": score}
+        arguments["callbacks"] = [AtStep(6, fill)] if when == "step 6" else []
+        return build_trainer(output_dir=str(run), **arguments, **settings)
 
     if when == "first answer":
         at_forward(fill)
@@ -130,8 +126,7 @@ def test_full_disk_is_named_leaves_nothing_half_written_and_the_same_command_goe
     assert "metrics" in name or "checkpoint" in name or not (run / name).exists()
 
     disk.free()
-    again = build()
-    again.train()
+    again = trained(build())
     assert again.run.start.is_resumed == (when != "start")
     assert again.store.read_run()["finished"] and left_over(disk.path) == []
     assert len(again.store.checkpoints()) == (settings["save_strategy"] == "epoch")
@@ -183,11 +178,11 @@ def test_log_of_a_managed_server_on_a_full_disk_is_an_error_before_the_server_st
     assert [path.name for path in disk.path.iterdir()] == ["filler"]
 
 
-def test_read_only_run_directory_is_refused_before_a_model_is_loaded(make_disk, make_config, tmp_path, train_dataset):
+def test_read_only_run_directory_is_refused_before_a_model_is_loaded(make_disk, build_trainer):
     disk = make_disk("1m")
     disk.make_read_only()
     with pytest.raises(PermissionError, match=r"`output_dir` is .*read-only file system.*Choose a path"):
-        SPINTrainer("org/model", make_config(output_dir=str(disk.path / "run")), train_dataset=train_dataset)
+        build_trainer(model="org/model", output_dir=str(disk.path / "run"))
 
 
 def test_error_of_another_kind_stays_as_it_is(tmp_path):
@@ -214,10 +209,8 @@ def size_on_disk(*directories: Path) -> int:
 
 
 @pytest.mark.parametrize("settings", RUNS.values(), ids=RUNS)
-def test_weights_that_a_run_will_write_are_told_before(tiny_model, train_dataset, make_config, capsys, settings):
-    settings = {"save_strategy": "epoch", "num_iterations": 2, **settings}
-    peft_config = settings.pop("peft_config", None)
-    trainer = SPINTrainer(tiny_model, make_config(**settings), train_dataset=train_dataset, peft_config=peft_config)
+def test_weights_that_a_run_will_write_are_told_before(build_trainer, capsys, settings):
+    trainer = build_trainer(**{"save_strategy": "epoch", "num_iterations": 2, **settings})
     told = re.search(r"writes about .*opponents ([\d.]+)(\w+), checkpoints ([\d.]+)(\w+)", capsys.readouterr().out)
     opponents, checkpoints = float(told[1]) * UNITS[told[2]], float(told[3]) * UNITS[told[4]]
     trainer.train()
@@ -226,14 +219,11 @@ def test_weights_that_a_run_will_write_are_told_before(tiny_model, train_dataset
     assert saved / 2 <= opponents <= saved
 
 
-def test_run_that_cannot_fit_is_refused_and_one_that_may_not_fit_is_warned_of(
-    tiny_model, train_dataset, make_config, make_disk, caplog
-):
+def test_run_that_cannot_fit_is_refused_and_one_that_may_not_fit_is_warned_of(build_trainer, make_disk, caplog):
     """Two checkpoints of 0.36 MB of weights and twice as much of moments. What lies there already counts as written."""
-    settings = {"save_strategy": "epoch", "resume": "auto", "num_iterations": 2}
 
     def build(path: Path) -> SPINTrainer:
-        return SPINTrainer(tiny_model, make_config(output_dir=str(path), **settings), train_dataset=train_dataset)
+        return build_trainer(output_dir=str(path), save_strategy="epoch", resume="auto", num_iterations=2)
 
     with pytest.raises(DiskError, match=r"writes about .* are free.*needs 730kB\. Free.*`save_total_limit`"):
         build(make_disk("600k").path / "run")
@@ -242,6 +232,5 @@ def test_run_that_cannot_fit_is_refused_and_one_that_may_not_fit_is_warned_of(
     disk = make_disk("3m")
     build(disk.path / "run").train()
     disk.fill(room=100_000)
-    again = build(disk.path / "run")
-    again.train()
+    again = trained(build(disk.path / "run"))
     assert again.run.start.is_finished

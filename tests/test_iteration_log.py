@@ -9,7 +9,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, trained
 from peft import LoraConfig
 from stopping import AtStep, fail, train_until_stopped
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -92,8 +92,7 @@ def test_numbers_of_a_run_that_is_stopped_everywhere_are_logged_once(start):
     for stop in STOPS:
         stopped = train_until_stopped(start(stop))
         stopped.pop_callback(TensorBoardCallback).tb_writer.close()
-    trainer = start()
-    trainer.train()
+    trainer = trained(start())
     entries = own_entries(trainer)
     counts = Counter((entry[ITERATION], name) for entry in entries for name in entry)
     assert {name for (_, name), count in counts.items() if count > 1} <= {ITERATION, "epoch", "step"}
@@ -124,8 +123,7 @@ def test_log_is_on_disk_as_it_is_made_and_goes_on_behind_the_checkpoint(start):
     assert found == list(range(1, 11))  # the last one is logged after its end
     with first.store.log_file.open("a") as file:
         file.write('{"step": 11, "lo')  # as a kill leaves it
-    second = start()
-    second.train()
+    second = trained(start())
     content = second.store.log_file.read_text()
     assert [json.loads(line) for line in content.splitlines()] == second.state.log_history
     assert loss_steps(second.state.log_history) == list(range(1, 19))

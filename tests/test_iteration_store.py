@@ -2,8 +2,6 @@
 
 import json
 import math
-import multiprocessing
-import time
 from pathlib import Path
 
 import numpy as np
@@ -172,29 +170,6 @@ def test_description_that_is_no_json_is_an_error_that_names_it(store):
     (store.output_dir / "self_play.json").write_text('{"model": ')
     with pytest.raises(RunDirectoryError, match="self_play.json is not JSON.*overwrite_output_dir=True"):
         store.read_run()
-
-
-# One process at a time
-
-
-def hold(store: IterationStore, holds) -> None:
-    with store.lock():
-        holds.set()
-        time.sleep(100)
-
-
-def test_directory_that_another_process_runs_in_is_refused_until_that_is_killed(store):
-    context = multiprocessing.get_context("fork")
-    holds = context.Event()
-    holder = context.Process(target=hold, args=(store, holds))
-    holder.start()
-    assert holds.wait(100)
-    with pytest.raises(RunDirectoryError, match="Another process is running in `output_dir`"), store.lock():
-        pass
-    holder.kill()
-    holder.join()
-    with store.lock():
-        pass
 
 
 # Round trips

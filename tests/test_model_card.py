@@ -2,16 +2,11 @@
 
 import pytest
 
-from spin_trl import SPINTrainer
 from spin_trl.report.model_card import with_self_play
 
 
-def test_card_says_spin_with_its_paper_the_table_by_iteration_and_the_settings(
-    tiny_model, train_dataset, eval_dataset, make_config, tmp_path
-):
-    config = make_config(num_iterations=2, beta=[0.1, 0.3])
-    trainer = SPINTrainer(tiny_model, config, train_dataset=train_dataset.select(range(16)), eval_dataset=eval_dataset)
-    trainer.train()
+def test_card_says_spin_with_its_paper_the_table_by_iteration_and_the_settings(play_run, eval_dataset, tmp_path):
+    trainer = play_run(16, eval_dataset=eval_dataset, num_iterations=2, beta=[0.1, 0.3])
     card = (tmp_path / "run" / "README.md").read_text()
     assert "trained with SPIN" in card and "2401.01335" in card and "chen2024self" in card
     for label, iteration in (("start", 0), ("iteration 0", 1), ("iteration 1", 2)):

@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from conftest import BeforeFirstSteps
+from conftest import BeforeFirstSteps, trained
 from datasets import Dataset
 from tiny_tokenizers import byte_tokenizer
 
@@ -152,8 +152,7 @@ def test_preferences_go_with_pairs_that_rewards_choose(make_trainer, preferences
     def reward(completions, **kwargs):
         return [float(next(ranks)) for _ in completions]
 
-    trainer = make_trainer(preferences, pairing="best_of", reward_funcs=reward)
-    trainer.train()
+    trainer = trained(make_trainer(preferences, pairing="best_of", reward_funcs=reward))
     pairs = load_pairs(trainer.args.output_dir, 1)
     assert pairs["iteration"][:] == [1] * 16 + [0] * 16 + [PREFERENCE] * 12
     assert pairs["chosen_ids"][-12:] == trainer.store.read_preferences()["chosen_ids"][:]
@@ -161,16 +160,14 @@ def test_preferences_go_with_pairs_that_rewards_choose(make_trainer, preferences
 
 
 def test_resumed_run_needs_the_same_preferences_and_writes_them_again_if_they_are_damaged(make_trainer, preferences):
-    trainer = make_trainer(preferences, num_iterations=1)
-    trainer.train()
+    trainer = trained(make_trainer(preferences, num_iterations=1))
     for other in (None, preferences.select(range(11))):
         with pytest.raises(RunDirectoryError, match="`data.preference_checksum`"):
             make_trainer(other)
     (trainer.store.output_dir / "preference_data" / "checksum.txt").write_text("another")
     with pytest.raises(RunDirectoryError, match="missing or damaged"):
         load_pairs(trainer.args.output_dir, 0)
-    again = make_trainer(preferences)
-    again.train()
+    again = trained(make_trainer(preferences))
     assert again.run.start.is_resumed and len(load_pairs(again.args.output_dir, 1)) == 44
     another = make_trainer(None, num_iterations=1, resume="never", overwrite_output_dir=True)
     another.train()  # in the same place

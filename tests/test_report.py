@@ -12,7 +12,6 @@ from datasets import Dataset
 from small_run import ANSWERS, GAMES, cut_off, flip_a_bit, write_run
 from tiny_tokenizers import byte_tokenizer
 
-from spin_trl import SPINTrainer
 from spin_trl.report import write_report
 from spin_trl.report.charts import Axes, Series, bar_chart, format_number, line_chart, nice_ticks
 from spin_trl.report.page import render
@@ -115,15 +114,11 @@ def test_a_run_that_has_only_begun_is_shown(tmp_path):
     assert "Nothing has been logged yet." in page and "Nothing has been answered yet." in page
 
 
-def test_without_a_tokenizer_token_ids_are_shown(store):
+def test_without_a_tokenizer_there_the_models_is_taken_or_token_ids_are_shown(store, tmp_path):
     (store.output_dir / "tokenizer.json").unlink()
     run = read_run(store.output_dir)
     assert any("token ids are shown" in line for line in run.problems)
     assert re.fullmatch(r"\d+( \d+)*", run.prompts[0]["truth"])
-
-
-def test_the_tokenizer_may_be_the_models(store, tmp_path):
-    (store.output_dir / "tokenizer.json").unlink()
     byte_tokenizer().save_pretrained(tmp_path / "model")
     store.write_run({**store.read_run(), "model": str(tmp_path / "model")})
     assert read_run(store.output_dir).prompts[0]["truth"] == GAMES[0][1]
@@ -234,16 +229,15 @@ def test_the_page_names_nothing_outside_itself(store):
 # The end of a run
 
 
-def test_run_ends_with_its_report(tiny_model, train_dataset, make_config, capsys):
-    trainer = SPINTrainer(tiny_model, make_config(num_iterations=1, report=True), train_dataset=train_dataset)
-    trainer.train()
+def test_run_ends_with_its_report(play_run, capsys):
+    trainer = play_run(num_iterations=1, report=True)
     page = (trainer.store.output_dir / "report.html").read_text()
     assert "complete, 1 iteration" in page and "settings that differ from the defaults" in page
     assert f"Report: {trainer.store.output_dir}/report.html" in capsys.readouterr().out
 
 
-def test_report_that_fails_is_a_warning(tiny_model, train_dataset, make_config, caplog):
-    trainer = SPINTrainer(tiny_model, make_config(num_iterations=1, report=True), train_dataset=train_dataset)
+def test_report_that_fails_is_a_warning(build_trainer, caplog):
+    trainer = build_trainer(num_iterations=1, report=True)
     (trainer.store.output_dir / "report.html").mkdir(parents=True)  # in its place
     trainer.train()
     assert trainer.store.read_run()["finished"]

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from conftest import TINY_RUN, read_rows
+from conftest import TINY_RUN, read_rows, trained
 from datasets import Dataset
 from peft import LoraConfig
 from small_run import cut_off
@@ -86,8 +86,7 @@ def times_of(directory: Path) -> dict[Path, int]:
 )
 def test_stopped_run_goes_on_however_it_is_asked_to(make_trainer, lies_there, expected, resume, argument):
     lies_there(11)
-    trainer = make_trainer(resume=resume)
-    trainer.train(resume_from_checkpoint=argument)
+    trainer = trained(make_trainer(resume=resume), argument)
     assert_same_weights(trainer, expected)
     assert trainer.state.global_step == 18
     assert [start["from"] for start in trainer.store.read_run()["starts"]] == ["the initial model", "checkpoint-8"]
@@ -96,33 +95,23 @@ def test_stopped_run_goes_on_however_it_is_asked_to(make_trainer, lies_there, ex
 @pytest.mark.parametrize(("step", "alpha"), [(4, 0.0), (11, 1.0)])
 def test_full_fine_tuning_goes_on_too(make_trainer, tmp_path, step, alpha):
     settings = {"adapter": None, "reference_mixture_alpha": alpha, "learning_rate": 1e-4}
-    undisturbed = make_trainer(output_dir=str(tmp_path / "undisturbed"), **settings)
-    undisturbed.train()
+    undisturbed = trained(make_trainer(output_dir=str(tmp_path / "undisturbed"), **settings))
     stop_after(make_trainer, step, **settings)
-    trainer = make_trainer(**settings)
-    trainer.train()
+    trainer = trained(make_trainer(**settings))
     assert_same_weights(trainer, weights(undisturbed))
 
 
-def test_every_iteration_ends_in_a_checkpoint_that_is_whole(make_trainer):
-    trainer = make_trainer(save_steps=1000)
-    trainer.train()
-    assert [path.name for path in trainer.store.checkpoints()] == ["checkpoint-18", "checkpoint-6"]
-    place = Place.read(trainer.store.checkpoints()[1])
-    assert (place.iteration, place.step, place.first_step, place.is_iteration_done) == (0, 6, 0, True)
-    assert (trainer.store.checkpoints()[1] / "optimizer.pt").exists()
-
-
-def test_older_checkpoints_make_room_for_newer_ones(make_trainer):
-    trainer = make_trainer(save_total_limit=1)
-    trainer.train()
-    assert [path.name for path in trainer.store.checkpoints()] == ["checkpoint-18"]
+def test_iteration_ends_in_a_checkpoint_that_is_whole_for_which_older_ones_make_room(make_trainer):
+    trainer = trained(make_trainer(save_steps=1000, save_total_limit=1))
+    (checkpoint,) = trainer.store.checkpoints()
+    place = Place.read(checkpoint)
+    assert (place.iteration, place.step, place.first_step, place.is_iteration_done) == (1, 18, 6, True)
+    assert checkpoint.name == "checkpoint-18" and (checkpoint / "optimizer.pt").exists()
 
 
 def test_finished_run_is_not_played_again_but_its_policy_is_there(make_trainer, lies_there, expected, capsys):
     before = times_of(lies_there().output_dir)
-    again = make_trainer(AtStep(1))
-    again.train()
+    again = trained(make_trainer(AtStep(1)))
     assert_same_weights(again, expected)
     assert times_of(again.store.output_dir) == before
     assert "The run in `output_dir` is complete" in capsys.readouterr().out
@@ -130,15 +119,13 @@ def test_finished_run_is_not_played_again_but_its_policy_is_there(make_trainer, 
 
 def test_finished_run_is_played_on_when_iterations_are_added(make_trainer, expected):
     make_trainer(num_iterations=1).train()
-    trainer = make_trainer()
-    trainer.train()
+    trainer = trained(make_trainer())
     assert_same_weights(trainer, expected)
 
 
 def test_run_capped_by_max_steps_is_complete_there(make_trainer):
     make_trainer(max_steps=9).train()
-    again = make_trainer(AtStep(10), max_steps=9)
-    again.train()
+    again = trained(make_trainer(AtStep(10), max_steps=9))
     assert again.state.global_step == 9
 
 
@@ -146,8 +133,7 @@ def test_evaluation_that_is_missing_at_the_end_is_made_up_for(make_trainer, eval
     settings = {"num_iterations": 1, "eval_dataset": eval_dataset}
     at_forward(fail, lambda: (tmp_path / "run" / "iteration-1").exists())
     train_until_stopped(make_trainer(**settings))
-    second = make_trainer(**settings)
-    second.train()
+    second = trained(make_trainer(**settings))
     assert "evaluation" in second.store.read_metrics(1) and second.store.read_run()["finished"]
     assert second.state.global_step == 6
     rows = capsys.readouterr().out
@@ -157,8 +143,7 @@ def test_evaluation_that_is_missing_at_the_end_is_made_up_for(make_trainer, eval
 def test_checkpoint_that_is_asked_for_takes_the_run_back_there(make_trainer, lies_there, expected):
     store = lies_there()
     made = times_of(store.path(1))
-    trainer = make_trainer()
-    trainer.train(resume_from_checkpoint=str(store.output_dir / "checkpoint-4"))
+    trainer = trained(make_trainer(), str(store.output_dir / "checkpoint-4"))
     assert_same_weights(trainer, expected)
     assert times_of(store.path(1)) != made
 
@@ -170,8 +155,7 @@ def test_run_without_checkpoints_goes_on_from_its_first_generations(make_trainer
     assert made and first.store.iterations() == [0, 1]
     with pytest.raises(RunDirectoryError, match="Make a new trainer"):  # this one's policy is no longer the initial one
         first.train()
-    trainer = make_trainer(save_strategy="no")
-    trainer.train()
+    trainer = trained(make_trainer(save_strategy="no"))
     assert trainer.state.global_step == 18
     assert times_of(first.store.path(0)) == made
 
@@ -180,8 +164,7 @@ def test_seconds_of_a_phase_add_up_over_stops(make_trainer, at_forward, tmp_path
     at_forward(fail, lambda: any((tmp_path / "run" / "iteration-0" / "generations").glob("part-*")))
     first = train_until_stopped(make_trainer())
     first.store.write_metrics(0, {"seconds_generate": 1000.0})
-    second = make_trainer(num_iterations=2)
-    second.train()
+    second = trained(make_trainer(num_iterations=2))
     assert 1000.0 < second.store.read_metrics(0)["seconds_generate"] < 1100.0
 
 
@@ -201,8 +184,7 @@ def test_prompts_of_a_run_have_the_date_of_the_day_it_began(tiny_model, tmp_path
 
 def test_batches_may_be_divided_otherwise_as_long_as_they_are_as_large(make_trainer, lies_there):
     lies_there(5)
-    trainer = make_trainer(per_device_train_batch_size=4, gradient_accumulation_steps=2, logging_steps=3)
-    trainer.train()
+    trainer = trained(make_trainer(per_device_train_batch_size=4, gradient_accumulation_steps=2, logging_steps=3))
     assert trainer.state.global_step == 18
 
 
@@ -290,8 +272,7 @@ SPOILED = {
 def test_newest_checkpoint_that_fits_is_taken(make_trainer, lies_there, expected, spoil):
     """Of checkpoint-8, within iteration 1, and checkpoint-6, at the end of iteration 0."""
     spoil(lies_there(9).output_dir / "checkpoint-8")
-    trainer = make_trainer()
-    trainer.train()
+    trainer = trained(make_trainer())
     assert trainer.store.read_run()["starts"][-1]["from"] == "checkpoint-6"
     assert_same_weights(trainer, expected)
 
@@ -341,8 +322,7 @@ def test_signal_in_training_leaves_a_checkpoint_of_that_step(make_trainer, expec
     assert trainer.store.checkpoints()[0].name == f"checkpoint-{trainer.state.global_step}"
     assert "finished" not in trainer.store.read_run()
     assert signal.getsignal(number) is before
-    again = make_trainer(save_steps=1000)
-    again.train()
+    again = trained(make_trainer(save_steps=1000))
     assert_same_weights(again, expected)
 
 
@@ -355,8 +335,7 @@ def test_sigterm_while_generating_ends_at_once(make_trainer, at_forward):
     with pytest.raises(SystemExit):
         trainer.train()
     assert next(forwards) == 31 and not trainer.store.has_pairs(0)
-    again = make_trainer(**settings)
-    again.train()
+    again = trained(make_trainer(**settings))
     assert again.state.global_step == 18
 
 

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import DATA
+from conftest import DATA, trained
 from stopping import assert_same_weights, weights
 from test_distributed import launch
 
@@ -80,8 +80,7 @@ def test_best_answers_take_the_ground_truths_place_and_history_remembers_it(make
     others 1.0. So in iteration 0 two prompts choose b over a and over the truth.
     """
     rewards = Rewards({"a": 0.2, "b": 0.6, "d": 0.0, "e": 0.1}, [0.5, 0.5] + [1.0] * 6)
-    trainer = make_trainer(rewards, pairing="best_of")
-    trainer.train()
+    trainer = trained(make_trainer(rewards, pairing="best_of"))
     first = own(trainer, 0)
     expected = [(row, 1, sample) for row in (0, 1) for sample in (0, TRUTH)]
     expected += [(row, TRUTH, sample) for row in range(2, NUM_ROWS) for sample in (0, 1)]
@@ -132,10 +131,8 @@ def test_rewards_are_only_logged_where_the_ground_truth_is_always_chosen(make_tr
     def second(completions, **kwargs):
         return [None if text == "a" else 1.0 for text in completions]
 
-    judged = make_trainer([rewards, second], reward_weights=[1.0, 0.1])
-    judged.train()
-    plain = make_trainer(None, output_dir=str(tmp_path / "plain"))
-    plain.train()
+    judged = trained(make_trainer([rewards, second], reward_weights=[1.0, 0.1]))
+    trained(make_trainer(None, output_dir=str(tmp_path / "plain")))
     assert "chosen_sample" not in judged.store.read_pairs(0).column_names
     for iteration in (0, 1):
         expected = load_pairs(tmp_path / "plain", iteration)
@@ -151,16 +148,15 @@ def test_rewards_are_only_logged_where_the_ground_truth_is_always_chosen(make_tr
 def test_run_stopped_by_a_reward_function_goes_on_with_the_completions_that_are_there(make_trainer, tmp_path):
     """It fails in iteration 1, in the call for the generations. With other rewards it does not go on."""
     by_text = {"a": 0.2, "b": 0.6, "d": 0.0, "e": 0.7}
-    whole = make_trainer(Rewards(by_text, [0.5] * NUM_ROWS), pairing="best_of", output_dir=str(tmp_path / "whole"))
-    whole.train()
+    settings, truths = {"pairing": "best_of"}, [0.5] * NUM_ROWS
+    whole = trained(make_trainer(Rewards(by_text, truths), output_dir=str(tmp_path / "whole"), **settings))
 
-    trainer = make_trainer(Rewards(by_text, [0.5] * NUM_ROWS, fails_in=4), pairing="best_of")  # tried, then two each
+    trainer = make_trainer(Rewards(by_text, truths, fails_in=4), **settings)  # tried, then two each
     with pytest.raises(ZeroDivisionError, match="the judge is out") as error:
         trainer.train()
     assert any("In the reward function `Rewards`." in note for note in error.value.__notes__)
     assert not list(trainer.store.path(1).glob("*answers*"))
-    again = make_trainer(Rewards(by_text, [0.5] * NUM_ROWS), pairing="best_of")
-    again.train()
+    again = trained(make_trainer(Rewards(by_text, truths), **settings))
     assert again.game.opponents.sampler.num_asked == 0
     for iteration in (0, 1):
         one, other = (load_pairs(run.args.output_dir, iteration)[:] for run in (whole, again))
@@ -170,19 +166,20 @@ def test_run_stopped_by_a_reward_function_goes_on_with_the_completions_that_are_
     def another(completions, **kwargs):
         return [0.0] * len(completions)
 
-    rewards, corrected = Rewards(by_text, [0.5] * NUM_ROWS), [*range(NUM_ROWS - 1), 0]
+    rewards, corrected = Rewards(by_text, truths), [*range(NUM_ROWS - 1), 0]
     with pytest.raises(RunDirectoryError, match=r"`reward_functions`: \['Rewards'\] there, \['another'\] now"):
-        make_trainer(another, pairing="best_of")
+        make_trainer(another, **settings)
     with pytest.raises(RunDirectoryError, match="`pairing`: 'best_of' there, 'ground_truth' now"):
         make_trainer(rewards)
     with pytest.raises(RunDirectoryError, match=r"`data.reward_checksum`: '\w+' there, '\w+' now"):
-        make_trainer(rewards, corrected, pairing="best_of")
+        make_trainer(rewards, corrected, **settings)
 
 
 def test_ground_truths_that_nobody_judges_or_the_first_opponent_beats_are_a_warning(make_trainer, caplog):
     """Three have no reward and make no pair, and the answer b beats the others."""
-    trainer = make_trainer(Rewards({"a": 0.2, "b": 0.6}, [None] * 3 + [0.0] * 5), pairing="best_of", num_iterations=1)
-    trainer.train()
+    trainer = trained(
+        make_trainer(Rewards({"a": 0.2, "b": 0.6}, [None] * 3 + [0.0] * 5), pairing="best_of", num_iterations=1)
+    )
     assert {pair["row"] for pair in own(trainer, 0)} == set(range(3, NUM_ROWS))
     metrics = trainer.store.read_metrics(0)
     assert (metrics["no_pair_share"], metrics["unjudged_share"]) == (3 / NUM_ROWS, 3 / (3 * NUM_ROWS))
