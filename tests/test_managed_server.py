@@ -161,3 +161,15 @@ def test_supervisor_imports_neither_torch_nor_datasets():
     code = "import sys, spin_trl.generation.vllm.supervise; print('torch' in sys.modules, 'datasets' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False False\n"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bf16", "expected"),
+    [("float32", False, "float32"), ("bfloat16", False, "bfloat16"), ("float32", True, "bfloat16")],
+)
+def test_server_computes_in_the_precision_of_the_policy(build_trainer, dtype, bf16, expected):
+    init = {"model_init_kwargs": {"dtype": dtype}, "bf16": bf16}
+    trainer = build_trainer(use_vllm=True, vllm_server_timeout=0.1, **init)
+    with pytest.raises(SamplerError, match="was not up"):
+        trainer.train()
+    assert f"--dtype {expected} " in trainer.store.server_log.read_text().splitlines()[0]

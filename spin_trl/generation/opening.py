@@ -114,7 +114,7 @@ class SamplerHost:
 
         return on_main_process(look)
 
-    def open(self, sampler: OpponentSampler, min_context_length: int, longest_sequence: int) -> None:
+    def open(self, sampler: OpponentSampler, min_context_length: int, longest_sequence: int, precision: str) -> None:
         """
         Start the managed server, if there is to be one, and connect every process to it, or to those there are. All
         processes call it together. A sampler of another kind is open already.
@@ -123,11 +123,13 @@ class SamplerHost:
             sampler ([`OpponentSampler`]): What `build` returned, or the user's own.
             min_context_length (`int`): Tokens that a server must at least hold.
             longest_sequence (`int`): Tokens that the managed server is to hold.
+            precision (`str`): What it is to compute in, such as "bfloat16".
         """
         if self.choice.mode not in ("server", "managed"):
             return
         run_name = on_main_process(lambda: f"spin-{os.urandom(4).hex()}")
-        urls = self.args.vllm_server_base_urls or [on_main_process(lambda: self._start_server(longest_sequence))]
+        given = self.args.vllm_server_base_urls
+        urls = given or [on_main_process(lambda: self._start_server(longest_sequence, precision))]
         on_every_process(lambda: self._connect(sampler, urls, run_name, min_context_length))
 
     def rest(self, sampler: OpponentSampler) -> ServerRest | None:
@@ -154,11 +156,10 @@ class SamplerHost:
         timeouts = self.args.vllm_server_timeout, self.args.vllm_request_timeout
         sampler.connect([VLLMServer(url, api_key, *timeouts) for url in urls], run_name, min_context_length)
 
-    def _start_server(self, longest_sequence: int) -> str:
+    def _start_server(self, longest_sequence: int, precision: str) -> str:
         """Returns its address."""
         args = self.args
-        arguments = ["--dtype", "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"]
-        arguments += ["--max-model-len", str(longest_sequence)]
+        arguments = ["--dtype", precision, "--max-model-len", str(longest_sequence)]
         arguments += ["--gpu-memory-utilization", str(args.vllm_gpu_memory_utilization)]
         if self.lora_rank is not None:
             arguments += ["--max-loras", str(min(args.num_opponents, args.num_iterations))]

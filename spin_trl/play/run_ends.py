@@ -47,7 +47,7 @@ def open_sampler(game: Game) -> Iterator[None]:
         if (folder := host.served_base) is not None:
             on_main_process(lambda: write_whole(folder, game.policy.save_base))
         turns.give_to_server()  # it takes its memory when it starts
-        host.open(sampler, plan.data.prompt_length(0) + 1, plan.longest_sequence)
+        host.open(sampler, plan.data.prompt_length(0) + 1, plan.longest_sequence, game.policy.precision)
         turns.begin(host.rest(sampler))
         turns.give_to_policy(briefly=True)
         yield

@@ -115,6 +115,12 @@ class Policy:
 
     # In memory
 
+    @property
+    def precision(self) -> str:
+        """What it computes in: "float32", "bfloat16" or "float16"."""
+        args = self._trainer.args
+        return "bfloat16" if args.bf16 else "float16" if args.fp16 else str(self._trainer.model.dtype).split(".")[1]
+
     @contextmanager
     def whole(self) -> Iterator[PreTrainedModel]:
         """The policy, unwrapped and gathered, to generate with."""
