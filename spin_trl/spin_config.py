@@ -316,16 +316,13 @@ class SPINConfig(DPOConfig):
             1e-5; in bfloat16 0.015 was reported, and 0.2 for a stale opponent (trl#5312). `None` switches the check
             off.
 
-        > Parameters that control the run directory
+        > Parameters that control the run directory and what is shown
 
         resume (`str`, *optional*, defaults to `'never'`):
             What to do with a self-play run that already lies in `output_dir`. `"auto"`: go on from where it stands, or
             start where there is none. `"never"`: refuse; [`SPINTrainer.train`] can still be told to resume.
         overwrite_output_dir (`bool`, *optional*, defaults to `False`):
             Whether a self-play run that already lies in `output_dir` is deleted. Wins over `resume`.
-
-        > Parameters that control what is shown and kept
-
         report (`bool`, *optional*, defaults to `True`):
             Whether `report.html` is written into `output_dir` when the run is over: scores, curves and completions on
             one page. `python -m spin_trl.report` writes it at any time.
@@ -427,11 +424,9 @@ class SPINConfig(DPOConfig):
     vllm_server_args: str | None = None
     publish_check_tolerance: float | None = 0.05
 
-    # Parameters that control the run directory
+    # Parameters that control the run directory and what is shown
     resume: Literal["auto", "never"] = "never"
     overwrite_output_dir: bool = False
-
-    # Parameters that control what is shown and kept
     report: bool = True
     log_completions: bool = False
     hub_iteration_revisions: bool = False

@@ -26,7 +26,6 @@ class GenerationJob:
 
     Args:
         kind (`str`): "generations" or "evaluation".
-        num_samples (`int`): Completions per prompt.
         part_size (`int`): Prompts per part; fewer if there would be less than one part for each process.
         seed (`int`): The run's, from which each completion's own is derived.
         draw ([`OpponentDraw`], *optional*): Who answers which prompt. By default the newest opponent all of them.
@@ -50,14 +49,8 @@ class GenerationJob:
         self, sampler: OpponentSampler, prompts: Dataset, missing_rows: np.ndarray, index: int = 0, count: int = 1
     ) -> None:
         """
-        Sample this process's share of what is missing.
-
-        Args:
-            sampler ([`OpponentSampler`]): The opponent.
-            prompts ([`~datasets.Dataset`]): With the columns `row` and `prompt_ids`.
-            missing_rows (`np.ndarray`): What all processes together have to sample. They must agree on it, so it has to
-                be found before the first of them writes a part.
-            index, count (`int`): Which process this is, of how many.
+        Sample the share of process number `index` of `count`. The prompts have the columns `row` and `prompt_ids`. All
+        processes must agree on the `missing_rows`, so these have to be found before the first of them writes a part.
         """
         size = max(1, min(self.part_size, math.ceil(len(missing_rows) / count)))
         parts = [missing_rows[start : start + size] for start in range(0, len(missing_rows), size)][index::count]

@@ -6,7 +6,7 @@ truth against answer are the pairs that the next policy is trained on, with the 
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -40,6 +40,7 @@ from .turns import Turns
 _BATCHES_PER_PART = 4
 
 
+@dataclass(repr=False, eq=False)
 class Game:
     """
     Plays the policy against its own previous iterate. Every process calls the methods together.
@@ -47,30 +48,25 @@ class Game:
     `log` hands an iteration's numbers to the loggers, `state` gives the trainer's.
     """
 
-    def __init__(
-        self,
-        plan: Plan,
-        policy: Policy,
-        sampler: OpponentSampler,
-        store: IterationStore,
-        run: Run,
-        log: Callable[[dict[str, float]], None],
-        state: Callable[[], TrainerState],
-    ):
-        args = plan.args
-        self.plan = plan
-        self.args = args
-        self.policy = policy
-        self.store = store
-        self.run = run
-        self.records = records = Records(store, log, lambda: state().log_history)
+    plan: Plan
+    policy: Policy
+    sampler: OpponentSampler
+    store: IterationStore
+    run: Run
+    log: Callable[[dict[str, float]], None]
+    state: Callable[[], TrainerState]
+
+    def __post_init__(self):
+        plan, policy, store = self.plan, self.policy, self.store
+        self.args = args = plan.args
+        self.dataset = plan.data.train
+        self.records = records = Records(store, self.log, lambda: self.state().log_history)
         offloader = Offloader(policy.training_tensors) if args.offload_policy_during_generation else None
         self.turns = turns = Turns(args.vllm_sleep, offloader)
-        self.dataset = plan.data.train
-        self.opponents = Opponents(args, policy, sampler, store, turns, plan.base_is_opponent, plan.model_name)
+        self.opponents = Opponents(args, policy, self.sampler, store, turns, plan.base_is_opponent, plan.model_name)
         self.evaluation = HeldOutEvaluation(policy, store, args, plan.tokenizer, plan.compute_generation_metrics)
         self.guard = CollapseGuard(args, store, records.log_history)
-        self.pairing = Pairing(args, policy, store, records, plan.judge, state)
+        self.pairing = Pairing(args, policy, store, records, plan.judge, self.state)
 
     def begin(self, start: RunStart) -> None:
         """
@@ -145,7 +141,7 @@ class Game:
     def _publish(self, iteration: int) -> None:
         self.opponents.publish(iteration)
         tolerance = self.args.publish_check_tolerance
-        if tolerance is None or not self.opponents.sampler.reads_checkpoints:
+        if tolerance is None or not self.sampler.reads_checkpoints:
             return
         if self.plan.is_quantized_on_its_own:
             first = self.store.read_metrics(0).get("publish_check_difference") if iteration > 0 else None
@@ -180,14 +176,14 @@ class Game:
         draw: OpponentDraw | None = None,
     ) -> np.ndarray:
         """Have the opponents answer what is not on disk yet, each process its share. Returns the rows of that."""
-        args, sampler = self.args, self.opponents.sampler
+        args = self.args
         part_size = _BATCHES_PER_PART * args.per_device_generation_batch_size
         job = GenerationJob(self.store, iteration, kind, params, num_samples, part_size, args.seed, draw)
         missing_rows = on_main_process(lambda: job.missing_rows(dataset))
         self.turns.give_to_server()
         for opponent, rows in self.opponents.in_turn(draw, missing_rows):
             with self.opponents.playing(opponent, newest=iteration):
-                on_every_process(partial(job.run, sampler, dataset, rows, args.process_index, args.world_size))
+                on_every_process(partial(job.run, self.sampler, dataset, rows, args.process_index, args.world_size))
         return missing_rows
 
     def _pair_and_score(self, iteration: int) -> None:

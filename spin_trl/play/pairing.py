@@ -116,7 +116,17 @@ class Pairing:
         self.store.answers(iteration).write(rewarded)
         described = describe_rewards(self.store.answers(iteration).read())
         self.store.write_metrics(iteration, described | self.rewards.take_metrics())
-        self._warn_of_rewards(iteration, described)
+        if described["unjudged_share"] > 0:
+            logger.warning(
+                f"No reward function judges {described['unjudged_share']:.1%} of the ground truths and generations of "
+                f"iteration {iteration}: all return None. Where rewards choose, these make no pair."
+            )
+        if iteration == 0 and self.args.pairing == "best_of" and described["beaten_truths_share"] > _MANY:
+            logger.warning(
+                f"The first opponent already beats {described['beaten_truths_share']:.1%} of the ground truths, which "
+                "will be rejected. See that the reward functions do not ask for a format that the ground truths lack; "
+                "if generations are better, `pairing='reward_ranked'` needs no ground truths."
+            )
 
     def _choose_by_reward(self, iteration: int, answers: PairDataset) -> PairDataset:
         """The pairs that the rewards make, in place of ground truth against generation."""
@@ -135,16 +145,3 @@ class Pairing:
         if no_pair_share == 1:
             raise no_pairs(args.pairing)
         return PairDataset.join(self.store.read_data(), self.store.answers(iteration, "ranked").read())
-
-    def _warn_of_rewards(self, iteration: int, described: dict[str, float]) -> None:
-        if described["unjudged_share"] > 0:
-            logger.warning(
-                f"No reward function judges {described['unjudged_share']:.1%} of the ground truths and generations of "
-                f"iteration {iteration}: all return None. Where rewards choose, these make no pair."
-            )
-        if iteration == 0 and self.args.pairing == "best_of" and described["beaten_truths_share"] > _MANY:
-            logger.warning(
-                f"The first opponent already beats {described['beaten_truths_share']:.1%} of the ground truths, which "
-                "will be rejected. See that the reward functions do not ask for a format that the ground truths lack; "
-                "if generations are better, `pairing='reward_ranked'` needs no ground truths."
-            )

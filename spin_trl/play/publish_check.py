@@ -25,16 +25,11 @@ def check_published(
     Have the opponent of an iteration, which the policy is and which has been published, answer a few prompts, and
     compare the server's log-probs with the policy's. Every process calls it.
 
-    Args:
-        dataset ([`~datasets.Dataset`]): With the columns `row` and `prompt_ids`.
-        params ([`SamplingParams`]): How the opponent answers in this run.
-        tolerance (`float`): Largest difference that is borne with, in nats.
-
     Returns:
         `float`: the mean absolute difference per token, in nats; with several servers the largest.
 
     Raises:
-        `SamplerError`: if a server plays something else.
+        `SamplerError`: if a server plays something else, with which the difference is above the `tolerance`.
     """
     args = opponents.args
     prompts = dataset.select(range(min(len(dataset), _NUM_COMPARED)))

@@ -40,7 +40,7 @@ def begin_run(plan: Plan, store: IterationStore, requested: str | bool | None) -
 @contextmanager
 def open_sampler(game: Game) -> Iterator[None]:
     """Start what is to answer, and end it in the end. Every process enters it."""
-    plan, turns, sampler, host = game.plan, game.turns, game.opponents.sampler, game.plan.sampler_host
+    plan, turns, sampler, host = game.plan, game.turns, game.sampler, game.plan.sampler_host
     with ExitStack() as stack:
         stack.callback(turns.end)  # when the server is gone
         stack.callback(host.close, sampler)
