@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from conftest import load_recipe, read_rows
 from datasets import Dataset, DatasetDict
-from fault_server import FakeVLLM, FaultyServer
+from fault_server import FakeVLLM
 from peft import LoraConfig, PromptTuningConfig
 from tiny_tokenizers import byte_tokenizer, letter_tokenizer
 from torch.nn import Linear
@@ -159,12 +159,7 @@ def test_configuration_is_refused(given, refusal, make_config):
     ({"loss_type": "spin"}, "unknown value(s) ['spin']", "SPIN's paper is 'sigmoid'", "Use one or several of"),
     ({"loss_type": []}, "`loss_type` is empty", "at least one loss is needed", "Leave it unset"),
     ({"loss_weights": [1.0, 1.0]}, "`loss_weights` has 2 value(s)", "`loss_type` names 1", "one weight for each loss"),
-    (
-        {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, NAN]},
-        "numbers of at least 0",
-        "got [1.0, nan]",
-        "Leave out",
-    ),
+    ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, NAN]}, "of at least 0", "got [1.0, nan]", "Leave out"),
     ({"loss_type": "space", "ld_alpha": 0.5}, "contradicts `ld_alpha=0.5`", "`ld_alpha` unset"),
     ({"loss_type": "space", "use_weighting": True}, "contradicts `use_weighting=True`", "`use_weighting` unset"),
     ({"loss_type": "space", "space_mu": 0.0}, "`space_mu` must be positive, got 0.0"),
@@ -226,12 +221,7 @@ def test_dataset_is_refused(given, refusal, name, play):
     ({"prompt": "Hi", "completion": [ASSISTANT]}, "mixed formats: `prompt` is text and `completion` is a list", "both"),
     ({"prompt": [USER], "completion": [USER]}, "exactly one assistant message", "roles ['user']", "Move earlier"),
     ({"prompt": [USER, ASSISTANT], "completion": [ASSISTANT]}, "ends on the role 'assistant'", "Join two answers"),
-    (
-        {"messages": SHARE_GPT},
-        "keys ['from', 'value']",
-        "must be a non-empty list of messages",
-        "{'role': ..., 'content'",
-    ),
+    ({"messages": SHARE_GPT}, "keys ['from', 'value']", "a non-empty list of messages", "{'role': ..., 'content'"),
     ({"messages": json.dumps([USER])}, "`messages` must be a non-empty list of messages, found text", "json.loads"),
     ({"real": []}, "`real` must be a non-empty list of messages, found an empty list", "Fill the cell"),
     ({"messages": [USER]}, "ends on the role 'user'", "must be the assistant's", "Remove what follows the last"),
@@ -312,11 +302,7 @@ def for_other_data(completions, answer, **kwargs):
     ({"model": "/no/such/model"}, "'/no/such/model', where there is nothing", "expected a folder", "Correct the path"),
     ({"model": "Qwn/Qwen2.5"}, "'Qwn/Qwen2.5' cannot be read", "what `save_pretrained` writes", "see its spelling"),
     ({"compute_metrics": len}, "`compute_metrics` is never called", "Pass `compute_generation_metrics`"),
-    (
-        {"callbacks": [EarlyStoppingCallback()]},
-        "`EarlyStoppingCallback` counts evaluations",
-        "`stop_when_converged=True`",
-    ),
+    ({"callbacks": [EarlyStoppingCallback()]}, "`EarlyStoppingCallback` counts", "`stop_when_converged=True`"),
     ({"trian_dataset": None}, TypeError, "unexpected keyword argument 'trian_dataset'"),
     ({"ref_model": object()}, "`ref_model` is not used", "the reference is the opponent", "Leave it out"),
     # configuration
@@ -391,18 +377,8 @@ def for_other_data(completions, answer, **kwargs):
     ({"reward_funcs": for_other_data}, TypeError, "answer", "In the reward function `for_other_data`"),
     ({"reward_funcs": one_for_all}, "`one_for_all` returned 1 rewards for 2 completions", "Correct the function"),
     # sleep and offload
-    (
-        {"config": {**SERVER, "vllm_sleep": True}},
-        "the run has started itself",
-        "names one that runs",
-        "leave `vllm_sleep` unset",
-    ),
-    (
-        {"config": {"vllm_sleep": True}},
-        "no server generates",
-        "the run has started itself",
-        "Set `use_vllm=True`",
-    ),
+    ({"config": {**SERVER, "vllm_sleep": True}}, "started itself", "names one that runs", "leave `vllm_sleep` unset"),
+    ({"config": {"vllm_sleep": True}}, "no server generates", "the run has started itself", "Set `use_vllm=True`"),
     ({"config": {**OFFLOADS, "use_vllm": False}}, "in-process generation", "use a vLLM server"),
     (
         {"config": OFFLOADS, "quantization_config": QUANTIZED, "peft_config": LoraConfig(**LORA)},
@@ -522,14 +498,9 @@ OF_OPENAI = {"data": [{"id": "weightless", "object": "model"}]}
     (FakeVLLM("weightless", adapters=False), "without `--enable-lora`", "load the LoRA adapters", "spin_trl.serve"),
     (FakeVLLM("weightless", context_length=4), "has a context of 4 tokens", "at least 5", "larger `--max-model-len`"),
 )
-def test_server_is_refused(given, refusal, play):
-    server = FaultyServer()
-    server.answer = given
-    config = {"vllm_server_base_url": server.url}
-    try:
-        refused((SamplerError, *refusal[1:]), play, config, peft_config=LoraConfig(target_modules="all-linear"))
-    finally:
-        server.close()
+def test_server_is_refused(given, refusal, play, faulty):
+    faulty.answer, config = given, {"vllm_server_base_url": faulty.url}
+    refused((SamplerError, *refusal[1:]), play, config, peft_config=LoraConfig(target_modules="all-linear"))
 
 
 @table(

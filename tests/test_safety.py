@@ -8,6 +8,7 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from play_short import play_in_process
@@ -41,28 +42,15 @@ def test_api_key_is_in_no_file_of_a_run_and_in_none_of_its_output(tiny_model, tm
             assert KEY not in str(vars(torch.load(path, weights_only=False)))
 
 
-def process_tree(pid: int) -> set[int]:
-    """A process and everything that it has started."""
-    lists = [task.read_text().split() for task in Path(f"/proc/{pid}/task").glob("*/children")]
-    return {pid}.union(*(process_tree(int(child)) for children in lists for child in children))
-
-
-def listening_addresses(pids: set[int]) -> set[str]:
-    """Addresses, as in `/proc/net`, on which the processes wait for connections."""
-    links = [os.readlink(link) for pid in pids for link in Path(f"/proc/{pid}/fd").iterdir()]
-    inodes = {link.removeprefix("socket:[").removesuffix("]") for link in links if link.startswith("socket:[")}
-    tables = [Path(f"/proc/net/{name}").read_text().splitlines()[1:] for name in ("tcp", "tcp6")]
-    rows = [line.split() for table in tables for line in table]
-    return {row[1] for row in rows if row[3] == "0A" and row[9] in inodes}
-
-
 def test_server_and_all_its_processes_listen_on_loopback_alone_and_show_no_key(lora_server):
-    pids = process_tree(lora_server.process.pid)
-    addresses = listening_addresses(pids)
-    assert f"0100007F:{int(lora_server.base_url.rpartition(':')[2]):04X}" in addresses
-    assert {address.partition(":")[0] for address in addresses} == {"0100007F"}  # 127.0.0.1
-    commands = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in pids]
-    assert len(commands) > 2 and not any(lora_server.api_key.encode() in command for command in commands)
+    process = psutil.Process(lora_server.process.pid)
+    processes = [process, *process.children(recursive=True)]
+    connections = [connection for process in processes for connection in process.net_connections()]
+    addresses = {connection.laddr for connection in connections if connection.status == psutil.CONN_LISTEN}
+    assert int(lora_server.base_url.rpartition(":")[2]) in {address.port for address in addresses}
+    assert {address.ip for address in addresses} == {"127.0.0.1"}
+    commands = [" ".join(process.cmdline()) for process in processes]
+    assert len(commands) > 2 and not any(lora_server.api_key in command for command in commands)
     assert lora_server.api_key not in lora_server.log_path.read_text()
 
 

@@ -134,13 +134,24 @@ def test_help_on_the_command_line_is_the_docstrings_text_and_dpo_configs_is_left
     assert "Pairs per device" not in DPOConfig.__dataclass_fields__["precompute_ref_batch_size"].metadata["help"]
 
 
-def test_fields_can_be_set_on_the_command_line(tmp_path):
-    arguments = ["--output_dir", str(tmp_path), "--use_cpu", "true", "--bf16", "false", "--num_iterations", "2"]
-    arguments += ["--use_vllm", "false", "--reset_optimizer", "false", "--max_completion_length", "7"]
-    arguments += ["--generation_kwargs", '{"typical_p": 0.9}']
+@pytest.fixture
+def parse(tmp_path):
+    """What the command line makes of these arguments."""
+
+    def parse_arguments(*arguments: str) -> SPINConfig:
+        given = ["--output_dir", str(tmp_path), "--use_cpu", "true", "--bf16", "false", *arguments]
+        (config,) = TrlParser(SPINConfig).parse_args_and_config(given)
+        return config
+
+    return parse_arguments
+
+
+def test_fields_can_be_set_on_the_command_line(parse):
+    arguments = ["--num_iterations", "2", "--use_vllm", "false", "--reset_optimizer", "false"]
+    arguments += ["--max_completion_length", "7", "--generation_kwargs", '{"typical_p": 0.9}']
     arguments += ["--chat_template_kwargs", '{"enable_thinking": false}', "--prompt_column", "instruction+input"]
     arguments += ["--completion_column", "output", "--train_on_turns", "all", "--skip_invalid_rows", "true"]
-    (config,) = TrlParser(SPINConfig).parse_args_and_config(arguments)
+    config = parse(*arguments)
     assert (config.num_iterations, config.num_train_epochs, config.max_completion_length) == (2, 2, 7)
     assert config.use_vllm is False and config.reset_optimizer is False
     assert config.generation_kwargs == {"typical_p": 0.9}
@@ -169,15 +180,13 @@ def test_written_configuration_shows_what_was_given(make):
     assert (values["learning_rate"], values["beta"]) == ([3e-6, 2e-6, 1e-6], 0.2)
 
 
-def test_schedules_come_from_yaml_and_command_line(tmp_path):
+def test_schedules_come_from_yaml_and_command_line(parse, tmp_path):
     file = tmp_path / "config.yaml"
     file.write_text("num_iterations: 2\nlearning_rate: [5e-7, 1.0e-7]\nbeta: 0.4\nloss_type: [sigmoid, sft]\n")
-    arguments = ["--config", str(file), "--output_dir", str(tmp_path), "--use_cpu", "true", "--bf16", "false"]
-    (config,) = TrlParser(SPINConfig).parse_args_and_config(arguments)
+    config = parse("--config", str(file))
     assert [config.learning_rate_at(i) for i in range(2)] == [5e-7, 1e-7]
     assert (config.beta, config.loss_type) == (0.4, ["sigmoid", "sft"])
-    arguments += ["--beta", "0.1", "5.0", "--learning_rate", "1e-6"]
-    (config,) = TrlParser(SPINConfig).parse_args_and_config(arguments)
+    config = parse("--config", str(file), "--beta", "0.1", "5.0", "--learning_rate", "1e-6")
     assert [config.beta_at(i) for i in range(2)] == [0.1, 5.0]
     assert [config.learning_rate_at(i) for i in range(2)] == [1e-6, 1e-6]
 
@@ -192,7 +201,5 @@ def test_address_of_a_server_may_be_one_or_several(make, given, addresses):
 
 
 @pytest.mark.parametrize("urls", [[URL], [URL, "http://other:8000"]], ids=["one", "two"])
-def test_command_line_takes_one_address_or_several(urls, tmp_path):
-    arguments = ["--output_dir", str(tmp_path), "--use_cpu", "--bf16", "false", "--vllm_server_base_url", *urls]
-    (config,) = TrlParser((SPINConfig,)).parse_args_and_config(arguments)
-    assert config.vllm_server_base_urls == urls
+def test_command_line_takes_one_address_or_several(parse, urls):
+    assert parse("--vllm_server_base_url", *urls).vllm_server_base_urls == urls

@@ -55,34 +55,30 @@ def test_policy_equals_opponent_at_first_step_of_every_iteration(play_run, peft_
     assert min(losses(trainer)) < 0.69  # and it is no constant
 
 
-class CountWeights(TrainerCallback):
-    """Counts the elements of all parameters that live in the process, at every step."""
-
-    def __init__(self):
-        self.counts = []
-
-    def on_step_end(self, args, state, control, **kwargs):
-        parameters = {id(o): o.numel() for o in gc.get_objects() if isinstance(o, torch.nn.Parameter)}
-        self.counts.append(sum(parameters.values()))
+def num_weights() -> int:
+    """Elements of all parameters that live in the process."""
+    return sum({id(o): o.numel() for o in gc.get_objects() if isinstance(o, torch.nn.Parameter)}.values())
 
 
 @pytest.mark.parametrize("peft_config", [None, LoraConfig(**LORA)], ids=["full", "lora"])
 def test_process_never_holds_a_second_set_of_weights(play_run, peft_config):
+    counts = []
+
+    class Count(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            counts.append(num_weights())
+
     gc.collect()
-    before = sum({id(o): o.numel() for o in gc.get_objects() if isinstance(o, torch.nn.Parameter)}.values())
-    counter = CountWeights()
-    trainer = play_run(num_iterations=2, peft_config=peft_config, callbacks=[counter])
+    before = num_weights()
+    trainer = play_run(num_iterations=2, peft_config=peft_config, callbacks=[Count()])
     assert trainer.ref_model is None
     own = sum(parameter.numel() for parameter in trainer.model.parameters())
-    assert max(counter.counts) - before == own
+    assert max(counts) - before == own
 
 
-def test_losses_equal_those_of_dpo_trainer_with_the_opponent_as_reference(
-    build_trainer, tiny_model, train_dataset, tmp_path
-):
+def test_losses_equal_those_of_dpo_trainer_with_the_opponent_as_reference(play_run, tiny_model, tmp_path):
     """The same pairs, in the same order, from the same weights."""
-    spin = build_trainer(num_iterations=1)
-    spin.train()
+    spin = play_run(num_iterations=1)
     pairs = load_pairs(spin.args.output_dir, 0).select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
 
     class FromPairs(DPOTrainer):
@@ -92,23 +88,11 @@ def test_losses_equal_those_of_dpo_trainer_with_the_opponent_as_reference(
         def _get_train_sampler(self, train_dataset=None):
             return spin._get_train_sampler(train_dataset)
 
-    settings = {k: getattr(spin.args, k) for k in ("per_device_train_batch_size", "learning_rate", "beta", "seed")}
-    dpo_config = DPOConfig(
-        output_dir=str(tmp_path / "dpo"),
-        num_train_epochs=1,
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-        logging_steps=1,
-        **settings,
-    )
+    shared = {name: value for name, value in TINY_RUN.items() if name in DPOConfig.__dataclass_fields__}
     dpo = FromPairs(
         model=AutoModelForCausalLM.from_pretrained(tiny_model),
         ref_model=AutoModelForCausalLM.from_pretrained(tiny_model),
-        args=dpo_config,
+        args=DPOConfig(str(tmp_path / "dpo"), num_train_epochs=1, **shared),
         train_dataset=pairs,
         processing_class=spin.processing_class,
     )
