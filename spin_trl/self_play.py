@@ -50,14 +50,12 @@ class SelfPlayCallback(TrainerCallback):
             self.records.end_training(self.run.iteration)
 
     def on_save(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
-        if self.run.iteration is not None:
-            self.records.keep_training_seconds(self.run.iteration)
+        self.records.keep_training_seconds(self.run.iteration)
 
     def on_train_end(self, args: SPINConfig, state: TrainerState, control: TrainerControl, **kwargs):
         if self.stop_signal.has_stopped:
             return
-        if self.run.iteration is not None:
-            self.records.end_training(self.run.iteration)
+        self.records.end_training(self.run.iteration)
         if self.run.start.is_finished:
             return
         if self.run.end is None:
