@@ -300,3 +300,20 @@ def play(faulty, connect):
         return connect(faulty.url, lora_rank=lora_rank, **options)
 
     return make
+
+
+@pytest.fixture
+def make_server(tmp_path):
+    """A factory of managed servers that run a small program, see `fake_server`; they are stopped at the end."""
+    from managed import fake_server
+
+    servers = []
+
+    def make(**options):
+        servers.append(fake_server(tmp_path, **options))
+        servers[-1].start()
+        return servers[-1]
+
+    yield make
+    for server in servers:
+        server.stop()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from conftest import read_rows, train_briefly
+from conftest import TINY_RUN, read_rows, train_briefly
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, TrainerCallback
@@ -103,27 +103,18 @@ class Record(TrainerCallback):
 
 def play(place: Place, kind: str, model: str, folder: Path, **settings) -> Record:
     """Play two iterations in bfloat16 with gradient checkpointing, with an adapter or with all weights."""
-    config = SPINConfig(
-        output_dir=str(folder),
-        use_cpu=place.device == "cpu",
-        bf16=True,
-        gradient_checkpointing=True,
+    own = {
+        "use_cpu": place.device == "cpu",
+        "bf16": True,
+        "gradient_checkpointing": True,
         # Adapters beside weights in bfloat16; all weights in float32, computed with in bfloat16.
-        model_init_kwargs={"dtype": "bfloat16" if kind == "lora" else "float32"},
-        num_iterations=2,
-        per_device_train_batch_size=8,
-        learning_rate=1e-4 if kind == "lora" else 1e-5,
-        max_completion_length=12,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        identical_pairs="keep",
-        **settings,
-    )
+        "model_init_kwargs": {"dtype": "bfloat16" if kind == "lora" else "float32"},
+        "num_iterations": 2,
+        "learning_rate": 1e-4 if kind == "lora" else 1e-5,
+    }
     trainer = SPINTrainer(
         model,
-        config,
+        SPINConfig(output_dir=str(folder), **{**TINY_RUN, **own, **settings}),
         train_dataset=Dataset.from_list(read_rows("accent_train.jsonl", 32)),
         eval_dataset=Dataset.from_list(read_rows("accent_test.jsonl", 8)),
         peft_config=LoraConfig(r=8, target_modules="all-linear") if kind == "lora" else None,

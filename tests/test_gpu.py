@@ -34,7 +34,7 @@ def model(place, tmp_path, tokenizer) -> str:
     return place.make_model(tmp_path / "model", tokenizer)
 
 
-def assert_trained(record: Record, place: Place, tmp_path) -> None:
+def assert_trained(record: Record, place: Place) -> None:
     """At each iteration's first step policy and opponent are one: the loss is ln 2, but for bfloat16's rounding."""
     assert all(math.isfinite(loss) for loss in record.losses) and len(record.losses) == 4 + 8
     assert record.first_losses == pytest.approx([math.log(2)] * 2, abs=0.02)
@@ -50,24 +50,17 @@ def assert_trained(record: Record, place: Place, tmp_path) -> None:
 @places(SMALL, LARGE)
 def test_policy_plays_in_process_and_trains_in_bfloat16_with_gradient_checkpointing(place, kind, model, tmp_path):
     record = play(place, kind, model, tmp_path / "run", use_vllm=False)
-    assert_trained(record, place, tmp_path)
+    assert_trained(record, place)
 
 
 @pytest.mark.skipif(not can_serve(), reason="needs vLLM, which is not installed")
 @pytest.mark.parametrize("kind", ["lora", "full"])
 @places(LARGE, on_cpu=SLOW)
 def test_server_and_policy_share_one_gpu_in_turns(place, kind, model, tmp_path):
-    record = play(
-        place,
-        kind,
-        model,
-        tmp_path / "run",
-        use_vllm=True,
-        vllm_gpu_memory_utilization=SERVERS_SHARE,
-        vllm_sleep=True,
-        offload_policy_during_generation=True,
-    )
-    assert_trained(record, place, tmp_path)
+    turns = {"vllm_sleep": True, "offload_policy_during_generation": True}
+    share = {"vllm_gpu_memory_utilization": SERVERS_SHARE}
+    record = play(place, kind, model, tmp_path / "run", use_vllm=True, **turns, **share)
+    assert_trained(record, place)
     for iteration in range(2):
         metrics = record.trainer.store.read_metrics(iteration)
         assert metrics["publish_check_difference"] < 0.05

@@ -150,20 +150,12 @@ def test_adapter_with_ranks_and_alphas_of_its_own_is_scaled_as_vllm_scales_it(tm
 
 
 @pytest.fixture
-def play(tiny_model, tokenizer, train_dataset, make_config):
-    def make(**overrides) -> SPINTrainer:
-        settings = {"num_iterations": 1, "save_strategy": "epoch", "resume": "auto", "merge_adapter_at_end": True}
-        trainer = SPINTrainer(
-            tiny_model,
-            make_config(**{**settings, **overrides}),
-            train_dataset=train_dataset.select(range(16)),
-            processing_class=tokenizer,
-            peft_config=LoraConfig(r=4, target_modules="all-linear"),
-        )
-        trainer.train()
-        return trainer
+def play(play_run):
+    def play(**given) -> SPINTrainer:
+        fields = {"num_iterations": 1, "save_strategy": "epoch", "resume": "auto", "merge_adapter_at_end": True}
+        return play_run(16, peft_config=LoraConfig(r=4, target_modules="all-linear"), **{**fields, **given})
 
-    return make
+    return play
 
 
 def test_merged_model_of_a_run_computes_what_its_adapter_does_and_grpo_goes_on_from_it(play, tiny_model, tmp_path):

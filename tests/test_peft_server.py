@@ -34,13 +34,12 @@ EXACT = 1e-5  # nats a token, in float32; a stale opponent differs by 1e-2 and m
 
 
 @pytest.fixture
-def play(train_dataset, make_config):
+def play(build_trainer):
     """Plays, and sees that the server played the policy exactly at every iteration, and another one each time."""
 
-    def play(server, model, num_iterations: int = 2, **options) -> SPINTrainer:
-        settings = {"learning_rate": 1e-2, "publish_check_tolerance": EXACT, "vllm_server_base_url": server.base_url}
-        config = make_config(num_iterations=num_iterations, **settings)
-        trainer = SPINTrainer(model, config, train_dataset=train_dataset, **copy.deepcopy(options))
+    def play(server, num_iterations: int = 2, **given) -> SPINTrainer:
+        settings = {"learning_rate": 1e-2, "publish_check_tolerance": EXACT, **server.fields}
+        trainer = build_trainer(num_iterations=num_iterations, **settings, **copy.deepcopy(given))
         trainer.train()
         folders = [trainer.store.path(iteration, "opponent") for iteration in range(num_iterations)]
         contents = [next(folder.glob("*model.safetensors")).read_bytes() for folder in folders if folder.exists()]
@@ -55,24 +54,23 @@ def files(trainer: SPINTrainer, iteration: int) -> set[str]:
 
 
 @pytest.mark.parametrize("kind", ALONE)
-def test_adapter_alone_is_played_exactly(lora_server, tiny_model, play, kind):
-    trainer = play(lora_server, tiny_model, 3 if kind == "patterns" else 2, peft_config=ALONE[kind])
+def test_adapter_alone_is_played_exactly(lora_server, play, kind):
+    trainer = play(lora_server, 3 if kind == "patterns" else 2, peft_config=ALONE[kind])
     assert not trainer.store.path(0, "opponent").exists()  # the base model
     assert files(trainer, 1) == {"adapter_model.safetensors"}
 
 
 @pytest.mark.parametrize("kind", MERGED)
-def test_merged_opponent_is_played_exactly(full_server, tiny_model, play, kind, capsys):
-    trainer = play(full_server, tiny_model, 3 if kind == "dora" else 2, peft_config=MERGED[kind])
+def test_merged_opponent_is_played_exactly(full_server, play, kind, capsys):
+    trainer = play(full_server, 3 if kind == "dora" else 2, peft_config=MERGED[kind])
     assert trainer.store.path(0, "opponent").exists() == (kind == "pissa")  # elsewhere it is the base model
     assert files(trainer, 1) == {"model.safetensors"}
     assert "published as full weights, with the adapter merged into a copy" in capsys.readouterr().out
 
 
-def test_merged_opponent_needs_a_server_for_full_weights(lora_server, tiny_model, train_dataset, make_config):
-    config = make_config(vllm_server_base_url=lora_server.base_url)
+def test_merged_opponent_needs_a_server_for_full_weights(lora_server, build_trainer):
     with pytest.raises(SamplerError, match="cannot load the weights of the opponents.*VLLM_SERVER_DEV_MODE"):
-        SPINTrainer(tiny_model, config, train_dataset=train_dataset, peft_config=MERGED["dora"])
+        build_trainer(peft_config=copy.deepcopy(MERGED["dora"]), **lora_server.fields)
 
 
 @pytest.mark.parametrize("kind", ["patterns", "dora", "loha"])
@@ -85,7 +83,7 @@ def test_run_continues_from_a_trained_adapter(request, tiny_model, play, kind):
             parameter.data.add_(torch.randn_like(parameter) * 0.05)
     initial = copy.deepcopy(policy).eval()
 
-    trainer = play(server, policy)
+    trainer = play(server, model=policy)
 
     if kind in ALONE:
         base = AutoModelForCausalLM.from_pretrained(tiny_model)

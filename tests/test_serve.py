@@ -26,6 +26,7 @@ def install(monkeypatch, tmp_path):
             folder.mkdir()
             (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
         monkeypatch.setattr(sys, "path", [str(tmp_path)])
+        monkeypatch.delitem(sys.modules, "vllm", raising=False)  # of another test
 
     return install
 
@@ -59,14 +60,14 @@ def test_command_for_adapters_or_for_full_weights(printed):
     assert "--enable-lora" not in words and "--max-lora-rank" not in words
 
 
-def test_printing_starts_nothing_and_imports_neither_torch_nor_vllm():
+def test_printing_starts_nothing_and_imports_neither_torch_nor_vllm_nor_does_the_supervisor():
     program = (
-        "import sys; from spin_trl import serve; serve.main(['a model', '--print']); "
-        "print(sorted(sys.modules), file=sys.stderr)"
+        "import sys, spin_trl.generation.vllm.supervise; from spin_trl import serve; "
+        "serve.main(['a model', '--print']); print(sorted(sys.modules), file=sys.stderr)"
     )
     run = subprocess.run([sys.executable, "-c", program], timeout=60, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert not re.search(r"'(torch|vllm|transformers|trl)'", run.stderr)
+    assert not re.search(r"'(torch|vllm|transformers|trl|datasets)'", run.stderr)
     # What is printed can be typed into a shell.
     shown = subprocess.run(["sh", "-c", f"set -- {run.stdout}\nprintf '%s\\n' \"$@\""], capture_output=True, text=True)
     assert "a model" in shown.stdout.splitlines()

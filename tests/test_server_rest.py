@@ -4,31 +4,21 @@ That vLLM itself sleeps and wakes, and a run goes on with it, is tested in `test
 """
 
 import pytest
-from managed import PATIENCE, fake_server, kill, processes_of, program_of, wait_for
+from managed import kill, processes_of, program_of, wait_for
 
 from spin_trl.generation.sampler import SamplerError
-from spin_trl.generation.vllm.http_api import VLLMServer
 from spin_trl.generation.vllm.rest import ServerRest
-from spin_trl.generation.vllm.sampler import VLLMSampler
 
 
 @pytest.fixture
-def make_rest(tmp_path):
-    """A factory of `ServerRest` over managed servers that run the small program; they are stopped at the end."""
-    made = []
+def make_rest(make_server, connect):
+    """A factory of `ServerRest` over managed servers that run the small program."""
 
     def make(can_sleep: bool, max_restarts: int = 1, lora_rank: int | None = 8) -> ServerRest:
-        server = fake_server(tmp_path, max_restarts, can_sleep=can_sleep)
-        server.start()
-        sampler = VLLMSampler("org/base-model", lora_rank)
-        sampler.connect([VLLMServer(server.base_url, server_timeout=PATIENCE, delay=0.05)], "run", 2)
-        made.append(ServerRest(server, sampler))
-        return made[-1]
+        server = make_server(max_restarts=max_restarts, can_sleep=can_sleep)
+        return ServerRest(server, connect(server.base_url, lora_rank=lora_rank))
 
-    yield make
-    for rest in made:
-        rest.sampler.close()
-        rest.process.stop()
+    return make
 
 
 def asked(tmp_path) -> list[str]:
@@ -92,15 +82,6 @@ def test_server_that_dies_asleep_is_started_again_when_it_is_to_wake_and_not_bef
     else:
         rest.wake()
         assert rest.process.num_restarts == 1 and program_of(rest.process).is_running()
-
-
-def test_server_that_cannot_be_started_for_its_next_turn_is_an_error_with_its_log(make_rest, tmp_path):
-    rest = make_rest(can_sleep=False)
-    rest.sleep()
-    (tmp_path / "broken").touch()
-    with pytest.raises(SamplerError, match=r"ended with status 1 while starting(.|\n)*out of memory"):
-        rest.wake()
-    assert processes_of(rest.process.base_url) == []
 
 
 @pytest.mark.parametrize("refused", ["sleep", "wake_up"])

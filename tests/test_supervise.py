@@ -24,13 +24,6 @@ os.rename(sys.argv[1] + ".tmp", sys.argv[1])
 time.sleep(600)
 """
 
-# Starts a supervisor, as a trainer does, and waits.
-PARENT = """
-import os, subprocess, sys, time
-subprocess.Popen([*sys.argv[1:4], str(os.getpid()), *sys.argv[5:]])
-time.sleep(600)
-"""
-
 # Supervises as a process in a terminal's foreground does.
 SUPERVISOR = """
 import signal, sys
@@ -56,11 +49,11 @@ class Processes:
         self.process: subprocess.Popen | None = None
         self.pids: list[int] = []
 
-    def start(self, kind: str = "polite", before: tuple[str, ...] = ()) -> subprocess.Popen:
+    def start(self, kind: str = "polite") -> subprocess.Popen:
         """A polite command is given so much time to end that it must not be waited for; a stubborn one none."""
         supervisor = [sys.executable, "-c", SUPERVISOR, str(os.getpid()), "0.2" if kind == "stubborn" else "10_000"]
         command = [sys.executable, "-c", COMMAND, str(self.pid_file), kind]
-        self.process = subprocess.Popen([*before, *supervisor, *command])
+        self.process = subprocess.Popen([*supervisor, *command])
         assert wait_for(self.pid_file.exists)
         self.pids = [int(pid) for pid in self.pid_file.read_text().split()]
         assert not any(is_gone(pid) for pid in self.pids)
@@ -90,11 +83,6 @@ def processes(tmp_path):
 def test_command_and_its_child_end_when_the_supervisor_is_told_to_end(processes, number, kind):
     """SIGHUP comes when the terminal closes or the connection to the machine breaks, and ends the trainer as well."""
     processes.start(kind).send_signal(number)
-    assert processes.all_end()
-
-
-def test_command_ends_when_the_parent_is_killed(processes):
-    processes.start(before=(sys.executable, "-c", PARENT)).kill()
     assert processes.all_end()
 
 

@@ -1,10 +1,7 @@
 """Self-play against a real vLLM server that somebody else runs (`vllm_server_base_url`)."""
 
-import json
-import os
-import subprocess
 import sys
-import textwrap
+from pathlib import Path
 
 import pytest
 from conftest import all_completions
@@ -21,13 +18,12 @@ LORA = {"r": 8, "target_modules": "all-linear"}
 
 
 @pytest.fixture
-def make_run(tiny_model, train_dataset, make_config):
+def make_run(build_trainer):
     """A factory of trainers against a server, with an adapter or, with `lora=None`, with full weights."""
 
-    def make(server: RealServer, lora: dict | None = LORA, dataset: Dataset = train_dataset, **settings) -> SPINTrainer:
-        config = make_config(**{**server.fields, **settings})
-        peft_config = None if lora is None else LoraConfig(**lora)
-        return SPINTrainer(tiny_model, config, train_dataset=dataset, peft_config=peft_config)
+    def make(server: RealServer, lora: dict | None = LORA, **given) -> SPINTrainer:
+        adapter = {} if lora is None else {"peft_config": LoraConfig(**lora)}
+        return build_trainer(**{**server.fields, **adapter, **given})
 
     return make
 
@@ -38,7 +34,8 @@ def make_run(tiny_model, train_dataset, make_config):
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_every_iterations_opponent_is_another_and_the_server_plays_it(kind, request, make_run):
     server = request.getfixturevalue(f"{kind}_server")
-    trainer = make_run(server, LORA if kind == "lora" else None, learning_rate=1e-2)
+    fields = {"learning_rate": 1e-2, "save_strategy": "epoch", "report": True}
+    trainer = make_run(server, LORA if kind == "lora" else None, **fields)
     trainer.train()
     for iteration in range(3):
         assert trainer.store.read_metrics(iteration)["publish_check_difference"] < 1e-4
@@ -47,12 +44,10 @@ def test_every_iterations_opponent_is_another_and_the_server_plays_it(kind, requ
     folders = [trainer.store.path(iteration, "opponent") for iteration in (1, 2)]
     first, second = (load_file(next(folder.glob("*.safetensors"))) for folder in folders)
     assert any((first[name] - second[name]).abs().max() > 1e-3 for name in first)
-    assert {path.suffix for folder in folders for path in folder.iterdir()} <= {
-        ".json",
-        ".safetensors",
-        ".jinja",
-        ".md",
-    }
+    kinds = {path.suffix for folder in folders for path in folder.iterdir()}
+    assert kinds <= {".json", ".safetensors", ".jinja", ".md"}
+    files = [path for path in Path(trainer.args.output_dir).rglob("*") if path.is_file()]
+    assert not [path for path in files if server.api_key.encode() in path.read_bytes()]
     assert "vllm" not in sys.modules
 
 
@@ -83,7 +78,7 @@ def test_publish_check_catches_a_server_left_on_an_old_opponent(full_server, mak
 def test_publish_check_works_where_answers_would_be_truncated(lora_server, make_run):
     """Prompts of 17 tokens and a `max_length` of 20 leave 3 tokens of each answer to be scored."""
     dataset = Dataset.from_dict({"prompt": ["a" * 16, "b" * 16], "completion": ["AA B K", "B AA T"]})
-    trainer = make_run(lora_server, dataset=dataset, num_iterations=1, max_length=20)
+    trainer = make_run(lora_server, train_dataset=dataset, num_iterations=1, max_length=20)
     trainer.train()
     assert trainer.store.read_metrics(0)["publish_check_difference"] < 1e-4
 
@@ -119,41 +114,10 @@ def test_same_seed_repeats_the_answers(lora_server, tiny_model, connect):
     assert first == again != by_key(sampler.sample(others, params))
 
 
-# A script
-
-
-def test_user_script_plays_three_iterations(lora_server, tiny_model, train_dataset, tmp_path):
-    """As a user writes it, against a server that runs already."""
-    train_dataset.to_json(tmp_path / "sft.jsonl")
-    script = f"""
-    from peft import LoraConfig
-    from datasets import load_dataset
-    from spin_trl import SPINConfig, SPINTrainer
-
-    trainer = SPINTrainer(
-        model={tiny_model!r},
-        args=SPINConfig(output_dir="out", num_iterations=3, beta=0.1, learning_rate=5e-7,
-                        vllm_server_base_url={lora_server.base_url!r}, temperature=0.7, max_completion_length=1024,
-                        use_cpu=True, bf16=False, report_to="none"),
-        train_dataset=load_dataset("json", data_files="sft.jsonl", split="train"),   # prompt + completion
-        peft_config=LoraConfig(r=8, target_modules="all-linear"),
-    )
-    trainer.train()
-    """
-    (tmp_path / "script.py").write_text(textwrap.dedent(script))
-    env = {**os.environ, "HF_HOME": str(tmp_path / "hf")}
-    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    metrics = [json.loads((tmp_path / f"out/iteration-{i}/metrics.json").read_text()) for i in range(3)]
-    assert [m["num_pairs"] for m in metrics] == [48, 48, 48]
-    # With history, and without the few pairs in which the opponent repeated the ground truth.
-    assert [m["num_training_pairs"] > 40 * n for m, n in zip(metrics, (1, 2, 2), strict=True)] == [True] * 3
-    assert list((tmp_path / "out").glob("checkpoint-*/adapter_model.safetensors"))
-    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
-    assert not [path for path in files if lora_server.api_key.encode() in path.read_bytes()]
-
-
 # What is refused, before a model is loaded
+
+
+LONG = Dataset.from_dict({"prompt": ["a" * 50], "completion": ["B"]})
 
 
 @pytest.fixture
@@ -165,38 +129,21 @@ def no_model(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("kind", "lora", "settings", "message"),
+    ("kind", "lora", "given", "message"),
     [
-        (
-            "full",
-            None,
-            {"vllm_server_base_url": "http://127.0.0.1:9", "vllm_server_timeout": 1.0},
-            r":9 did not answer",
-        ),
         ("full", LORA, {}, r"cannot load the LoRA adapters.*--lora-rank 8"),
         ("lora", None, {}, r"cannot load the weights.*VLLM_SERVER_DEV_MODE"),
-        (
-            "full",
-            None,
-            {"vllm_server_model": "org/other"},
-            r"serves \['.*tiny'\], not 'org/other'.*`vllm_server_model`",
-        ),
+        ("full", None, {"vllm_server_model": "org/other"}, r"serves \['.*tiny'\], not 'org/other'"),
+        ("full", None, {"train_dataset": LONG}, r"context of 48 tokens, but at least 52 are needed.*--max-model-len"),
     ],
-    ids=["absent", "no LoRA", "no reloading", "another model"],
+    ids=["no LoRA", "no reloading", "another model", "too short for any prompt"],
 )
-def test_server_that_cannot_play_the_run_is_refused(kind, lora, settings, message, request, make_run, no_model):
+def test_server_that_cannot_play_the_run_is_refused(kind, lora, given, message, request, make_run, no_model):
     with pytest.raises(SamplerError, match=message):
-        make_run(request.getfixturevalue(f"{kind}_server"), lora, **settings)
+        make_run(request.getfixturevalue(f"{kind}_server"), lora, **given)
 
 
 def test_prompt_too_long_for_the_server_is_dropped_before_generation(lora_server, train_dataset, make_run):
     """The server's context is 48 tokens, the model's 64."""
-    dataset = Dataset.from_list([*train_dataset, {"prompt": "a" * 50, "completion": "B"}])
-    trainer = make_run(lora_server, dataset=dataset, num_iterations=1)
-    assert len(trainer.game.dataset) == 48
-
-
-def test_context_too_short_for_any_prompt_is_refused(full_server, make_run, no_model):
-    dataset = Dataset.from_dict({"prompt": ["a" * 50], "completion": ["B"]})
-    with pytest.raises(SamplerError, match=r"context of 48 tokens, but at least 52 are needed.*--max-model-len"):
-        make_run(full_server, lora=None, dataset=dataset)
+    dataset = Dataset.from_list([*LONG, *train_dataset.select(range(9))])
+    assert len(make_run(lora_server, train_dataset=dataset).game.dataset) == 9
