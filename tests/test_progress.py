@@ -54,7 +54,8 @@ def shown(tiny_model, tmp_path_factory) -> Shown:
 def start(model: str, folder: Path, **streams) -> subprocess.Popen:
     tests = Path(__file__).parent
     path = os.pathsep.join([str(tests), str(tests.parent)])
-    job = json.dumps({"model": model, "config": {"output_dir": str(folder / "run"), "save_strategy": "no"}})
+    config = {"output_dir": str(folder / "run"), "save_strategy": "no", "disable_tqdm": False}
+    job = json.dumps({"model": model, "config": config})
     command = [sys.executable, str(tests / "play_short.py"), job]
     return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path, "COLUMNS": "200"}, **streams)
 
