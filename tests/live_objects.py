@@ -20,18 +20,19 @@ def count_live_objects(trainer: SPINTrainer) -> dict[str, int]:
     """
     gc.collect()
     objects = gc.get_objects()
-    tensors = [item for item in objects if issubclass(type(item), torch.Tensor)]
-    modules = [item for item in objects if issubclass(type(item), nn.Module)]
+
+    def living(kind: type) -> list:
+        return [item for item in objects if issubclass(type(item), kind)]
+
+    tensors, modules = living(torch.Tensor), living(nn.Module)
+    kept = ("_models", "_optimizers", "_schedulers", "_dataloaders")
     return {
         "tensors": len(tensors),
         "numbers": sum(tensor.numel() for tensor in tensors if tensor.numel() > _LARGEST_BATCH),
-        "datasets": sum(issubclass(type(item), Dataset) for item in objects),
-        "loaders": sum(issubclass(type(item), DataLoader) for item in objects),
+        "datasets": len(living(Dataset)),
+        "loaders": len(living(DataLoader)),
         "modules": len(modules),
         "hooks": sum(len(value) for item in modules for name, value in vars(item).items() if "hooks" in name and value),
         "callbacks": len(trainer.callback_handler.callbacks),
-        "kept by accelerate": sum(
-            len(getattr(trainer.accelerator, kind))
-            for kind in ("_models", "_optimizers", "_schedulers", "_dataloaders")
-        ),
+        "kept by accelerate": sum(len(getattr(trainer.accelerator, kind)) for kind in kept),
     }

@@ -7,7 +7,6 @@ error and begin again, and fail in the next one. The error of the last is not ca
 the main process writes `pids` while it evaluates, and sleeps.
 """
 
-import json
 import os
 import sys
 import time
@@ -22,6 +21,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import TrlParser
 
 from spin_trl import SPINConfig, SPINTrainer
+from spin_trl.run_directory.whole_files import write_json
 
 
 class InjectedError(ArithmeticError):
@@ -55,8 +55,7 @@ class Failing(TrainerCallback):
 
 def wait(output_dir: str, pids: list[int]):
     def measure(prompts, truths, answers) -> dict[str, float]:
-        Path(output_dir, "pids.part").write_text(json.dumps(pids))
-        Path(output_dir, "pids.part").rename(Path(output_dir, "pids"))
+        write_json(Path(output_dir, "pids"), pids)
         time.sleep(500)
 
     return measure

@@ -3,6 +3,7 @@
 import os
 import re
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -71,12 +72,12 @@ def left_over(directory: Path) -> list[Path]:
 # Every phase of a run, with the disk filled just before
 
 
-# phase: when the disk is filled, bytes left free, what the error names.
+# phase: when the disk is filled, or what is there by then; bytes left free; what the error names.
 PHASES = {
     "description": ("start", 0, "self_play.json"),
-    "completions": ("first answer", 0, "iteration-0/evaluation/part-00000000-"),
+    "completions": ("self_play.json", 0, "iteration-0/evaluation/part-00000000-"),
     "metrics": ("evaluation", 0, "iteration-0/metrics.json"),
-    "pairs": ("scoring", 4096, "iteration-0/pairs"),
+    "pairs": ("iteration-0/generations/part-*", 4096, "iteration-0/pairs"),
     "opponent": ("step 6", 100_000, "iteration-1/opponent"),
     "checkpoint": ("step 6", 450_000, "checkpoint-6"),
     "checkpoint, all but the last": ("step 6", 1_155_072, "checkpoint-6"),
@@ -89,34 +90,26 @@ def test_full_disk_is_named_leaves_nothing_half_written_and_the_same_command_goe
 ):
     """One iteration of six steps; to fill the disk before an opponent is saved, two."""
     disk = make_disk("8m")
-    run, is_full = disk.path / "run", [False]
-
-    def fill() -> None:
-        if not is_full[0]:
-            is_full[0] = True
-            disk.fill(room)
-
-    def score(prompts, truths, answers) -> dict[str, float]:
-        if when == "evaluation":
-            fill()
-        return {}
-
+    run, fill = disk.path / "run", partial(disk.fill, room)
     settings = {"num_iterations": 1, "save_strategy": "epoch", "resume": "auto"}
     if "opponent" in name:
         settings |= {"num_iterations": 2, "num_opponents": 2, "save_strategy": "no"}
+    fills = [fill] if when == "evaluation" else []
 
-    def build() -> SPINTrainer:
-        arguments = {"eval_dataset": eval_dataset, "compute_generation_metrics": score}
-        arguments["callbacks"] = [AtStep(6, fill)] if when == "step 6" else []
-        return build_trainer(output_dir=str(run), **arguments, **settings)
+    def measure(prompts, truths, answers) -> dict[str, float]:
+        while fills:
+            fills.pop()()
+        return {}
 
-    if when == "first answer":
-        at_forward(fill)
-    elif when == "scoring":
-        at_forward(fill, lambda: any(run.glob("iteration-0/generations/part-*")))
-    trainer = build()
+    def build(*callbacks) -> SPINTrainer:
+        data = {"eval_dataset": eval_dataset, "compute_generation_metrics": measure}
+        return build_trainer(output_dir=str(run), callbacks=list(callbacks), **data, **settings)
+
+    trainer = build(AtStep(6 if when == "step 6" else -1, fill))
     if when == "start":
         fill()
+    else:
+        at_forward(fill, lambda: any(run.glob(when)))
     with pytest.raises(DiskError) as caught:
         trainer.train()
     message = str(caught.value)

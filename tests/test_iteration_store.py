@@ -5,7 +5,6 @@ import math
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 from conftest import all_completions
 from datasets import Dataset
@@ -57,12 +56,6 @@ def test_interrupt_during_a_write_leaves_what_was_there(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write_whole(tmp_path / "file", interrupt)
     assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
-
-
-def test_pairs_that_could_not_be_written_are_absent(store):
-    with pytest.raises(pa.ArrowInvalid):
-        store.write_pairs(0, answers(0, 1), {"ref_chosen_logps": np.zeros(1)})
-    assert not store.has_pairs(0) and files(store) == []
 
 
 def save(content: str, fail: bool = False):

@@ -19,13 +19,13 @@ from spin_trl.run_directory.store import IterationStore
 
 # What is played, and where the run is killed; see `KillAt.kind_of`.
 QUICK = [
-    ("judged", "saved, not marked"),
+    ("judged", "save"),
     ("judged", "training"),
     ("judged", "rewards"),
     ("server", "opponent"),
 ]
 SLOW_PLACES = "pairs checkpoint mark generations evaluation metrics train_data self_play README".split()
-SLOW = [("in-process", place) for place in [*SLOW_PLACES, "step ends", "epoch ends"]]
+SLOW = [("in-process", place) for place in [*SLOW_PLACES, "step_end", "epoch_end"]]
 SLOW += [("judged", "pairs"), ("t_spin", "initial_answers"), ("t_spin", "inference")]
 SLOW += [("server", "generations"), ("managed", "server start")]
 SETTINGS = {

@@ -46,10 +46,3 @@ def test_section_replaces_an_older_one_and_stands_before_the_versions(make_confi
     assert "| start | 2 |" in card and "| iteration 0 | 8 | 0.25 |" in card and "seconds" not in card
     assert card.index("### Self-play") < card.index("### Framework versions")
     assert with_self_play(card, metrics, make_config()) == card
-
-
-def test_card_of_an_iteration_shows_its_own_evaluation_and_nothing_later(make_config):
-    metrics = [(i, {"evaluation": {"nll": 2.0 - i / 2}, "num_pairs": 8}) for i in range(3)]
-    card = with_self_play("", metrics, make_config(), last=0)
-    assert "| start | 2 |" in card and "| iteration 0 | 1.5 |" in card and "| iteration 0 | 8 |" in card
-    assert "iteration 1 |" not in card

@@ -1,7 +1,7 @@
 """The README and the pages in `docs/` tell the truth about the code."""
 
-import importlib.util
 import re
+import runpy
 from dataclasses import fields
 
 import pytest
@@ -9,14 +9,6 @@ from conftest import ROOT
 from trl import DPOConfig
 
 from spin_trl import SPINConfig
-
-
-def load_script(name: str):
-    """A script of `scripts/` as a module."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 README = (ROOT / "README.md").read_text()
@@ -35,7 +27,7 @@ def test_every_new_field_is_documented_with_its_default_as_the_docstring_says_it
     for name, default in new.items():
         written = "unset" if default is None else f"`{default!r}`"
         assert documented[name] == written, name
-    page = load_script("document_fields").rewritten(CONFIGURATION)
+    page = runpy.run_path(str(ROOT / "scripts" / "document_fields.py"))["rewritten"](CONFIGURATION)
     assert page == CONFIGURATION, "run `make docs`"
 
 

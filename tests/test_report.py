@@ -13,6 +13,7 @@ from small_run import ANSWERS, GAMES, cut_off, flip_a_bit, write_run
 from tiny_tokenizers import byte_tokenizer
 
 from spin_trl.report import write_report
+from spin_trl.report.__main__ import main
 from spin_trl.report.charts import Axes, Series, bar_chart, format_number, line_chart, nice_ticks
 from spin_trl.report.page import render
 from spin_trl.report.run_data import read_run
@@ -74,11 +75,12 @@ def test_a_sample_is_bounded_and_repeatable(tmp_path):
 # What is missing or damaged
 
 
-def test_a_directory_that_holds_no_run_is_refused(tmp_path):
+def test_a_directory_that_holds_no_run_is_refused_by_the_command_too(tmp_path, capsys):
     with pytest.raises(RunDirectoryError, match=r"holds no self-play run: neither self_play.json nor iteration-0"):
         read_run(tmp_path)
     with pytest.raises(RunDirectoryError, match="is no directory"):
         read_run(tmp_path / "none")
+    assert main([str(tmp_path)]) == 1 and "holds no self-play run" in capsys.readouterr().err
 
 
 DAMAGES = {
@@ -203,13 +205,6 @@ def test_the_command_writes_the_page_and_its_pictures_without_torch(store, tmp_p
     assert "It is London." in output.read_text()
     pictures = sorted(path.name for path in (tmp_path / "out" / "report").iterdir())
     assert pictures == ["lengths.png", "rewards.png", "scores.png"]
-
-
-def test_the_command_says_what_is_wrong(tmp_path, capsys):
-    from spin_trl.report.__main__ import main
-
-    assert main([str(tmp_path)]) == 1
-    assert "holds no self-play run" in capsys.readouterr().err
 
 
 def test_pictures_without_matplotlib_are_refused_if_asked_for(store, monkeypatch):

@@ -101,24 +101,6 @@ def test_iris_lands_on_the_data_in_one_iteration(loss, alpha):
     assert value == pytest.approx(-log_z / (alpha * (alpha - 1)), rel=1e-6) and value < 0
 
 
-def test_iris_over_batches_of_one_length_lands_elsewhere(loss):
-    """Why `iris` is not trained on batches of similar length. Answers 3 and 4 are long, the others short."""
-    pairs = all_pairs(DATA_COUNTS, OPPONENT_COUNTS)
-    is_long = (pairs >= 3).any(dim=1)
-    groups = [pairs[~is_long], pairs[is_long]]
-
-    def grouped(names, logps, ref_logps, **parameters):
-        start, losses = 0, []
-        for group in groups:
-            part = slice(start, start := start + len(group))
-            sides = (tuple(side[part] for side in one) for one in (logps, ref_logps))
-            losses.append(loss(names, *sides, **parameters) * len(group))
-        return sum(losses) / len(pairs)
-
-    reply = best_reply(grouped, ["iris"], torch.cat(groups))
-    assert (reply - P_DATA).abs().sum() / 2 > 0.05
-
-
 @pytest.mark.parametrize("name", ["space", "iris"])
 def test_answers_of_an_older_opponent_drive_the_policy_from_the_data_again(loss, name):
     """Why they have no history by default. The opponent is the data's distribution, half the answers are another's."""
@@ -163,18 +145,3 @@ def test_opponent_that_equals_the_data_is_a_fixed_point(loss, name):
     if name != "correlation":  # which is flat there: nothing to converge to
         reply = best_reply(loss, [name], pairs, opponent=P_DATA, beta=0.7, space_mu=2.0)
         torch.testing.assert_close(reply, P_DATA, atol=1e-9, rtol=0)
-
-
-@pytest.mark.parametrize(
-    ("name", "scale"), [("sigmoid", 0.15), ("hinge", 0.3), ("exponential", 0.3), ("correlation", 0.3), ("iris", 1.0)]
-)
-def test_first_gradient_is_that_of_sft_scaled(loss, name, scale):
-    """
-    At p = p_t the gradient is l'(0) * beta * (E grad log p(y) - E grad log p(y')). The second expectation is zero, as
-    y' comes from p itself. With softmax logits E grad log p(y) = p_data - p. l'(0) is -1/2 for logistic, else -1; beta
-    is 0.3, and has no part in IRIS, whose weights are all alike there.
-    """
-    logits = P_OPPONENT.log().clone().requires_grad_()
-    pairs = all_pairs(DATA_COUNTS, OPPONENT_COUNTS)
-    expected_loss(loss, logits, pairs, P_OPPONENT, [name], beta=0.3).backward()
-    torch.testing.assert_close(logits.grad, -scale * (P_DATA - P_OPPONENT), atol=1e-9, rtol=0)
