@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from spin_trl import SPINTrainer
 from spin_trl.policy.adapters import starts_as_base
-from spin_trl.policy.merging import check_can_be_merged, fold_scaling, save_merged
+from spin_trl.policy.merging import check_can_be_merged, save_merged
 from spin_trl.policy.published_form import UNMERGED_TYPES
 
 
@@ -123,27 +123,6 @@ def test_adapter_that_would_untie_the_embeddings_is_refused(kind):
     policy = make_policy(make_base(tie_word_embeddings=True), make_config_of(kind))
     with pytest.raises(ValueError, match="ties its input and output embeddings.*`ensure_weight_tying=True`"):
         check_can_be_merged(policy)
-
-
-@pytest.mark.parametrize("use_rslora", [False, True])
-def test_adapter_with_ranks_and_alphas_of_its_own_is_scaled_as_vllm_scales_it(tmp_path, use_rslora):
-    """vLLM scales every module by alpha / r (rsLoRA: alpha / sqrt(r)) of the configuration, whatever its own rank."""
-    ranks, alphas = {"q_proj": 9, "model.layers.1.mlp.down_proj": 1}, {"v_proj": 5, "q_proj": 3}
-    targets = ["q_proj", "v_proj", "down_proj"]
-    settings = {"target_modules": targets, "rank_pattern": ranks, "alpha_pattern": alphas, "use_rslora": use_rslora}
-    config, base = LoraConfig(r=4, lora_alpha=6, **settings), make_base()
-    policy = make_policy(base, config)
-    policy.save_pretrained(tmp_path)
-    fold_scaling(str(tmp_path))
-
-    scaling = 6 / 4**0.5 if use_rslora else 6 / 4
-    weights = load_file(tmp_path / "adapter_model.safetensors")
-    for name, module in policy.get_base_model().named_modules():
-        if hasattr(module, "lora_A"):
-            a, b = (weights[f"base_model.model.{name}.lora_{side}.weight"] for side in "AB")
-            assert torch.allclose(scaling * b @ a, module.get_delta_weight("default"), atol=1e-6)
-    again = PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path)).eval()
-    assert (logits(again) - logits(policy)).abs().max() < 1e-5
 
 
 # At the end of a run

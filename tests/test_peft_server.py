@@ -14,7 +14,7 @@ from spin_trl.generation.sampler import SamplerError
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 # Named for what is published alone, and with what it has to be merged.
 ALONE = {
-    "rslora": LoraConfig(r=8, lora_alpha=4, target_modules=TARGETS, use_rslora=True),
+    "rslora": LoraConfig(r=3, target_modules=TARGETS, use_rslora=True, rank_pattern={"q_proj": 8, "v_proj": 1}),
     "patterns": LoraConfig(
         r=4,
         target_modules=TARGETS,
@@ -73,7 +73,7 @@ def test_merged_opponent_needs_a_server_for_full_weights(lora_server, build_trai
         build_trainer(peft_config=copy.deepcopy(MERGED["dora"]), **lora_server.fields)
 
 
-@pytest.mark.parametrize("kind", ["patterns", "dora", "loha"])
+@pytest.mark.parametrize("kind", ["patterns", "rslora", "dora", "loha"])
 def test_run_continues_from_a_trained_adapter(request, tiny_model, play, kind):
     server = request.getfixturevalue("lora_server" if kind in ALONE else "full_server")
     torch.manual_seed(0)

@@ -77,17 +77,9 @@ def test_metrics_by_hand():
 
 
 def train_two_steps(output_dir: Path, **script_arguments) -> None:
-    training_args = SFTConfig(
-        output_dir=str(output_dir),
-        max_steps=2,
-        per_device_train_batch_size=2,
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-    )
+    on_cpu = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False}
+    brief = {"max_steps": 2, "per_device_train_batch_size": 2, "save_strategy": "no", "report_to": "none"}
+    training_args = SFTConfig(output_dir=str(output_dir), disable_tqdm=True, **on_cpu, **brief)
     script_arguments.setdefault("train_file", str(DATA / "accent_train.jsonl"))
     # An untrained model does not end its answers, so to measure it would take long.
     script_args = pronunciation_sft.ScriptArguments(evaluate=False, **script_arguments)
