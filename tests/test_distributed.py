@@ -1,4 +1,4 @@
-"""Schedules, moments and references in a plain run, in two processes, and sharded by DeepSpeed and FSDP2."""
+"""Schedules, moments, references and memory: in a plain run, in two processes, and sharded by DeepSpeed and FSDP2."""
 
 import json
 import math
@@ -15,7 +15,6 @@ import pytest
 import torch
 import yaml
 from conftest import DATA, RECIPES, ROOT, logp
-from datasets import Dataset
 from peft import PeftModel, get_peft_model_state_dict
 from play_distributed import play, settings
 from transformers import AutoModelForCausalLM
@@ -28,20 +27,35 @@ TRAIN_FILE = DATA / "accent_train.jsonl"
 slow = pytest.mark.slow
 
 BEST = ["--metric_for_best_model", "nll", "--load_best_model_at_end", "true"]
+# Three iterations of one size.
+ALIKE = {"num_iterations": 3, "num_history_iterations": 0, "learning_rate": 1e-3, "beta": 0.1}
+# Earlier opponents, where weights are not sharded, and a reference that is two policies.
+MIXED = {"reference_mixture_alpha": 0.5}
+SEVERAL = {"num_opponents": 2, **MIXED}
 STOPPABLE = ["--resume", "auto", "--save_strategy", "steps", "--save_steps", "100"]
 
-# What else a launch plays, each in a folder and with further fields: with the best policy taken back, or until SIGTERM
-# to one process stops both in step 7 of twelve or, if the signal comes late, in the one after; and again from there.
-BEST_TAKEN_BACK = [("best", BEST)]
+
+def words(fields: dict) -> list[str]:
+    return [word for name, value in fields.items() for word in (f"--{name}", str(value))]
+
+
+# What else a launch plays, each in a folder and with further fields. The two that are stopped: until SIGTERM to one
+# process stops both in step 7 of twelve or, if the signal comes late, in the one after; and again from there.
+OTHERS = [("best", BEST), ("alike", words(ALIKE)), ("mixed", words(SEVERAL))]
+OTHERS += [("mixed-lora", words({"adapter": "lora", **SEVERAL}))]
 STOPPED = [("resumed", [*STOPPABLE, "--sigterm_to", "1", "--sigterm_at", "6"]), ("resumed", STOPPABLE)]
 # The accelerate configuration, what is trained with which reference_mixture_alpha, and others.
 LAUNCHES = {
     "ddp": ("ddp", [("full", "0")], STOPPED),
     "zero3": ("zero3", [("full", "1")], []),
     "fsdp2": ("fsdp2", [("lora", "0")], []),
-    "slow-ddp": ("ddp", [("lora", "0")], BEST_TAKEN_BACK),
+    "slow-ddp": ("ddp", [("lora", "0")], OTHERS),
     "slow-zero2": ("zero2", [("full", "1"), ("lora", "0")], STOPPED),
-    "slow-zero3": ("zero3", [("full", "0"), ("lora", "0")], STOPPED),
+    "slow-zero3": (
+        "zero3",
+        [("full", "0"), ("lora", "0")],
+        [*STOPPED, ("mixed", words(MIXED))],
+    ),
     "slow-fsdp2": ("fsdp2", [("full", "0"), ("full", "1")], STOPPED),
     "slow-single": ("single", [("full", "0"), ("lora", "0")], []),
 }
@@ -108,11 +122,11 @@ def launched(tmp_path_factory, tiny_model):
         folder = tmp_path_factory.mktemp(launch_id)
         played = [(f"{adapter}-{reference}", ["--adapter", adapter], reference) for adapter, reference in plays]
         played += [(output_dir, fields, plays[0][1]) for output_dir, fields in others]
-        words = [tiny_model, str(TRAIN_FILE)]
+        arguments = [tiny_model, str(TRAIN_FILE)]
         for number, (output_dir, fields, reference) in enumerate(played):
-            words += ["--"] * (number > 0) + [str(folder / output_dir), *fields, "--reference_mixture_alpha", reference]
-            words += ["--use_cpu", "false"] * (name == "fsdp2")  # see `let_fsdp_run_on_cpu`
-        done = launch(name, folder, words)
+            arguments += ["--"] * (number > 0) + [str(folder / output_dir), "--reference_mixture_alpha", reference]
+            arguments += [*fields, *["--use_cpu", "false"] * (name == "fsdp2")]  # see `let_fsdp_run_on_cpu`
+        done = launch(name, folder, arguments)
         assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
         return folder, done.stdout
 
@@ -184,7 +198,7 @@ def test_policy_equals_the_reference_where_the_reference_is_the_opponent(run):
 def test_every_prompt_is_paired_once_and_scored_by_the_reference(run, tiny_model):
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     for iteration in (0, 1):
-        pairs = pairs_of(run, iteration)
+        pairs = load_pairs(run.output_dir, iteration)
         assert sorted(pairs["row"][:30]) == list(range(30))
         expected = [logp(model, row["prompt_ids"], row["rejected_ids"]) for row in pairs]
         by_initial_model = pairs["ref_rejected_logps"][:] == pytest.approx(expected, abs=1e-3)
@@ -196,15 +210,57 @@ def test_every_prompt_is_paired_once_and_scored_by_the_reference(run, tiny_model
 
 def test_pairs_and_losses_are_those_of_one_process(run, alone):
     """The same pairs in every step, in all twelve; the last step of an epoch would hold six instead of eight."""
-    expected_run = alone(run.adapter, run.reference)
-    for iteration in (0, 1):
-        pairs, expected = pairs_of(run, iteration), pairs_of(expected_run, iteration)
-        for name in ("iteration", "row", "sample", "prompt_ids", "chosen_ids", "rejected_ids"):
-            assert pairs[name][:] == expected[name][:], name
-        for name in ("ref_chosen_logps", "ref_rejected_logps"):
-            assert pairs[name][:] == pytest.approx(expected[name][:], abs=1e-3), name
+    expected = alone(run.adapter, run.reference)
+    assert_same_pairs(run.output_dir, expected.output_dir)
     for seen in run.seen:
-        assert seen["loss"] == pytest.approx(expected_run.seen[0]["loss"], abs=1e-4)
+        assert seen["loss"] == pytest.approx(expected.seen[0]["loss"], abs=1e-4)
+
+
+def assert_same_pairs(output_dir: Path, expected_dir: Path) -> None:
+    for iteration in (0, 1):
+        pairs, expected = load_pairs(output_dir, iteration), load_pairs(expected_dir, iteration)
+        assert pairs.column_names == expected.column_names
+        for name in pairs.column_names:
+            values = expected[name][:]
+            assert pairs[name][:] == (pytest.approx(values, abs=1e-3) if name.endswith("_logps") else values), name
+
+
+@slow
+@pytest.mark.parametrize(
+    ("launch_id", "folder", "adapter", "fields"),
+    [
+        ("slow-ddp", "mixed", "full", SEVERAL),
+        ("slow-ddp", "mixed-lora", "lora", SEVERAL),
+        ("slow-zero3", "mixed", "full", MIXED),
+    ],
+)
+def test_pairs_of_several_opponents_or_references_are_those_of_one_process(
+    launched, tiny_model, tmp_path, launch_id, folder, adapter, fields
+):
+    play(tiny_model, str(TRAIN_FILE), SPINConfig(**settings(str(tmp_path), **fields)), adapter)
+    assert_same_pairs(launched(launch_id)[0] / folder, tmp_path)
+
+
+# Nothing that an iteration makes outlives it.
+
+
+@pytest.mark.parametrize("adapter", ["full", "lora"])
+def test_no_iteration_leaves_anything_behind(adapter, tiny_model, tmp_path):
+    seen = play(tiny_model, str(TRAIN_FILE), SPINConfig(**settings(str(tmp_path), **ALIKE)), adapter)
+    assert_nothing_grows(seen["live"])
+
+
+@slow
+def test_no_iteration_leaves_anything_behind_in_two_processes(launched):
+    for seen in seen_in(launched("slow-ddp")[0] / "alike"):
+        assert_nothing_grows(seen["live"])
+
+
+def assert_nothing_grows(live: list[dict[str, int]]) -> None:
+    """Counted at the first step of each iteration. The first has no optimizer state yet to have been emptied."""
+    assert len(live) == 3
+    assert live[2] == live[1]
+    assert min(live[1][kind] for kind in ("tensors", "numbers", "datasets", "loaders", "modules")) > 0
 
 
 @pytest.mark.parametrize("name", ["opponent", "final"])
@@ -221,7 +277,7 @@ def test_saved_policy_is_that_of_one_process(run, alone, name, tiny_model):
 # Stopped, taken back
 
 
-@pytest.mark.parametrize("launch_id", [marked(name) for name, launch in LAUNCHES.items() if launch[2] is STOPPED])
+@pytest.mark.parametrize("launch_id", [marked(name) for name, launch in LAUNCHES.items() if STOPPED[0] in launch[2]])
 def test_run_goes_on_where_sigterm_to_one_process_stopped_both(launch_id, launched):
     (folder, output), (_, [(_, reference), *_], _) = launched(launch_id), LAUNCHES[launch_id]
     assert output.count("Stopped by a signal after step") == 1 and output.count("Would end with status 143") == 2
@@ -254,7 +310,3 @@ def load(folder: Path, adapter: str, tiny_model: str) -> dict[str, torch.Tensor]
     return get_peft_model_state_dict(
         PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), folder)
     )
-
-
-def pairs_of(run: Run, iteration: int) -> Dataset:
-    return load_pairs(run.output_dir, iteration)

@@ -15,10 +15,8 @@ from datasets import Dataset
 from fault_server import FakeVLLM
 from kill_points import PLACES
 from peft import LoraConfig, PeftModel
-from play_distributed import play, settings
 from real_server import make_opponent
 from stopping import AtStep, train_until_stopped
-from test_distributed import launch
 from test_kill_and_resume import assert_ends_the_same, start
 from test_reference_mixture import changed_model, of_six_pairs
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -293,33 +291,6 @@ def test_earlier_opponent_that_is_gone_is_named(build_trainer):
     shutil.rmtree(stopped.store.path(0, "opponent"))
     with pytest.raises(RunDirectoryError, match=r"iteration-0/opponent is not there.*`num_opponents` \(2\).*Put it"):
         build_trainer(peft_config=LoraConfig(**LORA), **fields).train()
-
-
-# Several processes
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("launcher", "adapter", "fields"),
-    [
-        ("ddp", "full", {"num_opponents": 2, "reference_mixture_alpha": 0.5}),
-        ("ddp", "lora", {"num_opponents": 2, "reference_mixture_alpha": 0.5}),
-        ("zero3", "full", {"reference_mixture_alpha": 0.5}),
-    ],
-    ids=["ddp", "ddp-lora", "zero3"],
-)
-def test_pairs_of_two_processes_are_those_of_one(tiny_model, tmp_path, launcher, adapter, fields):
-    arguments = [word for name, value in fields.items() for word in (f"--{name}", str(value))]
-    output_dir, alone = tmp_path / "out", tmp_path / "alone"
-    done = launch(launcher, tmp_path, [tiny_model, str(TRAIN_FILE), str(output_dir), "--adapter", adapter, *arguments])
-    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
-    play(tiny_model, str(TRAIN_FILE), SPINConfig(**settings(str(alone), **fields)), adapter)
-    for iteration in (0, 1):
-        pairs, expected = (load_pairs(directory, iteration) for directory in (output_dir, alone))
-        assert pairs["rejected_ids"][:] == expected["rejected_ids"][:]
-        assert "opponent" not in pairs.column_names or pairs["opponent"][:] == expected["opponent"][:]
-        for name in ("ref_chosen_logps", "ref_rejected_logps"):
-            assert pairs[name][:] == pytest.approx(expected[name][:], abs=1e-3), name
 
 
 # A real server
