@@ -518,9 +518,9 @@ class SPINConfig(DPOConfig):
                     f"`{name}` has {len(values)} values ({values}), but `num_iterations` is {self.num_iterations}. "
                     "Give one number for all iterations, or one for each."
                 )
-            if len(values) > 1 and min(values) == 0 or min(values) < 0:
-                expected = "at least 0" if len(values) == 1 else "positive in every iteration"
-                raise ValueError(f"`{name}` must be {expected}, got {min(values)}. Give a positive number.")
+            is_frozen = min(values) == 0 and (len(values) > 1 or name == "beta")  # pairs then teach nothing
+            if is_frozen or min(values) < 0:
+                raise ValueError(f"`{name}` must be positive, got {min(values)}. Give a positive number.")
             setattr(self, name, values[0])
             if len(values) > 1:
                 self._schedules[name] = dict(enumerate(values))

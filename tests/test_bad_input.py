@@ -116,11 +116,12 @@ def test_whole_number_that_is_too_small_is_refused(field, least, make_config):
     ({"publish_check_tolerance": 0}, "must be positive", "got 0", "`publish_check_tolerance=None`"),
     ({"label_smoothing": 0.7}, "`label_smoothing` must be in [0, 0.5)", "got 0.7", "Leave it unset"),
     # one for each iteration
-    ({"beta": -0.1}, "`beta` must be at least 0", "got -0.1", "Give a positive number"),
+    ({"beta": 0.0}, "`beta` must be positive", "got 0.0", "Give a positive number"),
+    ({"beta": -0.1}, "`beta` must be positive", "got -0.1", "Give a positive number"),
     ({"beta": [0.1, 0.2]}, "`beta` has 2 values ([0.1, 0.2])", "`num_iterations` is 3", "one for each"),
     ({"learning_rate": "5e-7e"}, "`learning_rate` must be a number, or a list", "got '5e-7e'", "such as 5.0e-7"),
     ({"learning_rate": [1e-6, NAN, 1e-7]}, "`learning_rate` must be a number", "got nan", "such as 5.0e-7"),
-    ({"learning_rate": [1e-6, 0, 1e-6]}, "`learning_rate` must be positive in every iteration"),
+    ({"learning_rate": [1e-6, 0, 1e-6]}, "`learning_rate` must be positive"),
     # dicts and texts
     ({"generation_kwargs": "typical_p=0.9"}, "must be a dict or JSON of one", "'typical_p=0.9'", "Write it such as"),
     ({"generation_kwargs": ["typical_p"]}, "must be a dict or JSON of one", "['typical_p'] (`list`)", "0.9}"),
