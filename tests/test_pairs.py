@@ -57,18 +57,20 @@ def assert_joined_by_row(pairs: PairDataset, keys: list[tuple[int, int]], iterat
 
 
 @pytest.mark.parametrize(
-    "keys",
-    [[(1, 0), (1, 1), (0, 1), (2, 0), (0, 0), (2, 1)], [(2, 0)]],
-    ids=["several samples in some order", "some missing"],
+    ("rows", "given", "keys"),
+    [
+        ((0, 1, 2), [(1, 0), (1, 1), (0, 1), (2, 0), (0, 0), (2, 1)], slice(None)),
+        ((0, 1, 2), [(2, 0)], slice(None)),
+        ((3, 1), [(1, 0), (2, 0), (3, 0)], slice(0, 3, 2)),
+    ],
+    ids=[
+        "several samples in some order",
+        "some missing",
+        "numbers that are no positions, one left out since",
+    ],
 )
-def test_completion_is_paired_with_the_ground_truth_of_its_row(keys):
-    assert_joined_by_row(make_pairs(truths(0, 1, 2), completions(*keys), iteration=4), keys, iteration=4)
-
-
-def test_row_numbers_need_not_be_positions():
-    """Rows 0 and 2 had prompts that were too long; what an earlier start sampled for row 2 is left out."""
-    pairs = make_pairs(truths(3, 1), completions((1, 0), (2, 0), (3, 0)), iteration=0)
-    assert_joined_by_row(pairs, [(1, 0), (3, 0)], iteration=0)
+def test_completion_is_paired_with_the_ground_truth_of_its_row(rows, given, keys):
+    assert_joined_by_row(make_pairs(truths(*rows), completions(*given), iteration=4), given[keys], iteration=4)
 
 
 def test_history_takes_of_each_older_iteration_only_what_its_own_opponent_made():

@@ -40,9 +40,7 @@ class Chaos:
             self.vllm.restart()
         if fault == "slow":
             time.sleep(0.02)
-        if fault == "busy":
-            return 429, "busy"
-        if fault in (500, 503):
+        if fault in (429, 500, 503):
             return fault, "broken"
         if fault == "hang up":
             return HANG_UP
@@ -57,7 +55,7 @@ class Chaos:
 
     def choose_fault(self, path: str) -> str | int | None:
         # What the engine makes of an adapter or of weights is final, so only there 500 is no fault that may pass.
-        faults = ["slow", "busy", 503, "hang up", "cut off", "lost answer"]
+        faults = ["slow", 429, 503, "hang up", "cut off", "lost answer"]
         if path == "/v1/completions":
             faults += [500, "abort"]
             self.num_since_restart += 1
