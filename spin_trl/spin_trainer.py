@@ -2,6 +2,7 @@
 
 import textwrap
 from contextlib import ExitStack
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -128,7 +129,8 @@ class SPINTrainer(IterativeTrainer):
             args=plan.args,
             train_dataset=plan.data.train,
             expected_pairs=plan.expected_pairs,
-            **{**dpo, "processing_class": plan.tokenizer},
+            # PEFT fills the configuration in; the user's, given to the next trainer, must still be the same.
+            **{**dpo, "processing_class": plan.tokenizer, "peft_config": deepcopy(plan.peft_config)},
         )
         refuse(OF_THE_MODEL, plan, self.model)
         if plan.quantization is not None:

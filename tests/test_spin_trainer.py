@@ -138,6 +138,14 @@ def test_opponent_answers_in_the_precision_that_the_policy_computes_in(
     assert seen == {torch.bfloat16}
 
 
+def test_configuration_of_an_adapter_is_left_as_it_was_passed(build_trainer):
+    """A notebook gives the same one to the next trainer, which is to go on with the run."""
+    given = LoraConfig(r=8, target_modules="all-linear")
+    before = given.to_dict()
+    build_trainer(peft_config=given)
+    assert given.to_dict() == before
+
+
 def test_stored_opponent_logps_are_those_of_the_model_at_the_start(tiny_model, played):
     row = played.store.read_pairs(0)[5]
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
