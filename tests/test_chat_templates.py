@@ -91,7 +91,7 @@ def test_sampler_that_repeats_the_ground_truth_gives_the_same_ids(name, messages
 
 
 @pytest.mark.parametrize("messages", CONVERSATIONS.values(), ids=CONVERSATIONS)
-@pytest.mark.parametrize("name", [*REFUSED, *NEEDS_KWARGS])
+@pytest.mark.parametrize("name", sorted([*REFUSED, *NEEDS_KWARGS]))
 def test_template_whose_prompt_is_no_prefix_of_its_conversation_is_refused(name, messages):
     source = (TEMPLATES / f"{name}.jinja").read_text()
     tokenizer = byte_tokenizer("<end>", name, special_tokens(source))
