@@ -3,7 +3,6 @@
 import gc
 import json
 import math
-import sys
 
 import pytest
 import torch
@@ -291,10 +290,6 @@ def test_existing_run_is_refused_and_overwritten_only_if_asked(play_run, build_t
         again.train()
     trainer = play_run(num_iterations=1, overwrite_output_dir=True)
     assert trainer.store.iterations() == [0]
-
-
-def test_trainer_never_imports_vllm(played):
-    assert "vllm" not in sys.modules
 
 
 def test_rows_that_are_double_or_too_long_for_the_context_are_dropped_and_counted(play_run, train_dataset):

@@ -1,6 +1,5 @@
 """Self-play against a real vLLM server that somebody else runs (`vllm_server_base_url`)."""
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -48,7 +47,6 @@ def test_every_iterations_opponent_is_another_and_the_server_plays_it(kind, requ
     assert kinds <= {".json", ".safetensors", ".jinja", ".md"}
     files = [path for path in Path(trainer.args.output_dir).rglob("*") if path.is_file()]
     assert not [path for path in files if server.api_key.encode() in path.read_bytes()]
-    assert "vllm" not in sys.modules
 
 
 def test_server_is_brought_back_to_the_base_model_by_the_next_run(full_server, make_run, tmp_path):
