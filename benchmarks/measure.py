@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
@@ -238,25 +238,12 @@ class PeakMemory:
             self.peak = max(self.peak, self.process.memory_info().rss)
 
 
-class Forks(Executor):
-    """A pool that forks this process, which has done the imports, for each task."""
-
-    def submit(self, function: Callable[..., Any], *args: Any) -> Future:
-        pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork"))
-        future = pool.submit(function, *args)
-        pool.shutdown(wait=False)
-        return future
-
-
 @contextmanager
-def fresh_processes(preload: str, num_processes: int = 1) -> Iterator[Executor]:
+def fresh_processes(preload: str, num_processes: int = 1) -> Iterator[ProcessPoolExecutor]:
     """
     A pool whose processes do one task each, forked from one that has imported the module `preload`: importing alone
     takes longer than some tasks.
     """
-    if multiprocessing.parent_process() is not None:  # a process of such a pool, as where a test tries a benchmark
-        yield Forks()
-        return
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "benchmarks"), str(ROOT), *filter(None, sys.path)])
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([preload])
