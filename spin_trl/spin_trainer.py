@@ -213,13 +213,14 @@ class SPINTrainer(IterativeTrainer):
             if self.stop_signal.has_stopped:
                 self.accelerator.print(f"Stopped by a signal after step {self.state.global_step}.")
                 self.stop_signal.end_if_requested()
-            finish_run(self.game)
-            self.create_model_card(model_name=Path(self.args.output_dir).name)
-            if self.args.report and not start.is_finished:
-                on_main_process(lambda: write_end_report(self.store.output_dir))
-            if self.args.push_to_hub:
-                with warns_of_failed_push(self.hub_model_id, self.args.hub_revision):
-                    self.push_to_hub()
+            with self.stop_signal.between_steps():
+                finish_run(self.game)
+                self.create_model_card(model_name=Path(self.args.output_dir).name)
+                if self.args.report and not start.is_finished:
+                    on_main_process(lambda: write_end_report(self.store.output_dir))
+                if self.args.push_to_hub:
+                    with warns_of_failed_push(self.hub_model_id, self.args.hub_revision):
+                        self.push_to_hub()
             return output
 
     def create_model_card(self, *args, **kwargs) -> None:

@@ -107,6 +107,13 @@ def tokenizer():
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory, tokenizer) -> str:
     """Folder of a Llama of 0.1 million parameters, barely trained, so that it answers differently to each prompt."""
+    model = small_llama(tokenizer, num_positions=64)
+    train_briefly(model, tokenizer)
+    return saved(model, tokenizer, tmp_path_factory.mktemp("models") / "tiny")
+
+
+def small_llama(tokenizer, num_positions: int) -> LlamaForCausalLM:
+    """The same each time, and untrained."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -114,14 +121,15 @@ def tiny_model(tmp_path_factory, tokenizer) -> str:
         intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=2,
-        max_position_embeddings=64,
+        max_position_embeddings=num_positions,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    model = LlamaForCausalLM(config)
-    train_briefly(model, tokenizer)
-    folder = tmp_path_factory.mktemp("models") / "tiny"
+    return LlamaForCausalLM(config)
+
+
+def saved(model, tokenizer, folder: Path) -> str:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)

@@ -6,11 +6,9 @@ import sys
 
 import nbformat
 import pytest
-import torch
-from conftest import ROOT
+from conftest import ROOT, saved, small_llama
 from nbclient import NotebookClient
 from tiny_tokenizers import byte_tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM
 
 
 NEVER_IMPORTS_VLLM = "import sys\nassert 'vllm' not in sys.modules\n"  # which a machine without one has not
@@ -20,23 +18,9 @@ THEIR_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # no test reaches the hub
 @pytest.fixture(scope="module")
 def chat_model(tmp_path_factory) -> str:
     """Folder of a model that has a chat template, and has learned nothing."""
-    folder = str(tmp_path_factory.mktemp("models") / "chat")
     tokenizer = byte_tokenizer("<|im_end|>", "qwen2_5", ["<|im_start|>"])
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        max_position_embeddings=512,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.eos_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    model = small_llama(tokenizer, num_positions=512)
+    return saved(model, tokenizer, tmp_path_factory.mktemp("models") / "chat")
 
 
 def test_readmes_first_example_runs_as_it_stands_and_its_result_can_be_tried(chat_model, tmp_path):

@@ -348,6 +348,27 @@ def test_sigterm_that_is_heard_in_a_destructor_is_not_lost(make_trainer, at_forw
     assert caught.value.code == 143 and trainer.state.global_step == 0
 
 
+class TerminatedAtItsEnd(SPINTrainer):
+    """When all training is done, and the policy is merged, described and pushed."""
+
+    is_described = False
+
+    def create_model_card(self, *args, **kwargs):
+        is_finished = self.store.read_run().get("finished", False)
+        if is_finished:
+            terminate()
+        super().create_model_card(*args, **kwargs)
+        self.is_described = is_finished
+
+
+def test_signal_after_the_last_step_ends_the_run_at_once(make_trainer, tiny_model):
+    given = make_trainer(num_iterations=1).plan
+    trainer = TerminatedAtItsEnd(tiny_model, given.args, train_dataset=given.train_dataset)
+    with pytest.raises(SystemExit):
+        trainer.train()
+    assert not trainer.is_described and trainer.store.read_run()["finished"]
+
+
 def test_second_sigterm_does_not_wait_for_the_step(make_trainer):
     trainer = make_trainer(AtStep(2, lambda: terminate_twice(1.1)), save_steps=1000)
     with pytest.raises(SystemExit):

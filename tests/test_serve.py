@@ -160,24 +160,24 @@ def test_server_is_refused_where_vllm_is_not_installed(install, capsys):
 
 
 @pytest.mark.parametrize(
-    ("installed", "use_vllm", "url", "mode", "reason"),
+    ("installed", "use_vllm", "urls", "mode", "reason"),
     [
-        (True, None, URL, "server", URL),
-        (False, None, URL, "server", URL),
-        (False, True, URL, "server", URL),
-        (True, False, None, "in-process", "`use_vllm=False`"),
-        (False, False, None, "in-process", "`use_vllm=False`"),
-        (True, None, None, "managed", "vLLM is installed"),
-        (True, True, None, "managed", "vLLM is installed"),
-        (False, None, None, "in-process", "vLLM is not installed"),
+        (True, None, [URL], "server", URL),
+        (False, None, [URL], "server", URL),
+        (False, True, [URL], "server", URL),
+        (True, False, [], "in-process", "`use_vllm=False`"),
+        (False, False, [], "in-process", "`use_vllm=False`"),
+        (True, None, [], "managed", "vLLM is installed"),
+        (True, True, [], "managed", "vLLM is installed"),
+        (False, None, [], "in-process", "vLLM is not installed"),
     ],
 )
-def test_sampler_follows_from_the_settings_and_what_is_installed(installed, use_vllm, url, mode, reason):
-    chosen = choose_sampler(use_vllm, url, installed)
+def test_sampler_follows_from_the_settings_and_what_is_installed(installed, use_vllm, urls, mode, reason):
+    chosen = choose_sampler(use_vllm, urls, installed)
     assert chosen.mode == mode
     assert reason in chosen.reason
 
 
 def test_managed_server_is_refused_where_vllm_is_not_installed():
     with pytest.raises(ValueError, match="vLLM is not installed.*`vllm_server_base_url`.*`use_vllm=False`"):
-        choose_sampler(True, None, is_installed=False)
+        choose_sampler(True, [], is_installed=False)

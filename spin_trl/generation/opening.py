@@ -2,7 +2,7 @@
 
 import os
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,15 +39,15 @@ class SamplerChoice:
         return f"Opponents are sampled {where[self.mode]}: {self.reason}."
 
 
-def choose_sampler(use_vllm: bool | None, vllm_server_base_url: str | None, is_installed: bool) -> SamplerChoice:
+def choose_sampler(use_vllm: bool | None, server_urls: Sequence[str], is_installed: bool) -> SamplerChoice:
     """
-    The server whose address is given; else a managed one where vLLM `is_installed`; else in-process.
+    The servers whose addresses are given; else a managed one where vLLM `is_installed`; else in-process.
 
     Raises:
         `ValueError`: if a managed server is asked for where vLLM is not installed.
     """
-    if vllm_server_base_url is not None:
-        return SamplerChoice("server", f"`vllm_server_base_url` is {vllm_server_base_url}")
+    if server_urls:
+        return SamplerChoice("server", f"`vllm_server_base_url` is {' and '.join(server_urls)}")
     if use_vllm is False:
         return SamplerChoice("in-process", "`use_vllm=False`")
     if is_installed:

@@ -126,7 +126,7 @@ class Plan:
         if self.sampler is not None:
             return SamplerChoice("given", f"`sampler` is a `{type(self.sampler).__name__}`")
         args = self.args
-        return choose_sampler(args.use_vllm, args.vllm_server_base_url, can_serve())
+        return choose_sampler(args.use_vllm, args.vllm_server_base_urls, can_serve())
 
     @property
     def reads_checkpoints(self) -> bool:
