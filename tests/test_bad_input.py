@@ -216,6 +216,7 @@ def test_dataset_is_refused(given, refusal, name, play):
 # A row: what stands in it beside "Row 0", which names it, and the way to leave it out.
 @table(
     ({"prompt": [1, 2], "completion": [3]}, "`prompt` must be text or a list of messages", "`int`", "the text itself"),
+    ({"prompt": "a", "completion": 4}, "`completion` must be text", "found `int`", "Convert the column to text"),
     ({"prompt": None, "completion": "B"}, "`prompt` must be text or a list of messages, found `NoneType`", "Fill"),
     ({"prompt": "a", "completion": " "}, "`completion` is empty", "Every row needs a prompt", "remove the row"),
     ({"prompt": [{"content": "a"}], "completion": [ASSISTANT]}, "found a list of `dict` with the keys ['content']"),

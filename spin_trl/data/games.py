@@ -156,7 +156,9 @@ def _is_messages(value: Any) -> bool:
 
 def _unfit(expected: str, value: Any) -> InvalidRowError:
     remedy = "Fill the cell or remove the row."
-    if isinstance(value, str):
+    if isinstance(value, int | float):
+        remedy = "Convert the column to text."
+    elif isinstance(value, str):
         remedy = "Parse it, if it is JSON: `dataset.map(lambda row: {column: json.loads(row[column])})`."
     elif isinstance(value, list) and value:
         remedy = "Give the text itself, or write each message as {'role': ..., 'content': ...}."
